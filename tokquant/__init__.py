@@ -1,0 +1,37 @@
+"""tokquant: token-level quantized attention. Declare a scheme, get its flash-attention kernel."""
+
+from tokquant.attention import attention, quantize
+from tokquant.calibration.calibrator import Calibrator
+from tokquant.calibration.scales import LayerScales, Scales
+from tokquant.errors import ScalesError, SchemeError, UnsupportedError
+from tokquant.evaluation.compare import Comparison, compare
+from tokquant.export import load_scales, save_scales
+from tokquant.kernels.compile import Kernel, compile
+from tokquant.precisions import Precision, register
+from tokquant.schemes import Granularity, QuantScheme, preset
+from tokquant.tensor import QuantizedTensor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Calibrator",
+    "Comparison",
+    "Granularity",
+    "Kernel",
+    "LayerScales",
+    "Precision",
+    "QuantScheme",
+    "QuantizedTensor",
+    "Scales",
+    "ScalesError",
+    "SchemeError",
+    "UnsupportedError",
+    "attention",
+    "compare",
+    "compile",
+    "load_scales",
+    "preset",
+    "quantize",
+    "register",
+    "save_scales",
+]

@@ -1,0 +1,61 @@
+"""Activation files: safetensors with `<layer>.q`, `<layer>.k` and `<layer>.v`, each `[B, H, N, D]`."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+
+import safetensors
+from torch import Tensor
+
+from tokquant.errors import nearest, quote
+
+
+def sample() -> Path:
+    """The activations that ship with the package: six layers of all-MiniLM-L6-v2 on 512 tokens, two heads each."""
+    return Path(str(resources.files("tokquant") / "data" / "sample.safetensors"))
+
+
+class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
+    """The layers of an activation file in natural order, each read when it is asked for.
+
+    Raises ValueError naming the file and what is wrong: not safetensors, truncated, a layer without q, k or v.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        try:
+            self._file = safetensors.safe_open(self.path, framework="pt")
+        except OSError as error:
+            raise ValueError(f"{self.path}: {error.strerror or error}") from None
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{self.path}: not a safetensors file, or not a whole one ({error})") from None
+        found: dict[str, set[str]] = {}
+        for key in self._file.keys():  # noqa: SIM118 - not a mapping
+            layer, _, role = key.rpartition(".")
+            if role in ("q", "k", "v") and layer:
+                found.setdefault(layer, set()).add(role)
+        for layer, roles in found.items():
+            if missing := {"q", "k", "v"} - roles:
+                raise ValueError(f"{self.path}: layer {quote(layer)} has no {', '.join(sorted(missing))}")
+        if not found:
+            raise ValueError(f"{self.path}: holds no activations; they are named <layer>.q, <layer>.k and <layer>.v")
+        self._layers = sorted(found, key=_natural)
+
+    def __getitem__(self, layer: str) -> tuple[Tensor, Tensor, Tensor]:
+        if layer not in self._layers:
+            raise ValueError(f"{self.path}: no layer {quote(layer)}{nearest(layer, self._layers)}")
+        q, k, v = (self._file.get_tensor(f"{layer}.{role}") for role in "qkv")
+        return q, k, v
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    # layers.2 before layers.10
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

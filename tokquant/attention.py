@@ -1,0 +1,214 @@
+"""The public doors: `attention` and `quantize`. They check and direct; the work is done below."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokquant import reference
+from tokquant.calibration.scales import LayerScales, Scales, needed
+from tokquant.errors import ScalesError, nearest, quote
+from tokquant.kernels import launch
+from tokquant.quantize import quantize_operands
+from tokquant.reference import Features
+from tokquant.schemes import QuantScheme, resolve
+from tokquant.tensor import QuantizedTensor
+
+Backend = Literal["auto", "triton", "reference"]
+BACKENDS = ("auto", "triton", "reference")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+Operands = tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]
+
+
+def quantize(
+    q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme | str, *, scales: LayerScales | None = None, backend: Backend = "auto"
+) -> Operands:
+    """Quantize Q, K and V together, as the scheme's transforms need.
+
+    Args:
+        q: `[B, H_q, N_q, D]`, float16, bfloat16 or float32, any strides. Never changed.
+        k, v: `[B, H_kv, N_k, D]`, H_q a multiple of H_kv.
+        scheme: a QuantScheme, a preset's name, or the path of a YAML file.
+        scales: one layer's calibrated scales, `scales["layers.0"]`, for a scheme with static parts.
+        backend: where the codes will be used; every backend takes the canonical layout.
+
+    Returns: what `attention` takes in place of q, k and v.
+
+    Raises:
+        SchemeError: a scheme that cannot be read or does not fit the shapes.
+        ScalesError: scales that are missing, unused or of another shape.
+        ValueError, TypeError: shapes and types that do not fit. RuntimeError: a tensor that requires grad.
+    """
+    scheme = resolve(scheme)
+    _check_tensors(q, k, v)
+    _check_scales(scheme, scales)
+    choose_backend(backend, q.device)
+    return quantize_operands(q.detach(), k.detach(), v.detach(), scheme, scales)
+
+
+def attention(
+    q: Tensor | QuantizedTensor,
+    k: Tensor | QuantizedTensor,
+    v: Tensor | QuantizedTensor,
+    scheme: QuantScheme | str,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scales: LayerScales | None = None,
+    return_lse: bool = False,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale Q K^T + mask) V in the scheme's precisions.
+
+    Args:
+        q, k, v: tensors as `quantize` takes them, or the three that it returned.
+        scheme: a QuantScheme, a preset's name, or the path of a YAML file.
+        causal: query i sees keys up to i + N_k - N_q: the last query sees the last key.
+        scale: of the scores; D**-0.5 where None.
+        mask: broadcastable to `[B, H_q, N_q, N_k]`: boolean, True where a pair attends, or floats that are added.
+        window: (left, right), keys from i + N_k - N_q - left to + right, inclusive; None leaves a side open.
+        softcap: scores s become softcap * tanh(s / softcap), before mask.
+        sinks: `[H_q]`, a logit a head that takes its part of the softmax and adds nothing to the output.
+        scales: one layer's calibrated scales, for a scheme with static parts.
+        return_lse: also return the natural log of the sum of exp(scores), without sinks.
+        backend: `triton`, `reference` (torch, on any device), or `auto`: triton on a GPU, else reference.
+
+    Returns: `[B, H_q, N_q, D]` in q's type; with `return_lse` also `[B, H_q, N_q]` float32. A query that attends to nothing
+    gets 0 and an LSE of -inf. Means and dynamic scales are taken over the whole sequence, later tokens included.
+
+    Raises: as `quantize`; UnsupportedError where the chosen backend lacks a feature.
+    """
+    scheme = resolve(scheme)
+    given = [isinstance(x, QuantizedTensor) for x in (q, k, v)]
+    if any(given) and not all(given):
+        kinds = ", ".join(type(x).__name__ for x in (q, k, v))
+        raise TypeError(f"q, k, v: either all tensors or all QuantizedTensors, not {kinds}")
+    if all(given):
+        if scales is not None:
+            raise ScalesError("scales: the tensors are quantized already; give scales to quantize")
+        for operand in (q, k, v):
+            spec = getattr(scheme, operand.spec.role)  # type: ignore[union-attr]
+            if operand.spec != spec:  # type: ignore[union-attr]
+                raise ValueError(f"{spec.role}: {operand!r} is of another scheme; use the one that quantize was given")
+    else:
+        _check_tensors(q, k, v)
+    features = features_of(q, k, causal=causal, scale=scale, mask=mask, window=window, softcap=softcap, sinks=sinks)
+    chosen = choose_backend(backend, q.device)
+    if not all(given):
+        q, k, v = quantize(q, k, v, scheme, scales=scales, backend=backend)  # type: ignore[arg-type]
+    run = launch.attention if chosen == "triton" else _reference
+    out, lse = run(q, k, v, scheme, features, return_lse)  # type: ignore[arg-type]
+    return (out, lse) if return_lse else out  # type: ignore[return-value]
+
+
+def _reference(q, k, v, scheme, features, return_lse):
+    return reference.attention(q, k, v, scheme, features)
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The backend that `auto` stands for on this device, or the one that was named. Raises ValueError for another name."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: {quote(backend)} is none; use one of {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}")
+    if backend != "auto":
+        return backend
+    return "triton" if device.type == "cuda" else "reference"
+
+
+def _check_tensors(q: object, k: object, v: object) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: a {type(x).__name__}; give a torch.Tensor [B, H, N, D]")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}: {x.dtype} is not supported; use float16, bfloat16 or float32")
+        if x.ndim != 4:
+            raise ValueError(f"{name}: shape {list(x.shape)} has {x.ndim} dimensions; give [batch, heads, tokens, head_dim]")
+        if 0 in x.shape:
+            raise ValueError(f"{name}: shape {list(x.shape)} is empty; give at least one of batch, heads, tokens and head_dim")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name}: requires grad, and quantized attention has no backward; call it under torch.no_grad()")
+    assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v: types {q.dtype}, {k.dtype}, {v.dtype} differ; give one type")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v: on {q.device}, {k.device}, {v.device}; put them on one device")
+    if k.shape != v.shape:
+        raise ValueError(f"v: shape {list(v.shape)} is not that of k, {list(k.shape)}")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"k: batch {k.shape[0]} is not that of q, {q.shape[0]}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"k: head_dim {k.shape[3]} is not that of q, {q.shape[3]}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"k: {k.shape[1]} heads do not divide the {q.shape[1]} of q")
+
+
+def _check_scales(scheme: QuantScheme, scales: object) -> None:
+    if isinstance(scales, Scales):
+        raise TypeError(f"scales: these are of {len(scales)} layers; give one, such as scales[{next(iter(scales))!r}]")
+    if scales is not None and not isinstance(scales, LayerScales):
+        raise TypeError(f"scales: a {type(scales).__name__}; give one layer of load_scales(path), such as scales['layers.0']")
+    if scales is not None:
+        scales.check(scheme)
+    elif needed(scheme):
+        raise ScalesError(
+            f"scales: scheme {scheme.name!r} is static and needs {', '.join(needed(scheme))}; "
+            "calibrate with tokquant.Calibrator or `tokquant calibrate`"
+        )
+
+
+def features_of(
+    q: Tensor | QuantizedTensor,
+    k: Tensor | QuantizedTensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Features:
+    """The features of a call to `attention`, checked, with defaults filled in and masks expanded."""
+    (b, heads, n_q, d), n_k = q.shape, k.shape[2]
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: {quote(causal)} is not a bool")
+    scale = d**-0.5 if scale is None else _finite("scale", scale)
+    if softcap is not None and _finite("softcap", softcap) <= 0:
+        raise ValueError(f"softcap: {softcap} is not above zero; leave it out for none")
+    if window is not None:
+        sides = window if isinstance(window, tuple | list) else ()
+        if len(sides) != 2 or not all(side is None or (type(side) is int and side >= 0) for side in sides):
+            raise ValueError(
+                f"window: {quote(window)} is not (left, right); give whole numbers from 0, or None for an open side"
+            )
+        window = (sides[0], sides[1])
+    if mask is not None:
+        if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask: {kind} is no mask; give a boolean tensor (True = attend) or floats to add")
+        if mask.device != q.device:
+            raise ValueError(f"mask: on {mask.device}, and q on {q.device}")
+        try:
+            mask = mask.expand(b, heads, n_q, n_k)
+        except RuntimeError:
+            raise ValueError(f"mask: shape {list(mask.shape)} does not broadcast to {[b, heads, n_q, n_k]}") from None
+    if sinks is not None:
+        if not isinstance(sinks, Tensor) or not sinks.dtype.is_floating_point:
+            raise TypeError(f"sinks: a {type(sinks).__name__}; give a floating-point tensor [H_q]")
+        if sinks.shape != (heads,):
+            raise ValueError(f"sinks: shape {list(sinks.shape)} is not [{heads}], one logit for each head of q")
+        if sinks.device != q.device:
+            raise ValueError(f"sinks: on {sinks.device}, and q on {q.device}")
+    return Features(scale=scale, causal=causal, window=window, mask=mask, softcap=softcap, sinks=sinks)
+
+
+def _finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: {quote(value)} is not a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: {value} is not finite")
+    return float(value)

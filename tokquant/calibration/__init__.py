@@ -1,0 +1,1 @@
+"""Calibration: from activations to static scales."""

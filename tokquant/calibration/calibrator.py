@@ -1,0 +1,154 @@
+"""Calibrator: watch activations, then fix the static parts of a scheme."""
+
+import torch
+from torch import Tensor
+
+from tokquant.calibration import observers
+from tokquant.calibration.observers import Percentile, Statistics
+from tokquant.calibration.scales import Scales, needed
+from tokquant.errors import SchemeError
+from tokquant.quantize import asymmetric_scale, frames, symmetric_scale
+from tokquant.schemes import Operand, QuantScheme, resolve
+from tokquant.schemes.placement import place
+from tokquant.transforms import Frame, hadamard, sixteen_bit
+
+
+class Calibrator:
+    """Gathers statistics of Q, K and V layer by layer and turns them into scales.
+
+    Args:
+        scheme: with at least one static part; a QuantScheme, a preset's name or a path.
+        observer: `"amax"`, or `"percentile:99.9"` to clip the rest.
+
+    Raises SchemeError where there is nothing to calibrate, or where the observer cannot serve the scheme.
+    """
+
+    def __init__(self, scheme: QuantScheme | str, observer: str | observers.Observer = "amax"):
+        self.scheme = resolve(scheme)
+        self.observer = observers.parse(observer)
+        if not needed(self.scheme):
+            raise SchemeError(
+                f"scheme {self.scheme.name!r} has no static part to calibrate; "
+                "give an operand scale: static (per tensor, head or channel), or k smooth: static"
+            )
+        if isinstance(self.observer, Percentile):
+            _check_percentile(self.scheme)
+        self.layers: dict[str, dict[str, Statistics]] = {}
+        self._types: dict[str, torch.dtype] = {}
+
+    def observe(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Add a batch of layer `name`: q `[B, H_q, N_q, D]`, k and v `[B, H_kv, N_k, D]`, any lengths.
+
+        Raises ValueError if a value is not finite, or the heads or channels are not those of earlier batches; nothing of the
+        batch then counts.
+        """
+        for role, x in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+                raise TypeError(f"{name}.{role}: not a floating-point tensor")
+            if x.ndim != 4 or 0 in x.shape:
+                raise ValueError(f"{name}.{role}: shape {list(x.shape)} is not [batch, heads, tokens, head_dim]")
+            if not bool(x.isfinite().all()):
+                raise ValueError(f"{name}.{role}: holds a value that is not finite")
+        seen = self.layers.get(name)
+        if seen is None:
+            histogram = isinstance(self.observer, Percentile)
+            seen = {role: Statistics(x.shape[1], x.shape[3], histogram) for role, x in (("q", q), ("k", k), ("v", v))}
+        for role, x in (("q", q), ("k", k), ("v", v)):
+            shape, earlier = [x.shape[1], x.shape[3]], list(seen[role].low.shape)
+            if shape != earlier:
+                raise ValueError(f"{name}.{role}: heads and channels {shape} are not {earlier}, as in earlier batches")
+        self.layers[name] = seen
+        self._types.setdefault(name, k.dtype)
+        # a calibrated offset is known only at the end; it is linear, so it can be taken off the extremes then
+        for role, x, frame in zip("qkv", (q, k, v), frames(q, k, v, without_static_offsets(self.scheme)), strict=True):
+            seen[role].observe(frame.apply(x))
+
+    def merge(self, other: "Calibrator") -> None:
+        """Add what another calibrator of the same scheme and observer saw, as if this one had seen it.
+
+        Raises ValueError if scheme, observer or shapes differ.
+        """
+        if (self.scheme, self.observer) != (other.scheme, other.observer):
+            raise ValueError("merge: the other calibrator has another scheme or observer")
+        for name, theirs in other.layers.items():
+            if name not in self.layers:
+                self.layers[name] = {role: statistics.empty() for role, statistics in theirs.items()}
+                self._types[name] = other._types[name]
+            for role, statistics in self.layers[name].items():
+                statistics.merge(theirs[role])
+
+    def scales(self) -> Scales:
+        """The scales of every layer seen. Raises ScalesError if there is none."""
+        return Scales(self.scheme, {name: self._layer(name) for name in self.layers})
+
+    def _layer(self, name: str) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for operand in (self.scheme.k, self.scheme.q, self.scheme.v):
+            role, statistics = operand.role, self.layers[name][operand.role]
+            offset = None
+            if operand.smooth == "static":
+                offset = statistics.mean()
+                if self._rotated(role):
+                    offset = hadamard(offset)  # the mean was taken of rotated values
+                tensors[f"{role}_offset"] = offset[:, None].to(sixteen_bit(self._types[name])).contiguous()
+            if operand.scale == "static":
+                low, high = statistics.low, statistics.high
+                if offset is not None:
+                    moved = Frame(offset=tensors[f"{role}_offset"][None], rotated=self._rotated(role))
+                    shift = moved.apply(torch.zeros(1, *moved.offset.shape[1:])).squeeze((0, 2))  # type: ignore[union-attr]
+                    low, high = low + shift, high + shift
+                if role == "q" and place(self.scheme.k) == "q" and self.scheme.k.scale == "static":
+                    fold = tensors["k_scale"].float().squeeze(1)
+                    fold = fold.repeat_interleave(low.shape[0] // fold.shape[0], dim=0)
+                    low, high = low * fold, high * fold
+                tensors.update(self._scale(operand, statistics, low, high))
+        return tensors
+
+    def _scale(self, operand: Operand, statistics: Statistics, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+        kind = operand.granularity.kind
+        if isinstance(self.observer, Percentile):
+            largest = statistics.quantile(self.observer.percent, per_head=kind == "head")
+            return {f"{operand.role}_scale": symmetric_scale(largest[:, None, None], operand)}
+        low, high = low[:, None], high[:, None]  # [H, 1, D]
+        if kind != "channel":
+            low, high = low.amin(dim=2, keepdim=True), high.amax(dim=2, keepdim=True)
+        if kind == "tensor":
+            low, high = low.amin(dim=0, keepdim=True), high.amax(dim=0, keepdim=True)
+        if operand.symmetric:
+            return {f"{operand.role}_scale": symmetric_scale(torch.maximum(low.abs(), high.abs()), operand)}
+        scale, zero = asymmetric_scale(low, high, operand)
+        return {f"{operand.role}_scale": scale, f"{operand.role}_zero": zero}
+
+    def _rotated(self, role: str) -> bool:
+        return (self.scheme.rotate_v if role == "v" else self.scheme.rotate) == "hadamard"
+
+
+def without_static_offsets(scheme: QuantScheme) -> QuantScheme:
+    """The scheme as it is before its offsets are known."""
+    changed = {
+        role: getattr(scheme, role).model_copy(update={"smooth": "none"})
+        for role in "kv"
+        if getattr(scheme, role).smooth == "static"
+    }
+    return scheme.model_copy(update=changed)
+
+
+def _check_percentile(scheme: QuantScheme) -> None:
+    """A histogram a head holds magnitudes only: not channels, not signs, not values less an offset that comes later."""
+    for operand in (scheme.q, scheme.k, scheme.v):
+        if operand.scale != "static":
+            continue
+        folded = operand.role == "q" and place(scheme.k) == "q"
+        obstacle = (
+            "per channel"
+            if operand.granularity.kind == "channel"
+            else "asymmetric"
+            if not operand.symmetric
+            else "with a static offset"
+            if operand.smooth == "static"
+            else "with K's scale per channel in it"
+            if folded
+            else None
+        )
+        if obstacle:
+            raise SchemeError([(operand.role, f"a static scale {obstacle} cannot come from percentiles; use observer 'amax'")])

@@ -1,0 +1,126 @@
+"""Calibrated scales: what a scheme with static parts needs for each layer."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokquant.errors import ScalesError, nearest
+from tokquant.schemes import Operand, QuantScheme
+from tokquant.schemes.scheme import SCALE_TYPES
+
+
+def needed(scheme: QuantScheme) -> list[str]:
+    """The tensors a layer needs for `scheme`: some of `q_scale k_scale k_zero k_offset v_scale v_zero v_offset`."""
+    names = []
+    for operand in (scheme.q, scheme.k, scheme.v):
+        if operand.scale == "static":
+            names += [f"{operand.role}_scale"] + ([] if operand.symmetric else [f"{operand.role}_zero"])
+        if operand.smooth == "static":
+            names.append(f"{operand.role}_offset")
+    return names
+
+
+@dataclass(frozen=True, eq=False)
+class LayerScales:
+    """The static scales, zeros and offsets of one layer, by name (`k_scale`, `k_zero`, `k_offset` ...).
+
+    Shapes are those of the granularity without the batch: tensor `[1, 1, 1]`, head `[H, 1, 1]`, channel `[H, 1, D]`; offsets
+    `[H, 1, D]`.
+    """
+
+    layer: str
+    tensors: Mapping[str, Tensor]
+
+    def check(self, scheme: QuantScheme) -> None:
+        """Raise ScalesError unless these are just what `scheme` needs: finite, and scales above zero."""
+        wanted = needed(scheme)
+        for name in self.tensors:
+            if name not in wanted:
+                raise ScalesError(f"{self.layer}.{name}: scheme {scheme.name!r} has no use for it{nearest(name, wanted)}")
+        for name in wanted:
+            if name not in self.tensors:
+                raise ScalesError(f"{self.layer}.{name}: missing; scheme {scheme.name!r} needs {', '.join(wanted)}")
+            value = self.tensors[name]
+            spec: Operand = getattr(scheme, name[0])
+            if not value.dtype.is_floating_point:
+                raise ScalesError(f"{self.layer}.{name}: {value.dtype} is no type for it; use a floating-point type")
+            if value.ndim != 3 or any(size != 1 for size, free in zip(value.shape, _free(name, spec), strict=True) if not free):
+                raise ScalesError(
+                    f"{self.layer}.{name}: shape {list(value.shape)} is not {_shape(name, spec)} of {spec.granularity}"
+                )
+            if not name.endswith("_offset"):
+                value = value.to(SCALE_TYPES[spec.scale_dtype])  # as it will be used
+            if not bool(value.float().isfinite().all()):
+                raise ScalesError(f"{self.layer}.{name}: holds a value that is not finite")
+            if name.endswith("_scale") and not bool((value.float() > 0).all()):
+                raise ScalesError(f"{self.layer}.{name}: holds a scale that is not above zero")
+
+    def scale(self, spec: Operand, shape: torch.Size) -> Tensor:
+        """The scale of an operand `[B, H, N, D]`, with a batch dimension."""
+        value = self._fitted(f"{spec.role}_scale", spec.granularity.scale_shape(tuple(shape)), shape)
+        return value.to(SCALE_TYPES[spec.scale_dtype])
+
+    def zero(self, spec: Operand, shape: torch.Size) -> Tensor | None:
+        """Its zero, or None where it is symmetric."""
+        if spec.symmetric:
+            return None
+        value = self._fitted(f"{spec.role}_zero", spec.granularity.scale_shape(tuple(shape)), shape)
+        return value.to(SCALE_TYPES[spec.scale_dtype])
+
+    def offset(self, spec: Operand, x: Tensor) -> Tensor:
+        """Its offset `[B, H, 1, D]`."""
+        b, h, _, d = x.shape
+        return self._fitted(f"{spec.role}_offset", (b, h, 1, d), x.shape)
+
+    def _fitted(self, name: str, shape: tuple[int, ...], of: torch.Size) -> Tensor:
+        value = self.tensors[name]
+        if tuple(value.shape) != shape[1:]:
+            raise ScalesError(
+                f"{self.layer}.{name}: shape {list(value.shape)} does not fit {name[0]} {list(of)}; it takes {list(shape[1:])}"
+            )
+        return value.expand(shape)
+
+
+def _free(name: str, spec: Operand) -> tuple[bool, bool, bool]:
+    """Which of the three dimensions may be other than 1."""
+    if name.endswith("_offset"):
+        return (True, False, True)
+    return (spec.granularity.kind != "tensor", False, spec.granularity.kind == "channel")
+
+
+def _shape(name: str, spec: Operand) -> str:
+    return "[" + ", ".join(size if free else "1" for size, free in zip(("H", "1", "D"), _free(name, spec), strict=True)) + "]"
+
+
+class Scales(Mapping[str, LayerScales]):
+    """The scales of every layer, by the layer's name, with the scheme they were calibrated for.
+
+    `scales["layers.0"]` is what `attention(scales=...)` takes. Raises ScalesError as `LayerScales.check` does.
+    """
+
+    def __init__(self, scheme: QuantScheme, layers: Mapping[str, Mapping[str, Tensor]]):
+        self.scheme = scheme
+        self._layers = {name: LayerScales(name, dict(tensors)) for name, tensors in layers.items()}
+        if not self._layers:
+            raise ScalesError("there are no layers; observe at least one")
+        for layer in self._layers.values():
+            layer.check(scheme)
+
+    def __getitem__(self, name: str) -> LayerScales:
+        if name not in self._layers:
+            raise ScalesError(f"no layer {name!r}; there are {', '.join(list(self._layers)[:8])}{nearest(name, self._layers)}")
+        return self._layers[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return f"Scales({self.scheme.name!r}, {len(self)} layers)"

@@ -1,0 +1,47 @@
+"""The errors tokquant raises beside the built-in ones. Each names the argument and what would work."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SchemeError(ValueError):
+    """A scheme that cannot be read, or that contradicts itself or the tensors it meets.
+
+    `problems` holds one `(place, text)` pair for each thing that is wrong, the place as a dotted path.
+    """
+
+    def __init__(self, problems: str | list[tuple[str, str]]):
+        self.problems = [("", problems)] if isinstance(problems, str) else problems
+        super().__init__("\n".join(f"{place}: {text}" if place else text for place, text in self.problems))
+
+
+class ScalesError(ValueError):
+    """Calibrated scales, or a file of them, that cannot be used. Names the scale and its layer."""
+
+
+class UnsupportedError(NotImplementedError):
+    """What no kernel of the chosen target can do."""
+
+
+def quote(value: object, limit: int = 60) -> str:
+    """`value` as the user would recognize it, cut to `limit` characters.
+
+    Nested values are summarized by type, so that quoting stays cheap whatever was passed.
+    """
+    if isinstance(value, str):
+        text = repr(value[: limit + 1])
+    elif isinstance(value, int | float | bool | None.__class__):
+        text = repr(value) if not isinstance(value, int) or value.bit_length() < 200 else "an integer of many digits"
+    elif isinstance(value, dict) and len(value) <= 4:
+        text = "{" + ", ".join(f"{quote(k, 24)}: {quote(v, 24)}" for k, v in value.items()) + "}"
+    else:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def nearest(name: object, names: Iterable[str]) -> str:
+    """`"; did you mean 'int8'?"`, or nothing where no name is near."""
+    if not isinstance(name, str):
+        return ""
+    match = difflib.get_close_matches(name[:64].lower(), list(names), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,1 @@
+"""Judging schemes: what runs attention to see how well it does."""

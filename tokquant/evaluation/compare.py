@@ -1,0 +1,118 @@
+"""Schemes side by side: errors against the float64 oracle, bits, and times beside torch's SDPA."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokquant import reference
+from tokquant.attention import attention, choose_backend, features_of, quantize
+from tokquant.calibration.scales import LayerScales
+from tokquant.metrics import Errors, errors
+from tokquant.reference import Features
+from tokquant.schemes import QuantScheme, resolve
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one scheme does to one layer's activations."""
+
+    scheme: QuantScheme
+    backend: str
+    errors: Errors
+    bits: Mapping[str, float]
+    """Bits per value of q, k and v as stored: codes, scales and zeros."""
+    ms: float
+    """Attention on codes; the median of interleaved repeats."""
+    quantize_ms: float
+    """Quantization of q, k and v."""
+    sdpa_ms: float
+    """torch's scaled_dot_product_attention on the same tensors, timed in turn with the scheme."""
+
+
+def compare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    schemes: Iterable[QuantScheme | str],
+    *,
+    scales: Mapping[str, LayerScales] | None = None,
+    repeats: int = 5,
+    progress: Callable[[str], Any] = lambda name: None,
+    **arguments: Any,
+) -> list[Comparison]:
+    """Run each scheme on q `[B, H_q, N_q, D]`, k and v `[B, H_kv, N_k, D]` and measure it.
+
+    Args:
+        schemes: QuantSchemes, presets' names or paths.
+        scales: one layer's scales for each scheme's name that needs them.
+        repeats: timed runs of each.
+        progress: called with a scheme's name before it runs.
+        arguments: of `attention`: causal, scale, mask, window, softcap, sinks, backend.
+
+    Returns: one Comparison a scheme, in order. Raises as `attention` does.
+    """
+    resolved = [resolve(scheme) for scheme in schemes]
+    backend = arguments.pop("backend", "auto")
+    features = features_of(q, k, **arguments)
+    exact, _ = reference.oracle(q, k, v, features)
+    peer = _sdpa(q, k, v, features)
+    results = []
+    for scheme in resolved:
+        progress(scheme.name)
+        encode = partial(quantize, q, k, v, scheme, scales=(scales or {}).get(scheme.name), backend=backend)
+        codes = encode()
+        attend = partial(attention, *codes, scheme, backend=backend, **arguments)
+        out = attend()
+        assert isinstance(out, Tensor)
+        ms, quantize_ms, sdpa_ms = interleaved_medians([attend, encode, peer], repeats, q.device)
+        results.append(
+            Comparison(
+                scheme=scheme,
+                backend=choose_backend(backend, q.device),
+                errors=errors(out, exact),
+                bits={x.spec.role: x.bits_per_value for x in codes},
+                ms=ms,
+                quantize_ms=quantize_ms,
+                sdpa_ms=sdpa_ms,
+            )
+        )
+    return results
+
+
+def interleaved_medians(functions: list[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:
+    """Median milliseconds of each function, taken in turn so that whatever slows the machine slows all of them."""
+    times: list[list[float]] = [[] for _ in functions]
+    for function in functions:
+        function()
+    for _ in range(max(1, repeats)):
+        for place, function in enumerate(functions):
+            _wait(device)
+            start = time.perf_counter()
+            function()
+            _wait(device)
+            times[place].append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(each) for each in times]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Callable[[], Tensor]:
+    """torch's attention with the same causality and mask. It has no window, softcap or sinks: there it runs without them."""
+    mask = features.mask
+    n_q, n_k = q.shape[2], k.shape[2]
+    causal = features.causal and mask is None
+    if causal and n_q != n_k:
+        # is_causal is top-left aligned
+        mask = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
+    return lambda: torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=features.scale, enable_gqa=q.shape[1] != k.shape[1]
+    )

@@ -1,0 +1,82 @@
+"""Scales to and from safetensors. The file holds the scheme too, so that it is enough to run."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tokquant.calibration.scales import Scales
+from tokquant.errors import ScalesError, SchemeError, quote
+from tokquant.files import write_atomically
+from tokquant.schemes import QuantScheme
+
+FORMAT = "1"
+SUFFIXES = tuple(f"{role}_{kind}" for role in "qkv" for kind in ("scale", "zero", "offset"))
+
+
+def save_scales(path: str | os.PathLike, scales: Scales) -> None:
+    """Write scales as `<layer>.k_scale`, `<layer>.k_offset` ..., atomically, the scheme and a checksum in the metadata.
+
+    Name layers as the model does (`model.layers.0.self_attn`) and the names are those that vLLM and compressed-tensors use.
+    """
+    tensors = {
+        f"{layer}.{name}": value.contiguous().clone()
+        for layer, part in scales.items()
+        for name, value in sorted(part.tensors.items())
+    }
+    metadata = {
+        "format": "pt",
+        "tokquant.format": FORMAT,
+        "tokquant.scheme": json.dumps(scales.scheme.model_dump(mode="json"), sort_keys=True),
+        "tokquant.sha256": _checksum(tensors),
+    }
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def load_scales(path: str | os.PathLike) -> Scales:
+    """Read what `save_scales` wrote. Raises ScalesError naming what is wrong: the file, its metadata, or a scale."""
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except OSError as error:
+        raise ScalesError(f"{path}: {error.strerror or error}") from None
+    except safetensors.SafetensorError as error:
+        raise ScalesError(f"{path}: not a safetensors file, or not a whole one ({error})") from None
+    if "tokquant.scheme" not in metadata:
+        raise ScalesError(f"{path}: has no tokquant scheme in its metadata; it was not written by save_scales")
+    if metadata.get("tokquant.format") != FORMAT:
+        written = quote(metadata.get("tokquant.format"))
+        raise ScalesError(f"{path}: format {written} is not {FORMAT!r}; this version cannot read it")
+    try:
+        scheme = QuantScheme(**json.loads(metadata["tokquant.scheme"]))
+    except (SchemeError, ValueError, TypeError, RecursionError) as error:
+        raise ScalesError(f"{path}: its scheme cannot be read: {error}") from None
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        layer, _, name = key.rpartition(".")
+        if not layer or name not in SUFFIXES:
+            raise ScalesError(f"{path}: {quote(key)} is no scale; names are <layer>.k_scale and the like")
+        layers.setdefault(layer, {})[name] = value
+    try:
+        scales = Scales(scheme, layers)
+    except ScalesError as error:
+        raise ScalesError(f"{path}: {error}") from None
+    if metadata.get("tokquant.sha256") != _checksum(tensors):
+        raise ScalesError(f"{path}: the scales are not those that were written (checksum differs)")
+    return scales
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].contiguous().cpu()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

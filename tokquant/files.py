@@ -1,0 +1,25 @@
+"""Writing a file so that a reader sees the old bytes or the new ones, never a part."""
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+
+def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+    """Write `data` beside `path`, flush it to disk, then rename it into place.
+
+    Raises OSError as the file system does; whatever stood at `path` is then untouched.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{path.name[:64]}.{secrets.token_hex(8)}"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

@@ -1,0 +1,1 @@
+"""From a scheme to a running kernel: plan (decides), generate (writes), launch (runs), compile (for any GPU, without one)."""

@@ -1,0 +1,130 @@
+"""Compile a scheme's kernel for any GPU, on a machine without one."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from tokquant.errors import UnsupportedError, quote
+from tokquant.kernels import generate, launch
+from tokquant.kernels.plan import Config, Plan, check_target, plan
+from tokquant.kernels.triton.operands import Operand, Rows
+from tokquant.schemes import QuantScheme, resolve
+
+POINTERS = {
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e5m2: "*fp8e5",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+}
+SCALE_POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "fp8_e4m3": "*fp8e4nv"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A generated kernel: its text, how it is launched, and what it compiles to."""
+
+    source: str
+    config: Config
+    target: str
+    plan: Plan
+    scheme: QuantScheme
+    dtype: torch.dtype
+
+    @cached_property
+    def compiled(self) -> Any:
+        """Triton's compiled kernel. Raises UnsupportedError in the interpreter, which cannot share a process with it."""
+        if launch.interpreted():
+            raise UnsupportedError("compile: Triton's interpreter is on; unset TRITON_INTERPRET before Python starts")
+        return _compile(self)
+
+    @property
+    def asm(self) -> dict[str, Any]:
+        """What each stage of the compiler made: `ttir ttgir llir ptx cubin`."""
+        return self.compiled.asm
+
+
+def compile(
+    scheme: QuantScheme | str,
+    *,
+    head_dim: int,
+    causal: bool = False,
+    return_lse: bool = False,
+    dtype: torch.dtype = torch.float16,
+    target: str = "sm_90",
+) -> Kernel:
+    """The kernel of a scheme, for `target` (sm_80, sm_89, sm_90, sm_100 ...). It is compiled when `asm` is first read.
+
+    Raises SchemeError, ValueError for a target that is none, UnsupportedError where scheme and target do not go together.
+    """
+    scheme = resolve(scheme)
+    capability = _capability(target)
+    if type(head_dim) is not int or head_dim < 1:
+        raise ValueError(f"head_dim: {quote(head_dim)} is not a whole number from 1")
+    made = plan(scheme, head_dim=head_dim, dtype=dtype, causal=causal, return_lse=return_lse)
+    check_target(made, scheme, capability)
+    return Kernel(generate.render(made), made.config, target, made, scheme, dtype)
+
+
+def _capability(target: str) -> int:
+    number = target.removeprefix("sm_") if isinstance(target, str) else ""
+    if not (number.isdecimal() and 75 <= int(number) <= 129):
+        raise ValueError(f"target: {quote(target)} is none; use sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120")
+    return int(number)
+
+
+def _compile(kernel: Kernel) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    scheme, config = kernel.scheme, kernel.config
+    lse = kernel.plan.constant("WITH_LSE") == "True"
+    arguments: dict[str, Any] = {
+        "Q": _signature(kernel, "q", offset="*fp32" if kernel.plan.constant("LOWERED_LOGITS") == "True" else None),
+        "K": _signature(kernel, "k"),
+        "V": _signature(
+            kernel,
+            "v",
+            offset=POINTERS[kernel.dtype] if scheme.v.smooth != "none" else None,
+            code_sum="*i32" if kernel.plan.constant("UNSIGNED_P") == "True" else None,
+        ),
+        "Out": Rows(POINTERS[kernel.dtype], "i64", "i64", "i32"),
+        "Lse": "*fp32" if lse else None,
+        "scale": "fp32",
+        "n_q": "i32",
+        "n_k": "i32",
+    }
+    signature: dict[str, Any] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes = {}
+    for place, (name, value) in enumerate(arguments.items()):
+        parts = list(value) if isinstance(value, tuple) else [value]
+        for index, part in enumerate(parts):
+            path = (place, index) if isinstance(value, tuple) else (place,)
+            if part is None:
+                constexprs[path] = None
+                parts[index] = "constexpr"
+            elif part.startswith("*") or part in ("i64", "i32"):
+                # as at a launch on tensors of even strides; without it loads are scalar
+                attributes[path] = [["tt.divisibility", 16]]
+        signature[name] = type(value)(*parts) if isinstance(value, tuple) else parts[0]
+    for name, number in (("BLOCK_M", config.block_m), ("BLOCK_N", config.block_n)):
+        constexprs[(len(signature),)] = number
+        signature[name] = "constexpr"
+    source = ASTSource(fn=generate.load(kernel.plan), signature=signature, constexprs=constexprs, attrs=attributes)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", _capability(kernel.target), 32), options=options)
+
+
+def _signature(kernel: Kernel, role: str, offset: str | None = None, code_sum: str | None = None) -> Operand:
+    operand = getattr(kernel.scheme, role)
+    own = operand.format.bits == 16 and kernel.dtype != torch.float32
+    codes = POINTERS[kernel.dtype if own else operand.format.stored]
+    if not operand.scaled:
+        return Operand(codes, "i64", "i64", "i32", None, None, None, None, offset, code_sum)
+    return Operand(codes, "i64", "i64", "i32", SCALE_POINTERS[operand.scale_dtype], "i32", "i32", "i32", offset, code_sum)

@@ -1,0 +1,213 @@
+"""The one place that decides: from a scheme, the tensors' types and a target to the holes and constants of a kernel."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from tokquant import precisions
+from tokquant.errors import UnsupportedError
+from tokquant.kernels.triton import fragments
+from tokquant.schemes import Operand, QuantScheme
+from tokquant.schemes.placement import needs_code_sums, place
+
+TRITON_TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
+FLOAT_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+WHOLE = 2**30  # a group that every token is in
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is launched."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is fixed before a kernel is written. Equal plans give equal kernels."""
+
+    name: str
+    title: str
+    holes: tuple[tuple[str, Any], ...]
+    constants: tuple[tuple[str, str], ...]
+    products: tuple[str, str, str, str]
+    """The types that q and k, p and v are multiplied in, as Triton writes them."""
+    config: Config
+
+    def constant(self, name: str) -> str:
+        """A constant as it is written in the kernel."""
+        return dict(self.constants)[name]
+
+
+@lru_cache(maxsize=256)
+def plan(
+    scheme: QuantScheme,
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    shared_heads: int = 1,
+    causal: bool = False,
+    return_lse: bool = False,
+) -> Plan:
+    """The plan of an attention kernel.
+
+    Raises UnsupportedError for what no Triton kernel can do yet; the reference backend does all of it.
+    """
+    _refuse(scheme, head_dim)
+    types = {**_product_types(scheme, "qk", dtype), **_product_types(scheme, "pv", dtype)}
+    p, k, v = scheme.p.format, scheme.k, scheme.v
+    padded = max(32, 1 << (head_dim - 1).bit_length())
+    lowered = k.smooth != "none" or (place(k) == "q" and not k.symmetric)
+    constants: dict[str, Any] = {
+        "D": head_dim,
+        "D_TILE": padded,
+        **{f"{role.upper()}_PACKED": getattr(scheme, role).format.packed for role in "qkv"},
+        **{f"{role.upper()}_GROUP": _tokens_a_scale(getattr(scheme, role)) for role in "qkv"},
+        **{f"{role.upper()}_TYPE": kind for role, kind in types.items()},
+        **{f"{role.upper()}_VIA": _via(getattr(scheme, role).format.compute, types[role]) for role in "qkv"},
+        "LOG2_LARGEST": _log2(p.largest),
+        "CODE_ZERO": p.code_zero,
+        "SHARED_HEADS": shared_heads,
+        "CAUSAL": causal,
+        "PADDED": padded > head_dim,
+        "Q_SCALED": place(scheme.q) == "scores",
+        "K_SCALED": place(k) == "scores",
+        "V_PER_TOKEN": place(v) == "p",
+        "V_PER_TILE": place(v) == "tile",
+        "V_ON_OUTPUT": place(v) == "output",
+        "V_COLUMN": int("channel" in v.granularity.kind),
+        "V_MEAN": v.smooth != "none",
+        "UNSIGNED_P": needs_code_sums(scheme),
+        "CLEAR_TAIL": needs_code_sums(scheme) and v.format.packed > 1,
+        "QUANTIZED_NORMALIZER": scheme.normalizer == "quantized",
+        "WITH_LSE": return_lse,
+        "LOWERED_LOGITS": lowered and return_lse,
+    }
+    holes = {
+        "decode_q": scheme.q.format.triton_decode if scheme.q.scaled else precisions.get("fp32").triton_decode,
+        "decode_k": k.format.triton_decode,
+        "decode_v": v.format.triton_decode,
+        "encode_p": _p_format(scheme, dtype).triton_encode,
+        "product_k": _product(types["q"]),
+        "product_v": _product(types["v"]),
+        "scale_scores": _scale_scores(scheme),
+        "row_reference": fragments.running_maximum if scheme.p.granularity.kind == "unit" else fragments.tile_maximum,
+    }
+    used = "_".join(getattr(scheme, role).precision for role in "qkvp")
+    return Plan(
+        name=f"attention_{used}",
+        title=_title(scheme, head_dim, causal),
+        holes=tuple(holes.items()),
+        constants=tuple((name, value if isinstance(value, str) else repr(value)) for name, value in constants.items()),
+        products=(types["q"], types["k"], types["p"], types["v"]),
+        config=_config(scheme, padded, "tl.float32" in types.values()),
+    )
+
+
+def _config(scheme: QuantScheme, head_dim: int, wide: bool) -> Config:
+    if wide:
+        # float32 tiles fill shared memory; P is not rounded against a tile, so that a smaller one changes nothing
+        block_n = scheme.key_tile if scheme.p.granularity.size else 32
+        return Config(block_m=32, block_n=block_n, num_warps=4, num_stages=2 if head_dim <= 64 else 1)
+    return Config(block_m=128, block_n=scheme.key_tile, num_warps=4 if head_dim <= 64 else 8, num_stages=2)
+
+
+def check_target(plan: Plan, scheme: QuantScheme, capability: int) -> None:
+    """Raise UnsupportedError where compute capability `capability` (80, 90 ...) lacks what the plan needs."""
+    used = [*plan.products, *(f"tl.float8 scales of {r}" for r in "qkv" if getattr(scheme, r).scale_dtype == "fp8_e4m3")]
+    used += [getattr(scheme, role).format.compute for role in "qkvp"]
+    if capability < 89 and any("float8" in kind for kind in used):
+        raise UnsupportedError(
+            f"target: sm_{capability} has no fp8, which scheme {scheme.name!r} uses; take an int8 scheme, or sm_89 and newer"
+        )
+
+
+def _refuse(scheme: QuantScheme, head_dim: int) -> None:
+    """What no kernel does, each with what would work."""
+    where = f"scheme {scheme.name!r}: "
+    for operand in (scheme.q, scheme.k, scheme.v):
+        if place(operand) == "operand":
+            raise UnsupportedError(
+                f"{where}{operand.role} per {operand.granularity} has no Triton kernel yet; use backend='reference', or "
+                "granularity: token"
+            )
+        if not operand.symmetric and not (operand.role == "k" and place(operand) == "q"):
+            raise UnsupportedError(f"{where}an asymmetric {operand.role} has no Triton kernel yet; use backend='reference'")
+    if scheme.q.smooth == "block_mean":
+        raise UnsupportedError(f"{where}q smooth: block_mean has no Triton kernel yet; use backend='reference'")
+    if scheme.rotate_v != "none":
+        raise UnsupportedError(f"{where}rotate_v has no Triton kernel yet; use backend='reference'")
+    if not 32 <= scheme.key_tile <= 256:
+        raise UnsupportedError(f"{where}a key tile of {scheme.key_tile} does not suit a kernel; use row_block 32 to 256")
+    if head_dim > 256:
+        raise UnsupportedError(f"head_dim {head_dim} is more than a kernel holds; at most 256")
+
+
+def _product_types(scheme: QuantScheme, roles: str, dtype: torch.dtype) -> dict[str, str]:
+    """What two operands are multiplied as: integers, fp8, float32, or else a 16-bit type."""
+    first, second = (getattr(scheme, role).format for role in roles)
+    if roles == "pv" and first.code_zero and not needs_code_sums(scheme):
+        raise UnsupportedError(
+            f"scheme {scheme.name!r}: P of {first.name} needs an integer V in a kernel; use p: int8, or backend='reference'"
+        )
+    if "fp32" in (first.name, second.name):
+        return dict.fromkeys(roles, "tl.float32")
+    if first.kind == second.kind == "int":
+        return dict.fromkeys(roles, "tl.int8")
+    if fp8 := _fp8_types(first, second):
+        return dict(zip(roles, fp8, strict=True))
+    if dtype != torch.float32:
+        return dict.fromkeys(roles, TRITON_TYPES[dtype])
+    named = [TRITON_TYPES[x.stored] for x in (first, second) if x.stored in TRITON_TYPES]
+    return dict.fromkeys(roles, named[0] if named else "tl.float16")
+
+
+def _fp8_types(first: precisions.Precision, second: precisions.Precision) -> tuple[str, str] | None:
+    """fp8 with fp8, or with fewer bits, which are exact in it."""
+    floats = [x.compute if x.compute.startswith("tl.float8") else None for x in (first, second)]
+    wide = [kind for x, kind in zip((first, second), floats, strict=True) if kind and x.bits == 8]
+    if not wide or not all(kind or x.bits < 8 for x, kind in zip((first, second), floats, strict=True)):
+        return None
+    return floats[0] or wide[0], floats[1] or wide[0]
+
+
+def _via(decoded: str, product: str) -> str:
+    return "tl.float16" if decoded == "tl.int8" and product.startswith("tl.float8") else product
+
+
+def _p_format(scheme: QuantScheme, dtype: torch.dtype) -> precisions.Precision:
+    """P's precision; 16 bits are V's own."""
+    precision = scheme.p.format
+    return precisions.get(FLOAT_NAMES[dtype]) if precision.bits == 16 and dtype != torch.float32 else precision
+
+
+def _product(kind: str) -> Any:
+    return fragments.integer_product if kind == "tl.int8" else fragments.float_product
+
+
+def _scale_scores(scheme: QuantScheme) -> Any:
+    if place(scheme.k) != "scores":
+        return fragments.scale_by_query
+    return fragments.scale_by_tile if _tokens_a_scale(scheme.k) % scheme.key_tile == 0 else fragments.scale_by_key
+
+
+def _tokens_a_scale(operand: Operand) -> int:
+    return operand.granularity.cover(WHOLE, 1)[0]
+
+
+def _log2(largest: float | None) -> float:
+    # rounded to float32 as the kernel will
+    return torch.tensor(float(largest or 1), dtype=torch.float64).log2().float().item()
+
+
+def _title(scheme: QuantScheme, head_dim: int, causal: bool) -> str:
+    operands = [
+        f"{role} {operand.precision}" + (f" per {operand.granularity}" if operand.format.largest is not None else "")
+        for role, operand in (("q", scheme.q), ("k", scheme.k), ("v", scheme.v), ("p", scheme.p))
+    ]
+    return ", ".join([*operands, f"head_dim {head_dim}"]) + (", causal" if causal else "")

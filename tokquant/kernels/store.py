@@ -1,0 +1,34 @@
+"""The cache folder. What lies in it is for reading: nothing found there is ever run."""
+
+import os
+from pathlib import Path
+
+from tokquant.files import write_atomically
+
+
+def folder() -> Path:
+    """`TOKQUANT_CACHE_DIR`, else `XDG_CACHE_HOME/tokquant`, else `~/.cache/tokquant`."""
+    if chosen := os.environ.get("TOKQUANT_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tokquant"
+
+
+def keep(name: Path, text: str) -> Path:
+    """Keep a copy of `text` under `name` and return its path. A folder that cannot be written only lacks the copy."""
+    path = folder() / name
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_atomically(path, text.encode())
+    except (OSError, ValueError):
+        pass
+    return path
+
+
+def writable() -> bool:
+    """Whether copies can be kept."""
+    try:
+        folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder(), os.W_OK)

@@ -1,0 +1,1 @@
+"""Kernels in Triton: the template, which runs as it stands, and the fragments that fill its holes."""

@@ -1,0 +1,35 @@
+"""How far an output is from the exact one. Everything in float64, over all elements."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors of an output against the exact one, as the SageAttention papers define them, and the largest."""
+
+    cosine: float
+    """sum(o x) / (|o| |x|)."""
+    rel_l1: float
+    """sum |o - x| / sum |o|, a fraction."""
+    rmse: float
+    """sqrt(mean (o - x)^2)."""
+    max_abs: float
+    """max |o - x|."""
+
+
+def errors(out: Tensor, exact: Tensor) -> Errors:
+    """Compare two tensors of the same shape. Raises ValueError if the shapes differ."""
+    if out.shape != exact.shape:
+        raise ValueError(f"out: shape {list(out.shape)} is not that of exact, {list(exact.shape)}")
+    x, o = out.double().flatten(), exact.double().flatten()
+    difference = (x - o).abs()
+    norms = x.norm() * o.norm()
+    return Errors(
+        cosine=(torch.dot(x, o) / norms).item() if norms > 0 else float(torch.equal(x, o)),
+        rel_l1=(difference.sum() / o.abs().sum().clamp_min(torch.finfo(torch.float64).tiny)).item(),
+        rmse=difference.square().mean().sqrt().item(),
+        max_abs=difference.max().item(),
+    )

@@ -1,0 +1,11 @@
+"""Number formats. One file, one precision: a file in this folder registers itself by being there."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from tokquant.precisions.base import PRECISIONS, Precision, get, names, register
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["PRECISIONS", "Precision", "get", "names", "register"]

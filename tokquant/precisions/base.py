@@ -1,0 +1,106 @@
+"""What a precision is, and the registry of them."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tokquant.errors import SchemeError, nearest, quote
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton has wheels for Linux only; elsewhere its fragments are plain functions nobody calls
+    from types import SimpleNamespace
+
+    triton: Any = SimpleNamespace(jit=lambda function: function)  # type: ignore[no-redef]
+    tl: Any = SimpleNamespace()  # type: ignore[no-redef]
+
+__all__ = ["PRECISIONS", "Precision", "get", "names", "register", "same", "tl", "triton"]
+
+
+def same(codes: Tensor, *_: int) -> Tensor:
+    """Codes that are stored one an element need no packing."""
+    return codes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """How numbers are coded in a few bits: the definition in torch, and the same as fragments of kernels.
+
+    A scaled value `x / s`, clamped to [-largest, largest], goes through `encode` to a code; `decode` gives the
+    number that a code stands for; `pack` and `unpack` turn codes into stored elements and back.
+    """
+
+    name: str
+    bits: int
+    kind: Literal["int", "float"]
+    largest: float | None
+    """The value that the largest magnitude of a group maps to (R); None where values are stored as they are."""
+    stored: torch.dtype
+    packed: int = 1
+    """Codes in one stored element, along the last dimension."""
+    roles: str = "qkv"
+    """The operands that may have it, among q, k, v and p."""
+    encode: Callable[[Tensor], Tensor]
+    """Scaled and clamped float32 values -> codes, one an element, rounded half to even."""
+    decode: Callable[[Tensor], Tensor]
+    """Codes -> float32 values, exactly."""
+    pack: Callable[[Tensor], Tensor] = same
+    """Codes `[..., D]` -> stored elements `[..., ceil(D / packed)]`."""
+    unpack: Callable[[Tensor, int], Tensor] = same
+    """Stored elements and D -> codes `[..., D]`."""
+    compute: str
+    """The Triton type of what `triton_decode` gives, as it is written in a kernel."""
+    triton_decode: Any
+    """`@triton.jit`: a stored tile `[N, W]` -> values `[N, W * packed]` in `compute`."""
+    triton_encode: Any = None
+    """`@triton.jit`: float32 P in units of its codes -> P as the product takes it. Needed for role p."""
+    code_zero: int = 0
+    """What `triton_encode` subtracts so that unsigned codes fit a signed unit."""
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", self.name):
+            raise ValueError(f"name: {quote(self.name)} is no name for a precision; use lower-case letters, digits and _")
+        if "p" in self.roles and self.triton_encode is None:
+            raise ValueError(f"triton_encode: {self.name!r} may code P (roles={self.roles!r}), so it needs one")
+
+    @property
+    def levels(self) -> int:
+        """How many codes an unsigned or asymmetric integer has beyond zero: 255 for 8 bits."""
+        return 2**self.bits - 1
+
+    def __repr__(self) -> str:
+        return f"<precision {self.name}: {self.bits} bits>"
+
+
+PRECISIONS: dict[str, Precision] = {}
+
+
+def register(precision: Precision) -> Precision:
+    """Make a precision known by its name, so that schemes, kernels, tests and the command line take it.
+
+    Raises ValueError if the name is taken.
+    """
+    if precision.name in PRECISIONS:
+        raise ValueError(f"name: a precision {precision.name!r} is already registered")
+    PRECISIONS[precision.name] = precision
+    return precision
+
+
+def names(role: str = "") -> list[str]:
+    """The registered names, or those that may code the operand `role`."""
+    return [name for name, precision in PRECISIONS.items() if role in precision.roles]
+
+
+def get(name: object, role: str = "") -> Precision:
+    """The precision of that name. Raises SchemeError with the nearest name if there is none, or not for `role`."""
+    known = names(role)
+    if not isinstance(name, str) or name not in PRECISIONS:
+        raise SchemeError(f"no precision {quote(name)}; use one of {', '.join(known)}{nearest(name, known)}")
+    if name not in known:
+        raise SchemeError(f"{role.upper()} cannot be {name}; use one of {', '.join(known)}")
+    return PRECISIONS[name]

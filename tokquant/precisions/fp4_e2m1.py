@@ -1,0 +1,64 @@
+"""4-bit floats with 2 bits of exponent and 1 of mantissa (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), two in a byte.
+
+A code is sign, exponent, mantissa from the highest bit (OCP Microscaling Formats, 5.3.3); the even element lies in the
+low half of its byte.
+"""
+
+import torch
+from torch import Tensor
+
+from tokquant.precisions.base import Precision, register, tl, triton
+
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def encode(x: Tensor) -> Tensor:
+    magnitude = torch.nan_to_num(x.abs(), nan=0.0)
+    code = torch.zeros_like(magnitude, dtype=torch.uint8)
+    for index in range(1, len(VALUES)):
+        middle = (VALUES[index - 1] + VALUES[index]) / 2
+        # a tie goes to the even code
+        code += ((magnitude >= middle) if index % 2 == 0 else (magnitude > middle)).to(torch.uint8)
+    return code | (torch.signbit(x).to(torch.uint8) << 3)
+
+
+def decode(codes: Tensor) -> Tensor:
+    table = torch.tensor([*VALUES, *(-value for value in VALUES)], device=codes.device)
+    return table[codes.int()]
+
+
+def pack(codes: Tensor) -> Tensor:
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(stored: Tensor, size: int) -> Tensor:
+    return torch.stack([stored & 0xF, stored >> 4], dim=-1).flatten(-2)[..., :size]
+
+
+@triton.jit
+def decode_tile(tile):
+    # [N, W] bytes -> [N, 2 W] e4m3: move sign and exponent (its bias grows by 6); the one subnormal, 0.5, is 0x30
+    code = tl.interleave(tile & 0xF, tile >> 4)
+    magnitude = code & 7
+    byte = tl.where(magnitude > 1, (magnitude << 2) + 48, magnitude * 48)
+    return (byte | ((code >> 3) << 7)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+
+
+FP4_E2M1 = register(
+    Precision(
+        name="fp4_e2m1",
+        bits=4,
+        kind="float",
+        largest=6,
+        stored=torch.uint8,
+        packed=2,
+        encode=encode,
+        decode=decode,
+        pack=pack,
+        unpack=unpack,
+        compute="tl.float8e4nv",
+        triton_decode=decode_tile,
+    )
+)

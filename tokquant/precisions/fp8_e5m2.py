@@ -1,0 +1,37 @@
+"""8-bit floats with 5 bits of exponent and 2 of mantissa, up to 57344: more range, one bit less of precision."""
+
+import torch
+from torch import Tensor
+
+from tokquant.precisions.base import Precision, register, tl, triton
+
+
+def encode(x: Tensor) -> Tensor:
+    return x.to(torch.float8_e5m2)
+
+
+@triton.jit
+def decode_tile(tile):
+    return tile
+
+
+@triton.jit
+def encode_tile(p):
+    return p.to(tl.float8e5)
+
+
+FP8_E5M2 = register(
+    Precision(
+        name="fp8_e5m2",
+        bits=8,
+        kind="float",
+        largest=57344,
+        stored=torch.float8_e5m2,
+        roles="qkvp",
+        encode=encode,
+        decode=Tensor.float,
+        compute="tl.float8e5",
+        triton_decode=decode_tile,
+        triton_encode=encode_tile,
+    )
+)

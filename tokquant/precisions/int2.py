@@ -1,0 +1,43 @@
+"""Signed 2-bit integers, -1 to 1 (-2 to 1 when asymmetric), four in a byte: code + 2, the first in the lowest bits."""
+
+import torch
+from torch import Tensor
+
+from tokquant.precisions.base import Precision, register, tl, triton
+from tokquant.precisions.int8 import encode
+
+
+def pack(codes: Tensor) -> Tensor:
+    pairs = torch.nn.functional.pad((codes + 2).to(torch.uint8), (0, -codes.shape[-1] % 4))
+    return pairs[..., 0::4] | (pairs[..., 1::4] << 2) | (pairs[..., 2::4] << 4) | (pairs[..., 3::4] << 6)
+
+
+def unpack(stored: Tensor, size: int) -> Tensor:
+    pairs = torch.stack([(stored >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(-2)[..., :size]
+    return pairs.to(torch.int8) - 2
+
+
+@triton.jit
+def decode_tile(tile):
+    # [N, W] bytes -> [N, 4 W] int8
+    even = tl.interleave((tile & 3).to(tl.int8), ((tile >> 4) & 3).to(tl.int8))
+    odd = tl.interleave(((tile >> 2) & 3).to(tl.int8), (tile >> 6).to(tl.int8))
+    return tl.interleave(even, odd) - 2
+
+
+INT2 = register(
+    Precision(
+        name="int2",
+        bits=2,
+        kind="int",
+        largest=1,
+        stored=torch.uint8,
+        packed=4,
+        encode=encode,
+        decode=Tensor.float,
+        pack=pack,
+        unpack=unpack,
+        compute="tl.int8",
+        triton_decode=decode_tile,
+    )
+)

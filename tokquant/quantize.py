@@ -1,0 +1,199 @@
+"""The definition of quantization, in torch: what every kernel that quantizes must equal code for code."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tokquant.calibration.scales import LayerScales
+from tokquant.errors import SchemeError
+from tokquant.schemes import Operand, QuantScheme
+from tokquant.schemes.placement import needs_code_sums, place
+from tokquant.schemes.scheme import SCALE_TYPES
+from tokquant.tensor import QuantizedTensor, spread
+from tokquant.transforms import (
+    Frame,
+    channel_balance,
+    mean_over_blocks,
+    mean_over_tokens,
+    rope_pair_balance,
+)
+
+
+def frames(
+    q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None = None
+) -> tuple[Frame, Frame, Frame]:
+    """What is done to `[B, H, N, D]` tensors before their codes are taken. K's scale per channel is not in Q's frame yet."""
+    k_offset = _offset(k, scheme.k, scales)
+    centred = Frame(offset=k_offset).apply(k)
+    if scheme.balance == "none":
+        q_balance = k_balance = None
+    else:
+        if scheme.balance == "rope_pairs" and k.shape[3] % 2:
+            raise SchemeError([("balance", f"rope_pairs needs an even head_dim, not {k.shape[3]}")])
+        k_balance = rope_pair_balance(centred) if scheme.balance == "rope_pairs" else channel_balance(q, centred)
+        q_balance = _for_query_heads(1 / k_balance, q, k)
+    rotated = scheme.rotate == "hadamard"
+    q_offset = mean_over_blocks(q) if scheme.q.smooth == "block_mean" else None
+    return (
+        Frame(offset=q_offset, balance=q_balance, rotated=rotated),
+        Frame(offset=k_offset, balance=k_balance, rotated=rotated),
+        Frame(offset=_offset(v, scheme.v, scales), rotated=scheme.rotate_v == "hadamard"),
+    )
+
+
+def quantize_operands(
+    q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None = None
+) -> tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]:
+    """Codes of q `[B, H_q, N_q, D]`, k and v `[B, H_kv, N_k, D]`, in the canonical layout.
+
+    Raises ValueError where a scale does not fit its `scale_dtype`, SchemeError where a granularity does not fit the shape.
+    """
+    q_frame, k_frame, v_frame = frames(q, k, v, scheme, scales)
+    kq = encode(k_frame.apply(k), k.dtype, scheme.k, scales)
+    kq = replace(kq, frame=k_frame, companion=None if q_frame.offset is None else Frame(k_frame.offset).apply(k).to(k.dtype))
+
+    turned = q_frame.apply(q)
+    logit_offset = None
+    if k_frame.offset is not None:
+        logit_offset = (q.float() * _for_query_heads(k_frame.offset.float(), q, k)).sum(dim=-1, keepdim=True)
+    if place(scheme.k) == "q":
+        assert kq.scale is not None
+        if kq.zero is not None:
+            # K = code * scale + zero per channel: the zero is one more offset
+            zero_logit = (turned * _for_query_heads(kq.zero.float(), q, k)).sum(dim=-1, keepdim=True)
+            logit_offset = zero_logit if logit_offset is None else logit_offset + zero_logit
+        fold = _for_query_heads(kq.scale.float(), q, k)
+        turned, q_frame = turned * fold, q_frame.with_fold(fold)
+    qq = encode(turned, q.dtype, scheme.q, scales)
+    code_sum = None
+    if kq.zero is not None and place(scheme.k) == "scores":
+        # S = s_q (c_q . (c_k s_k + z_k)) takes the sum of Q's values as the product meets them
+        code_sum = qq.code_values().sum(dim=-1, keepdim=True)
+    qq = replace(qq, frame=q_frame, logit_offset=logit_offset, code_sum=code_sum)
+
+    vq = encode(v_frame.apply(v), v.dtype, scheme.v, scales)
+    return qq, kq, replace(vq, frame=v_frame, code_sum=_tile_sums(vq, scheme.key_tile) if needs_code_sums(scheme) else None)
+
+
+def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | None = None) -> QuantizedTensor:
+    """Codes of float32 `x` `[B, H, N, D]`, which was of type `dtype`, by the rule:
+
+    symmetric   s = max |x| / R, code = clamp(round_half_even(x / s), -R, R); a group of zeros has s = 1
+    asymmetric  z = min x, s = (max x - z) / (2^bits - 1),
+                code = clamp(round_half_even((x - z) / s), 0, 2^bits - 1) - 2^(bits - 1)
+
+    s and z are rounded to `scale_dtype` before they are used, and s is at least its smallest normal number.
+    """
+    precision = spec.format
+    if not spec.scaled:
+        codes = _as_float(x, dtype, spec)
+        return QuantizedTensor(codes=codes, scale=None, spec=spec, shape=x.shape, dtype=dtype)
+    n, d = x.shape[2:]
+    if spec.scale == "static":
+        assert scales is not None
+        scale, zero = scales.scale(spec, x.shape), scales.zero(spec, x.shape)
+    else:
+        scale, zero = scale_of(x, spec)
+    s = spread(scale, spec.granularity, n, d).float()
+    if zero is None:
+        assert precision.largest is not None
+        codes = precision.encode((x / s).clamp(-precision.largest, precision.largest))
+    else:
+        steps = ((x - spread(zero, spec.granularity, n, d).float()) / s).round().clamp(0, precision.levels)
+        codes = precision.encode(steps - 2 ** (precision.bits - 1))
+    return QuantizedTensor(codes=precision.pack(codes), scale=scale, zero=zero, spec=spec, shape=x.shape, dtype=dtype)
+
+
+def scale_of(x: Tensor, spec: Operand) -> tuple[Tensor, Tensor | None]:
+    """The dynamic scales and zeros of `x`, in `scale_dtype`."""
+    if spec.symmetric:
+        largest = reduce_groups(x.abs(), spec, torch.amax)
+        return symmetric_scale(largest, spec), None
+    return asymmetric_scale(reduce_groups(x, spec, torch.amin), reduce_groups(x, spec, torch.amax), spec)
+
+
+def symmetric_scale(largest: Tensor, spec: Operand) -> Tensor:
+    """max |x| of each group -> its scale."""
+    return _rounded(torch.where(largest == 0, 1.0, largest / spec.format.largest), spec)  # type: ignore[operator]
+
+
+def asymmetric_scale(lowest: Tensor, highest: Tensor, spec: Operand) -> tuple[Tensor, Tensor]:
+    """min and max of each group -> its scale and zero."""
+    kind = SCALE_TYPES[spec.scale_dtype]
+    zero = torch.where(lowest.abs() > torch.finfo(kind).max, lowest * float("inf"), lowest).to(kind)
+    _check_holds(zero, lowest, spec, "zero")
+    step = (highest - zero.float()) / spec.format.levels
+    # a zero rounded up to the maximum, or past it, leaves one value to tell
+    return _rounded(torch.where(step <= 0, 1.0, step), spec), zero
+
+
+def reduce_groups(x: Tensor, spec: Operand, reduce) -> Tensor:
+    """`torch.amax` or `torch.amin` of `[B, H, N, D]` over what each scale covers."""
+    if spec.granularity.kind == "tensor":
+        return reduce(x).reshape(1, 1, 1, 1)
+    n, d = x.shape[2:]
+    tokens, channels = spec.granularity.cover(n, d)
+    if (missing := -n % tokens) and tokens < n:
+        # the last token again: it changes neither minimum nor maximum
+        x = torch.cat([x, x[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
+    tokens = min(tokens, x.shape[2])
+    return reduce(x.unflatten(3, (-1, channels)).unflatten(2, (-1, tokens)), dim=(3, 5))
+
+
+def _rounded(scale: Tensor, spec: Operand) -> Tensor:
+    kind = SCALE_TYPES[spec.scale_dtype]
+    smallest = torch.finfo(kind).smallest_normal
+    if kind == torch.float32:
+        return scale.clamp_min(smallest)
+    stored = scale.to(kind).float()
+    if kind == torch.float8_e4m3fn:
+        # the cast saturates or not depending on torch's version; past the largest there is no scale
+        stored = torch.where(scale > torch.finfo(kind).max, float("nan"), scale.clamp(max=448).to(kind).float())
+        if spec.format.kind == "int" and spec.format.bits == 8:
+            # a scale rounded down by up to 1/16 would clip eight of the 127 levels: take the next one up
+            above = (stored.to(kind).view(torch.uint8) + 1).view(kind).float()
+            stored = torch.where(stored < scale, above, stored)
+    _check_holds(stored, scale, spec, "scale")
+    return stored.clamp_min(smallest).to(kind)
+
+
+def _check_holds(stored: Tensor, exact: Tensor, spec: Operand, what: str) -> None:
+    lost = exact.isfinite() & ~stored.float().isfinite()
+    if lost.any():
+        raise ValueError(
+            f"{spec.role}: a {what} of {exact[lost].abs().max():.4g} does not fit scale_dtype {spec.scale_dtype} "
+            f"(at most {torch.finfo(SCALE_TYPES[spec.scale_dtype]).max:g}); use scale_dtype: fp32"
+        )
+
+
+def _as_float(x: Tensor, dtype: torch.dtype, spec: Operand) -> Tensor:
+    """`x` in the 16-bit type that the caller's tensor already has; a float32 tensor takes the one its precision names."""
+    precision = spec.format
+    if precision.bits == 16 and dtype != torch.float32:
+        return x.to(dtype)
+    stored = precision.encode(x)
+    if stored.dtype == torch.float16 and bool((stored.isinf() & x.isfinite()).any()):
+        raise ValueError(f"{spec.role}: a value of {x[x.isfinite()].abs().max():.4g} does not fit fp16; use precision: bf16")
+    return stored
+
+
+def _offset(x: Tensor, spec: Operand, scales: LayerScales | None) -> Tensor | None:
+    if spec.smooth == "mean":
+        return mean_over_tokens(x)
+    if spec.smooth == "static":
+        assert scales is not None
+        return scales.offset(spec, x)
+    return None
+
+
+def _for_query_heads(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """`[B, H_kv, 1, D] -> [B, H_q, 1, D]`: what belongs to a head of K, for each head of Q that shares it."""
+    return x.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+
+
+def _tile_sums(v: QuantizedTensor, tile: int) -> Tensor:
+    """`[B, H, ceil(N / tile), D]` int32: the sum of V's codes in each key tile."""
+    values = v.code_values()
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[2] % tile))
+    return padded.unflatten(2, (-1, tile)).sum(dim=3).to(torch.int32)

@@ -1,0 +1,284 @@
+"""Attention two ways in torch: the float64 oracle, and the emulation of what a kernel computes, tile by tile.
+
+The emulation multiplies integers exactly (float32 holds every sum of at most 1040 products of bytes), rounds P where a
+kernel does, and keeps nothing of size N x N.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokquant.schemes import QuantScheme
+from tokquant.schemes.placement import place
+from tokquant.tensor import QuantizedTensor
+from tokquant.transforms import hadamard
+
+LOG2E = math.log2(math.e)
+
+SCORES_AT_ONCE = 2**19
+"""Score elements held at a time: few enough for a cache, enough to be worth a call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What `attention` was asked for beside the operands; checked and with defaults filled in."""
+
+    scale: float
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    mask: Tensor | None = None
+    """`[B, H_q, N_q, N_k]`, boolean (True = attend) or additive."""
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    """`[H_q]`, natural logits."""
+
+    def kept(self, rows: slice, keys: slice, n_q: int, n_k: int, device: torch.device) -> Tensor | None:
+        """Which pairs attend, broadcastable to `[B, H_q, rows, keys]`; None where all do."""
+        kept = None
+        if self.causal or self.window:
+            # bottom-right: the last query sees the last key
+            i = torch.arange(rows.start, rows.stop, device=device)[:, None] + (n_k - n_q)
+            j = torch.arange(keys.start, keys.stop, device=device)[None, :]
+            left, right = self._reach()
+            kept = torch.ones(i.shape[0], j.shape[1], dtype=torch.bool, device=device)
+            if left is not None:
+                kept &= j >= i - left
+            if right is not None:
+                kept &= j <= i + right
+            kept = None if bool(kept.all()) else kept
+        if self.mask is not None and self.mask.dtype == torch.bool:
+            mask = self.mask[:, :, rows, keys]
+            kept = mask if kept is None else kept & mask
+        return kept
+
+    def spans(self, rows: slice, n_q: int, n_k: int, tile: int) -> Iterator[slice]:
+        """The key tiles in which any of these rows attends by causality and window."""
+        left, right = self._reach()
+        first = 0 if left is None else max(0, rows.start + n_k - n_q - left)
+        last = n_k if right is None else min(n_k, rows.stop + n_k - n_q + right)
+        for start in range(first // tile * tile, last, tile):
+            yield slice(start, min(start + tile, n_k))
+
+    def _reach(self) -> tuple[int | None, int | None]:
+        left, right = self.window or (None, None)
+        return (left, 0) if self.causal else (left, right)
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, features: Features) -> tuple[Tensor, Tensor]:
+    """Attention in float64: q `[B, H_q, N_q, D]`, k, v `[B, H_kv, N_k, D]` -> out `[B, H_q, N_q, D]`, LSE `[B, H_q, N_q]`."""
+    (b, heads, n_q), n_k = q.shape[:3], k.shape[2]
+    shared = heads // k.shape[1]
+    k, v = (x.double().repeat_interleave(shared, dim=1) for x in (k, v))
+    out = q.new_empty(b, heads, n_q, v.shape[3], dtype=torch.float64)
+    lse = q.new_empty(b, heads, n_q, dtype=torch.float64)
+    every = slice(0, n_k)
+    for rows in _row_chunks(n_q, b * heads * n_k):
+        s = features.scale * (q[:, :, rows].double() @ k.mT)
+        if features.softcap is not None:
+            s = features.softcap * torch.tanh(s / features.softcap)
+        if features.mask is not None and features.mask.dtype != torch.bool:
+            s = s + features.mask[:, :, rows].double()
+        kept = features.kept(rows, every, n_q, n_k, q.device)
+        if kept is not None:
+            s = s.masked_fill(~kept, -math.inf)
+        lse[:, :, rows] = s.logsumexp(dim=-1)
+        total = lse[:, :, rows]
+        if features.sinks is not None:
+            total = torch.logaddexp(total, features.sinks.double()[:, None])
+        nothing = lse[:, :, rows] == -math.inf
+        p = torch.exp(s - total.masked_fill(nothing, 0.0)[..., None])
+        out[:, :, rows] = _matmul_kept(p, v)
+    return out, lse
+
+
+def _matmul_kept(p: Tensor, v: Tensor) -> Tensor:
+    """p @ v where a weight of zero takes nothing of v, be it infinite or not a number."""
+    finite = v.isfinite()
+    if bool(finite.all()):
+        return p @ v
+    reached = (p != 0).double() @ (~finite).double() > 0
+    return torch.where(reached, float("nan"), p @ torch.where(finite, v, 0.0))
+
+
+def integer_scores(q: QuantizedTensor, k: QuantizedTensor) -> Tensor:
+    """The products of the codes alone, int32 `[B, H_q, N_q, N_k]`: for small inputs, to compare with a kernel's."""
+    shared = q.shape[1] // k.shape[1]
+    return (q.code_values() @ k.code_values().repeat_interleave(shared, dim=1).mT).to(torch.int32)
+
+
+def attention(
+    q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, scheme: QuantScheme, features: Features
+) -> tuple[Tensor, Tensor]:
+    """The emulation: out `[B, H_q, N_q, D]` in q's type, LSE `[B, H_q, N_q]` float32."""
+    (b, heads, n_q), n_k = q.shape[:3], k.shape[2]
+    emulation = _Emulation(q, k, v, scheme, features)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(b, heads, n_q, dtype=torch.float32, device=q.device)
+    for rows in _row_chunks(n_q, b * heads * min(n_k, scheme.key_tile)):
+        result, sums = emulation.rows(rows)
+        out[:, :, rows], lse[:, :, rows] = result.to(q.dtype), sums
+    return out, lse
+
+
+def _row_chunks(n: int, a_row: int) -> Iterator[slice]:
+    step = max(16, min(n, SCORES_AT_ONCE // max(a_row, 1)))
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+class _Emulation:
+    """Everything about the keys that the rows share, and the loop over key tiles for some rows.
+
+    Values are float32 `[B, H, N, D]` as the products meet them; scales are broadcastable to what they multiply.
+    """
+
+    def __init__(self, q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, scheme: QuantScheme, features: Features):
+        self.q, self.k, self.v, self.scheme, self.features = q, k, v, scheme, features
+        self.q_values, self.k_values, self.v_values = _met(q), _met(k), _met(v)
+        self.q_scale = None
+        if q.scale is not None and place(scheme.q) == "scores":
+            self.q_scale = q.spread(q.scale).expand(-1, -1, q.shape[2], -1)
+        self.k_scale, self.k_zero = _per_key(k) if place(scheme.k) == "scores" else (None, None)
+        self.v_scale = v.spread(v.scale) if v.scale is not None and place(scheme.v) != "operand" else None
+        self.v_zero = v.spread(v.zero) if v.zero is not None and place(scheme.v) != "operand" else None
+        self.folded = place(scheme.v) == "p"
+        # logits in base 2 come for free where nothing has to happen to natural ones
+        self.natural = features.softcap is not None or (features.mask is not None and features.mask.dtype != torch.bool)
+        precision = scheme.p.format
+        self.p_type = v.dtype if precision.bits == 16 and v.dtype != torch.float32 else None
+        self.largest = precision.largest or 1.0
+
+    def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Output and LSE of these queries."""
+        scheme, features, n_k = self.scheme, self.features, self.k.shape[2]
+        b, heads, n_q = self.q.shape[:3]
+        shape = (b, heads, rows.stop - rows.start, 1)
+        m = self.q_values.new_full(shape, -math.inf)
+        r, l = torch.zeros_like(m), torch.zeros_like(m)  # noqa: E741 - the papers' name
+        acc = self.q_values.new_zeros(*shape[:3], self.v_values.shape[3])
+        zeros = torch.zeros_like(l) if self.v_zero is None else torch.zeros_like(acc)
+        for keys in features.spans(rows, n_q, n_k, scheme.key_tile):
+            t = self.logits(rows, keys)
+            weight = None if not self.folded else self._of_keys(self.v_scale, keys)  # [B, H, 1, keys]
+            if weight is not None:
+                t = t + weight.log2()
+            kept = features.kept(rows, keys, n_q, n_k, t.device)
+            if kept is not None:
+                t = t.masked_fill(~kept, -math.inf)
+
+            largest = t.amax(dim=-1, keepdim=True)
+            m = torch.maximum(m, largest)
+            reference = m if scheme.p.granularity.kind == "unit" else torch.maximum(largest, m - 64)
+            # up by an ulp, so that no rounding in t - r gives a code beyond the largest
+            reference = torch.where(m == -math.inf, 0.0, reference + reference.abs() * 2**-23)
+            # r falls by at most 64; the bound matters only while there is nothing to rescale
+            alpha = torch.exp2((r - reference).clamp(max=65))
+            r = reference
+            p = torch.exp2(t - r + math.log2(self.largest))
+            codes = self.round_p(p)
+
+            # integer codes cannot hold NaN, p - p can
+            counted = p if scheme.normalizer == "exact" else codes + (p - p)
+            unweighted = p if weight is None else p / weight
+            l = l * alpha + (counted if weight is None else counted / weight).sum(dim=-1, keepdim=True)  # noqa: E741
+            product = self._by_values(codes, keys)
+            if place(scheme.v) == "tile":
+                product = product * self._for_heads(self.v_scale[:, :, keys.start : keys.start + 1])  # type: ignore[index]
+            acc = acc * alpha + product
+            if self.v_zero is not None:
+                zero = self.v_zero.expand(-1, -1, n_k, -1)[:, :, keys]
+                zeros = zeros * alpha + unweighted @ self._for_heads(zero)
+        return self.finish(rows, acc, zeros, r, l)
+
+    def logits(self, rows: slice, keys: slice) -> Tensor:
+        """Base-2 logits `[B, H_q, rows, keys]` before any selection."""
+        features = self.features
+        s = self._by_keys(self.q_values[:, :, rows], self.k_values[:, :, keys])
+        if self.k_scale is not None:
+            s = s * self._of_keys(self.k_scale, keys)
+        if self.k_zero is not None:
+            assert self.q.code_sum is not None
+            s = s + self.q.code_sum[:, :, rows] * self._of_keys(self.k_zero, keys)
+        factor = features.scale * (1.0 if self.natural else LOG2E)
+        s = s * (
+            factor
+            if self.q_scale is None
+            else self.q_scale.expand(self.q.shape[0], -1, self.q.shape[2], -1)[:, :, rows] * factor
+        )
+        if self.k.companion is not None:
+            means = self.q.frame.offset_of_tokens(self.q.shape[2])[:, :, rows]
+            s = s + self._by_keys(means, self.k.companion[:, :, keys].float()) * factor
+        if features.softcap is not None:
+            if self.q.logit_offset is not None:
+                s = s + self.q.logit_offset[:, :, rows] * features.scale
+            s = features.softcap * torch.tanh(s / features.softcap)
+        if self.natural:
+            if features.mask is not None and features.mask.dtype != torch.bool:
+                s = s + features.mask[:, :, rows, keys].float()
+            s = s * LOG2E
+        return s
+
+    def round_p(self, p: Tensor) -> Tensor:
+        """P in units of its codes, rounded as P's precision does."""
+        if self.p_type is not None:
+            return p.to(self.p_type).float()
+        precision = self.scheme.p.format
+        return precision.decode(precision.encode(p))
+
+    def finish(self, rows: slice, acc: Tensor, zeros: Tensor, r: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+        """Accumulators -> output and natural LSE."""
+        features, largest = self.features, self.largest
+        lse = (r + l.log2() - math.log2(largest)) / LOG2E
+        lowered = torch.zeros_like(l)
+        if self.q.logit_offset is not None and features.softcap is None:
+            lowered = self.q.logit_offset[:, :, rows] * features.scale
+        total = l
+        if features.sinks is not None:
+            sink = features.sinks.float()[:, None, None] - lowered
+            total = l + torch.exp2(sink * LOG2E - r + math.log2(largest))
+        if place(self.scheme.v) == "output":
+            acc = acc * self._for_heads(self.v_scale)  # type: ignore[arg-type]
+        out = (acc + zeros) / total
+        if self.v.frame.rotated:
+            out = hadamard(out)
+        if self.v.offset is not None:
+            out = out + self._for_heads(self.v.offset.float()) * (l / total)
+        return torch.where(l == 0, 0.0, out), (lse + lowered).squeeze(-1)
+
+    def _by_keys(self, q: Tensor, k: Tensor) -> Tensor:
+        # the queries that share a head of K as rows of one product: [B, H_kv, G * rows, D] @ [B, H_kv, D, keys]
+        return (_grouped(q, k.shape[1]) @ k.mT).reshape(*q.shape[:3], k.shape[2])
+
+    def _by_values(self, p: Tensor, keys: slice) -> Tensor:
+        v = self.v_values[:, :, keys]
+        # a weight of zero takes nothing of a V that is not a number
+        return _matmul_kept(_grouped(p, v.shape[1]), v).reshape(*p.shape[:3], v.shape[3])
+
+    def _of_keys(self, x: Tensor | None, keys: slice) -> Tensor:
+        """`[B | 1, H_kv | 1, N | 1, 1] -> [B, H_q, 1, keys]`."""
+        assert x is not None
+        x = x.expand(self.k.shape[0], self.k.shape[1], self.k.shape[2], 1)[:, :, keys]
+        return self._for_heads(x).mT
+
+    def _for_heads(self, x: Tensor) -> Tensor:
+        """What belongs to a head of K and V, for each head of Q that shares it."""
+        return x if x.shape[1] == 1 else x.repeat_interleave(self.q.shape[1] // x.shape[1], dim=1)
+
+
+def _grouped(x: Tensor, heads: int) -> Tensor:
+    """`[B, H_q, N, D] -> [B, heads, H_q / heads * N, D]`."""
+    return x.reshape(x.shape[0], heads, -1, x.shape[3])
+
+
+def _met(x: QuantizedTensor) -> Tensor:
+    """The operand as its product meets it: code values, or decoded values in the input's own type."""
+    if x.scale is not None and place(x.spec) == "operand":
+        return x.scaled_values().to(x.dtype).float()
+    return x.code_values()
+
+
+def _per_key(k: QuantizedTensor) -> tuple[Tensor | None, Tensor | None]:
+    return (None if k.scale is None else k.spread(k.scale)), (None if k.zero is None else k.spread(k.zero))

@@ -1,0 +1,110 @@
+"""Granularity: how many tokens and how many channels of one head share a scale."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+
+from tokquant.errors import SchemeError, nearest, quote
+
+PLAIN = ("token", "tensor", "head", "channel")
+SIZED = ("block", "channel_block", "group")
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """`kind` is one of `token tensor head channel block channel_block group`; the last three have a `size`.
+
+    | kind          | one scale for                          | shape of the scales of `[B, H, N, D]` |
+    |---------------|----------------------------------------|---------------------------------------|
+    | tensor        | everything, batch included             | `[1, 1, 1, 1]`                        |
+    | head          | a head                                 | `[B, H, 1, 1]`                        |
+    | token         | a token of a head                      | `[B, H, N, 1]`                        |
+    | channel       | a channel of a head                    | `[B, H, 1, D]`                        |
+    | block         | `size` tokens                          | `[B, H, ceil(N / size), 1]`           |
+    | channel_block | one channel of `size` tokens           | `[B, H, ceil(N / size), D]`           |
+    | group         | `size` channels of a token             | `[B, H, N, D / size]`                 |
+    """
+
+    kind: str
+    size: int | None = None
+
+    def cover(self, n: int, d: int) -> tuple[int, int]:
+        """Tokens and channels under one scale, for n tokens of d channels. Raises SchemeError for a group that does not fit."""
+        size = self.size or 0
+        if self.kind == "group" and d % size:
+            raise SchemeError(f"granularity: a group of {size} channels does not divide head_dim {d}")
+        return {
+            "token": (1, d),
+            "block": (size, d),
+            "channel_block": (size, 1),
+            "group": (1, size),
+            "channel": (n, 1),
+        }.get(self.kind, (n, d))
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """Shape of the scales of a tensor `[B, H, N, D]`."""
+        b, h, n, d = shape
+        if self.kind == "tensor":
+            return (1, 1, 1, 1)
+        tokens, channels = self.cover(n, d)
+        return (b, h, -(-n // tokens), d // channels)
+
+    def written(self) -> str | dict[str, int]:
+        """As it is written in a scheme: `"token"` or `{"block": 128}`."""
+        return self.kind if self.size is None else {self.kind: self.size}
+
+    def __str__(self) -> str:
+        return self.kind if self.size is None else f"{self.kind} {self.size}"
+
+
+def parse(value: object) -> Granularity:
+    """A granularity from what was written. Raises SchemeError."""
+    if isinstance(value, Granularity):
+        value = value.written()
+    if isinstance(value, str) and value in PLAIN:
+        return Granularity(value)
+    if isinstance(value, dict) and len(value) == 1:
+        [(kind, size)] = value.items()
+        if kind in SIZED:
+            return Granularity(kind, _power_of_two(kind, size))
+    kind = next(iter(value), None) if isinstance(value, dict) and value else value
+    if isinstance(kind, str) and kind in SIZED and not isinstance(value, dict):
+        raise SchemeError(f"{quote(value)} needs a size: {{{kind}: 32}}")
+    raise SchemeError(
+        f"no granularity {quote(value)}; use one of {', '.join(PLAIN)}, {{block: n}}, {{channel_block: n}}, {{group: g}}"
+        + nearest(kind, PLAIN + SIZED)
+    )
+
+
+def parse_p(value: object) -> Granularity:
+    """The granularity of P: `unit` or `{row_block: n}`. Raises SchemeError."""
+    if isinstance(value, Granularity):
+        value = value.written()
+    if value == "unit":
+        return Granularity("unit")
+    if isinstance(value, dict) and list(value) == ["row_block"]:
+        size = _power_of_two("row_block", value["row_block"])
+        if size > 512:
+            raise SchemeError(f"row_block {size} is more than a key tile can hold; use at most 512")
+        return Granularity("row_block", size)
+    raise SchemeError(f"no granularity {quote(value)} for P; use unit or {{row_block: n}}")
+
+
+def _power_of_two(kind: str, size: object) -> int:
+    if type(size) is not int or not 16 <= size <= 2**20 or size & (size - 1):
+        raise SchemeError(f"{kind} of {quote(size)}: use a power of two from 16 (16, 32, 64, 128 ...)")
+    return size
+
+
+def _schema(plain: tuple[str, ...], sized: tuple[str, ...]) -> dict[str, Any]:
+    size = {"type": "integer", "minimum": 16, "description": "a power of two"}
+    objects = [
+        {"type": "object", "properties": {kind: size}, "required": [kind], "additionalProperties": False} for kind in sized
+    ]
+    return {"anyOf": [{"type": "string", "enum": list(plain)}, *objects]}
+
+
+_serialize = PlainSerializer(lambda granularity: granularity.written())
+OperandGranularity = Annotated[Granularity, BeforeValidator(parse), _serialize, WithJsonSchema(_schema(PLAIN, SIZED))]
+PGranularity = Annotated[Granularity, BeforeValidator(parse_p), _serialize, WithJsonSchema(_schema(("unit",), ("row_block",)))]

@@ -1,0 +1,35 @@
+"""Where the scales of each operand enter the arithmetic. Quantization, emulation and kernels all ask here."""
+
+from typing import Literal
+
+from tokquant.schemes.scheme import Operand, QuantScheme
+
+Place = Literal["none", "scores", "q", "operand", "p", "tile", "output"]
+
+
+def place(operand: Operand) -> Place:
+    """Where the operand's scale is applied.
+
+    none     there is no scale
+    scores   on the integer scores: the scale does not vary along the channels that Q K^T contracts
+    q        K per channel: multiplied into Q before Q is quantized
+    operand  the scale varies along what the product contracts: decoded to the input's own type before it
+    p        V per token: into P before P is quantized
+    tile     V per block of tokens: on each key tile's product
+    output   V per channel, head or tensor: on the output
+    """
+    kind = operand.granularity.kind
+    if not operand.scaled:
+        return "none"
+    if kind == "group":
+        return "operand"
+    if operand.role == "v":
+        return {"token": "p", "block": "tile", "channel_block": "tile"}.get(kind, "output")  # type: ignore[return-value]
+    if kind == "channel" and operand.role == "k":
+        return "q"
+    return "operand" if kind in ("channel", "channel_block") else "scores"
+
+
+def needs_code_sums(scheme: QuantScheme) -> bool:
+    """Whether V carries the sums of its codes: an unsigned P on a signed unit needs them."""
+    return scheme.p.format.code_zero != 0 and scheme.v.format.kind == "int" and place(scheme.v) != "operand"

@@ -1,0 +1,274 @@
+"""What a user declares: for each of Q, K, V and P a precision and a granularity, and what is done before."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+
+from tokquant import precisions
+from tokquant.errors import SchemeError, nearest, quote
+from tokquant.files import write_atomically
+from tokquant.schemes import document
+from tokquant.schemes.granularity import Granularity, OperandGranularity, PGranularity
+
+ScaleDtype = Literal["fp32", "fp16", "fp8_e4m3"]
+SCALE_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "fp8_e4m3": torch.float8_e4m3fn}
+
+
+def _precision(role: str) -> Any:
+    def check(name: str) -> str:
+        return precisions.get(name, role).name
+
+    return Annotated[str, AfterValidator(check), WithJsonSchema({"type": "string", "enum": precisions.names(role)})]
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses what it does not know, with a SchemeError that quotes it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    def __init__(self, /, **data: Any):
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise SchemeError(_explain(type(self), error)) from None
+
+
+class Operand(Strict):
+    """One of Q, K, V: what all three have."""
+
+    role: ClassVar[str] = ""
+    precision: str
+    granularity: OperandGranularity = Granularity("token")
+    symmetric: bool = True
+    scale: Literal["dynamic", "static"] = "dynamic"
+    scale_dtype: ScaleDtype = "fp32"
+    smooth: str = "none"
+
+    @property
+    def format(self) -> precisions.Precision:
+        """The precision itself."""
+        return precisions.get(self.precision)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether there are scales at all: 16 and 32 bit floats have none."""
+        return self.format.largest is not None
+
+    def bits_per_value(self, head_dim: int) -> float:
+        """Bits of code, scale and zero for each value of a long sequence."""
+        bits = float(self.format.bits)
+        if self.scaled:
+            tokens, channels = self.granularity.cover(2**40, head_dim)
+            bits += 8 * SCALE_TYPES[self.scale_dtype].itemsize * (1 if self.symmetric else 2) / (tokens * channels)
+        return bits
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        problems = []
+        if not self.symmetric and self.format.kind != "int":
+            problems.append(("symmetric", f"{self.precision} has no zero point; symmetric: false is for int8, int4 and int2"))
+        if self.scale == "static":
+            if not self.scaled:
+                problems.append(("scale", f"{self.precision} has no scale that could be static"))
+            elif self.granularity.kind not in ("tensor", "head", "channel"):
+                problems.append(
+                    (
+                        "scale",
+                        f"static scales cannot follow granularity {self.granularity}, which grows with the sequence; "
+                        "use tensor, head or channel, or scale: dynamic",
+                    )
+                )
+        if problems:
+            raise SchemeError(problems)
+        return self
+
+
+class Queries(Operand):
+    """Q. `smooth: block_mean` subtracts the mean over 128 queries and adds its product with K back (SageAttention 2)."""
+
+    role = "q"
+    precision: _precision("q")  # type: ignore[valid-type]
+    symmetric: Literal[True] = True
+    smooth: Literal["none", "block_mean"] = "none"
+
+
+class Keys(Operand):
+    """K. `smooth: mean` subtracts the mean over tokens, `static` a calibrated offset; softmax does not see it."""
+
+    role = "k"
+    precision: _precision("k")  # type: ignore[valid-type]
+    smooth: Literal["none", "mean", "static"] = "none"
+
+
+class Values(Operand):
+    """V. `smooth` as for K; it is added back to the output."""
+
+    role = "v"
+    precision: _precision("v")  # type: ignore[valid-type]
+    smooth: Literal["none", "mean", "static"] = "none"
+
+
+class Probabilities(Strict):
+    """P. `unit` scales by 1/R against the running maximum, `{row_block: n}` against the row's maximum in n keys."""
+
+    precision: _precision("p")  # type: ignore[valid-type]
+    granularity: PGranularity = Granularity("unit")
+
+    @property
+    def format(self) -> precisions.Precision:
+        """The precision itself."""
+        return precisions.get(self.precision)
+
+
+class Cache(Strict):
+    """A KV cache: tokens kept in 16 bits at its beginning (`sink`) and end (`recent`), and tokens a page."""
+
+    sink: Annotated[int, Field(ge=0, le=2**20)] = 0
+    recent: Annotated[int, Field(ge=0, le=2**20)] = 0
+    page: Literal[16, 32, 64, 128, 256, 512, 1024] = 128
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+class QuantScheme(Strict):
+    """How attention is quantized. Immutable; equal schemes are interchangeable.
+
+    Raises SchemeError, quoting what was written and what would be accepted.
+    """
+
+    name: Name = "custom"
+    q: Queries
+    k: Keys
+    v: Values
+    p: Probabilities
+    rotate: Literal["none", "hadamard"] = "none"
+    rotate_v: Literal["none", "hadamard"] = "none"
+    balance: Literal["none", "channel", "rope_pairs"] = "none"
+    normalizer: Literal["exact", "quantized"] = "exact"
+    cache: Cache | None = None
+
+    @property
+    def key_tile(self) -> int:
+        """Keys in the tile that the numbers refer to: n of `row_block`, or at most 128 against a running maximum.
+
+        Only `unit` leaves a kernel free to take another one; the result then differs within P's rounding.
+        """
+        if self.p.granularity.size:
+            return self.p.granularity.size
+        return min(self.v.granularity.size or 128, 128) if self.v.granularity.kind != "group" else 128
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        kind, size = self.v.granularity.kind, self.v.granularity.size
+        if self.v.scaled and kind in ("block", "channel_block") and size and size % self.key_tile:
+            raise SchemeError(
+                [
+                    (
+                        "v.granularity",
+                        f"{kind} {size} is smaller than P's row_block of {self.key_tile}, so one product would meet several "
+                        f"scales; use {{{kind}: {self.key_tile}}}, or p with granularity {{row_block: {size}}}",
+                    )
+                ]
+            )
+        return self
+
+    # ------------------------------------------------------------------ documents
+
+    @classmethod
+    def from_yaml(cls, text: str | bytes) -> "QuantScheme":
+        """A scheme from a YAML document. Raises SchemeError."""
+        data = document.read(text)
+        if not isinstance(data, dict):
+            raise SchemeError(f"a scheme is a mapping with q, k, v and p, not {quote(data)}")
+        return cls(**data)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "QuantScheme":
+        """A scheme from a YAML file. Raises SchemeError, also where the file cannot be read."""
+        path = Path(path)
+        try:
+            with open(path, "rb") as file:
+                text = file.read(document.LARGEST + 1)
+            scheme = cls.from_yaml(text)
+        except OSError as error:
+            raise SchemeError(f"{path}: {error.strerror}") from None
+        except SchemeError as error:
+            raise SchemeError([(f"{path}: {place}" if place else str(path), text) for place, text in error.problems]) from None
+        return scheme if "name" in scheme.model_fields_set else scheme.model_copy(update={"name": _name_of(path)})
+
+    def to_yaml(self) -> str:
+        """The scheme as a YAML document that `from_yaml` reads back to an equal one."""
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        flow = {key: _Flow(value) if isinstance(value, dict) else value for key, value in {"name": self.name, **data}.items()}
+        return yaml.dump(flow, Dumper=_Dumper, sort_keys=False, width=1000)
+
+    def dump(self, path: str | os.PathLike) -> None:
+        """Write the scheme as YAML, atomically."""
+        write_atomically(path, self.to_yaml().encode())
+
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that name what the scheme does; its `name` does not enter."""
+        data = self.model_dump(mode="json", exclude={"name"})
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+
+    def bits_per_value(self, head_dim: int = 128) -> dict[str, float]:
+        """Bits of code, scale and zero for a value of q, k and v, in a long sequence."""
+        return {role: getattr(self, role).bits_per_value(head_dim) for role in "qkv"}
+
+
+def _name_of(path: Path) -> str:
+    stem = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in path.stem.lower())
+    return stem.lstrip("._-")[:64] or "custom"
+
+
+class _Flow(dict):
+    """A mapping written on one line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_Dumper.add_representer(_Flow, lambda dumper, data: dumper.represent_mapping("tag:yaml.org,2002:map", data, flow_style=True))
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> list[tuple[str, str]]:
+    """Each of pydantic's findings as a place and a sentence that quotes what was written."""
+    problems = []
+    for finding in error.errors(include_url=False):
+        place = ".".join(str(part)[:40] for part in finding["loc"])
+        cause = (finding.get("ctx") or {}).get("error")
+        written = quote(finding.get("input"))
+        if isinstance(cause, SchemeError):
+            problems += [(".".join(filter(None, (place, inner))), text) for inner, text in cause.problems]
+        elif finding["type"] == "extra_forbidden":
+            known = _fields(model, finding["loc"][:-1])
+            problems.append((place, f"unknown key; use {', '.join(known)}{nearest(finding['loc'][-1], known)}"))
+        elif finding["type"] == "missing":
+            problems.append((place, "is missing"))
+        elif finding["type"] == "literal_error":
+            accepted = (finding.get("ctx") or {})["expected"]
+            problems.append(
+                (
+                    place,
+                    f"{written} is not accepted; use {accepted}{nearest(finding.get('input'), accepted.split(chr(39))[1::2])}",
+                )
+            )
+        elif finding["type"] == "model_type":
+            problems.append((place, f"{written} is not accepted; write a mapping such as {{precision: int8}}"))
+        else:
+            problems.append((place, f"{written} is not accepted; {finding['msg'][0].lower()}{finding['msg'][1:]}"))
+    return problems
+
+
+def _fields(model: Any, place: tuple) -> list[str]:
+    for part in place:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)

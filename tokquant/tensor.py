@@ -1,0 +1,92 @@
+"""QuantizedTensor: codes, their scales, and what is needed to go back."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokquant.schemes import Granularity, Operand
+from tokquant.transforms import Frame
+
+
+def spread(scale: Tensor, granularity: Granularity, n: int, d: int) -> Tensor:
+    """Scales or zeros, broadcastable to `[B, H, n, d]`: those of blocks and groups are repeated over what they cover."""
+    tokens, channels = granularity.cover(n, d)
+    if 1 < tokens < n:
+        scale = scale.repeat_interleave(tokens, dim=2)[:, :, :n]
+    if 1 < channels < d:
+        scale = scale.repeat_interleave(channels, dim=3)
+    return scale
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class QuantizedTensor:
+    """Q, K or V in codes. Plain data: `attention` takes it, `dequantize` gives the tensor back in its original frame."""
+
+    codes: Tensor
+    """`[B, H, N, D / packed]` in the precision's stored type."""
+    scale: Tensor | None
+    """In `scale_dtype`, shaped as the granularity says (see `Granularity`); None for 16 and 32 bit floats."""
+    zero: Tensor | None = None
+    """Asymmetric operands: `x = code * scale + zero`, with codes counted from 0. Shaped and typed like `scale`."""
+    frame: Frame = field(default_factory=Frame)
+    code_sum: Tensor | None = None
+    """int32. Q: sums over channels `[B, H, N, 1]`, where K has zeros. V: sums over each key tile `[B, H, ceil(N / n), D]`,
+    where P is unsigned."""
+    logit_offset: Tensor | None = None
+    """Q, where K has an offset c: q . c of every query `[B, H, N, 1]`, float32; the logits lack it."""
+    companion: Tensor | None = None
+    """K, where Q has block means: K less its offset, in the input's type, which those means multiply."""
+    spec: Operand
+    shape: torch.Size
+    dtype: torch.dtype
+    layout: str = "canonical"
+
+    @property
+    def offset(self) -> Tensor | None:
+        """What was subtracted before quantization: a mean, block means, or a calibrated offset."""
+        return self.frame.offset
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.codes.device
+
+    def code_values(self) -> Tensor:
+        """The numbers that the codes stand for, without scale and zero: float32 `[B, H, N, D]`."""
+        precision = self.spec.format
+        values = precision.decode(precision.unpack(self.codes, self.shape[-1]))
+        return values if self.spec.symmetric else values + 2 ** (precision.bits - 1)
+
+    def scaled_values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Codes times scale plus zero, in the frame they were taken in: `[B, H, N, D]`."""
+        values = self.code_values().to(dtype)
+        if self.scale is not None:
+            values = values * self.spread(self.scale).to(dtype)
+        return values if self.zero is None else values + self.spread(self.zero).to(dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in its original frame, `[B, H, N, D]`, in `dtype` (its own where None)."""
+        dtype = dtype or self.dtype
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        return self.frame.undo(self.scaled_values(exact)).to(dtype)
+
+    def spread(self, scale: Tensor) -> Tensor:
+        """Scales or zeros of this tensor as float32, broadcastable to its shape."""
+        return spread(scale, self.spec.granularity, *self.shape[2:]).float()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything this holds."""
+        kept = [self.codes, self.scale, self.zero, self.code_sum, self.logit_offset, self.companion, *self.frame.tensors()]
+        return sum(x.numel() * x.element_size() for x in kept if x is not None)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits of codes, scales and zeros for each value of the tensor."""
+        kept = (self.codes, self.scale, self.zero)
+        return 8 * sum(x.numel() * x.element_size() for x in kept if x is not None) / self.shape.numel()
+
+    def __repr__(self) -> str:
+        shape = ", ".join(map(str, self.shape))
+        return f"QuantizedTensor({self.spec.role} [{shape}], {self.spec.precision} per {self.spec.granularity}, {self.device})"

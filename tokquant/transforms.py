@@ -1,0 +1,125 @@
+"""Changes of Q, K and V that attention does not see, made so that fewer bits lose less.
+
+In exact arithmetic `softmax(Q K^T) V` stays what it was: a constant subtracted from every key moves a row's logits together,
+factors of K are divided out of Q, a rotation turns both, and V's mean is added back.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+BLOCK_MEAN = 128
+"""Queries under one mean of `smooth: block_mean`."""
+
+ROPE_PAIR_LARGEST = 8.0
+"""What `balance: rope_pairs` makes of the largest pair norm: alpha of FireQ."""
+
+
+def sixteen_bit(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit type that offsets of a tensor are kept in: its own, or bf16, which holds every float32's magnitude."""
+    return torch.bfloat16 if dtype == torch.float32 else dtype
+
+
+def mean_over_tokens(x: Tensor) -> Tensor:
+    """`[B, H, N, D] -> [B, H, 1, D]`, summed in float32 and rounded to 16 bits."""
+    return x.mean(dim=2, keepdim=True, dtype=torch.float32).to(sixteen_bit(x.dtype))
+
+
+def mean_over_blocks(x: Tensor) -> Tensor:
+    """`[B, H, N, D] -> [B, H, ceil(N / 128), D]`: the mean of each block of queries, rounded to 16 bits."""
+    blocks = [block.mean(dim=2, dtype=torch.float32) for block in x.split(BLOCK_MEAN, dim=2)]
+    return torch.stack(blocks, dim=2).to(sixteen_bit(x.dtype))
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Multiply the last dimension by the orthonormal Hadamard matrix (natural order); its own inverse.
+
+    The order is the largest power of two that divides D; beyond it the matrix is block-diagonal.
+    """
+    d = x.shape[-1]
+    order = d & -d
+    y = x if x.dtype == torch.float64 else x.float()
+    stride = 1
+    while stride < order:
+        pairs = y.unflatten(-1, (-1, 2, stride))
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        y = torch.stack([first + second, first - second], dim=-2).flatten(-3)
+        stride *= 2
+    return y * order**-0.5
+
+
+def channel_balance(q: Tensor, k: Tensor) -> Tensor:
+    """Factors `[B, H_kv, 1, D]` for K, divided out of Q, that level the channels of both.
+
+    SmoothQuant's rule (arXiv 2211.10438) with alpha = 1/2: sqrt(max |Q| / max |K|) over the tokens and the queries' heads.
+    """
+    heads = k.shape[1]
+    q_largest = q.float().abs().amax(dim=2, keepdim=True).unflatten(1, (heads, -1)).amax(dim=2)
+    k_largest = k.float().abs().amax(dim=2, keepdim=True)
+    return _or_one((q_largest / k_largest).sqrt())
+
+
+def rope_pair_balance(k: Tensor) -> Tensor:
+    """Factors `[B, H_kv, 1, D]` for K, divided out of Q, one for the two channels that RoPE turns together.
+
+    FireQ's normalization (arXiv 2505.20839, 3.3): alpha over the largest norm of the pair (f, f + D/2). RoPE keeps that norm,
+    so the factors are those before it.
+    """
+    first, second = k.float().chunk(2, dim=-1)
+    norm = torch.hypot(first, second).amax(dim=2, keepdim=True)
+    return _or_one(ROPE_PAIR_LARGEST / norm).repeat(1, 1, 1, 2)
+
+
+def _or_one(factor: Tensor) -> Tensor:
+    # a channel of zeros, or with a value that is not finite, keeps its own scale
+    return torch.where((factor == 0) | factor.isinf() | factor.isnan(), 1.0, factor)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What was done to a tensor `[B, H, N, D]` before its codes were taken, in this order, and how to undo it."""
+
+    offset: Tensor | None = None
+    """Subtracted: `[B, H, 1, D]`, or block means `[B, H, ceil(N / 128), D]`, 16 bit."""
+    balance: Tensor | None = None
+    """Multiplied: `[B, H, 1, D]`."""
+    rotated: bool = False
+    """Multiplied by the Hadamard matrix."""
+    fold: Tensor | None = None
+    """Multiplied: K's scale per channel `[B, H, 1, D]`, in Q's frame."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """`x` in this frame, float32."""
+        y = x.float()
+        if self.offset is not None:
+            y = y - self.offset_of_tokens(x.shape[2])
+        if self.balance is not None:
+            y = y * self.balance
+        if self.rotated:
+            y = hadamard(y)
+        return y if self.fold is None else y * self.fold
+
+    def undo(self, y: Tensor) -> Tensor:
+        """The inverse of `apply`, in the type of `y`."""
+        if self.fold is not None:
+            y = y / self.fold.to(y.dtype)
+        if self.rotated:
+            y = hadamard(y)
+        if self.balance is not None:
+            y = y / self.balance.to(y.dtype)
+        return y if self.offset is None else y + self.offset_of_tokens(y.shape[2]).to(y.dtype)
+
+    def offset_of_tokens(self, n: int) -> Tensor:
+        """The offset, broadcastable to n tokens, float32."""
+        assert self.offset is not None
+        offset = self.offset.float()
+        return offset if offset.shape[2] == 1 else offset.repeat_interleave(BLOCK_MEAN, dim=2)[:, :, :n]
+
+    def with_fold(self, fold: Tensor) -> "Frame":
+        """The same frame, with K's scale per channel multiplied in last."""
+        return replace(self, fold=fold)
+
+    def tensors(self) -> list[Tensor]:
+        """What the frame keeps in memory."""
+        return [x for x in (self.offset, self.balance, self.fold) if x is not None]
