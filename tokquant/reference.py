@@ -203,11 +203,7 @@ class _Emulation:
             assert self.q.code_sum is not None
             s = s + self.q.code_sum[:, :, rows] * self._of_keys(self.k_zero, keys)
         factor = features.scale * (1.0 if self.natural else LOG2E)
-        s = s * (
-            factor
-            if self.q_scale is None
-            else self.q_scale.expand(self.q.shape[0], -1, self.q.shape[2], -1)[:, :, rows] * factor
-        )
+        s = s * (factor if self.q_scale is None else self.q_scale[:, :, rows] * factor)
         if self.k.companion is not None:
             means = self.q.frame.offset_of_tokens(self.q.shape[2])[:, :, rows]
             s = s + self._by_keys(means, self.k.companion[:, :, keys].float()) * factor

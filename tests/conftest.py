@@ -1,0 +1,40 @@
+"""Two kinds of run: Triton's interpreter (the default) and the compiler (TRITON_INTERPRET=0). They cannot share a process."""
+
+import os
+
+# before anything imports Triton
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
+
+settings.register_profile("tokquant", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tokquant")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what the other kind of run does, and what needs a GPU where there is none."""
+    kept = [item for item in items if bool(item.get_closest_marker("compiled")) != INTERPRETED]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    if not torch.cuda.is_available():
+        for item in kept:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("TOKQUANT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
