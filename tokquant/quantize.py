@@ -60,8 +60,9 @@ def quantize_operands(
     if place(scheme.k) == "q":
         assert kq.scale is not None
         if kq.zero is not None:
-            # K = code * scale + zero per channel: the zero is one more offset
-            zero_logit = (turned * _for_query_heads(kq.zero.float(), q, k)).sum(dim=-1, keepdim=True)
+            # K = code * scale + zero per channel: what the signed codes lack is one more offset
+            lacking = kq.zero.float() + kq.scale.float() * 2 ** (scheme.k.format.bits - 1)
+            zero_logit = (turned * _for_query_heads(lacking, q, k)).sum(dim=-1, keepdim=True)
             logit_offset = zero_logit if logit_offset is None else logit_offset + zero_logit
         fold = _for_query_heads(kq.scale.float(), q, k)
         turned, q_frame = turned * fold, q_frame.with_fold(fold)
@@ -73,7 +74,9 @@ def quantize_operands(
     qq = replace(qq, frame=q_frame, logit_offset=logit_offset, code_sum=code_sum)
 
     vq = encode(v_frame.apply(v), v.dtype, scheme.v, scales)
-    return qq, kq, replace(vq, frame=v_frame, code_sum=_tile_sums(vq, scheme.key_tile) if needs_code_sums(scheme) else None)
+    code_sum = _tile_sums(vq, scheme.key_tile) if needs_code_sums(scheme) else None
+    weight = _weight(vq) if place(scheme.v) == "p" else None
+    return qq, kq, replace(vq, frame=v_frame, code_sum=code_sum, weight=weight)
 
 
 def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | None = None) -> QuantizedTensor:
@@ -190,6 +193,14 @@ def _offset(x: Tensor, spec: Operand, scales: LayerScales | None) -> Tensor | No
 def _for_query_heads(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """`[B, H_kv, 1, D] -> [B, H_q, 1, D]`: what belongs to a head of K, for each head of Q that shares it."""
     return x.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+
+
+def _weight(v: QuantizedTensor) -> Tensor:
+    """What P is multiplied by, for V per token."""
+    assert v.scale is not None
+    nothing = (v.code_values() == 0).all(dim=-1, keepdim=True)
+    # small beside any scale, and large enough that a product with P does not vanish from the normalizer
+    return torch.where(nothing, 2.0**-64, v.scale.float())
 
 
 def _tile_sums(v: QuantizedTensor, tile: int) -> Tensor:

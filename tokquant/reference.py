@@ -162,7 +162,7 @@ class _Emulation:
         zeros = torch.zeros_like(l) if self.v_zero is None else torch.zeros_like(acc)
         for keys in features.spans(rows, n_q, n_k, scheme.key_tile):
             t = self.logits(rows, keys)
-            weight = None if not self.folded else self._of_keys(self.v_scale, keys)  # [B, H, 1, keys]
+            weight = None if not self.folded else self._of_keys(self.v.weight, keys)  # [B, H, 1, keys]
             if weight is not None:
                 t = t + weight.log2()
             kept = features.kept(rows, keys, n_q, n_k, t.device)
@@ -271,9 +271,11 @@ def _grouped(x: Tensor, heads: int) -> Tensor:
 
 def _met(x: QuantizedTensor) -> Tensor:
     """The operand as its product meets it: code values, or decoded values in the input's own type."""
-    if x.scale is not None and place(x.spec) == "operand":
+    where = place(x.spec)
+    if where == "operand":
         return x.scaled_values().to(x.dtype).float()
-    return x.code_values()
+    # K per channel: its zero and the sign of its codes are in Q's logit_offset
+    return x.stored_values() if where == "q" else x.code_values()
 
 
 def _per_key(k: QuantizedTensor) -> tuple[Tensor | None, Tensor | None]:

@@ -33,6 +33,9 @@ class QuantizedTensor:
     code_sum: Tensor | None = None
     """int32. Q: sums over channels `[B, H, N, 1]`, where K has zeros. V: sums over each key tile `[B, H, ceil(N / n), D]`,
     where P is unsigned."""
+    weight: Tensor | None = None
+    """V per token: what P is multiplied by before it is rounded, float32 `[B, H, N, 1]`. The scale, but next to nothing where
+    all codes are zero: the 1 of such a token would outweigh the row it is in."""
     logit_offset: Tensor | None = None
     """Q, where K has an offset c: q . c of every query `[B, H, N, 1]`, float32; the logits lack it."""
     companion: Tensor | None = None
@@ -52,11 +55,15 @@ class QuantizedTensor:
         """Where the codes are."""
         return self.codes.device
 
-    def code_values(self) -> Tensor:
-        """The numbers that the codes stand for, without scale and zero: float32 `[B, H, N, D]`."""
+    def stored_values(self) -> Tensor:
+        """The numbers that the stored codes stand for: float32 `[B, H, N, D]`."""
         precision = self.spec.format
-        values = precision.decode(precision.unpack(self.codes, self.shape[-1]))
-        return values if self.spec.symmetric else values + 2 ** (precision.bits - 1)
+        return precision.decode(precision.unpack(self.codes, self.shape[-1]))
+
+    def code_values(self) -> Tensor:
+        """What scale and zero apply to: the stored values, counted from 0 where the operand is asymmetric."""
+        values = self.stored_values()
+        return values if self.spec.symmetric else values + 2 ** (self.spec.format.bits - 1)
 
     def scaled_values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codes times scale plus zero, in the frame they were taken in: `[B, H, N, D]`."""
@@ -78,8 +85,8 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of everything this holds."""
-        kept = [self.codes, self.scale, self.zero, self.code_sum, self.logit_offset, self.companion, *self.frame.tensors()]
-        return sum(x.numel() * x.element_size() for x in kept if x is not None)
+        kept = (self.codes, self.scale, self.zero, self.code_sum, self.weight, self.logit_offset, self.companion)
+        return sum(x.numel() * x.element_size() for x in (*kept, *self.frame.tensors()) if x is not None)
 
     @property
     def bits_per_value(self) -> float:

@@ -11,6 +11,7 @@ from tokquant.kernels import generate, launch
 from tokquant.kernels.plan import Config, Plan, check_target, plan
 from tokquant.kernels.triton.operands import Operand, Rows
 from tokquant.schemes import QuantScheme, resolve
+from tokquant.schemes.placement import place
 
 POINTERS = {
     torch.int8: "*i8",
@@ -72,7 +73,7 @@ def compile(
 
 def _capability(target: str) -> int:
     number = target.removeprefix("sm_") if isinstance(target, str) else ""
-    if not (number.isdecimal() and 75 <= int(number) <= 129):
+    if not (number.isascii() and number.isdecimal() and 75 <= int(number) <= 129):
         raise ValueError(f"target: {quote(target)} is none; use sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120")
     return int(number)
 
@@ -102,10 +103,10 @@ def _compile(kernel: Kernel) -> Any:
     signature: dict[str, Any] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes = {}
-    for place, (name, value) in enumerate(arguments.items()):
+    for position, (name, value) in enumerate(arguments.items()):
         parts = list(value) if isinstance(value, tuple) else [value]
         for index, part in enumerate(parts):
-            path = (place, index) if isinstance(value, tuple) else (place,)
+            path = (position, index) if isinstance(value, tuple) else (position,)
             if part is None:
                 constexprs[path] = None
                 parts[index] = "constexpr"
@@ -126,5 +127,7 @@ def _signature(kernel: Kernel, role: str, offset: str | None = None, code_sum: s
     own = operand.format.bits == 16 and kernel.dtype != torch.float32
     codes = POINTERS[kernel.dtype if own else operand.format.stored]
     if not operand.scaled:
-        return Operand(codes, "i64", "i64", "i32", None, None, None, None, offset, code_sum)
-    return Operand(codes, "i64", "i64", "i32", SCALE_POINTERS[operand.scale_dtype], "i32", "i32", "i32", offset, code_sum)
+        return Operand(codes, "i64", "i64", "i32", None, None, None, None, offset, code_sum, None)
+    weight = "*fp32" if place(operand) == "p" else None
+    scale = SCALE_POINTERS[operand.scale_dtype]
+    return Operand(codes, "i64", "i64", "i32", scale, "i32", "i32", "i32", offset, code_sum, weight)

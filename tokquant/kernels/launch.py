@@ -83,7 +83,7 @@ def operand(x: QuantizedTensor, offset: Tensor | None = None, code_sum: Tensor |
     codes, scale = _rows(x.codes), x.scale if x.scale is None else _rows(x.scale)
     if offset is not None:
         offset = offset.expand(x.shape[0], x.shape[1], *offset.shape[2:]).contiguous()
-    return Operand(codes, *_strides(codes), scale, *_strides(scale), offset, code_sum)
+    return Operand(codes, *_strides(codes), scale, *_strides(scale), offset, code_sum, x.weight)
 
 
 def _rows(x: Tensor) -> Tensor:

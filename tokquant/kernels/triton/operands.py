@@ -16,6 +16,7 @@ class Operand(NamedTuple):
     scale_row: Any
     offset: Any  # V: the mean [B, H, D]; Q: q . c [B, H, N], which the logits lack
     code_sum: Any  # V: sums over each key tile [B, H, tiles, D]
+    weight: Any  # V per token: what P is multiplied by [B, H, N]
 
 
 class Rows(NamedTuple):

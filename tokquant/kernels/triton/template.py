@@ -90,9 +90,9 @@ def attention(Q, K, V, Out, Lse, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOCK_N
         s = scale_scores(product_k(q, tl.trans(k)), q_scale, k_scale_at, K.scale_row, start, j, n_k, K_GROUP)
         if V_PER_TOKEN:
             # V's scale joins the exponent, so that P is rounded with its weight; l takes the weight out again
-            v_scale_at = V.scale + batch * V.scale_batch + kv_head * V.scale_head + (j // V_GROUP) * V.scale_row
-            v_scale = tl.load(v_scale_at, mask=inside, other=1.0).to(tl.float32)
-            s += tl.log2(v_scale)[None, :]
+            weight_at = V.weight + (batch * (tl.num_programs(1) // SHARED_HEADS) + kv_head) * n_k + j
+            v_weight = tl.load(weight_at, mask=inside, other=1.0)
+            s += tl.log2(v_weight)[None, :]
         keep = inside[None, :]
         if CAUSAL:
             keep = keep & (j[None, :] <= i[:, None] + (n_k - n_q))
@@ -108,13 +108,13 @@ def attention(Q, K, V, Out, Lse, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOCK_N
         p = tl.exp2(s - (r - LOG2_LARGEST)[:, None])
         codes = encode_p(p)
 
-        weight = p
+        counted = p
         if QUANTIZED_NORMALIZER:
             # integer codes cannot hold NaN, p - p can
-            weight = codes.to(tl.float32) + CODE_ZERO + (p - p)
+            counted = codes.to(tl.float32) + CODE_ZERO + (p - p)
         if V_PER_TOKEN:
-            weight = weight / v_scale[None, :]
-        l = l * alpha + tl.sum(weight, 1)
+            counted = counted / v_weight[None, :]
+        l = l * alpha + tl.sum(counted, 1)
 
         v_at = v_codes + j.to(tl.int64)[:, None] * V.row + v_column[None, :]
         v = tl.load(v_at, mask=inside[:, None] & (v_column * V_PACKED < D)[None, :], other=0.0)

@@ -1,0 +1,5 @@
+"""`python -m tokquant`."""
+
+from tokquant.cli import main
+
+main()

@@ -1,0 +1,57 @@
+"""`tokquant doctor`: what runs here, and what was chosen."""
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.table import Table
+
+from tokquant.attention import choose_backend
+from tokquant.cli import options, output
+from tokquant.kernels import launch, store
+
+
+def doctor(json: options.Json = False) -> None:
+    """Say which backend, devices, versions and cache folder are in use."""
+    report = findings()
+    if json:
+        output.print_json(report)
+        return
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in report.items():
+        table.add_row(name.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
+    output.console().print(table)
+
+
+def findings() -> dict[str, str | bool | list[str]]:
+    """What `doctor` reports, by name."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if device.type == "cuda" else []
+    if launch.interpreted():
+        triton = "in its interpreter, on the CPU: right but slow"
+    elif device.type == "cuda":
+        triton = "compiled"
+    else:
+        triton = "no GPU; set TRITON_INTERPRET=1 to run kernels in the interpreter, or compile them for any GPU with tq.compile"
+    return {
+        "tokquant": version("tokquant"),
+        "python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "gpus": gpus or "none",
+        "threads": str(torch.get_num_threads()),
+        "backend_auto": f"{choose_backend('auto', device)} for tensors on {device}",
+        "triton_kernels": triton,
+        "cache_folder": str(store.folder()),
+        "cache_writable": store.writable(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,47 @@
+"""Tables for people, JSON for programs, progress on stderr."""
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+T = TypeVar("T")
+
+
+def console() -> Console:
+    """Standard output; as wide as a table needs where it is not a terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def print_json(data: Any) -> None:
+    """JSON that every parser takes: what is not finite becomes null."""
+    print(json.dumps(_finite(data), indent=2))
+
+
+def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """The items, with a bar on stderr where that is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        yield from bar.track(items, total=total, description=what)
+
+
+def percent(fraction: float) -> str:
+    """0.01234 -> '1.234 %'."""
+    return f"{100 * fraction:.3f} %"
+
+
+def bits(value: float) -> str:
+    """Bits per value, as short as it is exact."""
+    return f"{value:.3f}".rstrip("0").rstrip(".")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -1,0 +1,74 @@
+"""`tokquant run`: the main job, one scheme over a file of activations."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+from rich.table import Table
+
+from tokquant.cli import options, output
+from tokquant.evaluation.compare import compare
+from tokquant.export import load_scales
+from tokquant.schemes import resolve
+
+
+def run(
+    scheme: Annotated[str | None, options.SCHEME] = None,
+    input: options.Input = None,
+    scales: options.Scales = None,
+    backend: options.Backend = "auto",
+    causal: options.Causal = False,
+    repeats: options.Repeats = 5,
+    json: options.Json = False,
+) -> None:
+    """Quantize activations and attend, layer by layer: errors against float64, bits per value, time beside torch's SDPA.
+
+    The scheme is that of --scales, else int8.
+    """
+    calibrated = None if scales is None else load_scales(scales)
+    resolved = resolve(scheme or (calibrated.scheme if calibrated else "int8"))
+    if calibrated and resolved != calibrated.scheme:
+        raise ValueError(f"--scheme {scheme} is not what {scales} was calibrated for ({calibrated.scheme.name}); leave one out")
+    layers = options.activations(input)
+    rows = []
+    for name in output.progress(layers, resolved.name, len(layers)):
+        layer_scales = None if calibrated is None else {resolved.name: calibrated[name]}
+        [result] = compare(*layers[name], [resolved], scales=layer_scales, backend=backend, causal=causal, repeats=repeats)
+        rows.append((name, result))
+    chosen = rows[0][1].backend
+    if json:
+        output.print_json(
+            {
+                "scheme": resolved.name,
+                "backend": chosen,
+                "layers": [
+                    {
+                        "name": name,
+                        **asdict(result.errors),
+                        "ms": result.ms,
+                        "quantize_ms": result.quantize_ms,
+                        "sdpa_ms": result.sdpa_ms,
+                        "bits": dict(result.bits),
+                    }
+                    for name, result in rows
+                ],
+            }
+        )
+        return
+    table = Table(title=f"{resolved.name} on {layers.path.name}, backend {chosen}")
+    table.add_column("layer")
+    for column in ("cosine", "rel. L1", "RMSE", "max", "bits q / k / v", "ms", "quantize ms", "SDPA ms"):
+        table.add_column(column, justify="right")
+    for name, result in rows:
+        errors = result.errors
+        table.add_row(
+            name,
+            f"{errors.cosine:.6f}",
+            output.percent(errors.rel_l1),
+            f"{errors.rmse:.2e}",
+            f"{errors.max_abs:.2e}",
+            " / ".join(output.bits(result.bits[role]) for role in "qkv"),
+            f"{result.ms:.2f}",
+            f"{result.quantize_ms:.2f}",
+            f"{result.sdpa_ms:.2f}",
+        )
+    output.console().print(table)

@@ -1,0 +1,60 @@
+"""`tokquant schemes`: what presets there are, what is in one, and the grammar for editors."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from tokquant.cli import options, output
+from tokquant.schemes import QuantScheme, preset_names, resolve
+from tokquant.schemes.presets import source
+from tokquant.schemes.scheme import Operand
+
+
+def schemes(
+    name: Annotated[str | None, typer.Argument(help="Print this preset or YAML file instead of the list.")] = None,
+    head_dim: Annotated[int, typer.Option("--head-dim", min=1, help="For the bits per value.")] = 128,
+    json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema of a scheme, for editors.")] = False,
+    json: options.Json = False,
+) -> None:
+    """List the presets with their bits per value, scales included, or print one as YAML."""
+    if json_schema:
+        output.print_json(QuantScheme.model_json_schema())
+        return
+    if name is not None:
+        scheme = resolve(name)
+        if json:
+            output.print_json(scheme.model_dump(mode="json"))
+        else:
+            print(source(name) if name in preset_names() else scheme.to_yaml(), end="")
+        return
+    if json:
+        output.print_json(
+            [
+                {**resolve(preset).model_dump(mode="json"), "bits": resolve(preset).bits_per_value(head_dim)}
+                for preset in preset_names()
+            ]
+        )
+        return
+    table = Table(title=f"presets; bits per value at head_dim {head_dim}, scales included")
+    for column in ("scheme", "q", "k", "v", "p"):
+        table.add_column(column)
+    table.add_column("bits q / k / v", justify="right")
+    for preset in preset_names():
+        scheme = resolve(preset)
+        table.add_row(
+            preset,
+            *(_words(operand) for operand in (scheme.q, scheme.k, scheme.v)),
+            f"{scheme.p.precision} {scheme.p.granularity}",
+            " / ".join(output.bits(bits) for bits in scheme.bits_per_value(head_dim).values()),
+        )
+    output.console().print(table)
+
+
+def _words(operand: Operand) -> str:
+    if not operand.scaled:
+        return operand.precision
+    extras = [] if operand.symmetric else ["asymmetric"]
+    extras += [operand.scale] if operand.scale == "static" else []
+    extras += [f"less {operand.smooth.replace('_', ' ')}"] if operand.smooth != "none" else []
+    return " ".join([operand.precision, str(operand.granularity), *extras])
