@@ -55,7 +55,9 @@ def attention(
         major, minor = torch.cuda.get_device_capability(q.device)
         check_target(kernel_plan, scheme, 10 * major + minor)
 
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # the interpreter cuts floats to bf16 instead of rounding them
+    written = torch.float32 if interpreted() and q.dtype == torch.bfloat16 else q.dtype
+    out = torch.empty(q.shape, dtype=written, device=q.device)
     lse = torch.empty(b, heads, n_q, dtype=torch.float32, device=q.device) if return_lse else None
     config = kernel_plan.config
     grid = (-(-n_q // config.block_m), heads, b)
@@ -75,7 +77,7 @@ def attention(
             num_stages=config.num_stages,
             enable_fp_fusion=True,
         )
-    return out, lse
+    return out.to(q.dtype), lse
 
 
 def operand(x: QuantizedTensor, offset: Tensor | None = None, code_sum: Tensor | None = None) -> Operand:

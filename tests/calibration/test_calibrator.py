@@ -1,0 +1,192 @@
+"""Calibration: statistics that merge exactly, and scales that do what dynamic ones would on the same data."""
+
+import itertools
+
+import pytest
+import torch
+
+import tokquant as tq
+from tokquant.calibration.observers import Statistics
+from tokquant.reference import Features, oracle
+from tokquant.schemes import preset
+
+INT8 = {"precision": "int8"}
+
+
+def scheme(k=None, v=None, q=None, **more):
+    static = {"precision": "int8", "granularity": "head", "scale": "static"}
+    return tq.QuantScheme(q=q or INT8, k=k or static, v=v or static, p=INT8, **more)
+
+
+def batch(n=50, heads=2, d=32, batch=2):
+    return tuple(torch.randn(batch, h, n, d) + 0.5 for h in (2 * heads, heads, heads))
+
+
+def relative_error(operands, s, scales):
+    out = tq.attention(*operands, s, scales=scales)
+    exact, _ = oracle(*operands, Features(scale=operands[0].shape[-1] ** -0.5))
+    return ((out - exact).norm() / exact.norm()).item()
+
+
+STATIC = [
+    ({"granularity": g, "symmetric": symmetric, "smooth": smooth}, rotate)
+    for g, symmetric, smooth, rotate in itertools.product(
+        ["tensor", "head", "channel"], [True, False], ["none", "mean", "static"], ["none", "hadamard"]
+    )
+]
+
+
+@pytest.mark.parametrize(("part", "rotate"), STATIC, ids=lambda x: x if isinstance(x, str) else " ".join(map(str, x.values())))
+def test_static_scales_cover_what_was_seen(part, rotate):
+    """No value that was observed is clipped: each lies within half a step of its code."""
+    s = scheme(k=INT8 | part | {"scale": "static"}, v=INT8 | part | {"scale": "static"}, rotate=rotate, rotate_v=rotate)
+    calibrator = tq.Calibrator(s)
+    seen = [batch() for _ in range(2)]
+    for operands in seen:
+        calibrator.observe("a", *operands)
+    scales = calibrator.scales()["a"]
+    for operands in seen:
+        for x, codes in list(zip(operands, tq.quantize(*operands, s, scales=scales), strict=True))[1:]:
+            error = codes.frame.apply(x) - codes.frame.apply(codes.dequantize())
+            assert bool((error.abs() <= codes.scale.float() * 0.5001 + 1e-5).all())
+        assert relative_error(operands, s, scales) < 0.06
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "head"])
+def test_amax_scales_are_those_that_one_batch_gets_dynamically(granularity):
+    part = {"precision": "int8", "granularity": granularity}
+    q, k, v = batch(batch=1)
+    static = scheme(k=part | {"scale": "static"}, v=part | {"scale": "static"})
+    calibrator = tq.Calibrator(static)
+    calibrator.observe("a", q, k, v)
+    fixed = tq.quantize(q, k, v, static, scales=calibrator.scales()["a"])
+    dynamic = tq.quantize(q, k, v, scheme(k=part, v=part))
+    for one, other in zip(fixed[1:], dynamic[1:], strict=True):
+        assert torch.equal(one.codes, other.codes) and torch.equal(one.scale, other.scale)
+
+
+@pytest.mark.parametrize("observer", ["amax", "percentile:99"])
+def test_two_calibrators_merged_equal_one_over_both(observer):
+    s = preset("kv-fp8")
+    data = {name: [batch(), batch(n=33)] for name in ("a", "b")}
+    whole, first, second = (tq.Calibrator(s, observer) for _ in range(3))
+    for name, (one, two) in data.items():
+        whole.observe(name, *one)
+        whole.observe(name, *two)
+        first.observe(name, *one)
+        second.observe(name, *two)
+    second.observe("only there", *data["a"][0])
+    whole.observe("only there", *data["a"][0])
+    first.merge(second)
+    for layer, part in whole.scales().items():
+        for name, value in part.tensors.items():
+            assert torch.equal(value, first.scales()[layer].tensors[name]), (layer, name)
+
+
+def test_calibrators_of_other_schemes_do_not_merge():
+    with pytest.raises(ValueError, match="merge: the other calibrator has another scheme or observer"):
+        tq.Calibrator("kv-fp8").merge(tq.Calibrator("kv-fp8", "percentile"))
+
+
+@pytest.mark.parametrize("percent", [50, 90, 99, 99.9, 100])
+def test_percentiles_are_known_to_a_bin(percent):
+    x = torch.randn(1, 2, 5000, 16)
+    statistics = Statistics(2, 16, histogram=True)
+    for part in x.split(700, dim=2):
+        statistics.observe(part)
+    exact = torch.quantile(x.abs().flatten(2)[0], percent / 100, dim=1, interpolation="lower")
+    found = statistics.quantile(percent, per_head=True)
+    assert bool((found >= exact * 0.9999).all()) and bool((found <= exact * 1.012).all())
+
+
+def test_a_percentile_clips_an_outlier_that_amax_follows():
+    q, k, v = batch(n=2000)
+    k[0, 0, 7, 3] = 1000
+    scales = {}
+    for observer in ("amax", "percentile:99.9"):
+        calibrator = tq.Calibrator("kv-fp8", observer)
+        calibrator.observe("a", q, k, v)
+        scales[observer] = calibrator.scales()["a"].tensors["k_scale"].flatten()
+    assert scales["amax"][0] == 1000 / 448 and scales["percentile:99.9"][0] < 6 / 448
+
+
+def test_a_static_offset_of_k_changes_only_its_codes_and_serves_a_dynamic_scheme():
+    s = preset("kv-int4").model_copy(update={"k": preset("kv-int4").k.model_copy(update={"smooth": "static"})})
+    q, k, v = batch(n=200)
+    k[..., 4] += 20
+    calibrator = tq.Calibrator(s)
+    calibrator.observe("a", q, k, v)
+    scales = calibrator.scales()["a"]
+    assert list(scales.tensors) == ["k_offset"] and scales.tensors["k_offset"].shape == (2, 1, 32)
+    assert torch.allclose(scales.tensors["k_offset"].float(), k.mean(dim=(0, 2))[:, None], rtol=1e-2, atol=1e-2)
+    assert relative_error((q, k, v), s, scales) < 0.7 * relative_error((q, k, v), "kv-int4", None)
+
+
+def test_what_is_not_finite_is_refused_and_leaves_no_trace():
+    calibrator = tq.Calibrator("kv-fp8")
+    q, k, v = batch()
+    calibrator.observe("a", q, k, v)
+    before = calibrator.scales()["a"].tensors["k_scale"]
+    k = k.clone()
+    k[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"a\.k: holds a value that is not finite"):
+        calibrator.observe("a", q, k, v)
+    with pytest.raises(ValueError, match=r"b\.k: "):
+        calibrator.observe("b", q, k, v)
+    assert torch.equal(calibrator.scales()["a"].tensors["k_scale"], before) and list(calibrator.scales()) == ["a"]
+
+
+def test_a_layer_that_changes_shape_is_named():
+    calibrator = tq.Calibrator("kv-fp8")
+    calibrator.observe("a", *batch())
+    with pytest.raises(ValueError, match=r"a\.q: heads and channels \[6, 32\] are not \[4, 32\]"):
+        calibrator.observe("a", *batch(heads=3))
+
+
+def test_nothing_observed_is_an_error():
+    with pytest.raises(tq.ScalesError, match="no layers; observe"):
+        tq.Calibrator("kv-fp8").scales()
+
+
+def test_a_dynamic_scheme_has_nothing_to_calibrate():
+    with pytest.raises(tq.SchemeError, match="'int8' has no static part"):
+        tq.Calibrator("int8")
+
+
+def test_unobserved_heads_of_zeros_give_scale_one():
+    q, k, v = batch()
+    calibrator = tq.Calibrator("kv-fp8")
+    calibrator.observe("a", q, torch.zeros_like(k), v)
+    assert torch.equal(calibrator.scales()["a"].tensors["k_scale"], torch.ones(2, 1, 1))
+
+
+@pytest.mark.parametrize("observer", ["max", "percentile:200", "percentile:x", "percentile:nan", "amax:3", 99.9, None])
+def test_an_observer_that_is_none_is_named(observer):
+    with pytest.raises(ValueError, match=r"observer: .*|percentile: "):
+        tq.Calibrator("kv-fp8", observer)
+
+
+@pytest.mark.parametrize(
+    ("k", "obstacle"),
+    [
+        ({"granularity": "channel"}, "per channel"),
+        ({"granularity": "head", "symmetric": False}, "asymmetric"),
+        ({"granularity": "head", "smooth": "static"}, "with a static offset"),
+    ],
+    ids=["channel", "asymmetric", "offset"],
+)
+def test_what_percentiles_cannot_give_is_refused(k, obstacle):
+    with pytest.raises(tq.SchemeError, match=f"{obstacle} cannot come from percentiles; use observer 'amax'"):
+        tq.Calibrator(scheme(k=INT8 | k | {"scale": "static"}), "percentile")
+
+
+def test_static_q_covers_k_per_channel_folded_in():
+    part = {"precision": "int8", "scale": "static"}
+    s = scheme(q=part | {"granularity": "head"}, k=part | {"granularity": "channel"})
+    q, k, v = batch()
+    k[..., 3] *= 30
+    calibrator = tq.Calibrator(s)
+    calibrator.observe("a", q, k, v)
+    codes, _, _ = tq.quantize(q, k, v, s, scales=calibrator.scales()["a"])
+    error = codes.frame.apply(q) - codes.frame.apply(codes.dequantize())
+    assert bool((error.abs() <= codes.scale.float() * 0.5001).all())

@@ -1,0 +1,186 @@
+"""Every command, as a user types it."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+import tokquant as tq
+from tokquant import cli
+from tokquant.activations import Activations, sample
+from tokquant.schemes import preset_names
+
+ERRORS = {"cosine", "rel_l1", "rmse", "max_abs"}
+
+
+def run(capsys, monkeypatch, *words):
+    """Exit code, standard output and standard error of a command line."""
+    monkeypatch.setattr("sys.argv", ["tokquant", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+        raise SystemExit(0)
+    out = capsys.readouterr()
+    return stop.value.code or 0, out.out, out.err
+
+
+@pytest.fixture
+def tokquant(capsys, monkeypatch):
+    return lambda *words: run(capsys, monkeypatch, *words)
+
+
+@pytest.fixture
+def activations(tmp_path):
+    path = tmp_path / "activations.safetensors"
+    shapes = {"q": (1, 4, 60, 64), "k": (1, 2, 70, 64), "v": (1, 2, 70, 64)}
+    tensors = {f"layers.{i}.{role}": torch.randn(shape).bfloat16() for i in (10, 2) for role, shape in shapes.items()}
+    path.write_bytes(safetensors.torch.save(tensors))
+    return path
+
+
+def test_run_reports_every_layer_of_the_sample(tokquant):
+    code, out, _ = tokquant("run", "--scheme", "int8", "--json", "--repeats", 1)
+    report = json.loads(out)
+    assert code == 0 and (report["scheme"], report["backend"]) == ("int8", "reference")
+    assert [layer["name"] for layer in report["layers"]] == [f"layers.{i}" for i in range(6)]
+    for layer in report["layers"]:
+        assert ERRORS | {"ms", "sdpa_ms", "bits"} <= set(layer) and set(layer["bits"]) == {"q", "k", "v"}
+        assert 0 < layer["rel_l1"] <= 0.0125 and layer["ms"] > 0
+
+
+def test_run_takes_a_file_with_gqa_and_causality(tokquant, activations):
+    code, out, _ = tokquant("run", "-s", "int8-fp16", "-i", activations, "--causal", "--json", "--repeats", 1)
+    report = json.loads(out)
+    assert code == 0 and [layer["name"] for layer in report["layers"]] == ["layers.2", "layers.10"]
+    operands = Activations(activations)["layers.2"]
+    exact = tq.attention(*operands, "none", causal=True).double()
+    out = tq.attention(*operands, "int8-fp16", causal=True).double()
+    assert report["layers"][0]["max_abs"] == pytest.approx((out - exact).abs().max().item(), rel=0.3)
+
+
+def test_run_prints_a_table(tokquant):
+    code, out, err = tokquant("run", "--repeats", 1)
+    assert code == 0 and "int8 on sample.safetensors, backend reference" in out and "layers.5" in out and err == ""
+
+
+def test_run_takes_a_scheme_from_yaml(tokquant, tmp_path):
+    tq.preset("int8-fast").model_copy(update={"name": "mine"}).dump(tmp_path / "mine.yaml")
+    code, out, _ = tokquant("run", "--scheme", tmp_path / "mine.yaml", "--json", "--repeats", 1)
+    assert code == 0 and json.loads(out)["scheme"] == "mine"
+
+
+def test_run_in_the_interpreter_agrees_with_the_emulation(tokquant, activations):
+    reports = {}
+    for backend in ("triton", "reference"):
+        words = ("run", "-s", "int-flash", "-i", activations, "--backend", backend, "--json", "--repeats", 1)
+        code, out, err = tokquant(*words)
+        assert code == 0, err
+        reports[backend] = json.loads(out)
+    assert reports["triton"]["backend"] == "triton"
+    for one, other in zip(reports["triton"]["layers"], reports["reference"]["layers"], strict=True):
+        assert one["rel_l1"] == pytest.approx(other["rel_l1"], rel=1e-2)
+
+
+def test_calibrate_then_run_needs_only_the_file(tokquant, tmp_path):
+    path = tmp_path / "scales.safetensors"
+    code, out, _ = tokquant("calibrate", "--scheme", "kv-fp8", "--output", path, "--json")
+    assert code == 0 and json.loads(out)["layers"]["layers.0"] == {"k_scale": [2, 1, 1], "v_scale": [2, 1, 1]}
+    code, out, _ = tokquant("run", "--scales", path, "--json", "--repeats", 1)
+    assert code == 0 and json.loads(out)["scheme"] == "kv-fp8"
+    code, _, err = tokquant("run", "--scales", path, "--scheme", "int8")
+    assert code == 2 and "calibrated for (kv-fp8)" in err
+    code, out, _ = tokquant("compare", "int8", "--scales", path, "--json", "--repeats", 1)
+    assert code == 0 and [row["scheme"] for row in json.loads(out)["schemes"]] == ["int8", "kv-fp8"]
+
+
+def test_calibrate_prints_a_table(tokquant, tmp_path):
+    code, out, _ = tokquant("calibrate", "-s", "kv-fp8", "-o", tmp_path / "s", "--observer", "percentile:99.9")
+    assert code == 0 and "layers.5" in out and "v_scale" in out
+
+
+def test_compare_puts_schemes_side_by_side(tokquant, tmp_path):
+    names = ["int-flash", "int8", "kv-int4", "fp8"]
+    code, out, _ = tokquant("compare", *names, "--json", "--repeats", 1, "--html", tmp_path / "report.html")
+    rows = {row["scheme"]: row for row in json.loads(out)["schemes"]}
+    assert code == 0 and list(rows) == names
+    assert rows["int-flash"]["rel_l1"] > 3 * rows["int8"]["rel_l1"]
+    assert rows["kv-int4"]["bits"] == {"q": 9.0, "k": 5.0, "v": 5.0}, "head_dim of the sample is 32"
+    assert "kv-int4" in (tmp_path / "report.html").read_text()
+
+
+def test_compare_shows_every_dynamic_preset(tokquant, activations):
+    code, out, err = tokquant("compare", "-i", activations, "--repeats", 1)
+    assert code == 0 and all((name in out) is (name != "kv-fp8") for name in preset_names()), err
+
+
+def test_schemes_lists_presets_with_their_bits(tokquant):
+    code, out, _ = tokquant("schemes")
+    assert code == 0 and all(name in out for name in preset_names()) and "8.25 / 4.25 / 4.25" in out
+    code, out, _ = tokquant("schemes", "--json")
+    bits = {row["name"]: row["bits"] for row in json.loads(out)}
+    assert bits["kv-int4"] == {"q": 8.25, "k": 4.25, "v": 4.25}
+
+
+def test_schemes_prints_one_and_its_grammar(tokquant):
+    code, out, _ = tokquant("schemes", "int8")
+    assert code == 0 and out.startswith("#") and tq.QuantScheme.from_yaml(out) == tq.preset("int8")
+    code, out, _ = tokquant("schemes", "int8", "--json")
+    assert tq.QuantScheme(**json.loads(out)) == tq.preset("int8")
+    code, out, _ = tokquant("schemes", "--json-schema")
+    schema = json.loads(out)
+    assert code == 0 and "int4" in schema["$defs"]["Keys"]["properties"]["precision"]["enum"]
+    assert schema["additionalProperties"] is False
+
+
+def test_show_prints_the_text_that_is_launched(tokquant, tmp_path):
+    code, out, _ = tokquant("show", "int8", "--causal")
+    assert code == 0 and out == tq.compile("int8", head_dim=64, causal=True).source
+    code, out, _ = tokquant("show", "int8-fp8", "--head-dim", 128, "--json")
+    report = json.loads(out)
+    assert report["config"]["block_n"] == 128 and "head_dim 128" in report["source"]
+
+
+def test_doctor_says_what_runs_here(tokquant):
+    code, out, _ = tokquant("doctor", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["torch"] == torch.__version__ and "interpreter" in report["triton_kernels"]
+    code, out, _ = tokquant("doctor")
+    assert code == 0 and "cache folder" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run", "-s", "int9"), "no preset 'int9'.*did you mean 'int8'"),
+        (("run", "-s", "none.yaml"), "none.yaml: No such file"),
+        (("run", "-s", "kv-fp8"), "scheme 'kv-fp8' is static and needs k_scale, v_scale.*tokquant calibrate"),
+        (("run", "-i", "none.safetensors"), "none.safetensors: No such file"),
+        (("run", "--backend", "tritn"), "backend: 'tritn' is none.*did you mean 'triton'"),
+        (("run", "-i", __file__), "not a safetensors file"),
+        (("show", "int4"), "smooth: block_mean has no Triton kernel yet"),
+        (("show", "--dtype", "fp61"), "--dtype: 'fp61' is none; use fp16, bf16, fp32"),
+        (("schemes", "kv-int5"), "did you mean 'kv-int"),
+        (("calibrate", "-s", "int8", "-o", "x"), "no static part to calibrate"),
+        (("calibrate", "-s", "kv-fp8", "-o", "/nonexistent/x"), "No such file"),
+        (("compare", "int8", "fp9"), "no preset 'fp9'"),
+    ],
+    ids=lambda x: " ".join(map(str, x)) if isinstance(x, tuple) else "",
+)
+def test_what_the_user_got_wrong_is_one_message(words, message, tokquant):
+    code, out, err = tokquant(*words)
+    assert code == 2 and out == "" and err.startswith("error: ") and "Traceback" not in err
+    import re
+
+    assert re.search(message, err), err
+
+
+@pytest.mark.parametrize("command", ["run", "compare", "schemes", "show", "calibrate", "doctor"])
+def test_every_command_explains_itself_and_takes_json(command, tokquant):
+    code, out, _ = tokquant(command, "--help")
+    assert code == 0 and "--json" in out and len(out.splitlines()) > 8
+
+
+def test_the_sample_is_small_and_real():
+    assert sample().stat().st_size < 1.5e6
+    q, _, _ = Activations(sample())["layers.0"]
+    assert q.shape == (1, 2, 512, 32) and q.dtype == torch.float16

@@ -1,0 +1,45 @@
+"""compare: what it measures is what attention gives."""
+
+import pytest
+import torch
+
+import tokquant as tq
+from tokquant import metrics
+from tokquant.evaluation.compare import interleaved_medians
+from tokquant.reference import Features, oracle
+
+
+def test_errors_bits_and_times_of_each_scheme_in_order():
+    q, k, v = torch.randn(1, 4, 64, 64), torch.randn(1, 2, 80, 64), torch.randn(1, 2, 80, 64)
+    results = tq.compare(q, k, v, schemes=["int8", "int-flash"], causal=True, softcap=20.0, repeats=2)
+    assert [r.scheme.name for r in results] == ["int8", "int-flash"]
+    exact, _ = oracle(q, k, v, Features(scale=0.125, causal=True, softcap=20.0))
+    for result in results:
+        out = tq.attention(q, k, v, result.scheme, causal=True, softcap=20.0)
+        assert result.errors == metrics.errors(out, exact)
+        assert min(result.ms, result.quantize_ms, result.sdpa_ms) > 0
+        assert result.bits["q"] == 8.5
+
+
+@pytest.mark.parametrize("n_k", [64, 100])
+def test_the_peer_computes_the_same_attention(n_k):
+    from tokquant.evaluation.compare import _sdpa
+
+    q, k, v = torch.randn(1, 4, 64, 32), torch.randn(1, 2, n_k, 32), torch.randn(1, 2, n_k, 32)
+    mask = torch.rand(1, 4, 64, n_k) > 0.2
+    for features in (Features(scale=0.3), Features(scale=0.3, causal=True), Features(scale=0.3, mask=mask)):
+        assert torch.allclose(_sdpa(q, k, v, features)().double(), oracle(q, k, v, features)[0], atol=1e-5)
+
+
+def test_functions_are_timed_in_turn():
+    order = []
+    interleaved_medians([lambda: order.append("a"), lambda: order.append("b")], 3, torch.device("cpu"))
+    assert order == ["a", "b"] * 4
+
+
+def test_what_attention_refuses_compare_refuses():
+    q = torch.randn(1, 1, 8, 32)
+    with pytest.raises(ValueError, match="softcap: -1"):
+        tq.compare(q, q, q, schemes=["int8"], softcap=-1)
+    with pytest.raises(tq.SchemeError, match="no preset 'int9'"):
+        tq.compare(q, q, q, schemes=["int9"])

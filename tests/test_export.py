@@ -1,0 +1,202 @@
+"""Scale files: enough to run, atomic, and checked name by name."""
+
+import json
+import os
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+import tokquant as tq
+from tokquant import files
+from tokquant.calibration.scales import Scales
+from tokquant.schemes import preset
+
+ASYMMETRIC = {"precision": "int8", "granularity": "channel", "scale": "static", "symmetric": False, "smooth": "static"}
+FULL = tq.QuantScheme(
+    name="full",
+    q={"precision": "int8", "granularity": "tensor", "scale": "static"},
+    k=ASYMMETRIC,
+    v=ASYMMETRIC | {"scale_dtype": "fp16", "granularity": "head"},
+    p={"precision": "int8"},
+)
+
+
+def calibrated(scheme, layers=("layers.0", "layers.1")):
+    calibrator = tq.Calibrator(scheme)
+    for name in layers:
+        calibrator.observe(name, *(torch.randn(1, h, 40, 32) for h in (4, 2, 2)))
+    return calibrator.scales()
+
+
+def rewritten(path, change=lambda tensors, metadata: None):
+    """The file with its tensors or metadata changed, and the checksum left as it was."""
+    with safetensors.safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    change(tensors, metadata)
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+
+
+@pytest.mark.parametrize("scheme", [preset("kv-fp8"), FULL], ids=["kv-fp8", "every static part"])
+def test_a_file_alone_is_enough_to_run(scheme, tmp_path):
+    scales = calibrated(scheme)
+    tq.save_scales(tmp_path / "scales.safetensors", scales)
+    loaded = tq.load_scales(tmp_path / "scales.safetensors")
+    assert loaded.scheme == scheme and loaded.scheme.name == scheme.name and list(loaded) == list(scales)
+    operands = [torch.randn(1, h, 40, 32) for h in (4, 2, 2)]
+    out = tq.attention(*operands, loaded.scheme, scales=loaded["layers.1"])
+    assert torch.equal(out, tq.attention(*operands, scheme, scales=scales["layers.1"]))
+
+
+def test_names_are_those_of_vllm_and_shapes_those_of_compressed_tensors(tmp_path):
+    path = tmp_path / "scales.safetensors"
+    tq.save_scales(path, calibrated("kv-fp8", ["model.layers.0.self_attn"]))
+    with safetensors.safe_open(path, "pt") as file:
+        shapes = {name: tuple(file.get_tensor(name).shape) for name in file.keys()}  # noqa: SIM118
+        assert json.loads(file.metadata()["tokquant.scheme"])["name"] == "kv-fp8"
+    assert shapes == {"model.layers.0.self_attn.k_scale": (2, 1, 1), "model.layers.0.self_attn.v_scale": (2, 1, 1)}
+
+
+def set_to(name, value):
+    def change(tensors, metadata):
+        tensors[name] = value
+
+    return change
+
+
+def without(name):
+    def change(tensors, metadata):
+        del tensors[name]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_to("layers.0.k_scale", torch.zeros(2, 1, 1)), r"layers\.0\.k_scale: holds a scale that is not above zero"),
+        (set_to("layers.0.k_scale", -torch.ones(2, 1, 1)), r"layers\.0\.k_scale: holds a scale that is not above zero"),
+        (set_to("layers.1.v_scale", torch.tensor([[[1.0]], [[torch.inf]]])), r"layers\.1\.v_scale: .*not finite"),
+        (set_to("layers.1.v_scale", torch.full((2, 1, 1), torch.nan)), r"layers\.1\.v_scale: .*not finite"),
+        (without("layers.1.v_scale"), r"layers\.1\.v_scale: missing; scheme 'kv-fp8' needs k_scale, v_scale"),
+        (set_to("layers.0.q_scale", torch.ones(4, 1, 1)), r"layers\.0\.q_scale: scheme 'kv-fp8' has no use for it"),
+        (set_to("layers.0.k_scale", torch.ones(2, 1, 32)), r"k_scale: shape \[2, 1, 32\] is not \[H, 1, 1\] of head"),
+        (set_to("layers.0.k_scale", torch.ones(2)), r"layers\.0\.k_scale: shape \[2\]"),
+        (set_to("layers.0.k_scale", torch.ones(2, 1, 1, dtype=torch.int8)), r"layers\.0\.k_scale: torch.int8 is no type"),
+        (set_to("k_scale", torch.ones(2, 1, 1)), "'k_scale' is no scale; names are <layer>.k_scale"),
+        (set_to("layers.0.weight", torch.ones(2)), r"'layers\.0\.weight' is no scale"),
+        (set_to("layers.0.k_scale", torch.ones(2, 1, 1)), "checksum"),
+    ],
+    ids=["zero", "negative", "infinite", "nan", "missing", "unused", "shape", "dimensions", "integers", "no layer", "foreign",
+         "changed"],
+)  # fmt: skip
+def test_what_is_wrong_with_a_scale_is_named(change, message, tmp_path):
+    path = tmp_path / "scales.safetensors"
+    tq.save_scales(path, calibrated("kv-fp8"))
+    rewritten(path, change)
+    with pytest.raises(tq.ScalesError, match=message):
+        tq.load_scales(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: m.pop("tokquant.scheme"), "no tokquant scheme in its metadata"),
+        (lambda t, m: m.update({"tokquant.scheme": "{"}), "its scheme cannot be read"),
+        (lambda t, m: m.update({"tokquant.scheme": "[1]"}), "its scheme cannot be read"),
+        (lambda t, m: m.update({"tokquant.scheme": "[" * 100000}), "its scheme cannot be read"),
+        (lambda t, m: m.update({"tokquant.scheme": '{"q": {"precision": "int9"}}'}), "no precision 'int9'"),
+        (lambda t, m: m.update({"tokquant.format": "99"}), "format '99' is not '1'"),
+        (lambda t, m: t.clear(), "no layers"),
+    ],
+    ids=["no scheme", "broken scheme", "no mapping", "deep", "unknown precision", "newer format", "no tensors"],
+)
+def test_what_is_wrong_with_the_metadata_is_named(change, message, tmp_path):
+    path = tmp_path / "scales.safetensors"
+    tq.save_scales(path, calibrated("kv-fp8"))
+    rewritten(path, change)
+    with pytest.raises(tq.ScalesError, match=message):
+        tq.load_scales(path)
+
+
+def test_every_truncation_is_refused(tmp_path):
+    path = tmp_path / "scales.safetensors"
+    tq.save_scales(path, calibrated("kv-fp8", ["a"]))
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(tq.ScalesError):
+            tq.load_scales(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"PK\x03\x04" * 50, b"{}", bytes(range(256))], ids=lambda b: repr(b[:4]))
+def test_a_foreign_file_is_refused(content, tmp_path):
+    path = tmp_path / "scales.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(tq.ScalesError, match="not a safetensors file"):
+        tq.load_scales(path)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(tq.ScalesError, match=str(path)):
+            tq.load_scales(path)
+
+
+def test_scales_of_other_heads_do_not_fit():
+    scales = calibrated("kv-fp8")["layers.0"]
+    with pytest.raises(tq.ScalesError, match=r"layers\.0\.k_scale: shape \[2, 1, 1\] does not fit k \[1, 4, 10, 32\]"):
+        tq.attention(*(torch.randn(1, 4, 10, 32) for _ in range(3)), "kv-fp8", scales=scales)
+
+
+def test_scales_of_a_layer_that_is_not_there_name_the_nearest():
+    with pytest.raises(tq.ScalesError, match=r"no layer 'layer\.1'.*did you mean 'layers\.1'"):
+        calibrated("kv-fp8")["layer.1"]
+
+
+def test_scales_check_what_they_are_given():
+    with pytest.raises(tq.ScalesError, match=r"a\.v_scale: missing"):
+        Scales(preset("kv-fp8"), {"a": {"k_scale": torch.ones(1, 1, 1)}})
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(step, tmp_path, monkeypatch):
+    path = tmp_path / "scales.safetensors"
+    tq.save_scales(path, calibrated("kv-fp8"))
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    if step == "write":
+        # the disk fills up after some bytes
+        class Full:
+            def __init__(self, file):
+                self.file = file
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                self.file.close()
+
+            def write(self, data):
+                self.file.write(data[: len(data) // 2])
+                fail()
+
+        monkeypatch.setattr(files, "open", lambda *a: Full(open(*a)), raising=False)  # noqa: SIM115
+    else:
+        monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="No space left"):
+        tq.save_scales(path, calibrated("kv-fp8"))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_new_file_follows_the_umask(tmp_path):
+    before = os.umask(0o022)
+    try:
+        files.write_atomically(tmp_path / "file", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
