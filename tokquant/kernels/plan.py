@@ -157,7 +157,7 @@ def _product_types(scheme: QuantScheme, roles: str, dtype: torch.dtype) -> dict[
         )
     if "fp32" in (first.name, second.name):
         return dict.fromkeys(roles, "tl.float32")
-    if first.kind == second.kind == "int":
+    if first.compute == second.compute == "tl.int8":
         return dict.fromkeys(roles, "tl.int8")
     if fp8 := _fp8_types(first, second):
         return dict(zip(roles, fp8, strict=True))
@@ -168,12 +168,17 @@ def _product_types(scheme: QuantScheme, roles: str, dtype: torch.dtype) -> dict[
 
 
 def _fp8_types(first: precisions.Precision, second: precisions.Precision) -> tuple[str, str] | None:
-    """fp8 with fp8, or with fewer bits, which are exact in it."""
-    floats = [x.compute if x.compute.startswith("tl.float8") else None for x in (first, second)]
-    wide = [kind for x, kind in zip((first, second), floats, strict=True) if kind and x.bits == 8]
-    if not wide or not all(kind or x.bits < 8 for x, kind in zip((first, second), floats, strict=True)):
+    """fp8 with fp8, or with a precision whose every value fp8 holds, such as int4."""
+    wide = [x for x in (first, second) if x.compute.startswith("tl.float8") and x.bits == 8]
+    if not wide:
         return None
-    return floats[0] or wide[0], floats[1] or wide[0]
+    types = []
+    for x in (first, second):
+        if x.compute.startswith("tl.float8"):
+            types.append(x.compute)
+        elif x.bits <= 8 and torch.equal(x.values(), x.values().to(wide[0].stored).float()):
+            types.append(wide[0].compute)
+    return (types[0], types[1]) if len(types) == 2 else None
 
 
 def _via(decoded: str, product: str) -> str:

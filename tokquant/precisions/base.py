@@ -70,8 +70,14 @@ class Precision:
 
     @property
     def levels(self) -> int:
-        """How many codes an unsigned or asymmetric integer has beyond zero: 255 for 8 bits."""
+        """Steps from the lowest code to the highest: 255 for 8 bits."""
         return 2**self.bits - 1
+
+    def values(self) -> Tensor:
+        """Every finite number that a stored byte stands for, float32; for precisions of at most 8 bits."""
+        stored = torch.arange(256, dtype=torch.uint8).view(self.stored)
+        values = self.decode(self.unpack(stored[:, None], self.packed)).unique()
+        return values[values.isfinite()]
 
     def __repr__(self) -> str:
         return f"<precision {self.name}: {self.bits} bits>"

@@ -32,4 +32,5 @@ def place(operand: Operand) -> Place:
 
 def needs_code_sums(scheme: QuantScheme) -> bool:
     """Whether V carries the sums of its codes: an unsigned P on a signed unit needs them."""
-    return scheme.p.format.code_zero != 0 and scheme.v.format.kind == "int" and place(scheme.v) != "operand"
+    integers = scheme.v.format.compute == "tl.int8" and place(scheme.v) != "operand"
+    return scheme.p.format.code_zero != 0 and integers

@@ -1,0 +1,63 @@
+"""README and docs do what they say: their Python runs, their commands exit well, their kernel is the generated one."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokquant import cli
+from tokquant.kernels import generate
+from tokquant.kernels.plan import plan
+from tokquant.schemes import preset, preset_names
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path):
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(blocks(page, "python")))
+    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_commands_of_the_readme_exit_well(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    commands = [line[2:] for block in blocks(PAGES[0], "console") for line in block.splitlines() if line.startswith("$ ")]
+    commands += [command for command in re.findall(r"`(tokquant [^`]+)`", README) if command.islower()]
+    assert len(commands) >= 5
+    for command in commands:
+        monkeypatch.setattr("sys.argv", [*shlex.split(command), *(["--repeats", "1"] if "compare" in command else [])])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+            raise SystemExit(0)
+        assert not stop.value.code, (command, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("excerpt", re.findall(r"^```kernel (\S+) causal\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
+def test_the_kernel_of_the_readme_is_the_generated_one(excerpt):
+    name, text = excerpt
+    assert text in generate.render(plan(preset(name), head_dim=64, dtype=torch.float16, causal=True))
+
+
+def test_the_readme_has_a_row_for_every_preset_with_its_bits():
+    for name in preset_names():
+        [row] = re.findall(rf"^\| \**`{name}`\** \|.*$", README, re.MULTILINE)
+        bits = " / ".join(f"{b:.3f}".rstrip("0").rstrip(".") for b in preset(name).bits_per_value().values())
+        assert bits in row, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
