@@ -25,6 +25,8 @@ class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        if self.path.is_dir():
+            raise ValueError(f"{self.path}: Is a directory")
         try:
             self._file = safetensors.safe_open(self.path, framework="pt")
         except OSError as error:
@@ -48,6 +50,13 @@ class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
             raise ValueError(f"{self.path}: no layer {quote(layer)}{nearest(layer, self._layers)}")
         q, k, v = (self._file.get_tensor(f"{layer}.{role}") for role in "qkv")
         return q, k, v
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._layers
+
+    def get(self, layer: str, default=None):
+        """Q, K and V of the layer, or `default`."""
+        return self[layer] if layer in self._layers else default
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)

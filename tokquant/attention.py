@@ -92,10 +92,7 @@ def attention(
     if all(given):
         if scales is not None:
             raise ScalesError("scales: the tensors are quantized already; give scales to quantize")
-        for operand in (q, k, v):
-            spec = getattr(scheme, operand.spec.role)  # type: ignore[union-attr]
-            if operand.spec != spec:  # type: ignore[union-attr]
-                raise ValueError(f"{spec.role}: {operand!r} is of another scheme; use the one that quantize was given")
+        _check_quantized(q, k, v, scheme)  # type: ignore[arg-type]
     else:
         _check_tensors(q, k, v)
     features = features_of(q, k, causal=causal, scale=scale, mask=mask, window=window, softcap=softcap, sinks=sinks)
@@ -124,6 +121,8 @@ def _check_tensors(q: object, k: object, v: object) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: a {type(x).__name__}; give a torch.Tensor [B, H, N, D]")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name}: a tensor of layout {x.layout}; give a dense one")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name}: {x.dtype} is not supported; use float16, bfloat16 or float32")
         if x.ndim != 4:
@@ -132,7 +131,10 @@ def _check_tensors(q: object, k: object, v: object) -> None:
             raise ValueError(f"{name}: shape {list(x.shape)} is empty; give at least one of batch, heads, tokens and head_dim")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name}: requires grad, and quantized attention has no backward; call it under torch.no_grad()")
-    assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+    _check_together(q, k, v)  # type: ignore[arg-type]
+
+
+def _check_together(q: Tensor | QuantizedTensor, k: Tensor | QuantizedTensor, v: Tensor | QuantizedTensor) -> None:
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k, v: types {q.dtype}, {k.dtype}, {v.dtype} differ; give one type")
     if not q.device == k.device == v.device:
@@ -145,6 +147,15 @@ def _check_tensors(q: object, k: object, v: object) -> None:
         raise ValueError(f"k: head_dim {k.shape[3]} is not that of q, {q.shape[3]}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"k: {k.shape[1]} heads do not divide the {q.shape[1]} of q")
+
+
+def _check_quantized(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, scheme: QuantScheme) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.spec.role != name:
+            raise ValueError(f"{name}: {x!r} is a quantized {x.spec.role}; give q, k and v in the order quantize returned them")
+        if x.scheme is not scheme and (x.scheme is None or x.scheme.digest() != scheme.digest()):
+            raise ValueError(f"{name}: {x!r} is of another scheme; attend by the one that quantize was given")
+    _check_together(q, k, v)
 
 
 def _check_scales(scheme: QuantScheme, scales: object) -> None:
@@ -186,6 +197,9 @@ def features_of(
                 f"window: {quote(window)} is not (left, right); give whole numbers from 0, or None for an open side"
             )
         window = (sides[0], sides[1])
+    for name, given in (("mask", mask), ("sinks", sinks)):
+        if isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name}: requires grad, and quantized attention has no backward; call it under torch.no_grad()")
     if mask is not None:
         if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -198,7 +212,8 @@ def features_of(
             raise ValueError(f"mask: shape {list(mask.shape)} does not broadcast to {[b, heads, n_q, n_k]}") from None
     if sinks is not None:
         if not isinstance(sinks, Tensor) or not sinks.dtype.is_floating_point:
-            raise TypeError(f"sinks: a {type(sinks).__name__}; give a floating-point tensor [H_q]")
+            kind = sinks.dtype if isinstance(sinks, Tensor) else f"a {type(sinks).__name__}"
+            raise TypeError(f"sinks: {kind}; give a floating-point tensor [H_q]")
         if sinks.shape != (heads,):
             raise ValueError(f"sinks: shape {list(sinks.shape)} is not [{heads}], one logit for each head of q")
         if sinks.device != q.device:
@@ -209,6 +224,10 @@ def features_of(
 def _finite(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: {quote(value)} is not a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: {value} is not finite")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: {quote(value)} is not finite")
+    return number

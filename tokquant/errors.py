@@ -32,8 +32,12 @@ def quote(value: object, limit: int = 60) -> str:
         text = repr(value[: limit + 1])
     elif isinstance(value, int | float | bool | None.__class__):
         text = repr(value) if not isinstance(value, int) or value.bit_length() < 200 else "an integer of many digits"
+    elif isinstance(value, tuple | list) and len(value) <= 4:
+        parts = ", ".join("..." if isinstance(part, tuple | list | dict) else quote(part, 24) for part in value)
+        text = f"[{parts}]" if isinstance(value, list) else f"({parts})"
     elif isinstance(value, dict) and len(value) <= 4:
-        text = "{" + ", ".join(f"{quote(k, 24)}: {quote(v, 24)}" for k, v in value.items()) + "}"
+        parts = (f"{quote(k, 24)}: {'a dict' if isinstance(v, dict) and v else quote(v, 24)}" for k, v in value.items())
+        text = "{" + ", ".join(parts) + "}"
     else:
         text = f"a {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -41,6 +41,8 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
 def load_scales(path: str | os.PathLike) -> Scales:
     """Read what `save_scales` wrote. Raises ScalesError naming what is wrong: the file, its metadata, or a scale."""
     path = Path(path)
+    if path.is_dir():
+        raise ScalesError(f"{path}: Is a directory")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

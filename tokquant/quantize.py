@@ -76,7 +76,8 @@ def quantize_operands(
     vq = encode(v_frame.apply(v), v.dtype, scheme.v, scales)
     code_sum = _tile_sums(vq, scheme.key_tile) if needs_code_sums(scheme) else None
     weight = _weight(vq) if place(scheme.v) == "p" else None
-    return qq, kq, replace(vq, frame=v_frame, code_sum=code_sum, weight=weight)
+    vq = replace(vq, frame=v_frame, code_sum=code_sum, weight=weight)
+    return replace(qq, scheme=scheme), replace(kq, scheme=scheme), replace(vq, scheme=scheme)
 
 
 def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | None = None) -> QuantizedTensor:
@@ -93,6 +94,10 @@ def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | N
         codes = _as_float(x, dtype, spec)
         return QuantizedTensor(codes=codes, scale=None, spec=spec, shape=x.shape, dtype=dtype)
     n, d = x.shape[2:]
+    try:
+        spec.granularity.cover(n, d)
+    except SchemeError as error:
+        raise SchemeError([(f"{spec.role}.granularity", str(error))]) from None
     if spec.scale == "static":
         assert scales is not None
         scale, zero = scales.scale(spec, x.shape), scales.zero(spec, x.shape)

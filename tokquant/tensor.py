@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokquant.schemes import Granularity, Operand
+from tokquant.schemes import Granularity, Operand, QuantScheme
 from tokquant.transforms import Frame
 
 
@@ -41,6 +41,8 @@ class QuantizedTensor:
     companion: Tensor | None = None
     """K, where Q has block means: K less its offset, in the input's type, which those means multiply."""
     spec: Operand
+    scheme: QuantScheme | None = None
+    """The scheme that all three operands were quantized by."""
     shape: torch.Size
     dtype: torch.dtype
     layout: str = "canonical"

@@ -44,6 +44,8 @@ class LayerScales:
                 raise ScalesError(f"{self.layer}.{name}: missing; scheme {scheme.name!r} needs {', '.join(wanted)}")
             value = self.tensors[name]
             spec: Operand = getattr(scheme, name[0])
+            if not isinstance(value, Tensor):
+                raise ScalesError(f"{self.layer}.{name}: a {type(value).__name__} is no tensor")
             if not value.dtype.is_floating_point:
                 raise ScalesError(f"{self.layer}.{name}: {value.dtype} is no type for it; use a floating-point type")
             if value.ndim != 3 or any(size != 1 for size, free in zip(value.shape, _free(name, spec), strict=True) if not free):
@@ -115,6 +117,10 @@ class Scales(Mapping[str, LayerScales]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._layers
+
+    def get(self, name: str, default=None):
+        """The layer of that name, or `default`."""
+        return self._layers.get(name, default)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)

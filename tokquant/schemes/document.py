@@ -27,6 +27,11 @@ def read(text: str | bytes) -> object:
             raise SchemeError(f"the document is not UTF-8: {error.reason} at byte {error.start}") from None
     try:
         return _Reader(text).document()
+    except SchemeError:
+        raise
+    except (ValueError, OverflowError) as error:
+        # the scanner's own, for escapes and versions beyond what Python's numbers and characters hold
+        raise SchemeError(f"not YAML: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be read"
@@ -90,6 +95,6 @@ def _scalar(text: str) -> object:
         return text == "true"
     if re.fullmatch(r"-?(0|[1-9][0-9]{0,18})", text):
         return int(text)
-    if re.fullmatch(r"-?(0|[1-9][0-9]{0,18})?\.?[0-9]{1,20}([eE][-+]?[0-9]{1,3})?|[-+]?\.inf|\.nan", text):
+    if re.fullmatch(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]{1,20})?([eE][-+]?[0-9]{1,3})?|[-+]?\.inf|\.nan", text):
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
     return text

@@ -33,7 +33,7 @@ class Granularity:
         """Tokens and channels under one scale, for n tokens of d channels. Raises SchemeError for a group that does not fit."""
         size = self.size or 0
         if self.kind == "group" and d % size:
-            raise SchemeError(f"granularity: a group of {size} channels does not divide head_dim {d}")
+            raise SchemeError(f"a group of {size} channels does not divide head_dim {d}")
         return {
             "token": (1, d),
             "block": (size, d),

@@ -3,28 +3,36 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic_core import core_schema
 
 from tokquant import precisions
 from tokquant.errors import SchemeError, nearest, quote
 from tokquant.files import write_atomically
 from tokquant.schemes import document
-from tokquant.schemes.granularity import Granularity, OperandGranularity, PGranularity
+from tokquant.schemes.granularity import OperandGranularity, PGranularity
 
 ScaleDtype = Literal["fp32", "fp16", "fp8_e4m3"]
 SCALE_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "fp8_e4m3": torch.float8_e4m3fn}
 
 
-def _precision(role: str) -> Any:
-    def check(name: str) -> str:
-        return precisions.get(name, role).name
+class PrecisionOf:
+    """A string that names a precision registered for an operand; the JSON schema lists those of the moment it is asked for."""
 
-    return Annotated[str, AfterValidator(check), WithJsonSchema({"type": "string", "enum": precisions.names(role)})]
+    def __init__(self, role: str):
+        self.role = role
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(lambda name: precisions.get(name, self.role).name, handler(source))
+
+    def __get_pydantic_json_schema__(self, core: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "enum": precisions.names(self.role)}
 
 
 class Strict(BaseModel):
@@ -33,6 +41,9 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
     def __init__(self, /, **data: Any):
+        for name, value in data.items():
+            if isinstance(value, dict) and (odd := [key for key in value if not isinstance(key, str)]):
+                raise SchemeError([(_printable(name), f"the key {quote(odd[0])}; keys are plain words")])
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -44,7 +55,7 @@ class Operand(Strict):
 
     role: ClassVar[str] = ""
     precision: str
-    granularity: OperandGranularity = Granularity("token")
+    granularity: OperandGranularity = Field(default="token", validate_default=True)
     symmetric: bool = True
     scale: Literal["dynamic", "static"] = "dynamic"
     scale_dtype: ScaleDtype = "fp32"
@@ -71,8 +82,9 @@ class Operand(Strict):
     @model_validator(mode="after")
     def _consistent(self):
         problems = []
-        if not self.symmetric and self.format.kind != "int":
-            problems.append(("symmetric", f"{self.precision} has no zero point; symmetric: false is for int8, int4 and int2"))
+        if not self.symmetric and (self.format.kind != "int" or self.role == "q"):
+            what = "Q" if self.role == "q" else self.precision
+            problems.append(("symmetric", f"{what} has no zero point; symmetric: false is for integers of K and V"))
         if self.scale == "static":
             if not self.scaled:
                 problems.append(("scale", f"{self.precision} has no scale that could be static"))
@@ -93,8 +105,7 @@ class Queries(Operand):
     """Q. `smooth: block_mean` subtracts the mean over 128 queries and adds its product with K back (SageAttention 2)."""
 
     role = "q"
-    precision: _precision("q")  # type: ignore[valid-type]
-    symmetric: Literal[True] = True
+    precision: Annotated[str, PrecisionOf("q")]
     smooth: Literal["none", "block_mean"] = "none"
 
 
@@ -102,7 +113,7 @@ class Keys(Operand):
     """K. `smooth: mean` subtracts the mean over tokens, `static` a calibrated offset; softmax does not see it."""
 
     role = "k"
-    precision: _precision("k")  # type: ignore[valid-type]
+    precision: Annotated[str, PrecisionOf("k")]
     smooth: Literal["none", "mean", "static"] = "none"
 
 
@@ -110,15 +121,15 @@ class Values(Operand):
     """V. `smooth` as for K; it is added back to the output."""
 
     role = "v"
-    precision: _precision("v")  # type: ignore[valid-type]
+    precision: Annotated[str, PrecisionOf("v")]
     smooth: Literal["none", "mean", "static"] = "none"
 
 
 class Probabilities(Strict):
     """P. `unit` scales by 1/R against the running maximum, `{row_block: n}` against the row's maximum in n keys."""
 
-    precision: _precision("p")  # type: ignore[valid-type]
-    granularity: PGranularity = Granularity("unit")
+    precision: Annotated[str, PrecisionOf("p")]
+    granularity: PGranularity = Field(default="unit", validate_default=True)
 
     @property
     def format(self) -> precisions.Precision:
@@ -131,7 +142,13 @@ class Cache(Strict):
 
     sink: Annotated[int, Field(ge=0, le=2**20)] = 0
     recent: Annotated[int, Field(ge=0, le=2**20)] = 0
-    page: Literal[16, 32, 64, 128, 256, 512, 1024] = 128
+    page: Annotated[int, Field(ge=16, le=1024)] = 128
+
+    @model_validator(mode="after")
+    def _page_is_a_power_of_two(self):
+        if self.page & (self.page - 1):
+            raise SchemeError([("page", f"{self.page} is not accepted; use a power of two from 16 to 1024")])
+        return self
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
@@ -199,7 +216,9 @@ class QuantScheme(Strict):
             scheme = cls.from_yaml(text)
         except OSError as error:
             raise SchemeError(f"{path}: {error.strerror}") from None
-        except SchemeError as error:
+        except ValueError as error:
+            if not isinstance(error, SchemeError):  # a path that no file system takes
+                raise SchemeError(f"{quote(str(path), 200)}: {error}") from None
             raise SchemeError([(f"{path}: {place}" if place else str(path), text) for place, text in error.problems]) from None
         return scheme if "name" in scheme.model_fields_set else scheme.model_copy(update={"name": _name_of(path)})
 
@@ -236,6 +255,8 @@ class _Dumper(yaml.SafeDumper):
     pass
 
 
+# what `document` reads as a number is quoted where it is a name
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"-?[0-9][0-9.]*([eE][-+]?[0-9]+)?$"), list("-0123456789"))
 _Dumper.add_representer(_Flow, lambda dumper, data: dumper.represent_mapping("tag:yaml.org,2002:map", data, flow_style=True))
 
 
@@ -243,7 +264,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> list[tuple[str, 
     """Each of pydantic's findings as a place and a sentence that quotes what was written."""
     problems = []
     for finding in error.errors(include_url=False):
-        place = ".".join(str(part)[:40] for part in finding["loc"])
+        place = ".".join(_printable(part) for part in finding["loc"])
         cause = (finding.get("ctx") or {}).get("error")
         written = quote(finding.get("input"))
         if isinstance(cause, SchemeError):
@@ -266,6 +287,11 @@ def _explain(model: type[BaseModel], error: ValidationError) -> list[tuple[str, 
         else:
             problems.append((place, f"{written} is not accepted; {finding['msg'][0].lower()}{finding['msg'][1:]}"))
     return problems
+
+
+def _printable(part: object) -> str:
+    text = str(part)[:40]
+    return text if text.isprintable() else repr(text)
 
 
 def _fields(model: Any, place: tuple) -> list[str]:

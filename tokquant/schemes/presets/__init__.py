@@ -11,24 +11,32 @@ from tokquant.schemes.scheme import QuantScheme
 @lru_cache
 def names() -> tuple[str, ...]:
     """Every preset, from exact to few bits."""
-    files = [file.name.removesuffix(".yaml") for file in resources.files(__name__).iterdir() if file.name.endswith(".yaml")]
-    return tuple(sorted(files, key=lambda name: (-sum(preset(name).bits_per_value().values()), name)))
+    return tuple(sorted(_files(), key=lambda name: (-sum(preset(name).bits_per_value().values()), name)))
 
 
-@lru_cache
 def preset(name: str) -> QuantScheme:
     """The preset of that name. Raises SchemeError with the nearest name if there is none."""
-    file = resources.files(__name__) / f"{name}.yaml" if isinstance(name, str) and name.isascii() and "/" not in name else None
-    if file is None or not file.is_file():
-        known = sorted(f.name.removesuffix(".yaml") for f in resources.files(__name__).iterdir() if f.name.endswith(".yaml"))
-        raise SchemeError(f"no preset {quote(name)}; use one of {', '.join(known)}{nearest(name, known)}")
-    return QuantScheme.from_yaml(file.read_text(encoding="utf-8"))
+    if name not in _files():
+        raise SchemeError(f"no preset {quote(name)}; use one of {', '.join(_files())}{nearest(name, _files())}")
+    return _read(name)
 
 
 def source(name: str) -> str:
-    """The YAML text of a preset, comments included."""
-    preset(name)
+    """The YAML text of a preset, comments included. Raises as `preset`."""
+    if name not in _files():
+        preset(name)
     return (resources.files(__name__) / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+@lru_cache
+def _files() -> tuple[str, ...]:
+    found = [file.name for file in resources.files(__name__).iterdir()]
+    return tuple(sorted(name.removesuffix(".yaml") for name in found if name.endswith(".yaml")))
+
+
+@lru_cache
+def _read(name: str) -> QuantScheme:
+    return QuantScheme.from_yaml(source(name))
 
 
 def resolve(scheme: object) -> QuantScheme:
