@@ -19,7 +19,8 @@ LAYERS = [
     ("kernels",),
     ("attention",),
     ("evaluation",),
-    ("cli", "__init__"),
+    ("cli",),
+    ("__init__", "__main__"),
 ]
 
 

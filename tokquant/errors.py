@@ -33,8 +33,8 @@ def quote(value: object, limit: int = 60) -> str:
     elif isinstance(value, int | float | bool | None.__class__):
         text = repr(value) if not isinstance(value, int) or value.bit_length() < 200 else "an integer of many digits"
     elif isinstance(value, tuple | list) and len(value) <= 4:
-        parts = ", ".join("..." if isinstance(part, tuple | list | dict) else quote(part, 24) for part in value)
-        text = f"[{parts}]" if isinstance(value, list) else f"({parts})"
+        text = ", ".join("..." if isinstance(part, tuple | list | dict) else quote(part, 24) for part in value)
+        text = f"[{text}]" if isinstance(value, list) else f"({text})"
     elif isinstance(value, dict) and len(value) <= 4:
         parts = (f"{quote(k, 24)}: {'a dict' if isinstance(v, dict) and v else quote(v, 24)}" for k, v in value.items())
         text = "{" + ", ".join(parts) + "}"

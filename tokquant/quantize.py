@@ -10,7 +10,7 @@ from tokquant.errors import SchemeError
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.placement import needs_code_sums, place
 from tokquant.schemes.scheme import SCALE_TYPES
-from tokquant.tensor import QuantizedTensor, spread
+from tokquant.tensor import QuantizedTensor, met, spread
 from tokquant.transforms import (
     Frame,
     channel_balance,
@@ -70,7 +70,7 @@ def quantize_operands(
     code_sum = None
     if kq.zero is not None and place(scheme.k) == "scores":
         # S = s_q (c_q . (c_k s_k + z_k)) takes the sum of Q's values as the product meets them
-        code_sum = qq.code_values().sum(dim=-1, keepdim=True)
+        code_sum = met(qq).sum(dim=-1, keepdim=True)
     qq = replace(qq, frame=q_frame, logit_offset=logit_offset, code_sum=code_sum)
 
     vq = encode(v_frame.apply(v), v.dtype, scheme.v, scales)
@@ -123,17 +123,26 @@ def scale_of(x: Tensor, spec: Operand) -> tuple[Tensor, Tensor | None]:
 
 def symmetric_scale(largest: Tensor, spec: Operand) -> Tensor:
     """max |x| of each group -> its scale."""
-    return _rounded(torch.where(largest == 0, 1.0, largest / spec.format.largest), spec)  # type: ignore[operator]
+    return _rounded(torch.where(largest == 0, 1.0, _divided(largest, spec.format.largest)), spec)
 
 
 def asymmetric_scale(lowest: Tensor, highest: Tensor, spec: Operand) -> tuple[Tensor, Tensor]:
     """min and max of each group -> its scale and zero."""
     kind = SCALE_TYPES[spec.scale_dtype]
-    zero = torch.where(lowest.abs() > torch.finfo(kind).max, lowest * float("inf"), lowest).to(kind)
+    # some casts saturate: what the type cannot hold is not a number
+    zero = torch.where(lowest.abs() > torch.finfo(kind).max, float("nan"), lowest).to(kind)
     _check_holds(zero, lowest, spec, "zero")
-    step = (highest - zero.float()) / spec.format.levels
+    span = highest - zero.float()
+    if bool((span.isinf() & highest.isfinite()).any()):
+        raise ValueError(f"{spec.role}: values from {lowest.min():.4g} to {highest.max():.4g} span more than float32 holds")
+    step = _divided(span, spec.format.levels)
     # a zero rounded up to the maximum, or past it, leaves one value to tell
     return _rounded(torch.where(step <= 0, 1.0, step), spec), zero
+
+
+def _divided(x: Tensor, divisor: float | None) -> Tensor:
+    # by a tensor: on a GPU torch multiplies by the reciprocal of a Python number, which rounds twice
+    return x / x.new_tensor(divisor)
 
 
 def reduce_groups(x: Tensor, spec: Operand, reduce) -> Tensor:
@@ -203,9 +212,11 @@ def _for_query_heads(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
 def _weight(v: QuantizedTensor) -> Tensor:
     """What P is multiplied by, for V per token."""
     assert v.scale is not None
-    nothing = (v.code_values() == 0).all(dim=-1, keepdim=True)
+    scale = v.scale.float()
+    # a token that is not a number has codes of zero too, and its scale to say so
+    nothing = (v.code_values() == 0).all(dim=-1, keepdim=True) & scale.isfinite()
     # small beside any scale, and large enough that a product with P does not vanish from the normalizer
-    return torch.where(nothing, 2.0**-64, v.scale.float())
+    return torch.where(nothing, 2.0**-64, scale)
 
 
 def _tile_sums(v: QuantizedTensor, tile: int) -> Tensor:

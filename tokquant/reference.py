@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import place
-from tokquant.tensor import QuantizedTensor
+from tokquant.tensor import QuantizedTensor, met
 from tokquant.transforms import hadamard
 
 LOG2E = math.log2(math.e)
@@ -99,7 +99,7 @@ def _matmul_kept(p: Tensor, v: Tensor) -> Tensor:
     finite = v.isfinite()
     if bool(finite.all()):
         return p @ v
-    reached = (p != 0).double() @ (~finite).double() > 0
+    reached = (p != 0).to(v.dtype) @ (~finite).to(v.dtype) > 0
     return torch.where(reached, float("nan"), p @ torch.where(finite, v, 0.0))
 
 
@@ -137,7 +137,7 @@ class _Emulation:
 
     def __init__(self, q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, scheme: QuantScheme, features: Features):
         self.q, self.k, self.v, self.scheme, self.features = q, k, v, scheme, features
-        self.q_values, self.k_values, self.v_values = _met(q), _met(k), _met(v)
+        self.q_values, self.k_values, self.v_values = met(q), met(k), met(v)
         self.q_scale = None
         if q.scale is not None and place(scheme.q) == "scores":
             self.q_scale = q.spread(q.scale).expand(-1, -1, q.shape[2], -1)
@@ -172,8 +172,8 @@ class _Emulation:
             largest = t.amax(dim=-1, keepdim=True)
             m = torch.maximum(m, largest)
             reference = m if scheme.p.granularity.kind == "unit" else torch.maximum(largest, m - 64)
-            # up by an ulp, so that no rounding in t - r gives a code beyond the largest
-            reference = torch.where(m == -math.inf, 0.0, reference + reference.abs() * 2**-23)
+            # up by an ulp, so that no rounding gives a code beyond the largest; a tile with nothing in it moves nothing
+            reference = torch.where(largest == -math.inf, r, reference + reference.abs() * 2**-23)
             # r falls by at most 64; the bound matters only while there is nothing to rescale
             alpha = torch.exp2((r - reference).clamp(max=65))
             r = reference
@@ -182,15 +182,19 @@ class _Emulation:
 
             # integer codes cannot hold NaN, p - p can
             counted = p if scheme.normalizer == "exact" else codes + (p - p)
-            unweighted = p if weight is None else p / weight
-            l = l * alpha + (counted if weight is None else counted / weight).sum(dim=-1, keepdim=True)  # noqa: E741
+            if weight is not None:
+                # a weight that is not a number is in p already, where the pair attends
+                inverse = torch.where(weight.isfinite(), 1 / weight, 0.0)
+                p, counted = p * inverse, counted * inverse
+            l = l * alpha + counted.sum(dim=-1, keepdim=True)  # noqa: E741
             product = self._by_values(codes, keys)
             if place(scheme.v) == "tile":
-                product = product * self._for_heads(self.v_scale[:, :, keys.start : keys.start + 1])  # type: ignore[index]
+                scale = self.v_scale.expand(-1, -1, n_k, -1)[:, :, keys.start : keys.start + 1]  # type: ignore[union-attr]
+                product = torch.where(largest == -math.inf, 0.0, product * self._for_heads(scale))
             acc = acc * alpha + product
             if self.v_zero is not None:
                 zero = self.v_zero.expand(-1, -1, n_k, -1)[:, :, keys]
-                zeros = zeros * alpha + unweighted @ self._for_heads(zero)
+                zeros = zeros * alpha + _matmul_kept(p, self._for_heads(zero))
         return self.finish(rows, acc, zeros, r, l)
 
     def logits(self, rows: slice, keys: slice) -> Tensor:
@@ -250,8 +254,10 @@ class _Emulation:
 
     def _by_values(self, p: Tensor, keys: slice) -> Tensor:
         v = self.v_values[:, :, keys]
-        # a weight of zero takes nothing of a V that is not a number
-        return _matmul_kept(_grouped(p, v.shape[1]), v).reshape(*p.shape[:3], v.shape[3])
+        # float32 holds every sum of 256 products of unsigned bytes
+        exact = torch.float32 if v.shape[2] <= 256 else torch.float64
+        product = _matmul_kept(_grouped(p, v.shape[1]).to(exact), v.to(exact))
+        return product.float().reshape(*p.shape[:3], v.shape[3])
 
     def _of_keys(self, x: Tensor | None, keys: slice) -> Tensor:
         """`[B | 1, H_kv | 1, N | 1, 1] -> [B, H_q, 1, keys]`."""
@@ -267,15 +273,6 @@ class _Emulation:
 def _grouped(x: Tensor, heads: int) -> Tensor:
     """`[B, H_q, N, D] -> [B, heads, H_q / heads * N, D]`."""
     return x.reshape(x.shape[0], heads, -1, x.shape[3])
-
-
-def _met(x: QuantizedTensor) -> Tensor:
-    """The operand as its product meets it: code values, or decoded values in the input's own type."""
-    where = place(x.spec)
-    if where == "operand":
-        return x.scaled_values().to(x.dtype).float()
-    # K per channel: its zero and the sign of its codes are in Q's logit_offset
-    return x.stored_values() if where == "q" else x.code_values()
 
 
 def _per_key(k: QuantizedTensor) -> tuple[Tensor | None, Tensor | None]:

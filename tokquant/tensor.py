@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokquant.schemes import Granularity, Operand, QuantScheme
+from tokquant.schemes.placement import place
 from tokquant.transforms import Frame
 
 
@@ -31,8 +32,8 @@ class QuantizedTensor:
     """Asymmetric operands: `x = code * scale + zero`, with codes counted from 0. Shaped and typed like `scale`."""
     frame: Frame = field(default_factory=Frame)
     code_sum: Tensor | None = None
-    """int32. Q: sums over channels `[B, H, N, 1]`, where K has zeros. V: sums over each key tile `[B, H, ceil(N / n), D]`,
-    where P is unsigned."""
+    """Q, where K has zeros: sums over channels `[B, H, N, 1]` of what the product meets, float32. V, where P is unsigned: sums
+    over each key tile `[B, H, ceil(N / n), D]`, int32."""
     weight: Tensor | None = None
     """V per token: what P is multiplied by before it is rounded, float32 `[B, H, N, 1]`. The scale, but next to nothing where
     all codes are zero: the 1 of such a token would outweigh the row it is in."""
@@ -99,3 +100,12 @@ class QuantizedTensor:
     def __repr__(self) -> str:
         shape = ", ".join(map(str, self.shape))
         return f"QuantizedTensor({self.spec.role} [{shape}], {self.spec.precision} per {self.spec.granularity}, {self.device})"
+
+
+def met(x: QuantizedTensor) -> Tensor:
+    """The operand as its product meets it, float32: code values, or decoded values rounded to the input's own type."""
+    where = place(x.spec)
+    if where == "operand":
+        return x.scaled_values().to(x.dtype).float()
+    # K per channel: its zero and the sign of its codes are in Q's logit_offset
+    return x.stored_values() if where == "q" else x.code_values()

@@ -114,7 +114,9 @@ class Frame:
         """The offset, broadcastable to n tokens, float32."""
         assert self.offset is not None
         offset = self.offset.float()
-        return offset if offset.shape[2] == 1 else offset.repeat_interleave(BLOCK_MEAN, dim=2)[:, :, :n]
+        if offset.shape[2] == 1:
+            return offset.expand(-1, -1, n, -1)
+        return offset.repeat_interleave(BLOCK_MEAN, dim=2)[:, :, :n]
 
     def with_fold(self, fold: Tensor) -> "Frame":
         """The same frame, with K's scale per channel multiplied in last."""

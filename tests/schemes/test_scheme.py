@@ -110,7 +110,6 @@ REFUSED = {
     "P of int4": ({"p": {"precision": "int4"}}, "p.precision: P cannot be int4; use one of", "uint8"),
     "Q of uint8": ({"q": {"precision": "uint8"}}, "q.precision: Q cannot be uint8; use one of"),
     "row_block 100": ({"p": {"granularity": {"row_block": 100}}}, "p.granularity: row_block of 100", "a power of two"),
-    "row_block 1024": ({"p": {"granularity": {"row_block": 1024}}}, "p.granularity: row_block 1024", "at most 512"),
     "P per token": ({"p": {"granularity": "token"}}, "p.granularity: no granularity 'token' for P", "unit or {row_block: n}"),
     "block 3": ({"k": {"granularity": {"block": 3}}}, "k.granularity: block of 3:", "power of two from 16"),
     "block True": ({"k": {"granularity": {"block": True}}}, "block of True:", "power of two from 16"),

@@ -84,10 +84,7 @@ def parse_p(value: object) -> Granularity:
     if value == "unit":
         return Granularity("unit")
     if isinstance(value, dict) and list(value) == ["row_block"]:
-        size = _power_of_two("row_block", value["row_block"])
-        if size > 512:
-            raise SchemeError(f"row_block {size} is more than a key tile can hold; use at most 512")
-        return Granularity("row_block", size)
+        return Granularity("row_block", _power_of_two("row_block", value["row_block"]))
     raise SchemeError(f"no granularity {quote(value)} for P; use unit or {{row_block: n}}")
 
 

@@ -101,8 +101,8 @@ def attention(Q, K, V, Out, Lse, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOCK_N
         largest = tl.max(s, 1)
         m = tl.maximum(m, largest)
         reference = row_reference(largest, m)
-        # up by an ulp, so that no rounding gives a code beyond the largest; 0 while nothing is kept
-        reference = tl.where(m == float("-inf"), 0.0, reference + tl.abs(reference) * 1.1920928955078125e-07)
+        # up by an ulp, so that no rounding gives a code beyond the largest; a tile with nothing in it moves nothing
+        reference = tl.where(largest == float("-inf"), r, reference + tl.abs(reference) * 1.1920928955078125e-07)
         alpha = tl.exp2(tl.minimum(r - reference, 65.0))
         r = reference
         p = tl.exp2(s - (r - LOG2_LARGEST)[:, None])
@@ -113,7 +113,8 @@ def attention(Q, K, V, Out, Lse, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOCK_N
             # integer codes cannot hold NaN, p - p can
             counted = codes.to(tl.float32) + CODE_ZERO + (p - p)
         if V_PER_TOKEN:
-            counted = counted / v_weight[None, :]
+            # a weight that is not a number is in p already, where the pair attends
+            counted *= tl.where(v_weight < float("inf"), 1.0 / v_weight, 0.0)[None, :]
         l = l * alpha + tl.sum(counted, 1)
 
         v_at = v_codes + j.to(tl.int64)[:, None] * V.row + v_column[None, :]

@@ -1,0 +1,209 @@
+"""Inputs and schemes in a few words, choices of them in which every pair meets, and what an output may differ by."""
+
+import math
+import random
+from dataclasses import replace
+from itertools import combinations, product
+
+import torch
+from torch import Tensor
+
+from tokquant.schemes import QuantScheme
+from tokquant.schemes.placement import place
+
+INF = math.inf
+
+SIZED = ("block", "channel_block", "group", "row_block")
+
+
+def operand(words: str) -> dict:
+    """`"int4 block:64 asymmetric mean scale=fp16"` as a scheme writes it."""
+    precision, *rest = words.split()
+    made: dict = {"precision": precision}
+    for word in rest:
+        kind, _, size = word.partition(":")
+        if kind in SIZED:
+            made["granularity"] = {kind: int(size)}
+        elif word.startswith("scale="):
+            made["scale_dtype"] = word.removeprefix("scale=")
+        elif word == "asymmetric":
+            made["symmetric"] = False
+        elif word == "static":
+            made["scale"] = "static"
+        elif word in ("mean", "block_mean"):
+            made["smooth"] = word
+        elif word == "static_offset":
+            made["smooth"] = "static"
+        else:
+            made["granularity"] = word
+    return made
+
+
+def scheme(q: str = "fp32", k: str = "fp32", v: str = "fp32", p: str = "fp32", **rest) -> QuantScheme:
+    """A scheme in words; what is not named stays exact."""
+    return QuantScheme(q=operand(q), k=operand(k), v=operand(v), p=operand(p), **rest)
+
+
+def qkv(
+    n_q: int = 48,
+    n_k: int | None = None,
+    d: int = 32,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal Q, K and V; keys and values have a mean that differs from channel to channel, as those of models do."""
+    generator = torch.Generator().manual_seed(seed)
+    n_k, kv_heads = n_k or n_q, kv_heads or heads
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    q = normal(batch, heads, n_q, d)
+    k, v = (normal(batch, kv_heads, n_k, d) + normal(1, kv_heads, 1, d) for _ in range(2))
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def pairwise(**axes: list) -> list[tuple]:
+    """Rows, one value of each axis, in which every two values of two axes meet. Greedy, and the same on every run."""
+    names, chance = list(axes), random.Random(0)
+    wanted = {((a, i), (b, j)) for a, b in combinations(names, 2) for i, j in product(range(len(axes[a])), range(len(axes[b])))}
+    rows = []
+    while wanted:
+        (a, i), (b, j) = min(wanted)
+        best: tuple[int, dict] = (-1, {})
+        for _ in range(20):
+            row = {name: chance.randrange(len(axes[name])) for name in names} | {a: i, b: j}
+            met = sum(pair in wanted for pair in combinations(row.items(), 2))
+            best = max(best, (met, row), key=lambda entry: entry[0])
+        row = best[1]
+        wanted -= set(combinations(row.items(), 2))
+        rows.append(tuple(axes[name][row[name]] for name in names))
+    return rows
+
+
+# how far a code of P may be from what it stands for: a share of it, and at least so much
+PROBABILITY_ROUNDING = {
+    "fp32": (2.0**-24, 0),
+    "fp16": (2.0**-11, 2.0**-25),
+    "bf16": (2.0**-8, 0),
+    "fp8_e4m3": (2.0**-4, 2.0**-10),
+    "fp8_e5m2": (2.0**-3, 2.0**-17),
+    "int8": (0, 0.5),
+    "uint8": (0, 0.5),
+}
+
+
+def decoded(x):
+    """What codes stand for in the frame they were taken in, float64; in the input's own type where a product decodes them."""
+    return x.scaled_values().to(x.dtype).double() if place(x.spec) == "operand" else x.scaled_values(torch.float64)
+
+
+def without_offset(x):
+    """The original frame less the offset; K per channel less what its signed codes lack, which is in Q's logits."""
+    values = x.stored_values().double() * x.scale.double() if place(x.spec) == "q" else decoded(x)
+    return replace(x.frame, offset=None).undo(values)
+
+
+def exact_operands(q, k, v):
+    """Float64 operands whose attention the emulation computes: offsets of Q and K are further channels of both."""
+    left, right = [without_offset(q)], [without_offset(k)]
+    if k.companion is not None:
+        left.append(q.offset.double()[:, :, torch.arange(q.shape[2]) // 128])
+        right.append(k.companion.double())
+    if q.logit_offset is not None:
+        left.append(q.logit_offset.double())
+        right.append(torch.ones(*k.shape[:3], 1, dtype=torch.float64))
+    return torch.cat(left, dim=3), torch.cat(right, dim=3), v.frame.undo(decoded(v))
+
+
+def dense_logits(q, k, features):
+    """Natural logits [B, H, N_q, N_k], written out."""
+    n_q, n_k = q.shape[2], k.shape[2]
+    s = features.scale * q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT
+    if features.softcap:
+        s = features.softcap * torch.tanh(s / features.softcap)
+    left, right = features.window or (None, None)
+    for i in range(n_q):
+        for_last = i + n_k - n_q
+        for j in range(n_k):
+            beyond = features.causal and j > for_last
+            if beyond or (left is not None and j < for_last - left) or (right is not None and j > for_last + right):
+                s[:, :, i, j] = -INF
+    if features.mask is not None:
+        s = s.masked_fill(~features.mask, -INF) if features.mask.dtype == torch.bool else s + features.mask
+    return s
+
+
+def bounds(operands, made, features):
+    """How far output [B, H, N_q, D] and LSE [B, H, N_q] may be from the oracle's: P's rounding, and that of float32."""
+    q, _, v = operands
+    left, right, values = exact_operands(*operands)
+    shared = q.shape[1] // v.shape[1]
+    s = dense_logits(left, right, features)
+    lse = total = s.logsumexp(dim=-1, keepdim=True)
+    if features.sinks is not None:
+        total = torch.logaddexp(total, features.sinks.double()[:, None, None])
+    total = total.masked_fill(total == -INF, 0)
+    weight = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    if place(v.spec) == "p":
+        weight = v.weight.double().log().mT.repeat_interleave(shared, dim=1)
+    tiles = (s + weight).split(made.key_tile, dim=3)
+    running, share, rate = torch.full_like(s[..., :1], -INF), [], made.p.format.largest or 1.0
+    floor = math.log(2.0**-64) if made.p.granularity.kind == "row_block" else 0
+    name = made.p.precision if made.p.format.bits != 16 or v.dtype == torch.float32 else str(v.dtype)
+    relative, least = PROBABILITY_ROUNDING[{"torch.float16": "fp16", "torch.bfloat16": "bf16"}.get(name, name)]
+    for tile in tiles:
+        largest = tile.amax(dim=-1, keepdim=True)
+        running = torch.maximum(running, largest)
+        r = torch.maximum(largest, running + floor) if floor else running
+        code = rate * torch.exp(tile - r.masked_fill(r == -INF, 0))
+        error = torch.where(code > 0, (relative * code).clamp(min=least), 0)
+        share.append(error / rate * torch.exp(r - total))
+    shares = torch.cat(share, dim=3) * torch.exp(-weight)
+    bare = decoded(replace(v, zero=None)) if place(v.spec) != "operand" else decoded(v)
+    numerator = shares @ bare.abs().repeat_interleave(shared, dim=1)
+    if v.frame.rotated:
+        numerator = numerator.norm(dim=-1, keepdim=True)
+    lost = shares.sum(dim=-1, keepdim=True) if made.normalizer == "quantized" else torch.zeros_like(total)
+    lost_of_keys = lost * torch.exp(total - lse).nan_to_num(0, posinf=0)
+    assert lost.max() < 0.9 and lost_of_keys.max() < 0.9
+    reach = values.abs().amax(dim=(2, 3))[:, :, None, None].repeat_interleave(shared, dim=1)
+    logit = features.scale * left.norm(dim=3, keepdim=True) * right.norm(dim=3).amax()
+    # exponents reach the floor of 64 in base 2, and are off by as many ulps
+    rounding = 2.0**-24 * ((96 if floor else 16) + 4 * logit)
+    out = (numerator + 3 * lost * reach) / (1 - lost) + rounding * reach
+    output_type = torch.finfo(q.dtype).eps / 2 if q.dtype != torch.float32 else 0
+    return out * 1.001 + output_type * (reach + out), (rounding - torch.log1p(-lost_of_keys)).squeeze(-1)
+
+
+def some_mask(b, h, n_q, n_k):
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(b, h, n_q, n_k, generator=generator) > 0.4
+
+
+def waves(n_q, n_k):
+    return 2 * torch.arange(n_q * n_k).float().sin().reshape(n_q, n_k)
+
+
+# name: shape as `qkv` takes it (n_q, n_k, d, heads, kv_heads, batch), and features
+CASES = {
+    "one token": ((1, 1, 16, 1, 1, 1), {}),
+    "one query of many keys": ((1, 133, 64, 4, 1, 2), {"causal": True}),
+    "odd lengths": ((37, 101, 48, 2, 2, 1), {}),
+    "more queries than keys, causal": ((70, 33, 32, 4, 2, 1), {"causal": True}),
+    "four heads to one, window": ((65, 65, 80, 4, 1, 1), {"window": (17, 9)}),
+    "causal window": ((90, 130, 32, 2, 1, 1), {"causal": True, "window": (40, None)}),
+    "boolean mask": ((33, 70, 128, 2, 2, 2), {"mask": some_mask(2, 1, 33, 70)}),
+    "boolean mask of keys": ((33, 70, 32, 2, 2, 1), {"mask": some_mask(1, 1, 1, 70), "causal": True}),
+    "additive mask of heads": ((20, 150, 32, 4, 2, 1), {"mask": torch.linspace(-3, 3, 4)[:, None, None] * waves(20, 150)}),
+    "softcap and scale": ((20, 150, 64, 4, 2, 1), {"softcap": 2.0, "scale": 0.4}),
+    "sinks": ((20, 150, 64, 4, 2, 1), {"sinks": torch.tensor([-3.0, 0.0, 2.0, 8.0])}),
+    "everything": (
+        (97, 161, 96, 4, 2, 2),
+        {"causal": True, "window": (120, 5), "mask": torch.where(some_mask(1, 4, 97, 161), 0.5, -INF), "softcap": 5.0,
+         "sinks": torch.tensor([-3.0, 0.0, 2.0, 8.0]), "scale": 0.2},
+    ),
+}  # fmt: skip
