@@ -163,7 +163,9 @@ def bounds(operands, made, features):
         error = torch.where(code > 0, (relative * code).clamp(min=least), 0)
         share.append(error / rate * torch.exp(r - total))
     shares = torch.cat(share, dim=3) * torch.exp(-weight)
-    bare = decoded(replace(v, zero=None)) if place(v.spec) != "operand" else decoded(v)
+    # zeros are added with P unrounded; what is rounded meets the stored codes
+    bare = v.stored_values().double() * v.spread(v.scale).double() if v.zero is not None else decoded(v)
+    bare = decoded(v) if place(v.spec) == "operand" else bare
     numerator = shares @ bare.abs().repeat_interleave(shared, dim=1)
     if v.frame.rotated:
         numerator = numerator.norm(dim=-1, keepdim=True)

@@ -11,7 +11,7 @@ import torch
 
 from tokquant import cli
 from tokquant.kernels import generate
-from tokquant.kernels.plan import plan
+from tokquant.kernels.plan import Wanted, plan
 from tokquant.schemes import preset, preset_names
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ def test_commands_of_the_readme_exit_well(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("excerpt", re.findall(r"^```kernel (\S+) causal\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
 def test_the_kernel_of_the_readme_is_the_generated_one(excerpt):
     name, text = excerpt
-    assert text in generate.render(plan(preset(name), head_dim=64, dtype=torch.float16, causal=True))
+    assert text in generate.render(plan(preset(name), head_dim=64, dtype=torch.float16, wanted=Wanted(right=True)))
 
 
 def test_the_readme_has_a_row_for_every_preset_with_its_bits():

@@ -315,7 +315,7 @@ def test_values_times_a_power_of_two_give_the_output_times_it(name, exponent):
 def test_integer_scores_are_exact(name):
     q, k, v = qkv(40, 70, 64, heads=4, kv_heads=2)
     qq, kq, _ = quantize(q * 5, k * 5, v, name)
-    expected = qq.code_values().long() @ kq.code_values().long().repeat_interleave(2, dim=1).mT
+    expected = qq.stored_values().long() @ kq.stored_values().long().repeat_interleave(2, dim=1).mT
     assert reference.integer_scores(qq, kq).dtype == torch.int32
     assert reference.integer_scores(qq, kq).long().equal(expected)
 

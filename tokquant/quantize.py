@@ -51,7 +51,7 @@ def quantize_operands(
     """
     q_frame, k_frame, v_frame = frames(q, k, v, scheme, scales)
     kq = encode(k_frame.apply(k), k.dtype, scheme.k, scales)
-    kq = replace(kq, frame=k_frame, companion=None if q_frame.offset is None else Frame(k_frame.offset).apply(k).to(k.dtype))
+    kq = replace(kq, frame=k_frame, companion=None if q_frame.offset is None else _less_offset(k, k_frame))
 
     turned = q_frame.apply(q)
     logit_offset = None
@@ -59,17 +59,16 @@ def quantize_operands(
         logit_offset = (q.float() * _for_query_heads(k_frame.offset.float(), q, k)).sum(dim=-1, keepdim=True)
     if place(scheme.k) == "q":
         assert kq.scale is not None
-        if kq.zero is not None:
-            # K = code * scale + zero per channel: what the signed codes lack is one more offset
-            lacking = kq.zero.float() + kq.scale.float() * 2 ** (scheme.k.format.bits - 1)
-            zero_logit = (turned * _for_query_heads(lacking, q, k)).sum(dim=-1, keepdim=True)
+        if kq.origin is not None:
+            # K = code * scale + origin per channel: the origin is one more offset
+            zero_logit = (turned * _for_query_heads(kq.origin, q, k)).sum(dim=-1, keepdim=True)
             logit_offset = zero_logit if logit_offset is None else logit_offset + zero_logit
         fold = _for_query_heads(kq.scale.float(), q, k)
         turned, q_frame = turned * fold, q_frame.with_fold(fold)
     qq = encode(turned, q.dtype, scheme.q, scales)
     code_sum = None
-    if kq.zero is not None and place(scheme.k) == "scores":
-        # S = s_q (c_q . (c_k s_k + z_k)) takes the sum of Q's values as the product meets them
+    if kq.origin is not None and place(scheme.k) == "scores":
+        # S = s_q (c_q . (c_k s_k + origin_k)) takes the sum of Q's values as the product meets them
         code_sum = met(qq).sum(dim=-1, keepdim=True)
     qq = replace(qq, frame=q_frame, logit_offset=logit_offset, code_sum=code_sum)
 
@@ -209,6 +208,10 @@ def _for_query_heads(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return x.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 
+def _less_offset(k: Tensor, frame: Frame) -> Tensor:
+    return Frame(offset=frame.offset).apply(k).to(k.dtype).contiguous()
+
+
 def _weight(v: QuantizedTensor) -> Tensor:
     """What P is multiplied by, for V per token."""
     assert v.scale is not None
@@ -221,6 +224,6 @@ def _weight(v: QuantizedTensor) -> Tensor:
 
 def _tile_sums(v: QuantizedTensor, tile: int) -> Tensor:
     """`[B, H, ceil(N / tile), D]` int32: the sum of V's codes in each key tile."""
-    values = v.code_values()
+    values = v.stored_values()
     padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[2] % tile))
     return padded.unflatten(2, (-1, tile)).sum(dim=3).to(torch.int32)

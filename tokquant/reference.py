@@ -42,7 +42,7 @@ class Features:
             # bottom-right: the last query sees the last key
             i = torch.arange(rows.start, rows.stop, device=device)[:, None] + (n_k - n_q)
             j = torch.arange(keys.start, keys.stop, device=device)[None, :]
-            left, right = self._reach()
+            left, right = self.reach()
             kept = torch.ones(i.shape[0], j.shape[1], dtype=torch.bool, device=device)
             if left is not None:
                 kept &= j >= i - left
@@ -56,15 +56,18 @@ class Features:
 
     def spans(self, rows: slice, n_q: int, n_k: int, tile: int) -> Iterator[slice]:
         """The key tiles in which any of these rows attends by causality and window."""
-        left, right = self._reach()
+        left, right = self.reach()
         first = 0 if left is None else max(0, rows.start + n_k - n_q - left)
         last = n_k if right is None else min(n_k, rows.stop + n_k - n_q + right)
         for start in range(first // tile * tile, last, tile):
             yield slice(start, min(start + tile, n_k))
 
-    def _reach(self) -> tuple[int | None, int | None]:
+    def reach(self) -> tuple[int | None, int | None]:
+        """How many keys before and after its own place a query sees; None where all."""
         left, right = self.window or (None, None)
-        return (left, 0) if self.causal else (left, right)
+        if self.causal:
+            right = 0
+        return left, right
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, features: Features) -> tuple[Tensor, Tensor]:
@@ -106,7 +109,7 @@ def _matmul_kept(p: Tensor, v: Tensor) -> Tensor:
 def integer_scores(q: QuantizedTensor, k: QuantizedTensor) -> Tensor:
     """The products of the codes alone, int32 `[B, H_q, N_q, N_k]`: for small inputs, to compare with a kernel's."""
     shared = q.shape[1] // k.shape[1]
-    return (q.code_values() @ k.code_values().repeat_interleave(shared, dim=1).mT).to(torch.int32)
+    return (q.stored_values() @ k.stored_values().repeat_interleave(shared, dim=1).mT).to(torch.int32)
 
 
 def attention(
@@ -141,10 +144,12 @@ class _Emulation:
         self.q_scale = None
         if q.scale is not None and place(scheme.q) == "scores":
             self.q_scale = q.spread(q.scale).expand(-1, -1, q.shape[2], -1)
-        self.k_scale, self.k_zero = _per_key(k) if place(scheme.k) == "scores" else (None, None)
-        self.v_scale = v.spread(v.scale) if v.scale is not None and place(scheme.v) != "operand" else None
-        self.v_zero = v.spread(v.zero) if v.zero is not None and place(scheme.v) != "operand" else None
+        self.k_scale, self.k_origin = _spread(k) if place(scheme.k) == "scores" else (None, None)
+        self.v_scale, self.v_origin = _spread(v) if place(scheme.v) != "operand" else (None, None)
         self.folded = place(scheme.v) == "p"
+        if self.folded and v.zero is not None:
+            # the weight stands in for the scale, also where it is next to nothing
+            self.v_origin = v.zero.float() + v.weight * 2 ** (scheme.v.format.bits - 1)
         # logits in base 2 come for free where nothing has to happen to natural ones
         self.natural = features.softcap is not None or (features.mask is not None and features.mask.dtype != torch.bool)
         precision = scheme.p.format
@@ -159,7 +164,7 @@ class _Emulation:
         m = self.q_values.new_full(shape, -math.inf)
         r, l = torch.zeros_like(m), torch.zeros_like(m)  # noqa: E741 - the papers' name
         acc = self.q_values.new_zeros(*shape[:3], self.v_values.shape[3])
-        zeros = torch.zeros_like(l) if self.v_zero is None else torch.zeros_like(acc)
+        zeros = torch.zeros_like(l) if self.v_origin is None else torch.zeros_like(acc)
         for keys in features.spans(rows, n_q, n_k, scheme.key_tile):
             t = self.logits(rows, keys)
             weight = None if not self.folded else self._of_keys(self.v.weight, keys)  # [B, H, 1, keys]
@@ -192,8 +197,8 @@ class _Emulation:
                 scale = self.v_scale.expand(-1, -1, n_k, -1)[:, :, keys.start : keys.start + 1]  # type: ignore[union-attr]
                 product = torch.where(largest == -math.inf, 0.0, product * self._for_heads(scale))
             acc = acc * alpha + product
-            if self.v_zero is not None:
-                zero = self.v_zero.expand(-1, -1, n_k, -1)[:, :, keys]
+            if self.v_origin is not None:
+                zero = self.v_origin.expand(-1, -1, n_k, -1)[:, :, keys]
                 zeros = zeros * alpha + _matmul_kept(p, self._for_heads(zero))
         return self.finish(rows, acc, zeros, r, l)
 
@@ -203,9 +208,9 @@ class _Emulation:
         s = self._by_keys(self.q_values[:, :, rows], self.k_values[:, :, keys])
         if self.k_scale is not None:
             s = s * self._of_keys(self.k_scale, keys)
-        if self.k_zero is not None:
+        if self.k_origin is not None:
             assert self.q.code_sum is not None
-            s = s + self.q.code_sum[:, :, rows] * self._of_keys(self.k_zero, keys)
+            s = s + self.q.code_sum[:, :, rows] * self._of_keys(self.k_origin, keys)
         factor = features.scale * (1.0 if self.natural else LOG2E)
         s = s * (factor if self.q_scale is None else self.q_scale[:, :, rows] * factor)
         if self.k.companion is not None:
@@ -275,5 +280,6 @@ def _grouped(x: Tensor, heads: int) -> Tensor:
     return x.reshape(x.shape[0], heads, -1, x.shape[3])
 
 
-def _per_key(k: QuantizedTensor) -> tuple[Tensor | None, Tensor | None]:
-    return (None if k.scale is None else k.spread(k.scale)), (None if k.zero is None else k.spread(k.zero))
+def _spread(x: QuantizedTensor) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and origin, broadcastable to the operand's shape."""
+    return tuple(None if each is None else x.spread(each) for each in (x.scale, x.origin))  # type: ignore[return-value]

@@ -68,6 +68,13 @@ class QuantizedTensor:
         values = self.stored_values()
         return values if self.spec.symmetric else values + 2 ** (self.spec.format.bits - 1)
 
+    @property
+    def origin(self) -> Tensor | None:
+        """Of asymmetric operands, what a stored code of 0 stands for: `x = stored * scale + origin`. Shaped like `zero`."""
+        if self.zero is None or self.scale is None:
+            return None
+        return self.zero.float() + self.scale.float() * 2 ** (self.spec.format.bits - 1)
+
     def scaled_values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codes times scale plus zero, in the frame they were taken in: `[B, H, N, D]`."""
         values = self.code_values().to(dtype)
@@ -103,9 +110,5 @@ class QuantizedTensor:
 
 
 def met(x: QuantizedTensor) -> Tensor:
-    """The operand as its product meets it, float32: code values, or decoded values rounded to the input's own type."""
-    where = place(x.spec)
-    if where == "operand":
-        return x.scaled_values().to(x.dtype).float()
-    # K per channel: its zero and the sign of its codes are in Q's logit_offset
-    return x.stored_values() if where == "q" else x.code_values()
+    """The operand as its product meets it, float32: stored codes, or decoded values rounded to the input's own type."""
+    return x.scaled_values().to(x.dtype).float() if place(x.spec) == "operand" else x.stored_values()

@@ -157,7 +157,7 @@ def test_doctor_says_what_runs_here(tokquant):
         (("run", "-i", "none.safetensors"), "none.safetensors: No such file"),
         (("run", "--backend", "tritn"), "backend: 'tritn' is none.*did you mean 'triton'"),
         (("run", "-i", __file__), "not a safetensors file"),
-        (("show", "int4"), "smooth: block_mean has no Triton kernel yet"),
+        (("show", "int4", "--head-dim", "512"), "head_dim 512 is more than a kernel holds"),
         (("show", "--dtype", "fp61"), "--dtype: 'fp61' is none; use fp16, bf16, fp32"),
         (("schemes", "kv-int5"), "did you mean 'kv-int"),
         (("calibrate", "-s", "int8", "-o", "x"), "no static part to calibrate"),

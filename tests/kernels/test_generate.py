@@ -10,35 +10,19 @@ import pytest
 import torch
 
 import tokquant as tq
-from tokquant.errors import UnsupportedError
 from tokquant.kernels import generate, store
-from tokquant.kernels.plan import plan
+from tokquant.kernels.plan import Wanted, plan
 from tokquant.kernels.triton import fragments, template
 from tokquant.schemes import preset, preset_names
 
 
 def planned(name, **features):
-    return plan(preset(name), head_dim=64, dtype=torch.float16, **features)
+    return plan(preset(name), head_dim=64, dtype=torch.float16, wanted=Wanted(**features))
 
 
-def has_kernel(name):
-    try:
-        planned(name)
-    except UnsupportedError:
-        return False
-    return True
-
-
-WITH_KERNEL = [name for name in preset_names() if has_kernel(name)]
-
-
-def test_the_presets_of_the_demo_that_have_a_kernel():
-    assert {"int-flash", "int8", "int8-fast", "int8-fp16", "fp8", "none", "kv-int8", "fireq"} <= set(WITH_KERNEL)
-
-
-@pytest.mark.parametrize("name", WITH_KERNEL)
+@pytest.mark.parametrize("name", preset_names())
 def test_a_kernel_imports_only_triton_and_has_no_free_names(name):
-    tree = ast.parse(generate.render(planned(name, causal=True, return_lse=True)))
+    tree = ast.parse(generate.render(planned(name, right=True, lse=True)))
     imports = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
     imports |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert imports == {"triton", "triton.language", "typing"}
@@ -49,17 +33,17 @@ def test_a_kernel_imports_only_triton_and_has_no_free_names(name):
     assert {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} <= known
 
 
-@pytest.mark.parametrize("name", WITH_KERNEL)
+@pytest.mark.parametrize("name", preset_names())
 def test_a_kernel_shows_the_features_it_has_and_no_others(name):
     scheme, text = preset(name), generate.render(planned(name))
     assert ("# bottom-right" in text) is False
-    assert "# bottom-right" in generate.render(planned(name, causal=True))
-    assert ("mean_at" in text) is (scheme.v.smooth == "mean")
+    assert "# bottom-right" in generate.render(planned(name, right=True))
+    assert ("    mean = tl.load" in text) is (scheme.v.smooth == "mean")
     assert ("code_sum = tl.load" in text) is (scheme.p.precision == "uint8")
-    assert "    if CAUSAL" not in text and "if V_" not in text, "branches on constants are resolved"
+    assert "if RIGHT" not in text and "if V_" not in text, "branches on constants are resolved"
 
 
-@pytest.mark.parametrize("name", WITH_KERNEL)
+@pytest.mark.parametrize("name", preset_names())
 def test_fragments_stand_verbatim_in_the_kernel(name):
     made = planned(name)
     text = generate.render(made)
@@ -69,11 +53,11 @@ def test_fragments_stand_verbatim_in_the_kernel(name):
 
 
 def test_equal_plans_give_equal_text_in_any_process():
-    text = generate.render(planned("int8", causal=True))
+    text = generate.render(planned("int8", right=True))
     program = (
         "import torch; from tokquant.kernels import generate; from tokquant.kernels.plan import plan;"
-        "from tokquant.schemes import preset; import sys;"
-        "sys.stdout.write(generate.render(plan(preset('int8'), head_dim=64, dtype=torch.float16, causal=True)))"
+        "from tokquant.schemes import preset; from tokquant.kernels.plan import Wanted; import sys;"
+        "sys.stdout.write(generate.render(plan(preset('int8'), head_dim=64, dtype=torch.float16, wanted=Wanted(right=True))))"
     )
     other = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}
@@ -89,7 +73,7 @@ def test_the_schemes_name_never_reaches_the_kernel():
 def test_the_template_runs_as_it_stands():
     """Its holes are filled for int8 per token, V per channel."""
     from tokquant.kernels import launch
-    from tokquant.kernels.triton.operands import Rows
+    from tokquant.kernels.triton.operands import Features, Rows
 
     scheme = tq.QuantScheme(
         q={"precision": "int8"},
@@ -100,8 +84,8 @@ def test_the_template_runs_as_it_stands():
     q, k, v = tq.quantize(*(torch.randn(1, 2, 100, 64) for _ in range(3)), scheme)
     out = torch.full((1, 2, 100, 64), float("nan"))
     operands = [launch.operand(x) for x in (q, k, v)]
-    rows = Rows(out, *out.stride()[:3])
-    template.attention[(1, 2, 1)](*operands, rows, None, 0.125, 100, 100, BLOCK_M=128, BLOCK_N=128)
+    rows, features = Rows(out, *out.stride()[:3]), Features(*[None] * 9)
+    template.attention[(1, 2, 1)](*operands, rows, None, features, 0.125, 100, 100, BLOCK_M=128, BLOCK_N=128)
     assert torch.allclose(out, tq.attention(q, k, v, scheme, backend="reference"), atol=1e-5)
 
 

@@ -2,16 +2,17 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from tokquant.errors import UnsupportedError, quote
 from tokquant.kernels import generate, launch
-from tokquant.kernels.plan import Config, Plan, check_target, plan
-from tokquant.kernels.triton.operands import Operand, Rows
+from tokquant.kernels.plan import Config, Plan, Wanted, check_target, plan
+from tokquant.kernels.triton.operands import Features, Operand, Rows
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.schemes.placement import place
+from tokquant.transforms import sixteen_bit
 
 POINTERS = {
     torch.int8: "*i8",
@@ -35,6 +36,7 @@ class Kernel:
     plan: Plan
     scheme: QuantScheme
     dtype: torch.dtype
+    wanted: Wanted
 
     @cached_property
     def compiled(self) -> Any:
@@ -54,11 +56,21 @@ def compile(
     *,
     head_dim: int,
     causal: bool = False,
+    window: bool = False,
+    mask: Literal["none", "boolean", "additive"] = "none",
+    softcap: bool = False,
+    sinks: bool = False,
     return_lse: bool = False,
+    shared_heads: int = 1,
     dtype: torch.dtype = torch.float16,
     target: str = "sm_90",
 ) -> Kernel:
     """The kernel of a scheme, for `target` (sm_80, sm_89, sm_90, sm_100 ...). It is compiled when `asm` is first read.
+
+    Args:
+        causal, window, mask, softcap, sinks, return_lse: the features it is to have.
+        shared_heads: heads of Q to one of K and V.
+        dtype: of the tensors.
 
     Raises SchemeError, ValueError for a target that is none, UnsupportedError where scheme and target do not go together.
     """
@@ -66,9 +78,10 @@ def compile(
     capability = _capability(target)
     if type(head_dim) is not int or head_dim < 1:
         raise ValueError(f"head_dim: {quote(head_dim)} is not a whole number from 1")
-    made = plan(scheme, head_dim=head_dim, dtype=dtype, causal=causal, return_lse=return_lse)
+    wanted = Wanted(left=window, right=causal or window, mask=mask, softcap=softcap, sinks=sinks, lse=return_lse)
+    made = plan(scheme, head_dim=head_dim, dtype=dtype, shared_heads=shared_heads, wanted=wanted)
     check_target(made, scheme, capability)
-    return Kernel(generate.render(made), made.config, target, made, scheme, dtype)
+    return Kernel(generate.render(made), made.config, target, made, scheme, dtype, wanted)
 
 
 def _capability(target: str) -> int:
@@ -83,19 +96,21 @@ def _compile(kernel: Kernel) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    scheme, config = kernel.scheme, kernel.config
-    lse = kernel.plan.constant("WITH_LSE") == "True"
+    config, wanted = kernel.config, kernel.wanted
+    mask = {"none": None, "boolean": "*u8", "additive": "*fp32"}[wanted.mask]
+    strides = ("i64", "i64", "i64", "i64") if mask else (None,) * 4
     arguments: dict[str, Any] = {
-        "Q": _signature(kernel, "q", offset="*fp32" if kernel.plan.constant("LOWERED_LOGITS") == "True" else None),
-        "K": _signature(kernel, "k"),
-        "V": _signature(
-            kernel,
-            "v",
-            offset=POINTERS[kernel.dtype] if scheme.v.smooth != "none" else None,
-            code_sum="*i32" if kernel.plan.constant("UNSIGNED_P") == "True" else None,
-        ),
+        **{role.upper(): _signature(kernel, role) for role in "qkv"},
         "Out": Rows(POINTERS[kernel.dtype], "i64", "i64", "i32"),
-        "Lse": "*fp32" if lse else None,
+        "Lse": "*fp32" if wanted.lse else None,
+        "F": Features(
+            "i32" if wanted.left else None,
+            "i32" if wanted.right else None,
+            "fp32" if wanted.softcap else None,
+            "*fp32" if wanted.sinks else None,
+            mask,
+            *strides,
+        ),
         "scale": "fp32",
         "n_q": "i32",
         "n_k": "i32",
@@ -122,12 +137,26 @@ def _compile(kernel: Kernel) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", _capability(kernel.target), 32), options=options)
 
 
-def _signature(kernel: Kernel, role: str, offset: str | None = None, code_sum: str | None = None) -> Operand:
-    operand = getattr(kernel.scheme, role)
+def _signature(kernel: Kernel, role: str) -> Operand:
+    operand, at = getattr(kernel.scheme, role), place(getattr(kernel.scheme, role))
     own = operand.format.bits == 16 and kernel.dtype != torch.float32
-    codes = POINTERS[kernel.dtype if own else operand.format.stored]
-    if not operand.scaled:
-        return Operand(codes, "i64", "i64", "i32", None, None, None, None, offset, code_sum, None)
-    weight = "*fp32" if place(operand) == "p" else None
-    scale = SCALE_POINTERS[operand.scale_dtype]
-    return Operand(codes, "i64", "i64", "i32", scale, "i32", "i32", "i32", offset, code_sum, weight)
+    scale = SCALE_POINTERS[operand.scale_dtype] if operand.scaled else None
+    sums = {"q": ("K_ZERO", "*fp32"), "v": ("UNSIGNED_P", "*i32")}.get(role, ("", None))
+    offset = sixteen_bit(kernel.dtype) if operand.smooth != "none" and role != "k" else None
+    lowered = kernel.scheme.k.smooth != "none" or (place(kernel.scheme.k) == "q" and not kernel.scheme.k.symmetric)
+    return Operand(
+        codes=POINTERS[kernel.dtype if own else operand.format.stored],
+        batch="i64",
+        head="i64",
+        row="i32",
+        scale=scale,
+        zero=scale if not operand.symmetric else None,
+        scale_batch="i32" if scale else None,
+        scale_head="i32" if scale else None,
+        scale_row="i32" if scale else None,
+        offset=POINTERS[offset] if offset else None,
+        code_sum=sums[1] if dict(kernel.plan.constants).get(sums[0]) == "True" else None,
+        weight="*fp32" if at == "p" else None,
+        logit_offset="*fp32" if role == "q" and lowered else None,
+        companion=POINTERS[kernel.dtype] if role == "k" and kernel.scheme.q.smooth == "block_mean" else None,
+    )

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokquant.kernels import store
 from tokquant.kernels.plan import Plan
-from tokquant.kernels.triton import operands, template
+from tokquant.kernels.triton import operands, parts, template
 
 HEADER = '''"""{title}.
 
@@ -33,8 +33,12 @@ import triton.language as tl
 def render(plan: Plan) -> str:
     """The text of the plan's kernel."""
     constants = dict(plan.constants)
-    body = _living(_source(template.attention, plan.name), {name for name, value in constants.items() if value == "True"})
-    pieces = [inspect.getsource(piece) for piece in (operands.Operand, operands.Rows)]
+    body = _living(_source(template.attention, plan.name), constants)
+    pieces = [inspect.getsource(piece) for piece in (operands.Operand, operands.Rows, operands.Features)]
+    for part in (parts.load_tile, parts.tanh, parts.hadamard):
+        name = _function(part).__name__
+        if re.search(rf"\b{name}\(", body):
+            pieces.append(f"# {parts.__name__}\n{_source(part, name)}")
     for hole, fragment in plan.holes:
         pieces.append(f"# {_function(fragment).__module__}.{_function(fragment).__name__}\n{_source(fragment, hole)}")
     pieces.append(f"# {template.__name__}\n{body}")
@@ -76,16 +80,16 @@ def _constant_comments() -> dict[str, str]:
     return {m[1]: m[2] for m in re.finditer(r"(?m)^(\w+) = tl\.constexpr\([^#\n]*\)(  #.*)$", inspect.getsource(template))}
 
 
-def _living(text: str, true: set[str]) -> str:
+def _living(text: str, constants: dict[str, str]) -> str:
     """`text` without its dead `if CONSTANT:` branches; living ones lose their `if` and one indent. Whole lines only."""
     lines = text.splitlines(keepends=True)
     for node in ast.walk(ast.parse(text)):
-        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id.isupper()):
+        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id in constants):
             continue
         assert not node.orelse, "the template's branches on constants have no else"
         assert node.end_lineno is not None
         branch = range(node.lineno, node.end_lineno)
         lines[node.lineno - 1] = ""
         for index in branch:
-            lines[index] = lines[index].removeprefix("    ") if node.test.id in true else ""
+            lines[index] = lines[index].removeprefix("    ") if constants[node.test.id] == "True" else ""
     return "".join(lines)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import generate
-from tokquant.kernels.plan import check_target, plan
+from tokquant.kernels.plan import Wanted, check_target, plan
+from tokquant.kernels.triton.operands import Features as Arguments
 from tokquant.kernels.triton.operands import Operand, Rows
 from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
@@ -35,18 +36,14 @@ def attention(
 
     Raises UnsupportedError for what no kernel does.
     """
-    for name in ("window", "mask", "softcap", "sinks"):
-        if getattr(features, name) is not None:
-            raise UnsupportedError(f"{name}: no Triton kernel has it yet; use backend='reference'")
     if not available(q.device):
         raise UnsupportedError(
             f"backend: 'triton' needs a GPU, and q is on {q.device}; move the tensors, set TRITON_INTERPRET=1 before Python "
             "starts, or use backend='reference'"
         )
     b, heads, n_q, d = q.shape
-    kernel_plan = plan(
-        scheme, head_dim=d, dtype=v.dtype, shared_heads=heads // k.shape[1], causal=features.causal, return_lse=return_lse
-    )
+    wanted, arguments = asked(features, return_lse)
+    kernel_plan = plan(scheme, head_dim=d, dtype=v.dtype, shared_heads=heads // k.shape[1], wanted=wanted)
     if interpreted() and "tl.bfloat16" in kernel_plan.products:
         raise UnsupportedError(
             "dtype: Triton's interpreter multiplies bf16 wrongly; use float16 or float32, or backend='reference'"
@@ -63,11 +60,12 @@ def attention(
     grid = (-(-n_q // config.block_m), heads, b)
     with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
         generate.load(kernel_plan)[grid](
-            operand(q, offset=q.logit_offset if return_lse else None),
+            operand(q),
             operand(k),
-            operand(v, offset=v.offset, code_sum=v.code_sum),
+            operand(v),
             Rows(out, *out.stride()[:3]),
             lse,
+            arguments,
             features.scale,
             n_q,
             k.shape[2],
@@ -80,12 +78,38 @@ def attention(
     return out.to(q.dtype), lse
 
 
-def operand(x: QuantizedTensor, offset: Tensor | None = None, code_sum: Tensor | None = None) -> Operand:
+def asked(features: Features, return_lse: bool) -> tuple[Wanted, Arguments]:
+    """What changes a kernel's text, and what it is given at a call."""
+    left, right = features.reach()
+    mask, kind = features.mask, "none"
+    if mask is not None:
+        kind = "boolean" if mask.dtype == torch.bool else "additive"
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    wanted = Wanted(
+        left=left is not None,
+        right=right is not None,
+        mask=kind,  # type: ignore[arg-type]
+        softcap=features.softcap is not None,
+        sinks=features.sinks is not None,
+        lse=return_lse,
+    )
+    sinks = None if features.sinks is None else features.sinks.contiguous()
+    strides = (None,) * 4 if mask is None else mask.stride()
+    return wanted, Arguments(left, right, features.softcap, sinks, mask, *strides)
+
+
+def operand(x: QuantizedTensor) -> Operand:
     """A quantized tensor as a kernel takes it."""
-    codes, scale = _rows(x.codes), x.scale if x.scale is None else _rows(x.scale)
-    if offset is not None:
-        offset = offset.expand(x.shape[0], x.shape[1], *offset.shape[2:]).contiguous()
-    return Operand(codes, *_strides(codes), scale, *_strides(scale), offset, code_sum, x.weight)
+    codes = _rows(x.codes)
+    scale, zero = (None if each is None else _rows(each) for each in (x.scale, x.zero))
+    if scale is not None and zero is not None and scale.stride() != zero.stride():
+        scale, zero = scale.contiguous(), zero.contiguous()
+    kept = None
+    if x.offset is not None and x.spec.role != "k":
+        kept = x.offset.expand(*x.shape[:2], *x.offset.shape[2:]).contiguous()
+    return Operand(
+        codes, *_strides(codes), scale, zero, *_strides(scale), kept, x.code_sum, x.weight, x.logit_offset, x.companion
+    )
 
 
 def _rows(x: Tensor) -> Tensor:

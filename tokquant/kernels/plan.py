@@ -1,8 +1,9 @@
 """The one place that decides: from a scheme, the tensors' types and a target to the holes and constants of a kernel."""
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -44,6 +45,19 @@ class Plan:
         return dict(self.constants)[name]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a kernel is asked for beside its scheme: the features that change its text, not their values."""
+
+    left: bool = False
+    right: bool = False
+    """Whether a query's reach is bounded before and after its own place; causal is a right bound of 0."""
+    mask: Literal["none", "boolean", "additive"] = "none"
+    softcap: bool = False
+    sinks: bool = False
+    lse: bool = False
+
+
 @lru_cache(maxsize=256)
 def plan(
     scheme: QuantScheme,
@@ -51,45 +65,70 @@ def plan(
     head_dim: int,
     dtype: torch.dtype,
     shared_heads: int = 1,
-    causal: bool = False,
-    return_lse: bool = False,
+    wanted: Wanted = Wanted(),
 ) -> Plan:
-    """The plan of an attention kernel.
-
-    Raises UnsupportedError for what no Triton kernel can do yet; the reference backend does all of it.
-    """
+    """The plan of an attention kernel for tensors of `dtype`. Raises UnsupportedError for what no Triton kernel can do."""
     _refuse(scheme, head_dim)
     types = {**_product_types(scheme, "qk", dtype), **_product_types(scheme, "pv", dtype)}
-    p, k, v = scheme.p.format, scheme.k, scheme.v
+    q, k, v, p = scheme.q, scheme.k, scheme.v, scheme.p.format
+    at = {role: place(getattr(scheme, role)) for role in "qkv"}
     padded = max(32, 1 << (head_dim - 1).bit_length())
-    lowered = k.smooth != "none" or (place(k) == "q" and not k.symmetric)
+    lowered = k.smooth != "none" or (at["k"] == "q" and not k.symmetric)
+    natural = wanted.softcap or wanted.mask == "additive"
     constants: dict[str, Any] = {
         "D": head_dim,
         "D_TILE": padded,
-        **{f"{role.upper()}_PACKED": getattr(scheme, role).format.packed for role in "qkv"},
-        **{f"{role.upper()}_GROUP": _tokens_a_scale(getattr(scheme, role)) for role in "qkv"},
-        **{f"{role.upper()}_TYPE": kind for role, kind in types.items()},
-        **{f"{role.upper()}_VIA": _via(getattr(scheme, role).format.compute, types[role]) for role in "qkv"},
+        "PADDED": padded > head_dim,
+        "SHARED_HEADS": shared_heads,
         "LOG2_LARGEST": _log2(p.largest),
         "CODE_ZERO": p.code_zero,
-        "SHARED_HEADS": shared_heads,
-        "CAUSAL": causal,
-        "PADDED": padded > head_dim,
-        "Q_SCALED": place(scheme.q) == "scores",
-        "K_SCALED": place(k) == "scores",
-        "V_PER_TOKEN": place(v) == "p",
-        "V_PER_TILE": place(v) == "tile",
-        "V_ON_OUTPUT": place(v) == "output",
+        "LOGIT_BASE": 1.0 if natural else math.log2(math.e),
+        "FIRST_PHASE": 0 if wanted.left else 1,
+        "K_ZERO": at["k"] == "scores" and not k.symmetric,
+        "K_ZERO_DECODED": at["k"] == "operand" and not k.symmetric,
+        "V_ZERO_DECODED": at["v"] == "operand" and not v.symmetric,
+        "V_PER_TOKEN": at["v"] == "p",
+        "V_PER_TILE": at["v"] == "tile",
+        "V_ON_OUTPUT": at["v"] == "output",
+        "V_TOKEN_ZERO": at["v"] == "p" and not v.symmetric,
+        "V_TILE_ZERO": at["v"] == "tile" and not v.symmetric,
+        "V_OUTPUT_ZERO": at["v"] == "output" and not v.symmetric,
         "V_COLUMN": int("channel" in v.granularity.kind),
+        "V_ROTATED": scheme.rotate_v == "hadamard",
+        "V_STAGES": (head_dim & -head_dim).bit_length() - 1,
+        "V_NORM": (head_dim & -head_dim) ** -0.5,
         "V_MEAN": v.smooth != "none",
+        "BLOCK_MEANS": q.smooth == "block_mean",
         "UNSIGNED_P": needs_code_sums(scheme),
         "CLEAR_TAIL": needs_code_sums(scheme) and v.format.packed > 1,
         "QUANTIZED_NORMALIZER": scheme.normalizer == "quantized",
-        "WITH_LSE": return_lse,
-        "LOWERED_LOGITS": lowered and return_lse,
+        "LEFT": wanted.left,
+        "RIGHT": wanted.right,
+        "SOFTCAP": wanted.softcap,
+        "LOWERED_SOFTCAP": wanted.softcap and lowered,
+        "LOWERED_LOGITS": lowered and not wanted.softcap and (wanted.lse or wanted.sinks),
+        "ADDITIVE_MASK": wanted.mask == "additive",
+        "BOOLEAN_MASK": wanted.mask == "boolean",
+        "NATURAL": natural,
+        "SINKS": wanted.sinks,
+        "WITH_LSE": wanted.lse,
     }
+    for role in "qkv":
+        operand: Operand = getattr(scheme, role)
+        tokens, channels = operand.granularity.cover(WHOLE, head_dim)
+        constants |= {
+            f"{role.upper()}_PACKED": operand.format.packed,
+            f"{role.upper()}_GROUP": tokens,
+            f"{role.upper()}_CHANNELS": channels,
+            f"{role.upper()}_TYPE": types[role],
+            f"{role.upper()}_VIA": _via(operand, types[role]),
+            f"{role.upper()}_HALF": 0 if operand.symmetric else 2 ** (operand.format.bits - 1),
+            f"{role.upper()}_SCALED": at[role] == "scores",
+            f"{role.upper()}_DECODED": at[role] == "operand",
+        }
+    constants["P_TYPE"] = types["p"]
     holes = {
-        "decode_q": scheme.q.format.triton_decode if scheme.q.scaled else precisions.get("fp32").triton_decode,
+        "decode_q": q.format.triton_decode,
         "decode_k": k.format.triton_decode,
         "decode_v": v.format.triton_decode,
         "encode_p": _p_format(scheme, dtype).triton_encode,
@@ -101,7 +140,7 @@ def plan(
     used = "_".join(getattr(scheme, role).precision for role in "qkvp")
     return Plan(
         name=f"attention_{used}",
-        title=_title(scheme, head_dim, causal),
+        title=_title(scheme, head_dim, wanted),
         holes=tuple(holes.items()),
         constants=tuple((name, value if isinstance(value, str) else repr(value)) for name, value in constants.items()),
         products=(types["q"], types["k"], types["p"], types["v"]),
@@ -111,8 +150,8 @@ def plan(
 
 def _config(scheme: QuantScheme, head_dim: int, wide: bool) -> Config:
     if wide:
-        # float32 tiles fill shared memory; P is not rounded against a tile, so that a smaller one changes nothing
-        block_n = scheme.key_tile if scheme.p.granularity.size else 32
+        # float32 tiles fill shared memory; where P has no scale, a smaller tile changes nothing
+        block_n = 32 if scheme.p.format.largest is None and not scheme.p.granularity.size else scheme.key_tile
         return Config(block_m=32, block_n=block_n, num_warps=4, num_stages=2 if head_dim <= 64 else 1)
     return Config(block_m=128, block_n=scheme.key_tile, num_warps=4 if head_dim <= 64 else 8, num_stages=2)
 
@@ -129,28 +168,21 @@ def check_target(plan: Plan, scheme: QuantScheme, capability: int) -> None:
 
 def _refuse(scheme: QuantScheme, head_dim: int) -> None:
     """What no kernel does, each with what would work."""
-    where = f"scheme {scheme.name!r}: "
-    for operand in (scheme.q, scheme.k, scheme.v):
-        if place(operand) == "operand":
-            raise UnsupportedError(
-                f"{where}{operand.role} per {operand.granularity} has no Triton kernel yet; use backend='reference', or "
-                "granularity: token"
-            )
-        if not operand.symmetric and not (operand.role == "k" and place(operand) == "q"):
-            raise UnsupportedError(f"{where}an asymmetric {operand.role} has no Triton kernel yet; use backend='reference'")
-    if scheme.q.smooth == "block_mean":
-        raise UnsupportedError(f"{where}q smooth: block_mean has no Triton kernel yet; use backend='reference'")
-    if scheme.rotate_v != "none":
-        raise UnsupportedError(f"{where}rotate_v has no Triton kernel yet; use backend='reference'")
     if not 32 <= scheme.key_tile <= 256:
-        raise UnsupportedError(f"{where}a key tile of {scheme.key_tile} does not suit a kernel; use row_block 32 to 256")
+        raise UnsupportedError(
+            f"scheme {scheme.name!r}: a key tile of {scheme.key_tile} does not suit a kernel; use row_block 32 to 256, "
+            "or backend='reference'"
+        )
     if head_dim > 256:
-        raise UnsupportedError(f"head_dim {head_dim} is more than a kernel holds; at most 256")
+        raise UnsupportedError(f"head_dim {head_dim} is more than a kernel holds; at most 256, or backend='reference'")
 
 
 def _product_types(scheme: QuantScheme, roles: str, dtype: torch.dtype) -> dict[str, str]:
     """What two operands are multiplied as: integers, fp8, float32, or else a 16-bit type."""
     first, second = (getattr(scheme, role).format for role in roles)
+    if any(role != "p" and place(getattr(scheme, role)) == "operand" for role in roles):
+        # decoded values are of the input's own type
+        return dict.fromkeys(roles, TRITON_TYPES[dtype] if "fp32" not in (first.name, second.name) else "tl.float32")
     if roles == "pv" and first.code_zero and not needs_code_sums(scheme):
         raise UnsupportedError(
             f"scheme {scheme.name!r}: P of {first.name} needs an integer V in a kernel; use p: int8, or backend='reference'"
@@ -181,7 +213,10 @@ def _fp8_types(first: precisions.Precision, second: precisions.Precision) -> tup
     return (types[0], types[1]) if len(types) == 2 else None
 
 
-def _via(decoded: str, product: str) -> str:
+def _via(operand: Operand, product: str) -> str:
+    decoded = operand.format.compute
+    if place(operand) == "operand":
+        return decoded
     return "tl.float16" if decoded == "tl.int8" and product.startswith("tl.float8") else product
 
 
@@ -198,11 +233,7 @@ def _product(kind: str) -> Any:
 def _scale_scores(scheme: QuantScheme) -> Any:
     if place(scheme.k) != "scores":
         return fragments.scale_by_query
-    return fragments.scale_by_tile if _tokens_a_scale(scheme.k) % scheme.key_tile == 0 else fragments.scale_by_key
-
-
-def _tokens_a_scale(operand: Operand) -> int:
-    return operand.granularity.cover(WHOLE, 1)[0]
+    return fragments.scale_by_tile if scheme.k.granularity.cover(WHOLE, 1)[0] % scheme.key_tile == 0 else fragments.scale_by_key
 
 
 def _log2(largest: float | None) -> float:
@@ -210,9 +241,18 @@ def _log2(largest: float | None) -> float:
     return torch.tensor(float(largest or 1), dtype=torch.float64).log2().float().item()
 
 
-def _title(scheme: QuantScheme, head_dim: int, causal: bool) -> str:
+def _title(scheme: QuantScheme, head_dim: int, wanted: Wanted) -> str:
     operands = [
         f"{role} {operand.precision}" + (f" per {operand.granularity}" if operand.format.largest is not None else "")
         for role, operand in (("q", scheme.q), ("k", scheme.k), ("v", scheme.v), ("p", scheme.p))
     ]
-    return ", ".join([*operands, f"head_dim {head_dim}"]) + (", causal" if causal else "")
+    words = {
+        "left": "a left bound",
+        "right": "a right bound (0 is causal)",
+        "softcap": "softcap",
+        "sinks": "sinks",
+        "lse": "LSE",
+    }
+    features = [word for name, word in words.items() if getattr(wanted, name)]
+    features += [f"{wanted.mask} mask"] if wanted.mask != "none" else []
+    return ", ".join([*operands, f"head_dim {head_dim}"]) + (f"; with {', '.join(features)}" if features else "")

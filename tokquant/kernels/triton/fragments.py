@@ -15,24 +15,27 @@ def float_product(a, b):
     return tl.dot(a, b, input_precision="ieee")
 
 
-# --------------------------------------------------------------------------- scale_scores: [M, N] products -> base-2 logits
+# --------------------------------------------------------------------------- scale_scores: products [M, N] -> logits
 
 
 @triton.jit
-def scale_by_query(s, q_scale, k_scale, stride, start, j, n_k, GROUP):
+def scale_by_query(s, q_scale, k_scale, stride, start, j, n_k, GROUP, EDGE: tl.constexpr):
     # K has no scale of its own here: it is 16 bit, decoded, or its scale per channel lies in Q
     return s * q_scale[:, None]
 
 
 @triton.jit
-def scale_by_key(s, q_scale, k_scale, stride, start, j, n_k, GROUP):
+def scale_by_key(s, q_scale, k_scale, stride, start, j, n_k, GROUP, EDGE: tl.constexpr):
     # one scale of K for every GROUP keys, fewer than a tile
-    scale = tl.load(k_scale + (j // GROUP) * stride, mask=j < n_k, other=0.0).to(tl.float32)
-    return s * scale[None, :] * q_scale[:, None]
+    if EDGE:
+        scale = tl.load(k_scale + (j // GROUP) * stride, mask=j < n_k, other=0.0)
+    else:
+        scale = tl.load(k_scale + (j // GROUP) * stride)
+    return s * scale.to(tl.float32)[None, :] * q_scale[:, None]
 
 
 @triton.jit
-def scale_by_tile(s, q_scale, k_scale, stride, start, j, n_k, GROUP):
+def scale_by_tile(s, q_scale, k_scale, stride, start, j, n_k, GROUP, EDGE: tl.constexpr):
     # one scale of K covers the whole tile: it costs nothing an element
     scale = tl.load(k_scale + (start // GROUP) * stride).to(tl.float32)
     return s * (q_scale * scale)[:, None]

@@ -1,22 +1,28 @@
-"""Tensors as a kernel sees them: pointers and strides, one argument each. None where a scheme has no such thing."""
+"""Tensors as a kernel sees them: pointers and strides, one argument each. None where a kernel has no such thing."""
 
 from typing import Any, NamedTuple
 
 
 class Operand(NamedTuple):
-    """Codes `[B, H, N, W]` and scales, with the strides of batch, head and row; the last dimension is contiguous."""
+    """Codes `[B, H, N, W]`, scales and zeros, with the strides of batch, head and row; the last dimension is contiguous.
+
+    What follows them is contiguous float32, if not said otherwise.
+    """
 
     codes: Any
     batch: Any
     head: Any
     row: Any
     scale: Any
+    zero: Any  # strides as scale
     scale_batch: Any
     scale_head: Any
     scale_row: Any
-    offset: Any  # V: the mean [B, H, D]; Q: q . c [B, H, N], which the logits lack
-    code_sum: Any  # V: sums over each key tile [B, H, tiles, D]
+    offset: Any  # Q: block means [B, H, ceil(N / 128), D]; V: the mean [B, H, D]; 16 bit
+    code_sum: Any  # Q: over channels [B, H, N]; V: over each key tile [B, H, tiles, D], int32
     weight: Any  # V per token: what P is multiplied by [B, H, N]
+    logit_offset: Any  # Q: q . c [B, H, N], which the logits lack
+    companion: Any  # K: the keys in the input's type [B, H, N, D], for Q's block means
 
 
 class Rows(NamedTuple):
@@ -26,3 +32,17 @@ class Rows(NamedTuple):
     batch: Any
     head: Any
     row: Any
+
+
+class Features(NamedTuple):
+    """What was asked for beside the operands."""
+
+    left: Any  # keys seen before and after a query's own place
+    right: Any
+    softcap: Any
+    sinks: Any  # [H], natural logits
+    mask: Any  # [B, H, N_q, N_k], bytes that are not zero where a pair attends, or floats to add
+    mask_batch: Any
+    mask_head: Any
+    mask_row: Any
+    mask_column: Any

@@ -4,6 +4,7 @@ from tokquant.kernels.triton.fragments import integer_product as product_k
 from tokquant.kernels.triton.fragments import integer_product as product_v
 from tokquant.kernels.triton.fragments import running_maximum as row_reference
 from tokquant.kernels.triton.fragments import scale_by_key as scale_scores
+from tokquant.kernels.triton.parts import hadamard, load_tile, tanh
 from tokquant.precisions.base import tl, triton
 from tokquant.precisions.int8 import decode_tile as decode_k
 from tokquant.precisions.int8 import decode_tile as decode_q
@@ -12,12 +13,17 @@ from tokquant.precisions.int8 import encode_tile as encode_p
 
 D = tl.constexpr(64)  # head_dim
 D_TILE = tl.constexpr(64)  # the next power of two
+PADDED = tl.constexpr(False)  # D_TILE > D
+SHARED_HEADS = tl.constexpr(1)  # heads of Q to one of K and V
 Q_PACKED = tl.constexpr(1)  # codes in a stored element
 K_PACKED = tl.constexpr(1)
 V_PACKED = tl.constexpr(1)
 Q_GROUP = tl.constexpr(1)  # tokens under one scale
 K_GROUP = tl.constexpr(1)
 V_GROUP = tl.constexpr(1)
+Q_CHANNELS = tl.constexpr(64)  # channels under one scale
+K_CHANNELS = tl.constexpr(64)
+V_CHANNELS = tl.constexpr(64)
 Q_TYPE = tl.constexpr(tl.int8)  # what the two products take
 K_TYPE = tl.constexpr(tl.int8)
 P_TYPE = tl.constexpr(tl.int8)
@@ -25,44 +31,80 @@ V_TYPE = tl.constexpr(tl.int8)
 Q_VIA = tl.constexpr(tl.int8)  # the type on the way there: integers reach fp8 by fp16
 K_VIA = tl.constexpr(tl.int8)
 V_VIA = tl.constexpr(tl.int8)
+K_HALF = tl.constexpr(0)  # a stored code of 0 is this many steps above an asymmetric operand's zero
+V_HALF = tl.constexpr(0)
 LOG2_LARGEST = tl.constexpr(6.988684686772166)  # of P's largest code: P is kept in units of its codes
 CODE_ZERO = tl.constexpr(0)  # what an unsigned code of P has lost to fit a signed unit
-SHARED_HEADS = tl.constexpr(1)  # heads of Q to one of K and V
-CAUSAL = tl.constexpr(False)
-PADDED = tl.constexpr(False)  # D_TILE > D
+LOGIT_BASE = tl.constexpr(1.4426950408889634)  # log2(e), or 1 where something has to happen to natural logits
+FIRST_PHASE = tl.constexpr(1)  # 0 where whole tiles come after others
 Q_SCALED = tl.constexpr(True)
 K_SCALED = tl.constexpr(True)
+Q_DECODED = tl.constexpr(False)  # the scale varies along what the product contracts
+K_DECODED = tl.constexpr(False)
+V_DECODED = tl.constexpr(False)
+K_ZERO = tl.constexpr(False)
+K_ZERO_DECODED = tl.constexpr(False)
+V_ZERO_DECODED = tl.constexpr(False)
 V_PER_TOKEN = tl.constexpr(False)  # where V's scale enters: P,
 V_PER_TILE = tl.constexpr(False)  # each tile's product,
 V_ON_OUTPUT = tl.constexpr(True)  # or the output
+V_TOKEN_ZERO = tl.constexpr(False)
+V_TILE_ZERO = tl.constexpr(False)
+V_OUTPUT_ZERO = tl.constexpr(False)
 V_COLUMN = tl.constexpr(0)  # 1 where V has a scale per channel
+V_ROTATED = tl.constexpr(False)
+V_STAGES = tl.constexpr(0)  # of the butterflies that undo it
+V_NORM = tl.constexpr(1.0)
 V_MEAN = tl.constexpr(False)
+BLOCK_MEANS = tl.constexpr(False)  # of Q, over 128 queries
 UNSIGNED_P = tl.constexpr(False)
 CLEAR_TAIL = tl.constexpr(False)
 QUANTIZED_NORMALIZER = tl.constexpr(False)
+LEFT = tl.constexpr(False)  # whether a query's reach is bounded
+RIGHT = tl.constexpr(False)
+SOFTCAP = tl.constexpr(False)
+LOWERED_SOFTCAP = tl.constexpr(False)  # K has lost an offset c; logits are lower by scale * q . c
+LOWERED_LOGITS = tl.constexpr(False)
+ADDITIVE_MASK = tl.constexpr(False)
+BOOLEAN_MASK = tl.constexpr(False)
+NATURAL = tl.constexpr(False)
+SINKS = tl.constexpr(False)
 WITH_LSE = tl.constexpr(False)
-LOWERED_LOGITS = tl.constexpr(False)  # K has lost an offset c: LSE gets scale * q . c back
 
 
 @triton.jit
-def attention(Q, K, V, Out, Lse, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     batch = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     kv_head = head // SHARED_HEADS
-    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    kv = batch * (tl.num_programs(1) // SHARED_HEADS) + kv_head
+    first = tl.program_id(0) * BLOCK_M
+    i = first + tl.arange(0, BLOCK_M)
+    here = i < n_q
+    row = (batch * tl.num_programs(1) + head) * n_q + i
     column = tl.arange(0, D_TILE)
+    held = column < D
 
-    # [BLOCK_M, D] queries, and their scale with the softmax's and the change of base to exp2
+    # [BLOCK_M, D] queries, and their scale with the softmax's
     q_column = tl.arange(0, D_TILE // Q_PACKED)
     q_at = Q.codes + batch * Q.batch + head * Q.head + i.to(tl.int64)[:, None] * Q.row + q_column[None, :]
-    q = tl.load(q_at, mask=(i < n_q)[:, None] & (q_column * Q_PACKED < D)[None, :], other=0.0)
-    q = decode_q(q).to(Q_VIA).to(Q_TYPE)
-    if PADDED:
-        q = tl.where((column < D)[None, :], q, 0.0).to(Q_TYPE)
-    q_scale = tl.full([BLOCK_M], 1.4426950408889634, tl.float32) * scale
+    q = decode_q(load_tile(q_at, here, q_column * Q_PACKED < D, True)).to(Q_VIA)
+    q_scale = tl.full([BLOCK_M], LOGIT_BASE, tl.float32) * scale
     if Q_SCALED:
         q_scale_at = Q.scale + batch * Q.scale_batch + head * Q.scale_head + (i // Q_GROUP) * Q.scale_row
-        q_scale *= tl.load(q_scale_at, mask=i < n_q, other=0.0).to(tl.float32)
+        q_scale *= tl.load(q_scale_at, mask=here, other=0.0).to(tl.float32)
+    if Q_DECODED:
+        q_scale_at = Q.scale + batch * Q.scale_batch + head * Q.scale_head
+        q_scale_at += (i // Q_GROUP)[:, None] * Q.scale_row + (column // Q_CHANNELS)[None, :]
+        q = q.to(tl.float32) * load_tile(q_scale_at, here, held, True).to(tl.float32)
+    if PADDED:
+        q = tl.where(held[None, :], q, 0.0)
+    q = q.to(Q_TYPE)
+    if K_ZERO:
+        q_sum = tl.load(Q.code_sum + row, mask=here, other=0.0)
+    if BLOCK_MEANS:
+        q_mean_at = Q.offset + ((batch * tl.num_programs(1) + head) * tl.cdiv(n_q, 128) + first // 128) * D
+        q_mean = tl.load(q_mean_at + column, mask=held, other=0.0).to(tl.float32)
 
     k_codes = K.codes + batch * K.batch + kv_head * K.head
     v_codes = V.codes + batch * V.batch + kv_head * V.head
@@ -72,80 +114,163 @@ def attention(Q, K, V, Out, Lse, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOCK_N
     k_column = tl.arange(0, D_TILE // K_PACKED)
     v_column = tl.arange(0, D_TILE // V_PACKED)
 
+    # keys [begin, end) are seen by some of these queries, and tiles in [whole, edge) by all: those need no mask
+    begin = 0
+    end = n_k
+    whole = 0
+    edge = n_k // BLOCK_N * BLOCK_N
+    if RIGHT:
+        # bottom-right: the last query sees the last key
+        end = tl.minimum(n_k, tl.minimum(first + BLOCK_M, n_q) + n_k - n_q + F.right)
+        edge = tl.minimum(edge, tl.maximum(first + n_k - n_q + F.right + 1, 0) // BLOCK_N * BLOCK_N)
+    if LEFT:
+        begin = tl.maximum(first + n_k - n_q - F.left, 0) // BLOCK_N * BLOCK_N
+        whole = tl.cdiv(tl.maximum(first + BLOCK_M - 1 + n_k - n_q - F.left, 0), BLOCK_N) * BLOCK_N
+
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the row's maximum so far
     r = tl.zeros([BLOCK_M], tl.float32)  # what P, l and acc are relative to
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_TILE], tl.float32)
-    end = n_k
-    if CAUSAL:
-        # bottom-right: the last query sees the last key
-        end = tl.minimum(n_k, (tl.program_id(0) + 1) * BLOCK_M + n_k - n_q)
-    for start in range(0, end, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        inside = j < n_k
+    if V_TOKEN_ZERO:
+        zeros = tl.zeros([BLOCK_M], tl.float32)
+    for phase in tl.static_range(FIRST_PHASE, 3):
+        # 0: from the window's left edge; 1: whole tiles; 2: to the right edge
+        low = begin
+        high = tl.minimum(whole, end)
+        if phase == 1:
+            low = whole
+            high = edge
+        if phase == 2:
+            low = tl.maximum(whole, edge)
+            high = end
+        for start in range(low, high, BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)
+            inside = j < n_k
 
-        k_at = k_codes + j.to(tl.int64)[:, None] * K.row + k_column[None, :]
-        k = tl.load(k_at, mask=inside[:, None] & (k_column * K_PACKED < D)[None, :], other=0.0)
-        k = decode_k(k).to(K_VIA).to(K_TYPE)
-        s = scale_scores(product_k(q, tl.trans(k)), q_scale, k_scale_at, K.scale_row, start, j, n_k, K_GROUP)
-        if V_PER_TOKEN:
-            # V's scale joins the exponent, so that P is rounded with its weight; l takes the weight out again
-            weight_at = V.weight + (batch * (tl.num_programs(1) // SHARED_HEADS) + kv_head) * n_k + j
-            v_weight = tl.load(weight_at, mask=inside, other=1.0)
-            s += tl.log2(v_weight)[None, :]
-        keep = inside[None, :]
-        if CAUSAL:
-            keep = keep & (j[None, :] <= i[:, None] + (n_k - n_q))
-        s = tl.where(keep, s, float("-inf"))
+            k_at = k_codes + j.to(tl.int64)[:, None] * K.row + k_column[None, :]
+            k = decode_k(load_tile(k_at, inside, k_column * K_PACKED < D, phase != 1 or PADDED)).to(K_VIA)
+            if K_DECODED:
+                k_tile = K.scale + batch * K.scale_batch + kv_head * K.scale_head
+                k_tile += (j // K_GROUP)[:, None] * K.scale_row + (column // K_CHANNELS)[None, :]
+                k = (k.to(tl.float32) + K_HALF) * load_tile(k_tile, inside, held, True).to(tl.float32)
+            if K_ZERO_DECODED:
+                k_tile = K.zero + batch * K.scale_batch + kv_head * K.scale_head
+                k_tile += (j // K_GROUP)[:, None] * K.scale_row + (column // K_CHANNELS)[None, :]
+                k += load_tile(k_tile, inside, held, True).to(tl.float32)
+            s = product_k(q, tl.trans(k.to(K_TYPE)))
+            s = scale_scores(s, q_scale, k_scale_at, K.scale_row, start, j, n_k, K_GROUP, phase != 1)
+            if K_ZERO:
+                at = batch * K.scale_batch + kv_head * K.scale_head + (j // K_GROUP) * K.scale_row
+                k_zero = tl.load(K.zero + at, mask=inside, other=0.0).to(tl.float32)
+                k_zero += tl.load(K.scale + at, mask=inside, other=0.0).to(tl.float32) * K_HALF
+                s += (q_sum * q_scale)[:, None] * k_zero[None, :]
+            if BLOCK_MEANS:
+                companion_at = K.companion + (kv * n_k + j)[:, None] * D + column[None, :]
+                companion = load_tile(companion_at, inside, held, True).to(tl.float32)
+                s += (tl.sum(companion * q_mean[None, :], 1) * (scale * LOGIT_BASE))[None, :]
+            if LOWERED_SOFTCAP:
+                s += (tl.load(Q.logit_offset + row, mask=here, other=0.0) * scale)[:, None]
+            if SOFTCAP:
+                s = F.softcap * tanh(s / F.softcap)
+            if ADDITIVE_MASK:
+                mask_at = F.mask + batch * F.mask_batch + head * F.mask_head
+                mask_at += i.to(tl.int64)[:, None] * F.mask_row + j.to(tl.int64)[None, :] * F.mask_column
+                s += load_tile(mask_at, here, inside, True).to(tl.float32)
+            if NATURAL:
+                s *= 1.4426950408889634
+            if V_PER_TOKEN:
+                # V's scale joins the exponent, so that P is rounded with its weight; l takes the weight out again
+                v_weight = tl.load(V.weight + kv * n_k + j, mask=inside, other=1.0)
+                s += tl.log2(v_weight)[None, :]
+            if phase != 1:
+                keep = inside[None, :]
+                if RIGHT:
+                    keep = keep & (j[None, :] <= i[:, None] + (n_k - n_q + F.right))
+                if LEFT:
+                    keep = keep & (j[None, :] >= i[:, None] + (n_k - n_q - F.left))
+                s = tl.where(keep, s, float("-inf"))
+            if BOOLEAN_MASK:
+                mask_at = F.mask + batch * F.mask_batch + head * F.mask_head
+                mask_at += i.to(tl.int64)[:, None] * F.mask_row + j.to(tl.int64)[None, :] * F.mask_column
+                s = tl.where(load_tile(mask_at, here, inside, True) != 0, s, float("-inf"))
 
-        largest = tl.max(s, 1)
-        m = tl.maximum(m, largest)
-        reference = row_reference(largest, m)
-        # up by an ulp, so that no rounding gives a code beyond the largest; a tile with nothing in it moves nothing
-        reference = tl.where(largest == float("-inf"), r, reference + tl.abs(reference) * 1.1920928955078125e-07)
-        alpha = tl.exp2(tl.minimum(r - reference, 65.0))
-        r = reference
-        p = tl.exp2(s - (r - LOG2_LARGEST)[:, None])
-        codes = encode_p(p)
+            largest = tl.max(s, 1)
+            m = tl.maximum(m, largest)
+            reference = row_reference(largest, m)
+            # up by an ulp, so that no rounding gives a code beyond the largest; a tile with nothing in it moves nothing
+            reference = tl.where(largest == float("-inf"), r, reference + tl.abs(reference) * 1.1920928955078125e-07)
+            alpha = tl.exp2(tl.minimum(r - reference, 65.0))
+            r = reference
+            p = tl.exp2(s - (r - LOG2_LARGEST)[:, None])
+            codes = encode_p(p)
 
-        counted = p
-        if QUANTIZED_NORMALIZER:
-            # integer codes cannot hold NaN, p - p can
-            counted = codes.to(tl.float32) + CODE_ZERO + (p - p)
-        if V_PER_TOKEN:
-            # a weight that is not a number is in p already, where the pair attends
-            counted *= tl.where(v_weight < float("inf"), 1.0 / v_weight, 0.0)[None, :]
-        l = l * alpha + tl.sum(counted, 1)
+            counted = p
+            if QUANTIZED_NORMALIZER:
+                # integer codes cannot hold NaN, p - p can
+                counted = codes.to(tl.float32) + CODE_ZERO + (p - p)
+            if V_PER_TOKEN:
+                # a weight that is not a number is in p already, where the pair attends
+                inverse = tl.where(v_weight < float("inf"), 1.0 / v_weight, 0.0)
+                counted *= inverse[None, :]
+            l = l * alpha + tl.sum(counted, 1)
 
-        v_at = v_codes + j.to(tl.int64)[:, None] * V.row + v_column[None, :]
-        v = tl.load(v_at, mask=inside[:, None] & (v_column * V_PACKED < D)[None, :], other=0.0)
-        v = decode_v(v).to(V_VIA).to(V_TYPE)
-        if CLEAR_TAIL:
-            # an unsigned code beyond n_k is not zero now, so V must be, which packed zero bits are not
-            v = tl.where(inside[:, None], v, 0).to(V_TYPE)
-        pv = product_v(codes.to(P_TYPE), v)
-        if UNSIGNED_P:
-            tile = (batch * (tl.num_programs(1) // SHARED_HEADS) + kv_head) * tl.cdiv(n_k, BLOCK_N) + start // BLOCK_N
-            code_sum = tl.load(V.code_sum + tile * D + column, mask=column < D, other=0)
-            pv += (code_sum * CODE_ZERO).to(tl.float32)[None, :]
-        if V_PER_TILE:
-            v_scale_at = V.scale + batch * V.scale_batch + kv_head * V.scale_head + (start // V_GROUP) * V.scale_row
-            pv *= tl.load(v_scale_at + column * V_COLUMN, mask=column < D, other=0.0).to(tl.float32)[None, :]
-        acc = acc * alpha[:, None] + pv
+            v_at = v_codes + j.to(tl.int64)[:, None] * V.row + v_column[None, :]
+            v = decode_v(load_tile(v_at, inside, v_column * V_PACKED < D, phase != 1 or PADDED)).to(V_VIA)
+            if V_DECODED:
+                v_tile = V.scale + batch * V.scale_batch + kv_head * V.scale_head
+                v_tile += (j // V_GROUP)[:, None] * V.scale_row + (column // V_CHANNELS)[None, :]
+                v = (v.to(tl.float32) + V_HALF) * load_tile(v_tile, inside, held, True).to(tl.float32)
+            if V_ZERO_DECODED:
+                v_tile = V.zero + batch * V.scale_batch + kv_head * V.scale_head
+                v_tile += (j // V_GROUP)[:, None] * V.scale_row + (column // V_CHANNELS)[None, :]
+                v += load_tile(v_tile, inside, held, True).to(tl.float32)
+            if CLEAR_TAIL:
+                # an unsigned code beyond n_k is not zero now, so V must be, which packed zero bits are not
+                v = tl.where(inside[:, None], v, 0)
+            pv = product_v(codes.to(P_TYPE), v.to(V_TYPE))
+            if UNSIGNED_P:
+                tile = kv * tl.cdiv(n_k, BLOCK_N) + start // BLOCK_N
+                code_sum = tl.load(V.code_sum + tile * D + column, mask=held, other=0)
+                pv += (code_sum * CODE_ZERO).to(tl.float32)[None, :]
+            if V_PER_TILE:
+                at = batch * V.scale_batch + kv_head * V.scale_head + (start // V_GROUP) * V.scale_row + column * V_COLUMN
+                v_scale = tl.load(V.scale + at, mask=held, other=0.0).to(tl.float32)
+                pv *= v_scale[None, :]
+            if V_TILE_ZERO:
+                v_zero = tl.load(V.zero + at, mask=held, other=0.0).to(tl.float32) + V_HALF * v_scale
+                pv += tl.sum(p, 1)[:, None] * v_zero[None, :]
+            if V_TOKEN_ZERO:
+                at = batch * V.scale_batch + kv_head * V.scale_head + (j // V_GROUP) * V.scale_row
+                v_zero = tl.load(V.zero + at, mask=inside, other=0.0).to(tl.float32) + V_HALF * v_weight
+                zeros = zeros * alpha + tl.sum(p * (inverse * v_zero)[None, :], 1)
+            acc = acc * alpha[:, None] + pv
 
-    out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    lowered = tl.zeros([BLOCK_M], tl.float32)
+    if LOWERED_LOGITS:
+        lowered = tl.load(Q.logit_offset + row, mask=here, other=0.0) * scale
+    total = l
+    if SINKS:
+        # a sink takes its part of the softmax and adds nothing
+        sink = tl.load(F.sinks + head).to(tl.float32) - lowered
+        total += tl.exp2(sink * 1.4426950408889634 - r + LOG2_LARGEST)
+    inverse_total = 1.0 / tl.where(l == 0.0, 1.0, total)
+    out = acc * inverse_total[:, None]
+    if V_TOKEN_ZERO:
+        out += (zeros * inverse_total)[:, None]
     if V_ON_OUTPUT:
-        v_scale_at = V.scale + batch * V.scale_batch + kv_head * V.scale_head
-        out *= tl.load(v_scale_at + column * V_COLUMN, mask=column < D, other=0.0).to(tl.float32)[None, :]
+        at = batch * V.scale_batch + kv_head * V.scale_head + column * V_COLUMN
+        v_scale = tl.load(V.scale + at, mask=held, other=0.0).to(tl.float32)
+        out *= v_scale[None, :]
+    if V_OUTPUT_ZERO:
+        v_zero = tl.load(V.zero + at, mask=held, other=0.0).to(tl.float32) + V_HALF * v_scale
+        out += (l * inverse_total)[:, None] * v_zero[None, :]
+    if V_ROTATED:
+        out = hadamard(out, BLOCK_M, D_TILE, V_STAGES) * V_NORM
     if V_MEAN:
-        mean_at = V.offset + (batch * (tl.num_programs(1) // SHARED_HEADS) + kv_head) * D + column
-        mean = tl.load(mean_at, mask=column < D, other=0.0).to(tl.float32)
-        out += tl.where(l == 0.0, 0.0, 1.0)[:, None] * mean[None, :]
+        mean = tl.load(V.offset + kv * D + column, mask=held, other=0.0).to(tl.float32)
+        out += (l * inverse_total)[:, None] * mean[None, :]
     out_at = Out.data + batch * Out.batch + head * Out.head + i.to(tl.int64)[:, None] * Out.row + column[None, :]
-    tl.store(out_at, out.to(Out.data.dtype.element_ty), mask=(i < n_q)[:, None] & (column < D)[None, :])
+    tl.store(out_at, out.to(Out.data.dtype.element_ty), mask=here[:, None] & held[None, :])
     if WITH_LSE:
-        lse = (r + tl.log2(l) - LOG2_LARGEST) * 0.6931471805599453
-        row = (batch * tl.num_programs(1) + head) * n_q + i
-        if LOWERED_LOGITS:
-            lse += tl.load(Q.offset + row, mask=i < n_q, other=0.0) * scale
-        tl.store(Lse + row, lse, mask=i < n_q)
+        # natural, without sinks; -inf where a row attends to nothing
+        tl.store(Lse + row, (r + tl.log2(l) - LOG2_LARGEST) * 0.6931471805599453 + lowered, mask=here)

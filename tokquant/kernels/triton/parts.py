@@ -1,0 +1,28 @@
+"""Functions that the template calls whatever fills its holes. A kernel gets those it uses."""
+
+from tokquant.precisions.base import tl, triton
+
+
+@triton.jit
+def load_tile(at, rows, columns, MASKED: tl.constexpr):
+    # a whole tile needs no mask
+    if MASKED:
+        tile = tl.load(at, mask=rows[:, None] & columns[None, :], other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def tanh(x):
+    # right at both ends: 1 - 2 / (inf + 1) and 1 - 2 / (0 + 1)
+    return 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
+
+
+@triton.jit
+def hadamard(x, M: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr):
+    # butterflies from stride 1: [M, D] times a block-diagonal matrix of order 2^STAGES, not normalized
+    for stage in tl.static_range(STAGES):
+        first, second = tl.split(x.reshape(M, D // (2 << stage), 2, 1 << stage).permute(0, 1, 3, 2))
+        x = tl.join(first + second, first - second).permute(0, 1, 3, 2).reshape(M, D)
+    return x
