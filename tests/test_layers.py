@@ -15,6 +15,7 @@ LAYERS = [
     ("tensor",),
     ("calibration.scales",),
     ("quantize", "reference", "metrics", "activations"),
+    ("inputs",),
     ("calibration", "export"),
     ("kernels",),
     ("attention",),

@@ -1,6 +1,5 @@
 """The public doors: `attention` and `quantize`. They check and direct; the work is done below."""
 
-import math
 from typing import Literal
 
 import torch
@@ -9,15 +8,14 @@ from torch import Tensor
 from tokquant import reference
 from tokquant.calibration.scales import LayerScales, Scales, needed
 from tokquant.errors import ScalesError, nearest, quote
+from tokquant.inputs import check_tensors, check_together, features_of
 from tokquant.kernels import launch
 from tokquant.quantize import quantize_operands
-from tokquant.reference import Features
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.tensor import QuantizedTensor
 
 Backend = Literal["auto", "triton", "reference"]
 BACKENDS = ("auto", "triton", "reference")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 Operands = tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]
 
@@ -42,7 +40,7 @@ def quantize(
         ValueError, TypeError: shapes and types that do not fit. RuntimeError: a tensor that requires grad.
     """
     scheme = resolve(scheme)
-    _check_tensors(q, k, v)
+    check_tensors(q, k, v)
     _check_scales(scheme, scales)
     choose_backend(backend, q.device)
     return quantize_operands(q.detach(), k.detach(), v.detach(), scheme, scales)
@@ -94,7 +92,7 @@ def attention(
             raise ScalesError("scales: the tensors are quantized already; give scales to quantize")
         _check_quantized(q, k, v, scheme)  # type: ignore[arg-type]
     else:
-        _check_tensors(q, k, v)
+        check_tensors(q, k, v)
     features = features_of(q, k, causal=causal, scale=scale, mask=mask, window=window, softcap=softcap, sinks=sinks)
     chosen = choose_backend(backend, q.device)
     if not all(given):
@@ -117,45 +115,13 @@ def choose_backend(backend: str, device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "reference"
 
 
-def _check_tensors(q: object, k: object, v: object) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: a {type(x).__name__}; give a torch.Tensor [B, H, N, D]")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name}: a tensor of layout {x.layout}; give a dense one")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name}: {x.dtype} is not supported; use float16, bfloat16 or float32")
-        if x.ndim != 4:
-            raise ValueError(f"{name}: shape {list(x.shape)} has {x.ndim} dimensions; give [batch, heads, tokens, head_dim]")
-        if 0 in x.shape:
-            raise ValueError(f"{name}: shape {list(x.shape)} is empty; give at least one of batch, heads, tokens and head_dim")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{name}: requires grad, and quantized attention has no backward; call it under torch.no_grad()")
-    _check_together(q, k, v)  # type: ignore[arg-type]
-
-
-def _check_together(q: Tensor | QuantizedTensor, k: Tensor | QuantizedTensor, v: Tensor | QuantizedTensor) -> None:
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k, v: types {q.dtype}, {k.dtype}, {v.dtype} differ; give one type")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k, v: on {q.device}, {k.device}, {v.device}; put them on one device")
-    if k.shape != v.shape:
-        raise ValueError(f"v: shape {list(v.shape)} is not that of k, {list(k.shape)}")
-    if q.shape[0] != k.shape[0]:
-        raise ValueError(f"k: batch {k.shape[0]} is not that of q, {q.shape[0]}")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"k: head_dim {k.shape[3]} is not that of q, {q.shape[3]}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"k: {k.shape[1]} heads do not divide the {q.shape[1]} of q")
-
-
 def _check_quantized(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, scheme: QuantScheme) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.spec.role != name:
             raise ValueError(f"{name}: {x!r} is a quantized {x.spec.role}; give q, k and v in the order quantize returned them")
         if x.scheme is not scheme and (x.scheme is None or x.scheme.digest() != scheme.digest()):
             raise ValueError(f"{name}: {x!r} is of another scheme; attend by the one that quantize was given")
-    _check_together(q, k, v)
+    check_together(q, k, v)
 
 
 def _check_scales(scheme: QuantScheme, scales: object) -> None:
@@ -164,70 +130,10 @@ def _check_scales(scheme: QuantScheme, scales: object) -> None:
     if scales is not None and not isinstance(scales, LayerScales):
         raise TypeError(f"scales: a {type(scales).__name__}; give one layer of load_scales(path), such as scales['layers.0']")
     if scales is not None:
-        scales.check(scheme)
+        if scales.scheme != scheme:  # those of a file were checked when it was read
+            scales.check(scheme)
     elif needed(scheme):
         raise ScalesError(
             f"scales: scheme {scheme.name!r} is static and needs {', '.join(needed(scheme))}; "
-            "calibrate with tokquant.Calibrator or `tokquant calibrate`"
+            "calibrate with tokquant.Calibrator or `tokquant calibrate`, then give scales= (--scales on the command line)"
         )
-
-
-def features_of(
-    q: Tensor | QuantizedTensor,
-    k: Tensor | QuantizedTensor,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Features:
-    """The features of a call to `attention`, checked, with defaults filled in and masks expanded."""
-    (b, heads, n_q, d), n_k = q.shape, k.shape[2]
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal: {quote(causal)} is not a bool")
-    scale = d**-0.5 if scale is None else _finite("scale", scale)
-    if softcap is not None and _finite("softcap", softcap) <= 0:
-        raise ValueError(f"softcap: {softcap} is not above zero; leave it out for none")
-    if window is not None:
-        sides = window if isinstance(window, tuple | list) else ()
-        if len(sides) != 2 or not all(side is None or (type(side) is int and side >= 0) for side in sides):
-            raise ValueError(
-                f"window: {quote(window)} is not (left, right); give whole numbers from 0, or None for an open side"
-            )
-        window = (sides[0], sides[1])
-    for name, given in (("mask", mask), ("sinks", sinks)):
-        if isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{name}: requires grad, and quantized attention has no backward; call it under torch.no_grad()")
-    if mask is not None:
-        if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask: {kind} is no mask; give a boolean tensor (True = attend) or floats to add")
-        if mask.device != q.device:
-            raise ValueError(f"mask: on {mask.device}, and q on {q.device}")
-        try:
-            mask = mask.expand(b, heads, n_q, n_k)
-        except RuntimeError:
-            raise ValueError(f"mask: shape {list(mask.shape)} does not broadcast to {[b, heads, n_q, n_k]}") from None
-    if sinks is not None:
-        if not isinstance(sinks, Tensor) or not sinks.dtype.is_floating_point:
-            kind = sinks.dtype if isinstance(sinks, Tensor) else f"a {type(sinks).__name__}"
-            raise TypeError(f"sinks: {kind}; give a floating-point tensor [H_q]")
-        if sinks.shape != (heads,):
-            raise ValueError(f"sinks: shape {list(sinks.shape)} is not [{heads}], one logit for each head of q")
-        if sinks.device != q.device:
-            raise ValueError(f"sinks: on {sinks.device}, and q on {q.device}")
-    return Features(scale=scale, causal=causal, window=window, mask=mask, softcap=softcap, sinks=sinks)
-
-
-def _finite(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: {quote(value)} is not a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: {quote(value)} is not finite")
-    return number

@@ -28,7 +28,7 @@ def errors(out: Tensor, exact: Tensor) -> Errors:
     difference = (x - o).abs()
     norms = x.norm() * o.norm()
     return Errors(
-        cosine=(torch.dot(x, o) / norms).item() if norms > 0 else float(torch.equal(x, o)),
+        cosine=float(torch.equal(x, o)) if norms == 0 else (torch.dot(x, o) / norms).item(),
         rel_l1=(difference.sum() / o.abs().sum().clamp_min(torch.finfo(torch.float64).tiny)).item(),
         rmse=difference.square().mean().sqrt().item(),
         max_abs=difference.max().item(),

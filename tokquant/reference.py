@@ -244,9 +244,10 @@ class _Emulation:
         if features.sinks is not None:
             sink = features.sinks.float()[:, None, None] - lowered
             total = l + torch.exp2(sink * LOG2E - r + math.log2(largest))
+        out = acc / total
         if place(self.scheme.v) == "output":
-            acc = acc * self._for_heads(self.v_scale)  # type: ignore[arg-type]
-        out = (acc + zeros) / total
+            out = out * self._for_heads(self.v_scale)  # type: ignore[arg-type]
+        out = out + zeros / total
         if self.v.frame.rotated:
             out = hadamard(out)
         if self.v.offset is not None:

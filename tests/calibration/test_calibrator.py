@@ -93,7 +93,7 @@ def test_percentiles_are_known_to_a_bin(percent):
     x = torch.randn(1, 2, 5000, 16)
     statistics = Statistics(2, 16, histogram=True)
     for part in x.split(700, dim=2):
-        statistics.observe(part)
+        statistics.observe(part, part)
     exact = torch.quantile(x.abs().flatten(2)[0], percent / 100, dim=1, interpolation="lower")
     found = statistics.quantile(percent, per_head=True)
     assert bool((found >= exact * 0.9999).all()) and bool((found <= exact * 1.012).all())
@@ -120,6 +120,49 @@ def test_a_static_offset_of_k_changes_only_its_codes_and_serves_a_dynamic_scheme
     assert list(scales.tensors) == ["k_offset"] and scales.tensors["k_offset"].shape == (2, 1, 32)
     assert torch.allclose(scales.tensors["k_offset"].float(), k.mean(dim=(0, 2))[:, None], rtol=1e-2, atol=1e-2)
     assert relative_error((q, k, v), s, scales) < 0.7 * relative_error((q, k, v), "kv-int4", None)
+
+
+@pytest.mark.parametrize("balance", ["channel", "rope_pairs"])
+@pytest.mark.parametrize("rotate", ["none", "hadamard"])
+def test_a_static_offset_is_that_of_k_itself_whatever_is_done_to_it_afterwards(balance, rotate):
+    s = scheme(k=INT8 | {"smooth": "static"}, v=INT8, balance=balance, rotate=rotate)
+    q, k, v = batch(n=200)
+    k = k * torch.linspace(0.1, 30, 32) + 50
+    calibrator = tq.Calibrator(s)
+    calibrator.observe("a", q, k, v)
+    scales = calibrator.scales()["a"]
+    assert torch.allclose(scales.tensors["k_offset"].float(), k.mean(dim=(0, 2))[:, None], rtol=1e-2)
+    dynamic = scheme(k=INT8 | {"smooth": "mean"}, v=INT8, balance=balance, rotate=rotate)
+    assert relative_error((q, k, v), s, scales) < 1.5 * relative_error((q, k, v), dynamic, None) + 1e-3
+
+
+def test_what_depends_on_an_offset_that_is_not_known_yet_is_refused():
+    with pytest.raises(tq.SchemeError, match="k: its scale and its offset cannot both be static under a balance"):
+        tq.Calibrator(scheme(k=INT8 | {"granularity": "head", "scale": "static", "smooth": "static"}, balance="channel"))
+    with pytest.raises(tq.SchemeError, match=r"q\.scale: K's dynamic scales per channel are multiplied into Q"):
+        scheme(q=INT8 | {"granularity": "head", "scale": "static"}, k=INT8 | {"granularity": "channel"})
+
+
+def test_a_merge_that_fails_changes_nothing():
+    one, other = tq.Calibrator("kv-fp8"), tq.Calibrator("kv-fp8")
+    one.observe("b", *batch())
+    other.observe("a", *batch())
+    other.observe("b", *batch(heads=3))
+    with pytest.raises(ValueError, match=r"merge: b\.q: heads and channels \[6, 32\] are not \[4, 32\]"):
+        one.merge(other)
+    assert list(one.layers) == ["b"] and one.layers["b"]["k"].count == 100
+
+
+def test_a_layer_needs_a_name():
+    with pytest.raises(ValueError, match="name: '' is no name of a layer"):
+        tq.Calibrator("kv-fp8").observe("", *batch())
+
+
+def test_scales_follow_the_tensors_to_their_device():
+    calibrator = tq.Calibrator(scheme(k=INT8 | {"smooth": "static"}))
+    calibrator.observe("a", *batch())
+    moved = tq.quantize(*(x.to("meta") for x in batch()), calibrator.scheme, scales=calibrator.scales()["a"])
+    assert moved[1].offset.device.type == moved[2].scale.device.type == "meta"
 
 
 def test_what_is_not_finite_is_refused_and_leaves_no_trace():

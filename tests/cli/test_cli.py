@@ -89,6 +89,8 @@ def test_calibrate_then_run_needs_only_the_file(tokquant, tmp_path):
     assert code == 0 and json.loads(out)["scheme"] == "kv-fp8"
     code, _, err = tokquant("run", "--scales", path, "--scheme", "int8")
     assert code == 2 and "calibrated for (kv-fp8)" in err
+    code, out, _ = tokquant("compare", "--scales", path, "--json", "--repeats", 1)
+    assert len(json.loads(out)["schemes"]) == len(preset_names())
     code, out, _ = tokquant("compare", "int8", "--scales", path, "--json", "--repeats", 1)
     assert code == 0 and [row["scheme"] for row in json.loads(out)["schemes"]] == ["int8", "kv-fp8"]
 
@@ -111,6 +113,54 @@ def test_compare_puts_schemes_side_by_side(tokquant, tmp_path):
 def test_compare_shows_every_dynamic_preset(tokquant, activations):
     code, out, err = tokquant("compare", "-i", activations, "--repeats", 1)
     assert code == 0 and all((name in out) is (name != "kv-fp8") for name in preset_names()), err
+
+
+def test_compare_keeps_schemes_of_one_name_apart(tokquant, tmp_path):
+    for folder, bits in (("a", "int8"), ("b", "int2")):
+        (tmp_path / folder).mkdir()
+        k = tq.preset("int8").k.model_copy(update={"precision": bits})
+        tq.preset("int8").model_copy(update={"name": "mine", "k": k}).dump(tmp_path / folder / "mine.yaml")
+    code, out, _ = tokquant("compare", tmp_path / "a" / "mine.yaml", tmp_path / "b" / "mine.yaml", "--json", "--repeats", 1)
+    one, other = json.loads(out)["schemes"]
+    assert code == 0 and one["scheme"] == other["scheme"] == "mine"
+    assert one["bits"]["k"] == 9 and other["bits"]["k"] == 3 and one["rel_l1"] < other["rel_l1"] / 10
+
+
+def write(path, **tensors):
+    path.write_bytes(safetensors.torch.save({name.replace("__", "."): x for name, x in tensors.items()}))
+    return path
+
+
+def test_layers_of_any_name_are_shown_as_they_are(tokquant, tmp_path):
+    x = torch.randn(1, 1, 8, 32)
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(safetensors.torch.save({f"[/b] block.[attn].{role}": x.clone() for role in "qkv"}))
+    code, out, err = tokquant("run", "-i", path, "--repeats", 1)
+    assert code == 0 and "[/b] block.[attn]" in out, err
+
+
+def test_what_is_wrong_with_a_layer_names_it_and_the_file(tokquant, tmp_path):
+    x = torch.randn(1, 2, 8, 32)
+    path = write(tmp_path / "bad.safetensors", a__q=x, a__k=x.clone(), a__v=x.clone(), b__q=x.clone(), b__k=x[:, :, :4].clone(),
+                 b__v=x.clone())  # fmt: skip
+    for words in (["run"], ["compare", "int8"], ["calibrate", "-s", "kv-fp8", "-o", tmp_path / "s"]):
+        code, _, err = tokquant(*words, "-i", path)
+        assert code == 2 and err.startswith("error: bad.safetensors, b: v: shape [1, 2, 8, 32] is not that of k"), err
+
+
+def test_scales_without_a_layer_of_the_file_are_refused_before_any_work(tokquant, activations, tmp_path):
+    tokquant("calibrate", "-s", "kv-fp8", "-o", tmp_path / "s")
+    code, _, err = tokquant("run", "--scales", tmp_path / "s", "-i", activations)
+    assert code == 2 and "has no layer layers.10 of activations.safetensors" in err
+
+
+def test_what_does_not_fit_a_head_dim_is_left_out_or_says_so(tokquant, tmp_path):
+    x = torch.randn(1, 1, 8, 80)
+    path = write(tmp_path / "a.safetensors", a__q=x, a__k=x.clone(), a__v=x.clone())
+    code, out, err = tokquant("compare", "-i", path, "--repeats", 1)
+    assert code == 0 and "kv-int8" in out and "kivi" not in out, err
+    code, out, _ = tokquant("schemes", "--head-dim", 80)
+    assert code == 0 and "does not fit" in out
 
 
 def test_schemes_lists_presets_with_their_bits(tokquant):
@@ -161,8 +211,9 @@ def test_doctor_says_what_runs_here(tokquant):
         (("show", "--dtype", "fp61"), "--dtype: 'fp61' is none; use fp16, bf16, fp32"),
         (("schemes", "kv-int5"), "did you mean 'kv-int"),
         (("calibrate", "-s", "int8", "-o", "x"), "no static part to calibrate"),
-        (("calibrate", "-s", "kv-fp8", "-o", "/nonexistent/x"), "No such file"),
+        (("calibrate", "-s", "kv-fp8", "-o", "/nonexistent/x"), "--output: there is no folder /nonexistent"),
         (("compare", "int8", "fp9"), "no preset 'fp9'"),
+        (("run", "--device", "nowhere"), "--device: 'nowhere' cannot be used"),
     ],
     ids=lambda x: " ".join(map(str, x)) if isinstance(x, tuple) else "",
 )

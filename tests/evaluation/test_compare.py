@@ -43,3 +43,18 @@ def test_what_attention_refuses_compare_refuses():
         tq.compare(q, q, q, schemes=["int8"], softcap=-1)
     with pytest.raises(tq.SchemeError, match="no preset 'int9'"):
         tq.compare(q, q, q, schemes=["int9"])
+    with pytest.raises(TypeError, match="schemes: 'int8' alone; give a list"):
+        tq.compare(q, q, q, schemes="int8")
+    with pytest.raises(ValueError, match="v: shape"):
+        tq.compare(q, q, q[:, :, :4], schemes=["int8"])
+    with pytest.raises(ValueError, match="scales: 2 of them for 1 schemes"):
+        tq.compare(q, q, q, schemes=["int8"], scales=[None, None])
+
+
+def test_scales_go_to_the_schemes_that_need_them():
+    q = torch.randn(1, 1, 50, 32)
+    calibrator = tq.Calibrator("kv-fp8")
+    calibrator.observe("a", q, q, q)
+    [static, dynamic] = tq.compare(q, q, q, schemes=["kv-fp8", "int8"], scales=calibrator.scales()["a"], repeats=1)
+    assert static.errors.rel_l1 < 0.1 and dynamic.errors.rel_l1 < 0.03
+    assert "fp8_e4m3 head static" in repr(static)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tokquant as tq
+from tokquant.schemes import preset_names
 
 MMA = {"sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma"}
 
@@ -40,8 +41,17 @@ def test_head_dims_compile(head_dim):
 
 
 @pytest.mark.compiled
-def test_the_exact_scheme_compiles():
-    assert tq.compile("none", head_dim=64, dtype=torch.float32).asm["cubin"]
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_compiles(name):
+    assert tq.compile(name, head_dim=64, causal=True, return_lse=True).asm["cubin"]
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("mask", ["boolean", "additive"])
+@pytest.mark.parametrize("name", ["int8", "kv-int4"])
+def test_every_feature_compiles(name, mask):
+    features = dict(window=True, mask=mask, softcap=True, sinks=True, return_lse=True, shared_heads=4)
+    assert tq.compile(name, head_dim=64, **features).asm["cubin"]
 
 
 def test_fp8_on_sm_80_says_which_gpus_have_it():
@@ -49,10 +59,16 @@ def test_fp8_on_sm_80_says_which_gpus_have_it():
         tq.compile("fp8", head_dim=64, target="sm_80")
 
 
-@pytest.mark.parametrize("target", ["sm80", "ampere", "sm_70", "sm_", 90, "sm_٩٠"])
+@pytest.mark.parametrize("target", ["sm80", "ampere", "sm_75", "sm_", 90, "sm_٩٠"])
 def test_a_target_that_is_none_is_named(target):
     with pytest.raises(ValueError, match="target: "):
         tq.compile("int8", head_dim=64, target=target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "fp16"], ids=str)
+def test_a_dtype_that_is_none_is_named(dtype):
+    with pytest.raises(TypeError, match="dtype: "):
+        tq.compile("int8", head_dim=64, dtype=dtype)
 
 
 @pytest.mark.parametrize("head_dim", [0, -1, 64.0, True, "64"])

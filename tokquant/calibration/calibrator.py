@@ -6,11 +6,12 @@ from torch import Tensor
 from tokquant.calibration import observers
 from tokquant.calibration.observers import Percentile, Statistics
 from tokquant.calibration.scales import Scales, needed
-from tokquant.errors import SchemeError
+from tokquant.errors import SchemeError, quote
+from tokquant.inputs import check_tensors
 from tokquant.quantize import asymmetric_scale, frames, symmetric_scale
 from tokquant.schemes import Operand, QuantScheme, resolve
 from tokquant.schemes.placement import place
-from tokquant.transforms import Frame, hadamard, sixteen_bit
+from tokquant.transforms import Frame, sixteen_bit
 
 
 class Calibrator:
@@ -31,6 +32,10 @@ class Calibrator:
                 f"scheme {self.scheme.name!r} has no static part to calibrate; "
                 "give an operand scale: static (per tensor, head or channel), or k smooth: static"
             )
+        if self.scheme.k.scale == self.scheme.k.smooth == "static" and self.scheme.balance != "none":
+            raise SchemeError(
+                [("k", "its scale and its offset cannot both be static under a balance, which depends on the offset")]
+            )
         if isinstance(self.observer, Percentile):
             _check_percentile(self.scheme)
         self.layers: dict[str, dict[str, Statistics]] = {}
@@ -42,11 +47,11 @@ class Calibrator:
         Raises ValueError if a value is not finite, or the heads or channels are not those of earlier batches; nothing of the
         batch then counts.
         """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name: {quote(name)} is no name of a layer")
+        with torch.no_grad():
+            check_tensors(q, k, v)
         for role, x in (("q", q), ("k", k), ("v", v)):
-            if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-                raise TypeError(f"{name}.{role}: not a floating-point tensor")
-            if x.ndim != 4 or 0 in x.shape:
-                raise ValueError(f"{name}.{role}: shape {list(x.shape)} is not [batch, heads, tokens, head_dim]")
             if not bool(x.isfinite().all()):
                 raise ValueError(f"{name}.{role}: holds a value that is not finite")
         seen = self.layers.get(name)
@@ -61,7 +66,7 @@ class Calibrator:
         self._types.setdefault(name, k.dtype)
         # a calibrated offset is known only at the end; it is linear, so it can be taken off the extremes then
         for role, x, frame in zip("qkv", (q, k, v), frames(q, k, v, without_static_offsets(self.scheme)), strict=True):
-            seen[role].observe(frame.apply(x))
+            seen[role].observe(x, frame.apply(x))
 
     def merge(self, other: "Calibrator") -> None:
         """Add what another calibrator of the same scheme and observer saw, as if this one had seen it.
@@ -70,6 +75,9 @@ class Calibrator:
         """
         if (self.scheme, self.observer) != (other.scheme, other.observer):
             raise ValueError("merge: the other calibrator has another scheme or observer")
+        for name, theirs in other.layers.items():
+            for role, statistics in self.layers.get(name, {}).items():
+                statistics.check_mergeable(theirs[role], f"{name}.{role}")
         for name, theirs in other.layers.items():
             if name not in self.layers:
                 self.layers[name] = {role: statistics.empty() for role, statistics in theirs.items()}
@@ -88,8 +96,6 @@ class Calibrator:
             offset = None
             if operand.smooth == "static":
                 offset = statistics.mean()
-                if self._rotated(role):
-                    offset = hadamard(offset)  # the mean was taken of rotated values
                 tensors[f"{role}_offset"] = offset[:, None].to(sixteen_bit(self._types[name])).contiguous()
             if operand.scale == "static":
                 low, high = statistics.low, statistics.high

@@ -48,7 +48,7 @@ def parse(observer: object) -> Observer:
 class Statistics:
     """Of one operand of one layer: minimum, maximum, sum and count per channel, and a histogram of magnitudes a head.
 
-    Merging the statistics of two halves gives exactly those of the whole.
+    Merging the statistics of two halves gives those of the whole, but for the order in which sums are added.
     """
 
     def __init__(self, heads: int, channels: int, histogram: bool):
@@ -63,22 +63,25 @@ class Statistics:
         heads, channels = self.low.shape
         return Statistics(heads, channels, self.bins is not None)
 
-    def observe(self, x: Tensor) -> None:
-        """Add `[B, H, N, D]`."""
+    def observe(self, raw: Tensor, x: Tensor) -> None:
+        """Add `[B, H, N, D]`: the sum is of `raw`, what is left of `x`, the same in the frame it is quantized in."""
         x = x.detach().float().cpu()
         self.low = torch.minimum(self.low, x.amin(dim=(0, 2)))
         self.high = torch.maximum(self.high, x.amax(dim=(0, 2)))
-        self.sum += x.sum(dim=(0, 2), dtype=torch.float64)
+        self.sum += raw.detach().cpu().sum(dim=(0, 2), dtype=torch.float64)
         self.count += x.shape[0] * x.shape[2]
         if self.bins is not None:
             place = ((x.abs().log2() - LOWEST) * STEPS).floor().clamp(0, self.bins.shape[1] - 1).long()
             for head in range(x.shape[1]):
                 self.bins[head] += torch.bincount(place[:, head].flatten(), minlength=self.bins.shape[1])
 
-    def merge(self, other: "Statistics") -> None:
-        """Add what another saw. Raises ValueError if it saw another shape."""
+    def check_mergeable(self, other: "Statistics", name: str) -> None:
+        """Raise ValueError if the other saw other heads or channels."""
         if self.low.shape != other.low.shape:
-            raise ValueError(f"merge: heads and channels {list(other.low.shape)} are not {list(self.low.shape)}")
+            raise ValueError(f"merge: {name}: heads and channels {list(other.low.shape)} are not {list(self.low.shape)}")
+
+    def merge(self, other: "Statistics") -> None:
+        """Add what another saw."""
         self.low = torch.minimum(self.low, other.low)
         self.high = torch.maximum(self.high, other.high)
         self.sum += other.sum

@@ -32,6 +32,8 @@ class LayerScales:
 
     layer: str
     tensors: Mapping[str, Tensor]
+    scheme: QuantScheme | None = None
+    """The scheme they were checked against."""
 
     def check(self, scheme: QuantScheme) -> None:
         """Raise ScalesError unless these are just what `scheme` needs: finite, and scales above zero."""
@@ -74,7 +76,7 @@ class LayerScales:
     def offset(self, spec: Operand, x: Tensor) -> Tensor:
         """Its offset `[B, H, 1, D]`."""
         b, h, _, d = x.shape
-        return self._fitted(f"{spec.role}_offset", (b, h, 1, d), x.shape)
+        return self._fitted(f"{spec.role}_offset", (b, h, 1, d), x.shape).to(x.device)
 
     def _fitted(self, name: str, shape: tuple[int, ...], of: torch.Size) -> Tensor:
         value = self.tensors[name]
@@ -104,7 +106,7 @@ class Scales(Mapping[str, LayerScales]):
 
     def __init__(self, scheme: QuantScheme, layers: Mapping[str, Mapping[str, Tensor]]):
         self.scheme = scheme
-        self._layers = {name: LayerScales(name, dict(tensors)) for name, tensors in layers.items()}
+        self._layers = {name: LayerScales(name, dict(tensors), scheme) for name, tensors in layers.items()}
         if not self._layers:
             raise ScalesError("there are no layers; observe at least one")
         for layer in self._layers.values():

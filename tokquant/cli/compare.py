@@ -1,21 +1,22 @@
 """`tokquant compare`: schemes side by side over a file of activations."""
 
-from collections import defaultdict
-from collections.abc import Mapping
+import io
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from tokquant.calibration.scales import Scales, needed
 from tokquant.cli import options, output
+from tokquant.errors import SchemeError
 from tokquant.evaluation.compare import Comparison
 from tokquant.evaluation.compare import compare as compare_layer
-from tokquant.export import load_scales
 from tokquant.files import write_atomically
-from tokquant.schemes import preset_names, resolve
+from tokquant.schemes import QuantScheme, preset_names, resolve
 
 COLUMNS = {
     "cosine": "cosine",
@@ -31,7 +32,8 @@ COLUMNS = {
 
 def compare(
     schemes: Annotated[
-        list[str] | None, typer.Argument(help="Presets or YAML files; every preset that needs no calibration if left out.")
+        list[str] | None,
+        typer.Argument(help="Presets or YAML files; if left out, every preset that fits and needs no calibration."),
     ] = None,
     input: options.Input = None,
     scales: Annotated[
@@ -39,33 +41,47 @@ def compare(
     ] = None,
     backend: options.Backend = "auto",
     causal: options.Causal = False,
+    device: options.Device = None,
     repeats: options.Repeats = 5,
     json: options.Json = False,
     html: Annotated[Path | None, typer.Option("--html", help="Also write the table as a page.")] = None,
 ) -> None:
     """Compare schemes on activations: means over the layers of errors against float64, bits, and times beside torch's SDPA."""
-    calibrated = [load_scales(path) for path in scales or []]
-    if not schemes and not calibrated:
-        schemes = [name for name in preset_names() if resolve(name).k.scale == "dynamic"]
-    chosen = [resolve(scheme) for scheme in schemes or []] + [each.scheme for each in calibrated]
-    layers = options.activations(input)
-    results: dict[str, list[Comparison]] = defaultdict(list)
-    for layer in output.progress(layers, "layers", len(layers)):
-        layer_scales = {each.scheme.name: each[layer] for each in calibrated}
-        for result in compare_layer(
-            *layers[layer], chosen, scales=layer_scales, backend=backend, causal=causal, repeats=repeats
-        ):
-            results[result.scheme.name].append(result)
-    rows = {name: _summary(layer_results) for name, layer_results in results.items()}
-    table = _table(rows, f"{layers.path.name}: {len(layers)} layers, backend {next(iter(results.values()))[0].backend}")
+    layers = options.Layers(input, device)
+    calibrated = [layers.scales(path) for path in scales or []]
+    fixed: list[Scales | None] = [None] * len(schemes) if schemes else []
+    chosen = [resolve(scheme) for scheme in schemes] if schemes else []
+    if not schemes:
+        head_dim = next(iter(layers.file.values()))[0].shape[-1]
+        chosen = [scheme for name in preset_names() if not needed(scheme := resolve(name)) and _fits(scheme, head_dim)]
+        fixed = [None] * len(chosen)
+    chosen += [each.scheme for each in calibrated]
+    fixed += calibrated
+    results: list[list[Comparison]] = [[] for _ in chosen]
+    for name, (q, k, v) in layers.each("layers"):
+        with layers.naming(name):
+            own = [None if each is None else each[name] for each in fixed]
+            compared = compare_layer(q, k, v, chosen, scales=own, backend=backend, causal=causal, repeats=repeats)
+        for place, result in enumerate(compared):
+            results[place].append(result)
+    rows = [{"scheme": scheme.name, **_summary(each)} for scheme, each in zip(chosen, results, strict=True)]
+    table = _table(rows, f"{layers.name}: {len(layers.file)} layers, backend {rows[0]['backend']}")
     if html is not None:
-        page = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
+        page = Console(record=True, width=160, file=io.StringIO())
         page.print(table)
         write_atomically(html, page.export_html().encode())
     if json:
-        output.print_json({"input": str(layers.path), "schemes": [{"scheme": name, **row} for name, row in rows.items()]})
+        output.print_json({"input": str(layers.file.path), "schemes": rows})
     else:
         output.console().print(table)
+
+
+def _fits(scheme: QuantScheme, head_dim: int) -> bool:
+    try:
+        scheme.bits_per_value(head_dim)
+    except SchemeError:
+        return False
+    return True
 
 
 def _summary(results: list[Comparison]) -> dict:
@@ -82,14 +98,16 @@ def _summary(results: list[Comparison]) -> dict:
     }
 
 
-def _table(rows: Mapping[str, dict], title: str) -> Table:
-    table = Table(title=title, caption="rel. L1 and RMSE against float64; ms are means over layers of interleaved medians")
+def _table(rows: list[dict], title: str) -> Table:
+    table = Table(
+        title=escape(title), caption="rel. L1 and RMSE against float64; ms are means over layers of interleaved medians"
+    )
     table.add_column("scheme")
     for heading in COLUMNS.values():
         table.add_column(heading, justify="right")
-    for name, row in rows.items():
+    for row in rows:
         table.add_row(
-            name,
+            escape(row["scheme"]),
             f"{row['cosine']:.6f}",
             output.percent(row["rel_l1"]),
             output.percent(row["worst_rel_l1"]),

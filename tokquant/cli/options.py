@@ -1,11 +1,19 @@
 """Options that mean the same in every command."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
+from torch import Tensor
 
 from tokquant.activations import Activations, sample
+from tokquant.calibration.scales import Scales
+from tokquant.cli import output
+from tokquant.errors import quote
+from tokquant.export import load_scales
 
 SCHEME = typer.Option("--scheme", "-s", help="A preset (see `tokquant schemes`) or the path of a YAML file.")
 Scheme = Annotated[str, SCHEME]
@@ -15,16 +23,53 @@ Input = Annotated[
         "--input", "-i", help="Safetensors with <layer>.q, .k, .v, each [B, H, N, D]. The sample that ships if left out."
     ),
 ]
-Scales = Annotated[
+ScaleFile = Annotated[
     Path | None,
     typer.Option("--scales", help="Calibrated scales of a static scheme, from `tokquant calibrate`; they bring it."),
 ]
-Backend = Annotated[str, typer.Option("--backend", help="auto, triton or reference.")]
+Backend = Annotated[Any, typer.Option("--backend", help="auto, triton or reference.")]
 Causal = Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own place, counted from the end.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; medians are shown.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def activations(path: Path | None) -> Activations:
-    """The activation file, or the sample."""
-    return Activations(sample() if path is None else path)
+Device = Annotated[
+    str | None, typer.Option("--device", help="Where to run: cpu, cuda, cuda:1 ... A GPU where there is one, if left out.")
+]
+
+
+class Layers:
+    """The layers of an activation file, or of the sample, on a device. What is wrong with one names the file and the layer."""
+
+    def __init__(self, path: Path | None, device: str | None = None):
+        self.file = Activations(sample() if path is None else path)
+        self.name = self.file.path.name
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device: {quote(device)} cannot be used: {str(error).splitlines()[0]}") from None
+
+    def each(self, what: str) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+        """Name and Q, K, V of each layer, with a progress bar."""
+        for name in output.progress(self.file, what, len(self.file)):
+            with self.naming(name):
+                q, k, v = (x.to(self.device) for x in self.file[name])
+            yield name, (q, k, v)
+
+    @contextmanager
+    def naming(self, layer: str) -> Iterator[None]:
+        """Put file and layer before the message of what goes wrong inside."""
+        try:
+            yield
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise type(error)(f"{self.name}, {layer}: {error}") from None
+
+    def scales(self, path: Path) -> Scales:
+        """Scales from a file, which must have all of these layers."""
+        scales = load_scales(path)
+        if missing := [name for name in self.file if name not in scales]:
+            raise ValueError(
+                f"{path}: has no layer {', '.join(missing[:4])} of {self.name}; it has {', '.join(list(scales)[:4])}"
+            )
+        return scales

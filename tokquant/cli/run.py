@@ -3,20 +3,21 @@
 from dataclasses import asdict
 from typing import Annotated
 
+from rich.markup import escape
 from rich.table import Table
 
 from tokquant.cli import options, output
 from tokquant.evaluation.compare import compare
-from tokquant.export import load_scales
 from tokquant.schemes import resolve
 
 
 def run(
     scheme: Annotated[str | None, options.SCHEME] = None,
     input: options.Input = None,
-    scales: options.Scales = None,
+    scales: options.ScaleFile = None,
     backend: options.Backend = "auto",
     causal: options.Causal = False,
+    device: options.Device = None,
     repeats: options.Repeats = 5,
     json: options.Json = False,
 ) -> None:
@@ -24,16 +25,18 @@ def run(
 
     The scheme is that of --scales, else int8.
     """
-    calibrated = None if scales is None else load_scales(scales)
+    layers = options.Layers(input, device)
+    calibrated = None if scales is None else layers.scales(scales)
     resolved = resolve(scheme or (calibrated.scheme if calibrated else "int8"))
     if calibrated and resolved != calibrated.scheme:
         raise ValueError(f"--scheme {scheme} is not what {scales} was calibrated for ({calibrated.scheme.name}); leave one out")
-    layers = options.activations(input)
     rows = []
-    for name in output.progress(layers, resolved.name, len(layers)):
-        layer_scales = None if calibrated is None else {resolved.name: calibrated[name]}
-        [result] = compare(*layers[name], [resolved], scales=layer_scales, backend=backend, causal=causal, repeats=repeats)
-        rows.append((name, result))
+    for name, (q, k, v) in layers.each(resolved.name):
+        with layers.naming(name):
+            own = None if calibrated is None else calibrated[name]
+            rows += [
+                (name, r) for r in compare(q, k, v, [resolved], scales=own, backend=backend, causal=causal, repeats=repeats)
+            ]
     chosen = rows[0][1].backend
     if json:
         output.print_json(
@@ -54,14 +57,14 @@ def run(
             }
         )
         return
-    table = Table(title=f"{resolved.name} on {layers.path.name}, backend {chosen}")
+    table = Table(title=escape(f"{resolved.name} on {layers.name}, backend {chosen}"))
     table.add_column("layer")
     for column in ("cosine", "rel. L1", "RMSE", "max", "bits q / k / v", "ms", "quantize ms", "SDPA ms"):
         table.add_column(column, justify="right")
     for name, result in rows:
         errors = result.errors
         table.add_row(
-            name,
+            escape(name),
             f"{errors.cosine:.6f}",
             output.percent(errors.rel_l1),
             f"{errors.rmse:.2e}",

@@ -6,9 +6,9 @@ import typer
 from rich.table import Table
 
 from tokquant.cli import options, output
+from tokquant.errors import SchemeError
 from tokquant.schemes import QuantScheme, preset_names, resolve
 from tokquant.schemes.presets import source
-from tokquant.schemes.scheme import Operand
 
 
 def schemes(
@@ -30,10 +30,7 @@ def schemes(
         return
     if json:
         output.print_json(
-            [
-                {**resolve(preset).model_dump(mode="json"), "bits": resolve(preset).bits_per_value(head_dim)}
-                for preset in preset_names()
-            ]
+            [{**resolve(preset).model_dump(mode="json"), "bits": _bits(resolve(preset), head_dim)} for preset in preset_names()]
         )
         return
     table = Table(title=f"presets; bits per value at head_dim {head_dim}, scales included")
@@ -42,19 +39,18 @@ def schemes(
     table.add_column("bits q / k / v", justify="right")
     for preset in preset_names():
         scheme = resolve(preset)
+        bits = _bits(scheme, head_dim)
         table.add_row(
             preset,
-            *(_words(operand) for operand in (scheme.q, scheme.k, scheme.v)),
+            *(str(operand) for operand in (scheme.q, scheme.k, scheme.v)),
             f"{scheme.p.precision} {scheme.p.granularity}",
-            " / ".join(output.bits(bits) for bits in scheme.bits_per_value(head_dim).values()),
+            " / ".join(output.bits(each) for each in bits.values()) if bits else "does not fit",
         )
     output.console().print(table)
 
 
-def _words(operand: Operand) -> str:
-    if not operand.scaled:
-        return operand.precision
-    extras = [] if operand.symmetric else ["asymmetric"]
-    extras += [operand.scale] if operand.scale == "static" else []
-    extras += [f"less {operand.smooth.replace('_', ' ')}"] if operand.smooth != "none" else []
-    return " ".join([operand.precision, str(operand.granularity), *extras])
+def _bits(scheme: QuantScheme, head_dim: int) -> dict[str, float] | None:
+    try:
+        return scheme.bits_per_value(head_dim)
+    except SchemeError:
+        return None

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from tokquant import reference
-from tokquant.attention import attention, choose_backend, features_of, quantize
-from tokquant.calibration.scales import LayerScales
+from tokquant.attention import Backend, attention, choose_backend, quantize
+from tokquant.calibration.scales import LayerScales, needed
+from tokquant.errors import quote
+from tokquant.inputs import check_tensors, features_of
 from tokquant.metrics import Errors, errors
 from tokquant.reference import Features
 from tokquant.schemes import QuantScheme, resolve
@@ -39,35 +41,41 @@ def compare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    schemes: Iterable[QuantScheme | str],
+    schemes: Sequence[QuantScheme | str],
     *,
-    scales: Mapping[str, LayerScales] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scales: LayerScales | Sequence[LayerScales | None] | None = None,
+    backend: Backend = "auto",
     repeats: int = 5,
-    progress: Callable[[str], Any] = lambda name: None,
-    **arguments: Any,
 ) -> list[Comparison]:
     """Run each scheme on q `[B, H_q, N_q, D]`, k and v `[B, H_kv, N_k, D]` and measure it.
 
     Args:
         schemes: QuantSchemes, presets' names or paths.
-        scales: one layer's scales for each scheme's name that needs them.
+        scales: one layer's scales for the schemes that need some, or a list with those of each scheme.
         repeats: timed runs of each.
-        progress: called with a scheme's name before it runs.
-        arguments: of `attention`: causal, scale, mask, window, softcap, sinks, backend.
+        The rest is as for `attention`.
 
     Returns: one Comparison a scheme, in order. Raises as `attention` does.
     """
+    if isinstance(schemes, str | QuantScheme):
+        raise TypeError(f"schemes: {quote(schemes)} alone; give a list of them")
     resolved = [resolve(scheme) for scheme in schemes]
-    backend = arguments.pop("backend", "auto")
-    features = features_of(q, k, **arguments)
+    check_tensors(q, k, v)
+    features = features_of(q, k, causal=causal, scale=scale, mask=mask, window=window, softcap=softcap, sinks=sinks)
+    arguments = dict(causal=causal, scale=scale, mask=mask, window=window, softcap=softcap, sinks=sinks)
     exact, _ = reference.oracle(q, k, v, features)
     peer = _sdpa(q, k, v, features)
     results = []
-    for scheme in resolved:
-        progress(scheme.name)
-        encode = partial(quantize, q, k, v, scheme, scales=(scales or {}).get(scheme.name), backend=backend)
+    for scheme, layer_scales in zip(resolved, _scales_of(resolved, scales), strict=True):
+        encode = partial(quantize, q, k, v, scheme, scales=layer_scales, backend=backend)
         codes = encode()
-        attend = partial(attention, *codes, scheme, backend=backend, **arguments)
+        attend = partial(attention, *codes, scheme, backend=backend, **arguments)  # type: ignore[arg-type]
         out = attend()
         assert isinstance(out, Tensor)
         ms, quantize_ms, sdpa_ms = interleaved_medians([attend, encode, peer], repeats, q.device)
@@ -83,6 +91,18 @@ def compare(
             )
         )
     return results
+
+
+def _scales_of(
+    schemes: list[QuantScheme], scales: LayerScales | Sequence[LayerScales | None] | None
+) -> Sequence[LayerScales | None]:
+    if scales is None or isinstance(scales, LayerScales):
+        return [scales if needed(scheme) else None for scheme in schemes]
+    if len(scales) != len(schemes):
+        raise ValueError(
+            f"scales: {len(scales)} of them for {len(schemes)} schemes; give one for each, None where it needs none"
+        )
+    return scales
 
 
 def interleaved_medians(functions: list[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:

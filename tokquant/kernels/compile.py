@@ -8,7 +8,7 @@ import torch
 
 from tokquant.errors import UnsupportedError, quote
 from tokquant.kernels import generate, launch
-from tokquant.kernels.plan import Config, Plan, Wanted, check_target, plan
+from tokquant.kernels.plan import FLOAT_NAMES, Config, Plan, Wanted, check_target, plan
 from tokquant.kernels.triton.operands import Features, Operand, Rows
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.schemes.placement import place
@@ -37,6 +37,9 @@ class Kernel:
     scheme: QuantScheme
     dtype: torch.dtype
     wanted: Wanted
+
+    def __repr__(self) -> str:
+        return f"<kernel {self.plan.name} for {self.target}, {self.config}>"
 
     @cached_property
     def compiled(self) -> Any:
@@ -76,6 +79,8 @@ def compile(
     """
     scheme = resolve(scheme)
     capability = _capability(target)
+    if dtype not in FLOAT_NAMES:
+        raise TypeError(f"dtype: {dtype} is not supported; use torch.float16, torch.bfloat16 or torch.float32")
     if type(head_dim) is not int or head_dim < 1:
         raise ValueError(f"head_dim: {quote(head_dim)} is not a whole number from 1")
     wanted = Wanted(left=window, right=causal or window, mask=mask, softcap=softcap, sinks=sinks, lse=return_lse)
@@ -86,7 +91,7 @@ def compile(
 
 def _capability(target: str) -> int:
     number = target.removeprefix("sm_") if isinstance(target, str) else ""
-    if not (number.isascii() and number.isdecimal() and 75 <= int(number) <= 129):
+    if not (number.isascii() and number.isdecimal() and 80 <= int(number) <= 129):
         raise ValueError(f"target: {quote(target)} is none; use sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120")
     return int(number)
 

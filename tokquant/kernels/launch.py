@@ -43,7 +43,9 @@ def attention(
         )
     b, heads, n_q, d = q.shape
     wanted, arguments = asked(features, return_lse)
-    kernel_plan = plan(scheme, head_dim=d, dtype=v.dtype, shared_heads=heads // k.shape[1], wanted=wanted)
+    kernel_plan = plan(
+        scheme, head_dim=d, dtype=v.dtype, shared_heads=heads // k.shape[1], wanted=wanted, interpreted=interpreted()
+    )
     if interpreted() and "tl.bfloat16" in kernel_plan.products:
         raise UnsupportedError(
             "dtype: Triton's interpreter multiplies bf16 wrongly; use float16 or float32, or backend='reference'"
@@ -106,10 +108,11 @@ def operand(x: QuantizedTensor) -> Operand:
         scale, zero = scale.contiguous(), zero.contiguous()
     kept = None
     if x.offset is not None and x.spec.role != "k":
-        kept = x.offset.expand(*x.shape[:2], *x.offset.shape[2:]).contiguous()
-    return Operand(
-        codes, *_strides(codes), scale, zero, *_strides(scale), kept, x.code_sum, x.weight, x.logit_offset, x.companion
+        kept = x.offset.expand(*x.shape[:2], *x.offset.shape[2:])
+    kept, *rest = (
+        None if each is None else each.contiguous() for each in (kept, x.code_sum, x.weight, x.logit_offset, x.companion)
     )
+    return Operand(codes, *_strides(codes), scale, zero, *_strides(scale), kept, *rest)
 
 
 def _rows(x: Tensor) -> Tensor:

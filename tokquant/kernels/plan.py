@@ -40,9 +40,8 @@ class Plan:
     """The types that q and k, p and v are multiplied in, as Triton writes them."""
     config: Config
 
-    def constant(self, name: str) -> str:
-        """A constant as it is written in the kernel."""
-        return dict(self.constants)[name]
+    def __repr__(self) -> str:
+        return f"<plan {self.name}: {self.title}>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +65,7 @@ def plan(
     dtype: torch.dtype,
     shared_heads: int = 1,
     wanted: Wanted = Wanted(),
+    interpreted: bool = False,
 ) -> Plan:
     """The plan of an attention kernel for tensors of `dtype`. Raises UnsupportedError for what no Triton kernel can do."""
     _refuse(scheme, head_dim)
@@ -115,7 +115,7 @@ def plan(
     }
     for role in "qkv":
         operand: Operand = getattr(scheme, role)
-        tokens, channels = operand.granularity.cover(WHOLE, head_dim)
+        tokens, channels = operand.granularity.cover(WHOLE, head_dim) if operand.scaled else (1, head_dim)
         constants |= {
             f"{role.upper()}_PACKED": operand.format.packed,
             f"{role.upper()}_GROUP": tokens,
@@ -127,11 +127,12 @@ def plan(
             f"{role.upper()}_DECODED": at[role] == "operand",
         }
     constants["P_TYPE"] = types["p"]
+    encoder = _p_format(scheme, dtype)
     holes = {
         "decode_q": q.format.triton_decode,
         "decode_k": k.format.triton_decode,
         "decode_v": v.format.triton_decode,
-        "encode_p": _p_format(scheme, dtype).triton_encode,
+        "encode_p": (interpreted and encoder.triton_encode_interpreted) or encoder.triton_encode,
         "product_k": _product(types["q"]),
         "product_v": _product(types["v"]),
         "scale_scores": _scale_scores(scheme),
@@ -153,6 +154,8 @@ def _config(scheme: QuantScheme, head_dim: int, wide: bool) -> Config:
         # float32 tiles fill shared memory; where P has no scale, a smaller tile changes nothing
         block_n = 32 if scheme.p.format.largest is None and not scheme.p.granularity.size else scheme.key_tile
         return Config(block_m=32, block_n=block_n, num_warps=4, num_stages=2 if head_dim <= 64 else 1)
+    if head_dim > 128:
+        return Config(block_m=64, block_n=scheme.key_tile, num_warps=4, num_stages=1)
     return Config(block_m=128, block_n=scheme.key_tile, num_warps=4 if head_dim <= 64 else 8, num_stages=2)
 
 

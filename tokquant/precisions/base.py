@@ -59,6 +59,8 @@ class Precision:
     """`@triton.jit`: a stored tile `[N, W]` -> values `[N, W * packed]` in `compute`."""
     triton_encode: Any = None
     """`@triton.jit`: float32 P in units of its codes -> P as the product takes it. Needed for role p."""
+    triton_encode_interpreted: Any = None
+    """What stands in for `triton_encode` in Triton's interpreter, where that one rounds wrongly."""
     code_zero: int = 0
     """What `triton_encode` subtracts so that unsigned codes fit a signed unit."""
 
@@ -86,13 +88,13 @@ class Precision:
 PRECISIONS: dict[str, Precision] = {}
 
 
-def register(precision: Precision) -> Precision:
-    """Make a precision known by its name, so that schemes, kernels, tests and the command line take it.
+def register(precision: Precision, *, replace: bool = False) -> Precision:
+    """Make a precision known by its name to schemes, quantization and kernels.
 
-    Raises ValueError if the name is taken.
+    Raises ValueError if the name is taken, unless `replace` (in a notebook, say) says to take its place.
     """
-    if precision.name in PRECISIONS:
-        raise ValueError(f"name: a precision {precision.name!r} is already registered")
+    if precision.name in PRECISIONS and not replace:
+        raise ValueError(f"name: a precision {precision.name!r} is already registered; replace=True takes its place")
     PRECISIONS[precision.name] = precision
     return precision
 

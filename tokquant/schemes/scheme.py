@@ -71,8 +71,17 @@ class Operand(Strict):
         """Whether there are scales at all: 16 and 32 bit floats have none."""
         return self.format.largest is not None
 
+    def __str__(self) -> str:
+        if not self.scaled:
+            return self.precision
+        words = [self.precision, str(self.granularity)]
+        words += [] if self.symmetric else ["asymmetric"]
+        words += ["static"] if self.scale == "static" else []
+        words += [f"less {self.smooth.replace('_', ' ')}"] if self.smooth != "none" else []
+        return " ".join(words)
+
     def bits_per_value(self, head_dim: int) -> float:
-        """Bits of code, scale and zero for each value of a long sequence."""
+        """Bits of code, scale and zero for each value of a long sequence. Raises SchemeError where a group does not fit."""
         bits = float(self.format.bits)
         if self.scaled:
             tokens, channels = self.granularity.cover(2**40, head_dim)
@@ -183,6 +192,8 @@ class QuantScheme(Strict):
 
     @model_validator(mode="after")
     def _consistent(self):
+        if self.q.scale == "static" and self.k.scaled and self.k.granularity.kind == "channel" and self.k.scale == "dynamic":
+            raise SchemeError([("q.scale", "K's dynamic scales per channel are multiplied into Q, so Q's cannot be static")])
         kind, size = self.v.granularity.kind, self.v.granularity.size
         if self.v.scaled and kind in ("block", "channel_block") and size and size % self.key_tile:
             raise SchemeError(
@@ -195,6 +206,13 @@ class QuantScheme(Strict):
                 ]
             )
         return self
+
+    def __repr__(self) -> str:
+        return f"<scheme {self.name}: {self}>"
+
+    def __str__(self) -> str:
+        operands = [f"{operand.role} {operand}" for operand in (self.q, self.k, self.v)]
+        return ", ".join([*operands, f"p {self.p.precision} {self.p.granularity}"])
 
     # ------------------------------------------------------------------ documents
 

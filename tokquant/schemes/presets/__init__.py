@@ -46,5 +46,6 @@ def resolve(scheme: object) -> QuantScheme:
     if isinstance(scheme, os.PathLike):
         return QuantScheme.load(scheme)
     if isinstance(scheme, str):
-        return QuantScheme.load(scheme) if scheme.endswith((".yaml", ".yml")) else preset(scheme)
+        is_path = scheme.endswith((".yaml", ".yml")) or "/" in scheme or os.sep in scheme
+        return QuantScheme.load(scheme) if is_path else preset(scheme)
     raise SchemeError(f"scheme: {quote(scheme)} is no scheme; give a QuantScheme, a preset's name or the path of a YAML file")

@@ -1,0 +1,116 @@
+"""What attention takes: the checks of its tensors and features, each with its own error that names the argument."""
+
+import math
+import numbers
+import operator
+
+import torch
+from torch import Tensor
+
+from tokquant.errors import quote
+from tokquant.reference import Features
+from tokquant.tensor import QuantizedTensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_tensors(q: object, k: object, v: object) -> None:
+    """Raise TypeError, ValueError or RuntimeError unless these are Q, K and V that can be attended."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: a {type(x).__name__}; give a torch.Tensor [B, H, N, D]")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name}: a tensor of layout {x.layout}; give a dense one")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}: {x.dtype} is not supported; use float16, bfloat16 or float32")
+        if x.ndim != 4:
+            raise ValueError(f"{name}: shape {list(x.shape)} has {x.ndim} dimensions; give [batch, heads, tokens, head_dim]")
+        if 0 in x.shape:
+            raise ValueError(f"{name}: shape {list(x.shape)} is empty; give at least one of batch, heads, tokens and head_dim")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name}: requires grad, and quantized attention has no backward; call it under torch.no_grad()")
+    check_together(q, k, v)  # type: ignore[arg-type]
+
+
+def check_together(q: Tensor | QuantizedTensor, k: Tensor | QuantizedTensor, v: Tensor | QuantizedTensor) -> None:
+    """Raise TypeError or ValueError unless types, devices and shapes of Q, K and V fit one another."""
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v: types {q.dtype}, {k.dtype}, {v.dtype} differ; give one type")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v: on {q.device}, {k.device}, {v.device}; put them on one device")
+    if k.shape != v.shape:
+        raise ValueError(f"v: shape {list(v.shape)} is not that of k, {list(k.shape)}")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"k: batch {k.shape[0]} is not that of q, {q.shape[0]}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"k: head_dim {k.shape[3]} is not that of q, {q.shape[3]}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"k: {k.shape[1]} heads do not divide the {q.shape[1]} of q")
+
+
+def features_of(
+    q: Tensor | QuantizedTensor,
+    k: Tensor | QuantizedTensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Features:
+    """The features of a call to `attention`, checked, with defaults filled in and masks expanded."""
+    (b, heads, n_q, d), n_k = q.shape, k.shape[2]
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: {quote(causal)} is not a bool")
+    scale = d**-0.5 if scale is None else _finite("scale", scale)
+    if softcap is not None and _finite("softcap", softcap) <= 0:
+        raise ValueError(f"softcap: {softcap} is not above zero; leave it out for none")
+    if window is not None:
+        window = _window(window)
+    for name, given in (("mask", mask), ("sinks", sinks)):
+        if isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name}: requires grad, and quantized attention has no backward; call it under torch.no_grad()")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask: {kind} is no mask; give a boolean tensor (True = attend) or floats to add")
+        if mask.device != q.device:
+            raise ValueError(f"mask: on {mask.device}, and q on {q.device}")
+        try:
+            mask = mask.expand(b, heads, n_q, n_k)
+        except RuntimeError:
+            raise ValueError(f"mask: shape {list(mask.shape)} does not broadcast to {[b, heads, n_q, n_k]}") from None
+    if sinks is not None:
+        if not isinstance(sinks, Tensor) or not sinks.dtype.is_floating_point:
+            kind = sinks.dtype if isinstance(sinks, Tensor) else f"a {type(sinks).__name__}"
+            raise TypeError(f"sinks: {kind}; give a floating-point tensor [H_q]")
+        if sinks.shape != (heads,):
+            raise ValueError(f"sinks: shape {list(sinks.shape)} is not [{heads}], one logit for each head of q")
+        if sinks.device != q.device:
+            raise ValueError(f"sinks: on {sinks.device}, and q on {q.device}")
+    return Features(scale=scale, causal=causal, window=window, mask=mask, softcap=softcap, sinks=sinks)
+
+
+def _window(window: object) -> tuple[int | None, int | None]:
+    try:
+        left, right = (side if side is None else operator.index(side) for side in window)  # type: ignore[attr-defined]
+        if any(side is True or side is False or (side is not None and side < 0) for side in window):  # type: ignore[attr-defined]
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"window: {quote(window)} is not (left, right); give whole numbers from 0, or None for an open side"
+        ) from None
+    return left, right
+
+
+def _finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: {quote(value)} is not a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: {quote(value)} is not finite")
+    return number
