@@ -47,11 +47,10 @@ def test_every_preset_compiles(name):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("mask", ["boolean", "additive"])
-@pytest.mark.parametrize("name", ["int8", "kv-int4"])
+@pytest.mark.parametrize(("name", "mask"), [("int8", "boolean"), ("kv-int4", "additive")])
 def test_every_feature_compiles(name, mask):
     features = dict(window=True, mask=mask, softcap=True, sinks=True, return_lse=True, shared_heads=4)
-    assert tq.compile(name, head_dim=64, **features).asm["cubin"]
+    assert tq.compile(name, head_dim=32, **features).asm["cubin"]
 
 
 def test_fp8_on_sm_80_says_which_gpus_have_it():

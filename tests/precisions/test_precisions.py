@@ -22,7 +22,7 @@ packed_integers = [precision for precision in PRECISIONS.values() if precision.k
 fragments = [
     pytest.param(getattr(precision, part), id=f"{part} of {precision.name}")
     for precision in PRECISIONS.values()
-    for part in ("triton_decode", "triton_encode")
+    for part in ("triton_decode", "triton_encode", "triton_encode_interpreted")
     if getattr(precision, part)
 ]
 
@@ -155,9 +155,10 @@ def test_the_triton_decode_is_unpack_then_decode_for_every_finite_pattern(precis
 
 
 def run_encode(p, precision):
+    fragment = precision.triton_encode_interpreted or precision.triton_encode
     padded = torch.nn.functional.pad(p, (0, triton.next_power_of_2(len(p)) - len(p)))
     out = torch.full_like(padded, float("nan"))
-    through_encode[(1,)](padded, out, precision.triton_encode, len(padded))
+    through_encode[(1,)](padded, out, fragment, len(padded))
     return out[: len(p)]
 
 
@@ -172,6 +173,16 @@ def test_the_triton_encode_gives_the_code_of_every_value_that_has_one(precision)
 def test_the_triton_encode_of_integers_rounds_as_encode_does_ties_included(precision):
     p = torch.arange(0, 4 * precision.largest + 1) / 4
     assert torch.equal(run_encode(p, precision), precision.decode(precision.encode(p)) - precision.code_zero)
+
+
+@pytest.mark.parametrize(
+    "precision", [p for p in encoding if p.triton_encode_interpreted], ids=lambda precision: precision.name
+)
+def test_the_encode_of_the_interpreter_rounds_as_encode_does_ties_included(precision):
+    values = precision.values()[precision.values() >= 0]
+    middles = (values[1:] + values[:-1]) / 2
+    p = torch.cat([values, middles, middles * (1 + 2**-20), middles * (1 - 2**-20), torch.rand(1000) * precision.largest])
+    assert torch.equal(run_encode(p, precision), precision.decode(precision.encode(p)))
 
 
 @pytest.mark.parametrize("fragment", fragments)

@@ -145,15 +145,18 @@ def plan(
         holes=tuple(holes.items()),
         constants=tuple((name, value if isinstance(value, str) else repr(value)) for name, value in constants.items()),
         products=(types["q"], types["k"], types["p"], types["v"]),
-        config=_config(scheme, padded, "tl.float32" in types.values()),
+        config=_config(scheme, padded, "tl.float32" in types.values(), wanted),
     )
 
 
-def _config(scheme: QuantScheme, head_dim: int, wide: bool) -> Config:
+def _config(scheme: QuantScheme, head_dim: int, wide: bool, wanted: Wanted) -> Config:
     if wide:
         # float32 tiles fill shared memory; where P has no scale, a smaller tile changes nothing
         block_n = 32 if scheme.p.format.largest is None and not scheme.p.granularity.size else scheme.key_tile
         return Config(block_m=32, block_n=block_n, num_warps=4, num_stages=2 if head_dim <= 64 else 1)
+    if wanted.mask != "none":
+        # a tile of mask has as many pointers as scores
+        return Config(block_m=64, block_n=scheme.key_tile, num_warps=8, num_stages=1)
     if head_dim > 128:
         return Config(block_m=64, block_n=scheme.key_tile, num_warps=4, num_stages=1)
     return Config(block_m=128, block_n=scheme.key_tile, num_warps=4 if head_dim <= 64 else 8, num_stages=2)

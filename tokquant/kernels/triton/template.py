@@ -174,7 +174,8 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 s = F.softcap * tanh(s / F.softcap)
             if ADDITIVE_MASK:
                 mask_at = F.mask + batch * F.mask_batch + head * F.mask_head
-                mask_at += i.to(tl.int64)[:, None] * F.mask_row + j.to(tl.int64)[None, :] * F.mask_column
+                mask_at += first.to(tl.int64) * F.mask_row + tl.cast(start, tl.int64) * F.mask_column
+                mask_at += (i - first)[:, None] * F.mask_row + (j - start)[None, :] * F.mask_column
                 s += load_tile(mask_at, here, inside, True).to(tl.float32)
             if NATURAL:
                 s *= 1.4426950408889634
@@ -191,7 +192,8 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 s = tl.where(keep, s, float("-inf"))
             if BOOLEAN_MASK:
                 mask_at = F.mask + batch * F.mask_batch + head * F.mask_head
-                mask_at += i.to(tl.int64)[:, None] * F.mask_row + j.to(tl.int64)[None, :] * F.mask_column
+                mask_at += first.to(tl.int64) * F.mask_row + tl.cast(start, tl.int64) * F.mask_column
+                mask_at += (i - first)[:, None] * F.mask_row + (j - start)[None, :] * F.mask_column
                 s = tl.where(load_tile(mask_at, here, inside, True) != 0, s, float("-inf"))
 
             largest = tl.max(s, 1)
