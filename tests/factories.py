@@ -149,7 +149,7 @@ def bounds(operands, made, features):
     total = total.masked_fill(total == -INF, 0)
     weight = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     if place(v.spec) == "p":
-        weight = v.weight.double().log().mT.repeat_interleave(shared, dim=1)
+        weight = math.log(2) * v.log2_weight.double().mT.repeat_interleave(shared, dim=1)
     tiles = (s + weight).split(made.key_tile, dim=3)
     running, share, rate = torch.full_like(s[..., :1], -INF), [], made.p.format.largest or 1.0
     floor = math.log(2.0**-64) if made.p.granularity.kind == "row_block" else 0

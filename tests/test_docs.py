@@ -36,7 +36,8 @@ def test_commands_of_the_readme_exit_well(tmp_path, monkeypatch, capsys):
     commands = [line[2:] for block in blocks(PAGES[0], "console") for line in block.splitlines() if line.startswith("$ ")]
     commands += [command for command in re.findall(r"`(tokquant [^`]+)`", README) if command.islower()]
     assert len(commands) >= 5
-    for command in commands:
+    # compiling cannot share a process with the interpreter; its own test runs it
+    for command in (command for command in commands if " compile " not in command):
         monkeypatch.setattr("sys.argv", [*shlex.split(command), *(["--repeats", "1"] if "compare" in command else [])])
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -47,7 +48,9 @@ def test_commands_of_the_readme_exit_well(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("excerpt", re.findall(r"^```kernel (\S+) causal\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
 def test_the_kernel_of_the_readme_is_the_generated_one(excerpt):
     name, text = excerpt
-    assert text in generate.render(plan(preset(name), head_dim=64, dtype=torch.float16, wanted=Wanted(right=True)))
+    assert text in generate.render(
+        plan(preset(name), head_dim=64, dtype=torch.float16, wanted=Wanted(right=True), tokens_last=True)
+    )
 
 
 def test_the_readme_has_a_row_for_every_preset_with_its_bits():

@@ -17,12 +17,10 @@ from tokquant.tensor import QuantizedTensor
 Backend = Literal["auto", "triton", "reference"]
 BACKENDS = ("auto", "triton", "reference")
 
-Operands = tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]
-
 
 def quantize(
     q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme | str, *, scales: LayerScales | None = None, backend: Backend = "auto"
-) -> Operands:
+) -> launch.Operands:
     """Quantize Q, K and V together, as the scheme's transforms need.
 
     Args:
@@ -30,7 +28,7 @@ def quantize(
         k, v: `[B, H_kv, N_k, D]`, H_q a multiple of H_kv.
         scheme: a QuantScheme, a preset's name, or the path of a YAML file.
         scales: one layer's calibrated scales, `scales["layers.0"]`, for a scheme with static parts.
-        backend: where the codes will be used; every backend takes the canonical layout.
+        backend: where the codes will be used, which decides how they lie in memory; every backend takes every layout.
 
     Returns: what `attention` takes in place of q, k and v.
 
@@ -42,8 +40,9 @@ def quantize(
     scheme = resolve(scheme)
     check_tensors(q, k, v)
     _check_scales(scheme, scales)
-    choose_backend(backend, q.device)
-    return quantize_operands(q.detach(), k.detach(), v.detach(), scheme, scales)
+    chosen = choose_backend(backend, q.device)
+    operands = quantize_operands(q.detach(), k.detach(), v.detach(), scheme, scales)
+    return launch.packed(operands, scheme) if chosen == "triton" else operands
 
 
 def attention(

@@ -74,8 +74,8 @@ def quantize_operands(
 
     vq = encode(v_frame.apply(v), v.dtype, scheme.v, scales)
     code_sum = _tile_sums(vq, scheme.key_tile) if needs_code_sums(scheme) else None
-    weight = _weight(vq) if place(scheme.v) == "p" else None
-    vq = replace(vq, frame=v_frame, code_sum=code_sum, weight=weight)
+    log2_weight = _log2_weight(vq) if place(scheme.v) == "p" else None
+    vq = replace(vq, frame=v_frame, code_sum=code_sum, log2_weight=log2_weight)
     return replace(qq, scheme=scheme), replace(kq, scheme=scheme), replace(vq, scheme=scheme)
 
 
@@ -213,14 +213,14 @@ def _less_offset(k: Tensor, frame: Frame) -> Tensor:
     return Frame(offset=frame.offset).apply(k).to(k.dtype).contiguous()
 
 
-def _weight(v: QuantizedTensor) -> Tensor:
-    """What P is multiplied by, for V per token."""
+def _log2_weight(v: QuantizedTensor) -> Tensor:
+    """log2 of what P is multiplied by, for V per token."""
     assert v.scale is not None
     scale = v.scale.float()
     # a token that is not a number has codes of zero too, and its scale to say so
     nothing = (v.code_values() == 0).all(dim=-1, keepdim=True) & scale.isfinite()
     # small beside any scale, and large enough that a product with P does not vanish from the normalizer
-    return torch.where(nothing, 2.0**-64, scale)
+    return torch.where(nothing, -64.0, scale.log2())
 
 
 def _tile_sums(v: QuantizedTensor, tile: int) -> Tensor:

@@ -147,9 +147,9 @@ class _Emulation:
         self.k_scale, self.k_origin = _spread(k) if place(scheme.k) == "scores" else (None, None)
         self.v_scale, self.v_origin = _spread(v) if place(scheme.v) != "operand" else (None, None)
         self.folded = place(scheme.v) == "p"
-        if self.folded and v.zero is not None:
+        if v.log2_weight is not None and v.zero is not None:
             # the weight stands in for the scale, also where it is next to nothing
-            self.v_origin = v.zero.float() + v.weight * 2 ** (scheme.v.format.bits - 1)
+            self.v_origin = v.zero.float() + v.log2_weight.exp2() * 2 ** (scheme.v.format.bits - 1)
         # logits in base 2 come for free where nothing has to happen to natural ones
         self.natural = features.softcap is not None or (features.mask is not None and features.mask.dtype != torch.bool)
         precision = scheme.p.format
@@ -167,9 +167,9 @@ class _Emulation:
         zeros = torch.zeros_like(l) if self.v_origin is None else torch.zeros_like(acc)
         for keys in features.spans(rows, n_q, n_k, scheme.key_tile):
             t = self.logits(rows, keys)
-            weight = None if not self.folded else self._of_keys(self.v.weight, keys)  # [B, H, 1, keys]
+            weight = None if not self.folded else self._of_keys(self.v.log2_weight, keys)  # [B, H, 1, keys]
             if weight is not None:
-                t = t + weight.log2()
+                t = t + weight
             kept = features.kept(rows, keys, n_q, n_k, t.device)
             if kept is not None:
                 t = t.masked_fill(~kept, -math.inf)
@@ -189,7 +189,7 @@ class _Emulation:
             counted = p if scheme.normalizer == "exact" else codes + (p - p)
             if weight is not None:
                 # a weight that is not a number is in p already, where the pair attends
-                inverse = torch.where(weight.isfinite(), 1 / weight, 0.0)
+                inverse = torch.where(weight.isfinite(), torch.exp2(-weight), 0.0)
                 p, counted = p * inverse, counted * inverse
             l = l * alpha + counted.sum(dim=-1, keepdim=True)  # noqa: E741
             product = self._by_values(codes, keys)

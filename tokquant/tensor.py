@@ -1,6 +1,8 @@
 """QuantizedTensor: codes, their scales, and what is needed to go back."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,9 +36,9 @@ class QuantizedTensor:
     code_sum: Tensor | None = None
     """Q, where K has zeros: sums over channels `[B, H, N, 1]` of what the product meets, float32. V, where P is unsigned: sums
     over each key tile `[B, H, ceil(N / n), D]`, int32."""
-    weight: Tensor | None = None
-    """V per token: what P is multiplied by before it is rounded, float32 `[B, H, N, 1]`. The scale, but next to nothing where
-    all codes are zero: the 1 of such a token would outweigh the row it is in."""
+    log2_weight: Tensor | None = None
+    """V per token: log2 of what P is multiplied by before it is rounded, float32 `[B, H, N, 1]`. That is the scale, but next to
+    nothing where all codes are zero: the 1 of such a token would outweigh the row it is in."""
     logit_offset: Tensor | None = None
     """Q, where K has an offset c: q . c of every query `[B, H, N, 1]`, float32; the logits lack it."""
     companion: Tensor | None = None
@@ -46,7 +48,8 @@ class QuantizedTensor:
     """The scheme that all three operands were quantized by."""
     shape: torch.Size
     dtype: torch.dtype
-    layout: str = "canonical"
+    layout: Literal["canonical", "tokens_last"] = "canonical"
+    """`tokens_last`: V for 8-bit tensor cores, `[B, H, D, N]` with N padded to groups of 16, ordered as `tokens_last` says."""
 
     @property
     def offset(self) -> Tensor | None:
@@ -61,7 +64,8 @@ class QuantizedTensor:
     def stored_values(self) -> Tensor:
         """The numbers that the stored codes stand for: float32 `[B, H, N, D]`."""
         precision = self.spec.format
-        return precision.decode(precision.unpack(self.codes, self.shape[-1]))
+        codes = self.codes if self.layout == "canonical" else _tokens_first(self.codes, self.shape[2])
+        return precision.decode(precision.unpack(codes, self.shape[-1]))
 
     def code_values(self) -> Tensor:
         """What scale and zero apply to: the stored values, counted from 0 where the operand is asymmetric."""
@@ -92,10 +96,22 @@ class QuantizedTensor:
         """Scales or zeros of this tensor as float32, broadcastable to its shape."""
         return spread(scale, self.spec.granularity, *self.shape[2:]).float()
 
+    @cached_property
+    def correction(self) -> Tensor | None:
+        """V, where P is unsigned: what each tile's product on a signed unit lacks, float32 `[B, H, ceil(N / n), D]`."""
+        if self.code_sum is None or self.scheme is None:
+            return None
+        lacking = self.code_sum * float(self.scheme.p.format.code_zero)
+        if self.scale is None or place(self.spec) != "tile":
+            return lacking
+        # the scales of the blocks that the tiles lie in
+        first = torch.arange(lacking.shape[2], device=self.device) * self.scheme.key_tile
+        return lacking * self.spread(self.scale).expand(-1, -1, self.shape[2], -1)[:, :, first]
+
     @property
     def nbytes(self) -> int:
         """Bytes of everything this holds."""
-        kept = (self.codes, self.scale, self.zero, self.code_sum, self.weight, self.logit_offset, self.companion)
+        kept = (self.codes, self.scale, self.zero, self.code_sum, self.log2_weight, self.logit_offset, self.companion)
         return sum(x.numel() * x.element_size() for x in (*kept, *self.frame.tensors()) if x is not None)
 
     @property
@@ -107,6 +123,22 @@ class QuantizedTensor:
     def __repr__(self) -> str:
         shape = ", ".join(map(str, self.shape))
         return f"QuantizedTensor({self.spec.role} [{shape}], {self.spec.precision} per {self.spec.granularity}, {self.device})"
+
+
+def tokens_last(x: QuantizedTensor) -> QuantizedTensor:
+    """V as 8-bit tensor cores take it: tokens contiguous, and permuted in groups of 16 so that P keeps its registers.
+
+    The accumulator of one product holds, in each thread, the columns 0 1 and 8 9 of a group where the operand of the next
+    wants 0 1 2 3; with V's tokens in the same order nothing has to move.
+    """
+    codes = torch.nn.functional.pad(x.codes.view(torch.uint8), (0, 0, 0, -x.shape[2] % 16)).mT
+    codes = codes.unflatten(3, (-1, 2, 4, 2)).transpose(4, 5).flatten(3).contiguous()
+    return replace(x, codes=codes.view(x.codes.dtype), layout="tokens_last")
+
+
+def _tokens_first(codes: Tensor, n: int) -> Tensor:
+    ordered = codes.view(torch.uint8).unflatten(3, (-1, 4, 2, 2)).transpose(4, 5).flatten(3)
+    return ordered.mT[:, :, :n].view(codes.dtype)
 
 
 def met(x: QuantizedTensor) -> Tensor:

@@ -190,6 +190,16 @@ def test_show_prints_the_text_that_is_launched(tokquant, tmp_path):
     assert report["config"]["block_n"] == 128 and "head_dim 128" in report["source"]
 
 
+@pytest.mark.compiled
+def test_compile_reports_what_a_kernel_takes(tokquant):
+    code, out, err = tokquant("compile", "int8-fp16", "--head-dim", 64, "--target", "sm_90", "--causal", "--json")
+    report = json.loads(out)
+    assert code == 0, err
+    assert report["resources"]["registers"] <= 255 and "int8 tensor cores" in report["decisions"]["Q K^T"]
+    code, out, _ = tokquant("compile", "int8-fp16", "--head-dim", 64, "--causal")
+    assert code == 0 and "instructions a score" in out and "HGMMA" in out
+
+
 def test_doctor_says_what_runs_here(tokquant):
     code, out, _ = tokquant("doctor", "--json")
     report = json.loads(out)
@@ -208,6 +218,8 @@ def test_doctor_says_what_runs_here(tokquant):
         (("run", "--backend", "tritn"), "backend: 'tritn' is none.*did you mean 'triton'"),
         (("run", "-i", __file__), "not a safetensors file"),
         (("show", "int4", "--head-dim", "512"), "head_dim 512 is more than a kernel holds"),
+        (("compile", "int8"), "interpreter is on; unset TRITON_INTERPRET"),
+        (("compile", "fp8", "--target", "sm_80"), "sm_80 has no fp8"),
         (("show", "--dtype", "fp61"), "--dtype: 'fp61' is none; use fp16, bf16, fp32"),
         (("schemes", "kv-int5"), "did you mean 'kv-int"),
         (("calibrate", "-s", "int8", "-o", "x"), "no static part to calibrate"),
@@ -225,7 +237,7 @@ def test_what_the_user_got_wrong_is_one_message(words, message, tokquant):
     assert re.search(message, err), err
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "schemes", "show", "calibrate", "doctor"])
+@pytest.mark.parametrize("command", ["run", "compare", "schemes", "show", "compile", "calibrate", "doctor"])
 def test_every_command_explains_itself_and_takes_json(command, tokquant):
     code, out, _ = tokquant(command, "--help")
     assert code == 0 and "--json" in out and len(out.splitlines()) > 8

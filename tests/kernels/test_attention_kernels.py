@@ -63,7 +63,7 @@ def nan_filled(*size, empty=torch.empty, **options):
 
 @pytest.mark.parametrize(("s", "shape", "given"), CROSS)
 def test_kernel_agrees_with_the_emulation_and_with_float64_on_the_same_codes(s, shape, given, monkeypatch):
-    operands = tq.quantize(*qkv(*shape), s)
+    operands = tq.quantize(*qkv(*shape), s, backend="triton")
     monkeypatch.setattr(launch.torch, "empty", nan_filled)  # what is not written would show
     out, lse = tq.attention(*operands, s, return_lse=True, backend="triton", **given)
     monkeypatch.undo()
@@ -79,6 +79,18 @@ def test_kernel_agrees_with_the_emulation_and_with_float64_on_the_same_codes(s, 
     largest_error, largest_lse_error = bounds(operands, s, features)
     assert bool(((out - exact).abs() <= largest_error).all())
     assert bool(((lse - exact_lse).abs()[exact_lse.isfinite()] <= largest_lse_error[exact_lse.isfinite()]).all())
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 130])
+@pytest.mark.parametrize("s", [SCHEMES["int8"], SCHEMES["fp8"]], ids=["int8", "fp8"])
+def test_v_in_the_layout_of_a_kernel_is_the_same_v(s, n):
+    operands = qkv(20, n, 48, 4, 2)
+    packed, canonical = (tq.quantize(*operands, s, backend=backend) for backend in ("triton", "reference"))
+    assert packed[2].layout == "tokens_last" and packed[2].codes.shape == (1, 2, 48, -(-n // 16) * 16)
+    assert torch.equal(packed[2].stored_values(), canonical[2].stored_values())
+    assert torch.equal(packed[2].dequantize(), canonical[2].dequantize())
+    outs = [tq.attention(*x, s, backend=backend) for x in (packed, canonical) for backend in ("triton", "reference")]
+    assert torch.equal(outs[1], outs[3]) and torch.equal(outs[0], outs[2])
 
 
 @pytest.mark.parametrize("given", [dict(causal=True), dict(window=(20, 9)), {}], ids=["causal", "window", "full"])

@@ -39,7 +39,7 @@ def test_a_kernel_shows_the_features_it_has_and_no_others(name):
     assert ("# bottom-right" in text) is False
     assert "# bottom-right" in generate.render(planned(name, right=True))
     assert ("    mean = tl.load" in text) is (scheme.v.smooth == "mean")
-    assert ("code_sum = tl.load" in text) is (scheme.p.precision == "uint8")
+    assert ("V.correction" in text) is (scheme.p.precision == "uint8")
     assert "if RIGHT" not in text and "if V_" not in text, "branches on constants are resolved"
 
 

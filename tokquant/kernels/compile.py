@@ -8,7 +8,8 @@ import torch
 
 from tokquant.errors import UnsupportedError, quote
 from tokquant.kernels import generate, launch
-from tokquant.kernels.plan import FLOAT_NAMES, Config, Plan, Wanted, check_target, plan
+from tokquant.kernels.plan import FLOAT_NAMES, Config, Plan, Wanted, check_target, plan, takes_tokens_last
+from tokquant.kernels.resources import Resources, measure
 from tokquant.kernels.triton.operands import Features, Operand, Rows
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.schemes.placement import place
@@ -53,6 +54,18 @@ class Kernel:
         """What each stage of the compiler made: `ttir ttgir llir ptx cubin`."""
         return self.compiled.asm
 
+    @cached_property
+    def resources(self) -> Resources:
+        """Registers, spills, shared memory and the instructions of the main loop. Raises as `asm`."""
+        return measure(
+            self.asm["cubin"],
+            self.compiled.metadata.shared,
+            block_m=self.config.block_m,
+            block_n=self.config.block_n,
+            num_warps=self.config.num_warps,
+            capability=_capability(self.target),
+        )
+
 
 def compile(
     scheme: QuantScheme | str,
@@ -84,7 +97,14 @@ def compile(
     if type(head_dim) is not int or head_dim < 1:
         raise ValueError(f"head_dim: {quote(head_dim)} is not a whole number from 1")
     wanted = Wanted(left=window, right=causal or window, mask=mask, softcap=softcap, sinks=sinks, lse=return_lse)
-    made = plan(scheme, head_dim=head_dim, dtype=dtype, shared_heads=shared_heads, wanted=wanted)
+    made = plan(
+        scheme,
+        head_dim=head_dim,
+        dtype=dtype,
+        shared_heads=shared_heads,
+        wanted=wanted,
+        tokens_last=takes_tokens_last(scheme, dtype),
+    )
     check_target(made, scheme, capability)
     return Kernel(generate.render(made), made.config, target, made, scheme, dtype, wanted)
 
@@ -146,7 +166,7 @@ def _signature(kernel: Kernel, role: str) -> Operand:
     operand, at = getattr(kernel.scheme, role), place(getattr(kernel.scheme, role))
     own = operand.format.bits == 16 and kernel.dtype != torch.float32
     scale = SCALE_POINTERS[operand.scale_dtype] if operand.scaled else None
-    sums = {"q": ("K_ZERO", "*fp32"), "v": ("UNSIGNED_P", "*i32")}.get(role, ("", None))
+    constants = dict(kernel.plan.constants)
     offset = sixteen_bit(kernel.dtype) if operand.smooth != "none" and role != "k" else None
     lowered = kernel.scheme.k.smooth != "none" or (place(kernel.scheme.k) == "q" and not kernel.scheme.k.symmetric)
     return Operand(
@@ -160,8 +180,9 @@ def _signature(kernel: Kernel, role: str) -> Operand:
         scale_head="i32" if scale else None,
         scale_row="i32" if scale else None,
         offset=POINTERS[offset] if offset else None,
-        code_sum=sums[1] if dict(kernel.plan.constants).get(sums[0]) == "True" else None,
-        weight="*fp32" if at == "p" else None,
+        code_sum="*fp32" if role == "q" and constants["K_ZERO"] == "True" else None,
+        correction="*fp32" if role == "v" and constants["UNSIGNED_P"] == "True" else None,
+        log2_weight="*fp32" if at == "p" else None,
         logit_offset="*fp32" if role == "q" and lowered else None,
         companion=POINTERS[kernel.dtype] if role == "k" and kernel.scheme.q.smooth == "block_mean" else None,
     )

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import generate
-from tokquant.kernels.plan import Wanted, check_target, plan
+from tokquant.kernels.plan import Wanted, check_target, plan, takes_tokens_last
 from tokquant.kernels.triton.operands import Features as Arguments
 from tokquant.kernels.triton.operands import Operand, Rows
 from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
-from tokquant.tensor import QuantizedTensor
+from tokquant.tensor import QuantizedTensor, tokens_last
+
+Operands = tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]
 
 
 def interpreted() -> bool:
@@ -41,10 +43,20 @@ def attention(
             f"backend: 'triton' needs a GPU, and q is on {q.device}; move the tensors, set TRITON_INTERPRET=1 before Python "
             "starts, or use backend='reference'"
         )
+    if features.scale < 0:
+        raise UnsupportedError(
+            f"scale: {features.scale} is below zero, which no kernel takes; negate q, or use backend='reference'"
+        )
     b, heads, n_q, d = q.shape
     wanted, arguments = asked(features, return_lse)
     kernel_plan = plan(
-        scheme, head_dim=d, dtype=v.dtype, shared_heads=heads // k.shape[1], wanted=wanted, interpreted=interpreted()
+        scheme,
+        head_dim=d,
+        dtype=v.dtype,
+        shared_heads=heads // k.shape[1],
+        wanted=wanted,
+        tokens_last=v.layout == "tokens_last",
+        interpreted=interpreted(),
     )
     if interpreted() and "tl.bfloat16" in kernel_plan.products:
         raise UnsupportedError(
@@ -80,6 +92,12 @@ def attention(
     return out.to(q.dtype), lse
 
 
+def packed(operands: Operands, scheme: QuantScheme) -> Operands:
+    """Quantized operands as kernels want them to lie in memory."""
+    q, k, v = operands
+    return (q, k, tokens_last(v)) if takes_tokens_last(scheme, v.dtype) else operands
+
+
 def asked(features: Features, return_lse: bool) -> tuple[Wanted, Arguments]:
     """What changes a kernel's text, and what it is given at a call."""
     left, right = features.reach()
@@ -109,8 +127,10 @@ def operand(x: QuantizedTensor) -> Operand:
     kept = None
     if x.offset is not None and x.spec.role != "k":
         kept = x.offset.expand(*x.shape[:2], *x.offset.shape[2:])
+    sums = x.code_sum if x.spec.role == "q" else None
     kept, *rest = (
-        None if each is None else each.contiguous() for each in (kept, x.code_sum, x.weight, x.logit_offset, x.companion)
+        None if each is None else each.contiguous()
+        for each in (kept, sums, x.correction, x.log2_weight, x.logit_offset, x.companion)
     )
     return Operand(codes, *_strides(codes), scale, zero, *_strides(scale), kept, *rest)
 

@@ -11,11 +11,28 @@ from tokquant import precisions
 from tokquant.errors import UnsupportedError
 from tokquant.kernels.triton import fragments
 from tokquant.schemes import Operand, QuantScheme
-from tokquant.schemes.placement import needs_code_sums, place
+from tokquant.schemes.placement import Place, needs_code_sums, place
 
 TRITON_TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
 FLOAT_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 WHOLE = 2**30  # a group that every token is in
+
+
+UNITS = {
+    "tl.int8": "int8 tensor cores, exact 32-bit sums within a tile",
+    "tl.float8e4nv": "fp8 tensor cores",
+    "tl.float8e5": "fp8 tensor cores",
+    "tl.float32": "float32, IEEE",
+}
+PLACES: dict[Place, tuple[str, str]] = {
+    "none": ("none", "the values are stored as they are"),
+    "scores": ("on the scores", "it does not vary along the channels that Q K^T sums over"),
+    "q": ("in Q, before Q is quantized", "it varies along the channels that Q K^T sums over, so it cannot wait"),
+    "operand": ("decoded before the product", "it varies along what the product sums over, within a tile"),
+    "p": ("in P, before P is rounded", "it varies along the tokens that P V sums over"),
+    "tile": ("on each tile's product", "it is one for all the tokens that a tile's P V sums over"),
+    "output": ("on the output", "it does not vary along the tokens that P V sums over"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,25 @@ class Plan:
     products: tuple[str, str, str, str]
     """The types that q and k, p and v are multiplied in, as Triton writes them."""
     config: Config
+
+    places: tuple[tuple[str, Place], ...]
+    """Where the scales of q, k and v enter."""
+
+    def explain(self) -> dict[str, str]:
+        """In words: what multiplies Q K^T and P V, where each operand's scale is applied and why, and what P is scaled by."""
+        q, _, _, v = self.products
+        words = {
+            "Q K^T": UNITS.get(q, f"{q.removeprefix('tl.')} tensor cores"),
+            "P V": UNITS.get(v, f"{v.removeprefix('tl.')} tensor cores"),
+        }
+        words |= {f"scale of {role}": f"{PLACES[at][0]}: {PLACES[at][1]}" for role, at in self.places}
+        if dict(self.holes)["row_reference"] is fragments.tile_maximum:
+            words["scale of p"] = f"the row's maximum in each tile of {self.config.block_n} keys"
+        else:
+            words["scale of p"] = "the row's running maximum"
+        if dict(self.holes)["order_p"] is fragments.in_groups:
+            words["layout of v"] = "tokens side by side, permuted in groups of 16, so that P stays in its registers"
+        return words
 
     def __repr__(self) -> str:
         return f"<plan {self.name}: {self.title}>"
@@ -65,6 +101,7 @@ def plan(
     dtype: torch.dtype,
     shared_heads: int = 1,
     wanted: Wanted = Wanted(),
+    tokens_last: bool = False,
     interpreted: bool = False,
 ) -> Plan:
     """The plan of an attention kernel for tensors of `dtype`. Raises UnsupportedError for what no Triton kernel can do."""
@@ -81,7 +118,6 @@ def plan(
         "PADDED": padded > head_dim,
         "SHARED_HEADS": shared_heads,
         "LOG2_LARGEST": _log2(p.largest),
-        "CODE_ZERO": p.code_zero,
         "LOGIT_BASE": 1.0 if natural else math.log2(math.e),
         "FIRST_PHASE": 0 if wanted.left else 1,
         "K_ZERO": at["k"] == "scores" and not k.symmetric,
@@ -93,6 +129,7 @@ def plan(
         "V_TOKEN_ZERO": at["v"] == "p" and not v.symmetric,
         "V_TILE_ZERO": at["v"] == "tile" and not v.symmetric,
         "V_OUTPUT_ZERO": at["v"] == "output" and not v.symmetric,
+        "V_TOKENS": 16 if tokens_last else 1,
         "V_COLUMN": int("channel" in v.granularity.kind),
         "V_ROTATED": scheme.rotate_v == "hadamard",
         "V_STAGES": (head_dim & -head_dim).bit_length() - 1,
@@ -101,7 +138,6 @@ def plan(
         "BLOCK_MEANS": q.smooth == "block_mean",
         "UNSIGNED_P": needs_code_sums(scheme),
         "CLEAR_TAIL": needs_code_sums(scheme) and v.format.packed > 1,
-        "QUANTIZED_NORMALIZER": scheme.normalizer == "quantized",
         "LEFT": wanted.left,
         "RIGHT": wanted.right,
         "SOFTCAP": wanted.softcap,
@@ -110,6 +146,11 @@ def plan(
         "ADDITIVE_MASK": wanted.mask == "additive",
         "BOOLEAN_MASK": wanted.mask == "boolean",
         "NATURAL": natural,
+        "JOINED": natural
+        or wanted.mask == "boolean"
+        or q.smooth == "block_mean"
+        or at["v"] == "p"
+        or (at["k"] == "scores" and not k.symmetric),
         "SINKS": wanted.sinks,
         "WITH_LSE": wanted.lse,
     }
@@ -133,9 +174,12 @@ def plan(
         "decode_k": k.format.triton_decode,
         "decode_v": v.format.triton_decode,
         "encode_p": (interpreted and encoder.triton_encode_interpreted) or encoder.triton_encode,
+        "address_v": fragments.by_channel if tokens_last else fragments.by_token,
+        "order_p": fragments.in_groups if tokens_last else fragments.in_order,
         "product_k": _product(types["q"]),
         "product_v": _product(types["v"]),
         "scale_scores": _scale_scores(scheme),
+        "count": _count(scheme),
         "row_reference": fragments.running_maximum if scheme.p.granularity.kind == "unit" else fragments.tile_maximum,
     }
     used = "_".join(getattr(scheme, role).precision for role in "qkvp")
@@ -145,8 +189,15 @@ def plan(
         holes=tuple(holes.items()),
         constants=tuple((name, value if isinstance(value, str) else repr(value)) for name, value in constants.items()),
         products=(types["q"], types["k"], types["p"], types["v"]),
+        places=tuple(at.items()),
         config=_config(scheme, padded, "tl.float32" in types.values(), wanted),
     )
+
+
+def takes_tokens_last(scheme: QuantScheme, dtype: torch.dtype) -> bool:
+    """Whether kernels take V with its tokens side by side: 8-bit tensor cores want the contracted dimension contiguous."""
+    kind = _product_types(scheme, "pv", dtype)["v"]
+    return scheme.v.format.packed == 1 and scheme.v.format.bits == 8 and (kind == "tl.int8" or "float8" in kind)
 
 
 def _config(scheme: QuantScheme, head_dim: int, wide: bool, wanted: Wanted) -> Config:
@@ -240,6 +291,12 @@ def _scale_scores(scheme: QuantScheme) -> Any:
     if place(scheme.k) != "scores":
         return fragments.scale_by_query
     return fragments.scale_by_tile if scheme.k.granularity.cover(WHOLE, 1)[0] % scheme.key_tile == 0 else fragments.scale_by_key
+
+
+def _count(scheme: QuantScheme) -> Any:
+    if scheme.normalizer == "exact":
+        return fragments.exact
+    return fragments.nearest_integers if scheme.p.format.compute == "tl.int8" else fragments.rounded
 
 
 def _log2(largest: float | None) -> float:

@@ -7,7 +7,7 @@ from tokquant.precisions.base import tl, triton
 
 @triton.jit
 def integer_product(a, b):
-    return tl.dot(a, b, out_dtype=tl.int32).to(tl.float32)
+    return tl.dot(a, b, out_dtype=tl.int32)
 
 
 @triton.jit
@@ -15,13 +15,15 @@ def float_product(a, b):
     return tl.dot(a, b, input_precision="ieee")
 
 
-# --------------------------------------------------------------------------- scale_scores: products [M, N] -> logits
+# --------------------------------------------------------------------------- scale_scores: products [M, N] -> t, c
+# The logits are t * c[:, None] with c >= 0: c enters where the row's maximum is subtracted, in one multiply-add, and the
+# maximum itself can be taken of t, which may still be integers.
 
 
 @triton.jit
 def scale_by_query(s, q_scale, k_scale, stride, start, j, n_k, GROUP, EDGE: tl.constexpr):
     # K has no scale of its own here: it is 16 bit, decoded, or its scale per channel lies in Q
-    return s * q_scale[:, None]
+    return s, q_scale
 
 
 @triton.jit
@@ -31,14 +33,59 @@ def scale_by_key(s, q_scale, k_scale, stride, start, j, n_k, GROUP, EDGE: tl.con
         scale = tl.load(k_scale + (j // GROUP) * stride, mask=j < n_k, other=0.0)
     else:
         scale = tl.load(k_scale + (j // GROUP) * stride)
-    return s * scale.to(tl.float32)[None, :] * q_scale[:, None]
+    return s.to(tl.float32) * scale.to(tl.float32)[None, :], q_scale
 
 
 @triton.jit
 def scale_by_tile(s, q_scale, k_scale, stride, start, j, n_k, GROUP, EDGE: tl.constexpr):
     # one scale of K covers the whole tile: it costs nothing an element
-    scale = tl.load(k_scale + (start // GROUP) * stride).to(tl.float32)
-    return s * (q_scale * scale)[:, None]
+    return s, q_scale * tl.load(k_scale + (start // GROUP) * stride).to(tl.float32)
+
+
+# --------------------------------------------------------------------------- address_v, order_p: how V lies in memory
+
+
+@triton.jit
+def by_token(v, start, n, column, stride):
+    # [N, W]: the channels of a token side by side
+    return v + tl.cast(start, tl.int64) * stride + n[:, None] * stride + column[None, :]
+
+
+@triton.jit
+def by_channel(v, start, n, column, stride):
+    # [D, N]: the tokens of a channel side by side, as 8-bit tensor cores take them
+    return v + start + column.to(tl.int64)[None, :] * stride + n[:, None]
+
+
+@triton.jit
+def in_order(codes, M: tl.constexpr, N: tl.constexpr):
+    return codes
+
+
+@triton.jit
+def in_groups(codes, M: tl.constexpr, N: tl.constexpr):
+    # V's tokens are permuted in groups of 16 so that P, permuted alike, is already where the next product wants it
+    return codes.reshape(M, N // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, N)
+
+
+# --------------------------------------------------------------------------- count: what the normalizer sums
+
+
+@triton.jit
+def exact(p, codes):
+    # P before it is rounded
+    return p
+
+
+@triton.jit
+def nearest_integers(p, codes):
+    # what the integer codes of P stand for, without a conversion; a NaN stays one
+    return (p + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def rounded(p, codes):
+    return codes.to(tl.float32)
 
 
 # --------------------------------------------------------------------------- row_reference: what P is scaled against

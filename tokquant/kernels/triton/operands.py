@@ -19,8 +19,9 @@ class Operand(NamedTuple):
     scale_head: Any
     scale_row: Any
     offset: Any  # Q: block means [B, H, ceil(N / 128), D]; V: the mean [B, H, D]; 16 bit
-    code_sum: Any  # Q: over channels [B, H, N]; V: over each key tile [B, H, tiles, D], int32
-    weight: Any  # V per token: what P is multiplied by [B, H, N]
+    code_sum: Any  # Q: over channels [B, H, N]
+    correction: Any  # V: what each tile's product lacks where P is unsigned [B, H, tiles, D]
+    log2_weight: Any  # V per token: of what P is multiplied by [B, H, N]
     logit_offset: Any  # Q: q . c [B, H, N], which the logits lack
     companion: Any  # K: the keys in the input's type [B, H, N, D], for Q's block means
 

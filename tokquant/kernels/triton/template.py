@@ -1,5 +1,8 @@
 """Flash attention with its holes filled for int8: a kernel that runs, and the text of every other."""
 
+from tokquant.kernels.triton.fragments import by_token as address_v
+from tokquant.kernels.triton.fragments import exact as count
+from tokquant.kernels.triton.fragments import in_order as order_p
 from tokquant.kernels.triton.fragments import integer_product as product_k
 from tokquant.kernels.triton.fragments import integer_product as product_v
 from tokquant.kernels.triton.fragments import running_maximum as row_reference
@@ -18,6 +21,7 @@ SHARED_HEADS = tl.constexpr(1)  # heads of Q to one of K and V
 Q_PACKED = tl.constexpr(1)  # codes in a stored element
 K_PACKED = tl.constexpr(1)
 V_PACKED = tl.constexpr(1)
+V_TOKENS = tl.constexpr(1)  # V holds whole groups of so many
 Q_GROUP = tl.constexpr(1)  # tokens under one scale
 K_GROUP = tl.constexpr(1)
 V_GROUP = tl.constexpr(1)
@@ -34,7 +38,6 @@ V_VIA = tl.constexpr(tl.int8)
 K_HALF = tl.constexpr(0)  # a stored code of 0 is this many steps above an asymmetric operand's zero
 V_HALF = tl.constexpr(0)
 LOG2_LARGEST = tl.constexpr(6.988684686772166)  # of P's largest code: P is kept in units of its codes
-CODE_ZERO = tl.constexpr(0)  # what an unsigned code of P has lost to fit a signed unit
 LOGIT_BASE = tl.constexpr(1.4426950408889634)  # log2(e), or 1 where something has to happen to natural logits
 FIRST_PHASE = tl.constexpr(1)  # 0 where whole tiles come after others
 Q_SCALED = tl.constexpr(True)
@@ -59,7 +62,6 @@ V_MEAN = tl.constexpr(False)
 BLOCK_MEANS = tl.constexpr(False)  # of Q, over 128 queries
 UNSIGNED_P = tl.constexpr(False)
 CLEAR_TAIL = tl.constexpr(False)
-QUANTIZED_NORMALIZER = tl.constexpr(False)
 LEFT = tl.constexpr(False)  # whether a query's reach is bounded
 RIGHT = tl.constexpr(False)
 SOFTCAP = tl.constexpr(False)
@@ -68,6 +70,7 @@ LOWERED_LOGITS = tl.constexpr(False)
 ADDITIVE_MASK = tl.constexpr(False)
 BOOLEAN_MASK = tl.constexpr(False)
 NATURAL = tl.constexpr(False)
+JOINED = tl.constexpr(False)
 SINKS = tl.constexpr(False)
 WITH_LSE = tl.constexpr(False)
 
@@ -111,6 +114,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
     k_scale_at = K.scale
     if K_SCALED:
         k_scale_at += batch * K.scale_batch + kv_head * K.scale_head
+    n_v = tl.cdiv(n_k, V_TOKENS) * V_TOKENS
     k_column = tl.arange(0, D_TILE // K_PACKED)
     v_column = tl.arange(0, D_TILE // V_PACKED)
 
@@ -147,7 +151,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
             j = start + tl.arange(0, BLOCK_N)
             inside = j < n_k
 
-            k_at = k_codes + j.to(tl.int64)[:, None] * K.row + k_column[None, :]
+            k_at = k_codes + tl.cast(start, tl.int64) * K.row + (j - start)[:, None] * K.row + k_column[None, :]
             k = decode_k(load_tile(k_at, inside, k_column * K_PACKED < D, phase != 1 or PADDED)).to(K_VIA)
             if K_DECODED:
                 k_tile = K.scale + batch * K.scale_batch + kv_head * K.scale_head
@@ -158,7 +162,11 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 k_tile += (j // K_GROUP)[:, None] * K.scale_row + (column // K_CHANNELS)[None, :]
                 k += load_tile(k_tile, inside, held, True).to(tl.float32)
             s = product_k(q, tl.trans(k.to(K_TYPE)))
-            s = scale_scores(s, q_scale, k_scale_at, K.scale_row, start, j, n_k, K_GROUP, phase != 1)
+            s, c = scale_scores(s, q_scale, k_scale_at, K.scale_row, start, j, n_k, K_GROUP, phase != 1)
+            if JOINED:
+                # something is added to the logits, or selects among them
+                s = s.to(tl.float32) * c[:, None]
+                c = tl.full([BLOCK_M], 1.0, tl.float32)
             if K_ZERO:
                 at = batch * K.scale_batch + kv_head * K.scale_head + (j // K_GROUP) * K.scale_row
                 k_zero = tl.load(K.zero + at, mask=inside, other=0.0).to(tl.float32)
@@ -181,43 +189,41 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 s *= 1.4426950408889634
             if V_PER_TOKEN:
                 # V's scale joins the exponent, so that P is rounded with its weight; l takes the weight out again
-                v_weight = tl.load(V.weight + kv * n_k + j, mask=inside, other=1.0)
-                s += tl.log2(v_weight)[None, :]
+                log2_weight = tl.load(V.log2_weight + kv * n_k + j, mask=inside, other=0.0)
+                s += log2_weight[None, :]
             if phase != 1:
                 keep = inside[None, :]
                 if RIGHT:
                     keep = keep & (j[None, :] <= i[:, None] + (n_k - n_q + F.right))
                 if LEFT:
                     keep = keep & (j[None, :] >= i[:, None] + (n_k - n_q - F.left))
-                s = tl.where(keep, s, float("-inf"))
+                s = tl.where(keep, s.to(tl.float32) * c[:, None], float("-inf"))
+                c = tl.full([BLOCK_M], 1.0, tl.float32)
             if BOOLEAN_MASK:
                 mask_at = F.mask + batch * F.mask_batch + head * F.mask_head
                 mask_at += first.to(tl.int64) * F.mask_row + tl.cast(start, tl.int64) * F.mask_column
                 mask_at += (i - first)[:, None] * F.mask_row + (j - start)[None, :] * F.mask_column
                 s = tl.where(load_tile(mask_at, here, inside, True) != 0, s, float("-inf"))
 
-            largest = tl.max(s, 1)
+            largest = tl.max(s, 1).to(tl.float32) * c
             m = tl.maximum(m, largest)
             reference = row_reference(largest, m)
             # up by an ulp, so that no rounding gives a code beyond the largest; a tile with nothing in it moves nothing
             reference = tl.where(largest == float("-inf"), r, reference + tl.abs(reference) * 1.1920928955078125e-07)
             alpha = tl.exp2(tl.minimum(r - reference, 65.0))
             r = reference
-            p = tl.exp2(s - (r - LOG2_LARGEST)[:, None])
+            p = tl.exp2(s.to(tl.float32) * c[:, None] - (r - LOG2_LARGEST)[:, None])
             codes = encode_p(p)
 
-            counted = p
-            if QUANTIZED_NORMALIZER:
-                # integer codes cannot hold NaN, p - p can
-                counted = codes.to(tl.float32) + CODE_ZERO + (p - p)
+            counted = count(p, codes)
             if V_PER_TOKEN:
                 # a weight that is not a number is in p already, where the pair attends
-                inverse = tl.where(v_weight < float("inf"), 1.0 / v_weight, 0.0)
+                inverse = tl.where(log2_weight < float("inf"), tl.exp2(-log2_weight), 0.0)
                 counted *= inverse[None, :]
             l = l * alpha + tl.sum(counted, 1)
 
-            v_at = v_codes + j.to(tl.int64)[:, None] * V.row + v_column[None, :]
-            v = decode_v(load_tile(v_at, inside, v_column * V_PACKED < D, phase != 1 or PADDED)).to(V_VIA)
+            v_at = address_v(v_codes, start, j - start, v_column, V.row)
+            v = decode_v(load_tile(v_at, j < n_v, v_column * V_PACKED < D, phase != 1 or PADDED)).to(V_VIA)
             if V_DECODED:
                 v_tile = V.scale + batch * V.scale_batch + kv_head * V.scale_head
                 v_tile += (j // V_GROUP)[:, None] * V.scale_row + (column // V_CHANNELS)[None, :]
@@ -229,21 +235,21 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
             if CLEAR_TAIL:
                 # an unsigned code beyond n_k is not zero now, so V must be, which packed zero bits are not
                 v = tl.where(inside[:, None], v, 0)
-            pv = product_v(codes.to(P_TYPE), v.to(V_TYPE))
-            if UNSIGNED_P:
-                tile = kv * tl.cdiv(n_k, BLOCK_N) + start // BLOCK_N
-                code_sum = tl.load(V.code_sum + tile * D + column, mask=held, other=0)
-                pv += (code_sum * CODE_ZERO).to(tl.float32)[None, :]
+            pv = product_v(order_p(codes.to(P_TYPE), BLOCK_M, BLOCK_N), v.to(V_TYPE)).to(tl.float32)
             if V_PER_TILE:
                 at = batch * V.scale_batch + kv_head * V.scale_head + (start // V_GROUP) * V.scale_row + column * V_COLUMN
                 v_scale = tl.load(V.scale + at, mask=held, other=0.0).to(tl.float32)
                 pv *= v_scale[None, :]
+            if UNSIGNED_P:
+                # what the product of codes that fit a signed unit lacks
+                correction_at = V.correction + (kv * tl.cdiv(n_k, BLOCK_N) + start // BLOCK_N) * D
+                pv += tl.load(correction_at + column, mask=held, other=0.0)[None, :]
             if V_TILE_ZERO:
                 v_zero = tl.load(V.zero + at, mask=held, other=0.0).to(tl.float32) + V_HALF * v_scale
                 pv += tl.sum(p, 1)[:, None] * v_zero[None, :]
             if V_TOKEN_ZERO:
                 at = batch * V.scale_batch + kv_head * V.scale_head + (j // V_GROUP) * V.scale_row
-                v_zero = tl.load(V.zero + at, mask=inside, other=0.0).to(tl.float32) + V_HALF * v_weight
+                v_zero = tl.load(V.zero + at, mask=inside, other=0.0).to(tl.float32) + V_HALF * tl.exp2(log2_weight)
                 zeros = zeros * alpha + tl.sum(p * (inverse * v_zero)[None, :], 1)
             acc = acc * alpha[:, None] + pv
 
