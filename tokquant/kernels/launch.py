@@ -1,13 +1,15 @@
 """The only place that starts a kernel: operands to pointers and strides, the grid, the call."""
 
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import generate
-from tokquant.kernels.plan import Wanted, check_target, plan, takes_tokens_last
+from tokquant.kernels.plan import Plan, Wanted, check_target, plan, takes_tokens_last
 from tokquant.kernels.triton.operands import Features as Arguments
 from tokquant.kernels.triton.operands import Operand, Rows
 from tokquant.reference import Features
@@ -47,9 +49,38 @@ def attention(
         raise UnsupportedError(
             f"scale: {features.scale} is below zero, which no kernel takes; negate q, or use backend='reference'"
         )
-    b, heads, n_q, d = q.shape
-    wanted, arguments = asked(features, return_lse)
-    kernel_plan = plan(
+    call = prepare(q, k, v, scheme, features, return_lse)
+    if interpreted() and "tl.bfloat16" in call.plan.products:
+        raise UnsupportedError(
+            "dtype: Triton's interpreter multiplies bf16 wrongly; use float16 or float32, or backend='reference'"
+        )
+    if q.device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(q.device)
+        check_target(call.plan, scheme, 10 * major + minor)
+    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+        generate.load(call.plan)[call.grid](*call.arguments, **call.options)
+    return call.out.to(q.dtype), call.lse
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel's launch, but for the launch."""
+
+    plan: Plan
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    out: Tensor
+    lse: Tensor | None
+
+
+def prepare(
+    q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, scheme: QuantScheme, features: Features, return_lse: bool
+) -> Call:
+    """The plan, the outputs and every argument of a launch."""
+    (b, heads, n_q, d), n_k = q.shape, k.shape[2]
+    wanted, given = asked(features, return_lse)
+    made = plan(
         scheme,
         head_dim=d,
         dtype=v.dtype,
@@ -58,38 +89,30 @@ def attention(
         tokens_last=v.layout == "tokens_last",
         interpreted=interpreted(),
     )
-    if interpreted() and "tl.bfloat16" in kernel_plan.products:
-        raise UnsupportedError(
-            "dtype: Triton's interpreter multiplies bf16 wrongly; use float16 or float32, or backend='reference'"
-        )
-    if q.device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(q.device)
-        check_target(kernel_plan, scheme, 10 * major + minor)
-
     # the interpreter cuts floats to bf16 instead of rounding them
     written = torch.float32 if interpreted() and q.dtype == torch.bfloat16 else q.dtype
     out = torch.empty(q.shape, dtype=written, device=q.device)
     lse = torch.empty(b, heads, n_q, dtype=torch.float32, device=q.device) if return_lse else None
-    config = kernel_plan.config
-    grid = (-(-n_q // config.block_m), heads, b)
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
-        generate.load(kernel_plan)[grid](
-            operand(q),
-            operand(k),
-            operand(v),
+    config = made.config
+    return Call(
+        plan=made,
+        grid=(-(-n_q // config.block_m), heads, b),
+        arguments=(
+            *(operand(x) for x in (q, k, v)),
             Rows(out, *out.stride()[:3]),
             lse,
-            arguments,
+            given,
             features.scale,
             n_q,
-            k.shape[2],
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
-        )
-    return out.to(q.dtype), lse
+            n_k,
+            config.block_m,
+            config.block_n,
+        ),
+        # whether a multiplication and an addition contract must not depend on Triton's default, which is about to change
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True},
+        out=out,
+        lse=lse,
+    )
 
 
 def packed(operands: Operands, scheme: QuantScheme) -> Operands:

@@ -1,0 +1,66 @@
+"""The very arguments of a launch, specialized and compiled as for a GPU, on a machine without one."""
+
+import pytest
+import torch
+from factories import qkv, some_mask
+
+import tokquant as tq
+from tokquant.inputs import features_of
+from tokquant.kernels import generate, launch
+
+
+class AbsentGpu:
+    """What Triton asks its driver before it compiles: enough to specialize a call for sm_90."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def absent_gpu():
+    from triton.runtime import driver
+
+    # set_active(None) makes Triton look for a driver again when it next needs one
+    driver.set_active(AbsentGpu())
+    yield
+    driver.set_active(None)
+
+
+CALLS = {
+    "int8, causal": ("int8", dict(causal=True)),
+    "kv-int4 with a window, softcap and sinks": ("kv-int4", dict(window=(100, 3), softcap=3.0, sinks=torch.zeros(4))),
+    "int4 with a boolean mask": ("int4", dict(mask=some_mask(1, 1, 100, 121))),
+    "fp8 with an additive mask": ("fp8-rotated", dict(mask=torch.zeros(4, 1, 121))),
+    "2-bit keys, strided outputs": ("kv-int2-kivi", {}),
+}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(("name", "given"), CALLS.values(), ids=CALLS)
+def test_a_launch_compiles_with_its_own_arguments(name, given, absent_gpu):
+    scheme = tq.preset(name)
+    q, k, v = qkv(100, 121, 64, heads=4, kv_heads=2, batch=2, dtype=torch.float16)
+    operands = launch.packed(tq.quantize(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, scheme), scheme)
+    call = launch.prepare(*operands, scheme, features_of(*operands[:2], **given), return_lse=True)
+    kernel = generate.load(call.plan).warmup(*call.arguments, grid=call.grid, **call.options)
+    assert kernel.asm["cubin"] and ("wgmma" in kernel.asm["ptx"])
+
+
+@pytest.mark.compiled
+def test_lengths_and_strides_do_not_recompile_a_kernel(absent_gpu):
+    """Only what is one, or a multiple of 16, is special to Triton."""
+    kernels = set()
+    for n in (300, 301, 4001):
+        q, k, v = qkv(n, n + 2, 64, heads=2, dtype=torch.float16)
+        operands = launch.packed(tq.quantize(q, k, v, "int8-fp16"), tq.preset("int8-fp16"))
+        call = launch.prepare(*operands, tq.preset("int8-fp16"), features_of(*operands[:2]), return_lse=False)
+        kernels.add(generate.load(call.plan).warmup(*call.arguments, grid=call.grid, **call.options).hash)
+    assert len(kernels) == 1
