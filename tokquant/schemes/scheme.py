@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJson
 from pydantic_core import core_schema
 
 from tokquant import precisions
-from tokquant.errors import SchemeError, nearest, quote
+from tokquant.errors import SchemeError, quote
 from tokquant.files import write_atomically
-from tokquant.schemes import document
+from tokquant.schemes import document, problems
 from tokquant.schemes.granularity import OperandGranularity, PGranularity
 
 ScaleDtype = Literal["fp32", "fp16", "fp8_e4m3"]
@@ -43,11 +43,11 @@ class Strict(BaseModel):
     def __init__(self, /, **data: Any):
         for name, value in data.items():
             if isinstance(value, dict) and (odd := [key for key in value if not isinstance(key, str)]):
-                raise SchemeError([(_printable(name), f"the key {quote(odd[0])}; keys are plain words")])
+                raise SchemeError([(problems.printable(name), f"the key {quote(odd[0])}; keys are plain words")])
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise SchemeError(_explain(type(self), error)) from None
+            raise SchemeError(problems.explain(type(self), error)) from None
 
 
 class Operand(Strict):
@@ -90,23 +90,23 @@ class Operand(Strict):
 
     @model_validator(mode="after")
     def _consistent(self):
-        problems = []
+        found = []
         if not self.symmetric and (self.format.kind != "int" or self.role == "q"):
             what = "Q" if self.role == "q" else self.precision
-            problems.append(("symmetric", f"{what} has no zero point; symmetric: false is for integers of K and V"))
+            found.append(("symmetric", f"{what} has no zero point; symmetric: false is for integers of K and V"))
         if self.scale == "static":
             if not self.scaled:
-                problems.append(("scale", f"{self.precision} has no scale that could be static"))
+                found.append(("scale", f"{self.precision} has no scale that could be static"))
             elif self.granularity.kind not in ("tensor", "head", "channel"):
-                problems.append(
+                found.append(
                     (
                         "scale",
                         f"static scales cannot follow granularity {self.granularity}, which grows with the sequence; "
                         "use tensor, head or channel, or scale: dynamic",
                     )
                 )
-        if problems:
-            raise SchemeError(problems)
+        if found:
+            raise SchemeError(found)
         return self
 
 
@@ -276,43 +276,3 @@ class _Dumper(yaml.SafeDumper):
 # what `document` reads as a number is quoted where it is a name
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"-?[0-9][0-9.]*([eE][-+]?[0-9]+)?$"), list("-0123456789"))
 _Dumper.add_representer(_Flow, lambda dumper, data: dumper.represent_mapping("tag:yaml.org,2002:map", data, flow_style=True))
-
-
-def _explain(model: type[BaseModel], error: ValidationError) -> list[tuple[str, str]]:
-    """Each of pydantic's findings as a place and a sentence that quotes what was written."""
-    problems = []
-    for finding in error.errors(include_url=False):
-        place = ".".join(_printable(part) for part in finding["loc"])
-        cause = (finding.get("ctx") or {}).get("error")
-        written = quote(finding.get("input"))
-        if isinstance(cause, SchemeError):
-            problems += [(".".join(filter(None, (place, inner))), text) for inner, text in cause.problems]
-        elif finding["type"] == "extra_forbidden":
-            known = _fields(model, finding["loc"][:-1])
-            problems.append((place, f"unknown key; use {', '.join(known)}{nearest(finding['loc'][-1], known)}"))
-        elif finding["type"] == "missing":
-            problems.append((place, "is missing"))
-        elif finding["type"] == "literal_error":
-            accepted = (finding.get("ctx") or {})["expected"]
-            problems.append(
-                (
-                    place,
-                    f"{written} is not accepted; use {accepted}{nearest(finding.get('input'), accepted.split(chr(39))[1::2])}",
-                )
-            )
-        elif finding["type"] == "model_type":
-            problems.append((place, f"{written} is not accepted; write a mapping such as {{precision: int8}}"))
-        else:
-            problems.append((place, f"{written} is not accepted; {finding['msg'][0].lower()}{finding['msg'][1:]}"))
-    return problems
-
-
-def _printable(part: object) -> str:
-    text = str(part)[:40]
-    return text if text.isprintable() else repr(text)
-
-
-def _fields(model: Any, place: tuple) -> list[str]:
-    for part in place:
-        model = model.model_fields[part].annotation
-    return list(model.model_fields)

@@ -1,0 +1,110 @@
+"""Seeded faults: each of these changes to a kernel's text must be seen by the comparison that kernels are tested with."""
+
+import linecache
+
+import pytest
+from factories import CASES, bounds, exact_operands, qkv, scheme
+
+import tokquant as tq
+from tokquant.inputs import features_of
+from tokquant.kernels import generate
+from tokquant.reference import oracle
+from tokquant.schemes import preset
+
+ODD = ((37, 101, 48, 2, 2, 1), {})
+CAUSAL = ((90, 330, 32, 4, 2, 2), {"causal": True})
+TILES = ((40, 300, 32, 2, 2, 1), {})
+INT4 = scheme("int4", "int4", "int4 block:64", "uint8 row_block:64")
+ZEROS = scheme("int8", "int8 head asymmetric", "int4 channel asymmetric mean", "uint8 row_block:64", rotate_v="hadamard")
+
+# name: scheme, case, what stands in the kernel, what takes its place
+MUTATIONS = {
+    "causal counted from the first key": (preset("int8"), CAUSAL, "i[:, None] + (n_k - n_q + F.right)", "i[:, None] + F.right"),
+    "causal off by one": (preset("int8"), CAUSAL, "n_q + F.right))", "n_q + F.right + 1))"),
+    "the edge taken for a whole tile": (
+        preset("int8"), CAUSAL,
+        "F.right + 1, 0) // BLOCK_N",
+        "F.right + BLOCK_N, 0) // BLOCK_N",
+    ),
+    "a window open to the left": (preset("int8"), CASES["causal window"], "n_q - F.left)", "n_q - F.left - BLOCK_N)"),
+    "keys beyond the end kept": (preset("int8"), ODD, "keep = inside[None, :]", "keep = (j >= 0)[None, :]"),
+    "a boolean mask turned round": (preset("int8"), CASES["boolean mask"], "inside, True) != 0", "inside, True) == 0"),
+    "an additive mask before log2(e)": (preset("int8"), CASES["additive mask of heads"], "s *= 1.4426950408889634", "s *= 1.0"),
+    "softcap not multiplied back": (preset("int8"), CASES["softcap and scale"], "s = F.softcap * tanh", "s = tanh"),
+    "K's offset lost under a softcap": (
+        preset("int8"), CASES["softcap and scale"],
+        "s += (tl.load(Q.logit_offset",
+        "s -= (tl.load(Q.logit_offset",
+    ),
+    "K's offset not given back to the LSE": (preset("int8"), ODD, "+ lowered, mask", "- lowered, mask"),
+    "a sink that adds to the output": (preset("int8"), CASES["sinks"], "total += tl.exp2(sink", "total += 0 * tl.exp2(sink"),
+    "the wrong head of K and V": (preset("int8"), CAUSAL, "kv_head = head // SHARED_HEADS", "kv_head = head % 2"),
+    "no rescaling of the accumulator": (preset("int8"), TILES, "acc = acc * alpha[:, None] + pv", "acc = acc + pv"),
+    "no rescaling of the normalizer": (preset("int8"), TILES, "l = l * alpha +", "l = l +"),
+    "P against the running maximum": (preset("int8"), TILES, "return tl.maximum(largest, m - 64)", "return m + 3"),
+    "P cut instead of rounded": (
+        preset("int-flash"), TILES,
+        "(p + 12582912.0).to(tl.int32",
+        "(p - 0.5 + 12582912.0).to(tl.int32",
+    ),
+    "a code of P beyond the largest": (
+        preset("int-flash"), TILES,
+        "LOG2_LARGEST = tl.constexpr(6.98",
+        "LOG2_LARGEST = tl.constexpr(7.08",
+    ),
+    "unsigned P not corrected": (preset("int8"), ODD, "pv += tl.load(correction_at", "pv += 0 * tl.load(correction_at"),
+    "V's scale of another tile": (preset("int8"), TILES, "(start // V_GROUP) * V.scale_row", "0 * V.scale_row"),
+    "K's scale of another token": (preset("int8"), ODD, "(j // GROUP) * stride", "(j // 2 // GROUP) * stride"),
+    "swapped nibbles": (
+        INT4, ODD,
+        "tl.interleave((tile & 0xF).to(tl.int8), (tile >> 4).to(tl.int8))",
+        "tl.interleave((tile >> 4).to(tl.int8), (tile & 0xF).to(tl.int8))",
+    ),
+    "V's tail not cleared": (INT4, ODD, "v = tl.where(inside[:, None], v, 0)", "v = v"),
+    "P not permuted as V is": (preset("int8"), ODD, ".permute(0, 1, 3, 2, 4)", ".permute(0, 1, 2, 3, 4)"),
+    "channels beyond head_dim summed": (
+        scheme("int4", "int4", "int8 head", "int8"), ODD,
+        "q = tl.where(held[None, :], q, 0.0)",
+        "q = q",
+    ),
+    "zeros of K forgotten": (ZEROS, ODD, "s += (q_sum * q_scale)", "s += 0 * (q_sum * q_scale)"),
+    "zeros of V without the half": (ZEROS, ODD, "+ V_HALF * v_scale", "+ 0 * v_scale"),
+    "V's rotation not undone": (ZEROS, ODD, "out = hadamard(out, BLOCK_M, D_TILE, V_STAGES) * V_NORM", "out = out"),
+    "V's mean forgotten": (preset("int8"), ODD, "out += (l * inverse_total)[:, None] * mean", "out += 0 * mean"),
+    "V's weight left in the normalizer": (preset("kv-int8"), ODD, "counted *= inverse[None, :]", "counted *= 1.0"),
+}  # fmt: skip
+
+
+def agrees(s, shape, given) -> bool:
+    """What `test_attention_kernels` asks of every kernel, as one answer."""
+    operands = tq.quantize(*qkv(*shape), s, backend="triton")
+    out, lse = tq.attention(*operands, s, return_lse=True, backend="triton", **given)
+    features = features_of(*operands[:2], **given)
+    exact, exact_lse = oracle(*exact_operands(*operands), features)
+    largest, largest_lse = bounds(operands, s, features)
+    kept = exact_lse.isfinite()
+    emulated = tq.attention(*operands, s, backend="reference", **given)
+    if (out - emulated).abs().mean() > 1e-4 * operands[2].dequantize().abs().max():
+        return False
+    return bool(((out - exact).abs() <= largest).all()) and bool(((lse - exact_lse).abs() <= largest_lse)[kept].all())
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_seeded_fault_is_seen(name, monkeypatch):
+    s, (shape, given), old, new = MUTATIONS[name]
+    generate.load.cache_clear()
+    assert agrees(s, shape, given), "the kernel as it is"
+    render, found = generate.render, []
+
+    def mutated(plan):
+        text = render(plan)
+        found.append(old in text)
+        return text.replace(old, new)
+
+    monkeypatch.setattr(generate, "render", mutated)
+    generate.load.cache_clear()
+    linecache.clearcache()
+    seen = not agrees(s, shape, given)
+    generate.load.cache_clear()
+    assert all(found) and found, "the text to change is there"
+    assert seen
