@@ -1,5 +1,7 @@
 """What kernels take of an H100 and H200, read from machine code: a change that makes a main loop longer is seen here."""
 
+from importlib.metadata import version
+
 import pytest
 
 import tokquant as tq
@@ -8,10 +10,12 @@ from tokquant.kernels.resources import main_loop
 from tokquant.schemes import preset, preset_names
 
 # instructions a score in the loop over whole tiles; sm_90, head_dim 128, Triton 3.9
+TRITON = version("triton")
 BUDGETS = {"int8-fp16": 9.0, "int8-fp8": 9.0, "int8-fast": 11.1, "int8": 15.0, "fp8": 8.5, "int-flash": 14.0}
 
 
 @pytest.mark.compiled
+@pytest.mark.skipif(not TRITON.startswith("3.9."), reason="the budgets are those of Triton 3.9")
 @pytest.mark.parametrize("name", BUDGETS)
 def test_the_main_loop_keeps_its_budget(name):
     resources = tq.compile(name, head_dim=128, target="sm_90").resources
