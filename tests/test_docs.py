@@ -4,12 +4,15 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 
+import tokquant as tq
 from tokquant import cli
+from tokquant.activations import Activations, sample
 from tokquant.kernels import generate
 from tokquant.kernels.plan import Wanted, plan
 from tokquant.schemes import preset, preset_names
@@ -58,6 +61,18 @@ def test_the_readme_has_a_row_for_every_preset_with_its_bits():
         [row] = re.findall(rf"^\| \**`{name}`\** \|.*$", README, re.MULTILINE)
         bits = " / ".join(f"{b:.3f}".rstrip("0").rstrip(".") for b in preset(name).bits_per_value().values())
         assert bits in row, name
+
+
+def test_the_errors_of_the_readme_are_those_of_the_sample():
+    found = defaultdict(list)
+    names = [name for name in preset_names() if preset(name).k.scale == "dynamic"]
+    for q, k, v in Activations(sample()).values():
+        for result in tq.compare(q, k, v, names, repeats=1):
+            found[result.scheme.name].append(100 * result.errors.rel_l1)
+    for name, errors in found.items():
+        [row] = re.findall(rf"^\| \**`{name}`\** \|.*$", README, re.MULTILINE)
+        written = [float(text) for text in re.findall(r"([0-9.]+) %", row)]
+        assert written == pytest.approx([sum(errors) / len(errors), max(errors)], abs=0.02), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

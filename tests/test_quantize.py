@@ -80,7 +80,7 @@ def naive(x, words, kind):
             bits = INTEGERS[name][0]
             zeros[place] = stored(values.min(), kind)
             step = np.float32(values.max() - zeros[place]) / np.float32(2**bits - 1)
-            scales[place] = max(stored(step, kind, up=bits == 8) if step > 0 else 1, smallest)
+            scales[place] = max(stored(step, kind, up=bits == 8) if step > 0 else 0, smallest)
             codes[group] = np.rint((values - zeros[place]) / scales[place]).clip(0, 2**bits - 1)
             continue
         largest = INTEGERS[name][1] if name in INTEGERS else FLOATS[name][3]
@@ -172,11 +172,12 @@ def test_the_inputs_are_not_changed(made):
 
 @pytest.mark.parametrize("precision", FORMATS)
 @pytest.mark.parametrize("kind", SCALE_TYPES)
-def test_a_group_of_zeros_has_scale_one_and_codes_zero(precision, kind):
+def test_a_group_of_zeros_has_codes_zero_and_scale_one_or_the_smallest_where_it_has_a_zero(precision, kind):
     q, k, v = qkv(8)
     k[:, :, 3] = 0
     _, kq, _ = quantize(q, k, v, scheme(k=f"{precision} token scale={kind}"))
-    assert (kq.scale[:, :, 3].float() == 1).all()
+    expected = torch.finfo(SCALE_TYPES[kind]).smallest_normal if "asymmetric" in precision else 1
+    assert (kq.scale[:, :, 3].float() == expected).all()
     assert (kq.code_values()[:, :, 3] == 0).all()
     assert (kq.dequantize()[:, :, 3] == 0).all()
     assert (kq.scale[:, :, 2].float() != 1).all()
@@ -233,6 +234,26 @@ def test_a_group_that_spans_more_than_float32_is_an_error():
     k[0, 0, 2, :2] = torch.tensor([-3e38, 3e38])
     with pytest.raises(ValueError, match=r"k: values from -3e\+38 to 3e\+38 span more than float32 holds"):
         quantize(q, k, v, scheme(k="int8 token asymmetric"))
+
+
+@pytest.mark.parametrize("granularity", ["channel", "channel_block:64", "head", "block:64", "token"])
+@pytest.mark.parametrize("value", [0.0, 0.01, -30.0])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_an_asymmetric_group_of_one_value_is_that_value_in_the_output(precision, value, granularity):
+    q, k, v = qkv(20, 192, 32)
+    v[..., 0] = value
+    if granularity in ("head", "block:64", "token"):
+        v[:, :, :64] = value
+    made = scheme("int8", "int8", f"{precision} {granularity} asymmetric", "int8 row_block:64")
+    out = attention(q, k[:, :, :64], v[:, :, :64], made, backend="reference")
+    assert (out[..., 0] - value).abs().max() <= 1e-5 * abs(value) + 1e-6
+
+
+def test_a_value_beyond_fp16_after_balancing_is_an_error():
+    q, k, v = qkv(64, dtype=torch.float16)
+    k[0, 0, 0, 0] = 3000
+    with pytest.raises(ValueError, match=r"q: a value of .* does not fit fp16; use bfloat16 tensors, or leave out balance"):
+        quantize(300 * q, k, v, scheme("fp16", "int8", "fp16", "fp16", balance="rope_pairs"))
 
 
 def test_a_value_beyond_fp16_is_an_error_where_fp16_stores_it():

@@ -68,7 +68,8 @@ def attention(
         scheme: a QuantScheme, a preset's name, or the path of a YAML file.
         causal: query i sees keys up to i + N_k - N_q: the last query sees the last key.
         scale: of the scores; D**-0.5 where None.
-        mask: broadcastable to `[B, H_q, N_q, N_k]`: boolean, True where a pair attends, or floats that are added.
+        mask: broadcastable to `[B, H_q, N_q, N_k]`: boolean, True where a pair attends, or floats that are added, of which
+            those below -2.3e38 mask as -inf does.
         window: (left, right), keys from i + N_k - N_q - left to + right, inclusive; None leaves a side open.
         softcap: scores s become softcap * tanh(s / softcap), before mask.
         sinks: `[H_q]`, a logit a head that takes its part of the softmax and adds nothing to the output.

@@ -101,7 +101,8 @@ def _window(window: object) -> tuple[int | None, int | None]:
         raise ValueError(
             f"window: {quote(window)} is not (left, right); give whole numbers from 0, or None for an open side"
         ) from None
-    return left, right
+    # beyond any sequence is open as far as a kernel's 32-bit arithmetic is concerned
+    return left if left is None else min(left, 2**30), right if right is None else min(right, 2**30)
 
 
 def _finite(name: str, value: object) -> float:

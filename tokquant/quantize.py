@@ -136,8 +136,8 @@ def asymmetric_scale(lowest: Tensor, highest: Tensor, spec: Operand) -> tuple[Te
     if bool((span.isinf() & highest.isfinite()).any()):
         raise ValueError(f"{spec.role}: values from {lowest.min():.4g} to {highest.max():.4g} span more than float32 holds")
     step = _divided(span, spec.format.levels)
-    # a zero rounded up to the maximum, or past it, leaves one value to tell
-    return _rounded(torch.where(step <= 0, 1.0, step), spec), zero
+    # a group of one value, or a zero rounded past the maximum, takes the smallest scale: its codes then weigh nothing
+    return _rounded(torch.where(step < 0, 0.0, step), spec), zero
 
 
 def _divided(x: Tensor, divisor: float | None) -> Tensor:
@@ -187,11 +187,13 @@ def _check_holds(stored: Tensor, exact: Tensor, spec: Operand, what: str) -> Non
 def _as_float(x: Tensor, dtype: torch.dtype, spec: Operand) -> Tensor:
     """`x` in the 16-bit type that the caller's tensor already has; a float32 tensor takes the one its precision names."""
     precision = spec.format
-    if precision.bits == 16 and dtype != torch.float32:
-        return x.to(dtype)
-    stored = precision.encode(x)
+    own = precision.bits == 16 and dtype != torch.float32
+    stored = x.to(dtype) if own else precision.encode(x)
     if stored.dtype == torch.float16 and bool((stored.isinf() & x.isfinite()).any()):
-        raise ValueError(f"{spec.role}: a value of {x[x.isfinite()].abs().max():.4g} does not fit fp16; use precision: bf16")
+        raise ValueError(
+            f"{spec.role}: a value of {x[x.isfinite()].abs().max():.4g} does not fit fp16; use "
+            + ("bfloat16 tensors, or leave out balance and rotate" if own else "precision: bf16")
+        )
     return stored
 
 

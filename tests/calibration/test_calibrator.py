@@ -137,8 +137,11 @@ def test_a_static_offset_is_that_of_k_itself_whatever_is_done_to_it_afterwards(b
 
 
 def test_what_depends_on_an_offset_that_is_not_known_yet_is_refused():
-    with pytest.raises(tq.SchemeError, match="k: its scale and its offset cannot both be static under a balance"):
+    with pytest.raises(tq.SchemeError, match="k: its scale cannot be static beside a static offset of K under a balance"):
         tq.Calibrator(scheme(k=INT8 | {"granularity": "head", "scale": "static", "smooth": "static"}, balance="channel"))
+    with pytest.raises(tq.SchemeError, match="q: its scale cannot be static beside a static offset of K"):
+        q = INT8 | {"granularity": "head", "scale": "static"}
+        tq.Calibrator(scheme(q=q, k=INT8 | {"smooth": "static"}, balance="channel"))
     with pytest.raises(tq.SchemeError, match=r"q\.scale: K's dynamic scales per channel are multiplied into Q"):
         scheme(q=INT8 | {"granularity": "head", "scale": "static"}, k=INT8 | {"granularity": "channel"})
 

@@ -27,7 +27,8 @@ def test_the_peer_computes_the_same_attention(n_k):
 
     q, k, v = torch.randn(1, 4, 64, 32), torch.randn(1, 2, n_k, 32), torch.randn(1, 2, n_k, 32)
     mask = torch.rand(1, 4, 64, n_k) > 0.2
-    for features in (Features(scale=0.3), Features(scale=0.3, causal=True), Features(scale=0.3, mask=mask)):
+    both = [Features(scale=0.3, causal=True, mask=m) for m in (mask, torch.randn(1, 4, 64, n_k))]
+    for features in (Features(scale=0.3), Features(scale=0.3, causal=True), Features(scale=0.3, mask=mask), *both):
         assert torch.allclose(_sdpa(q, k, v, features)().double(), oracle(q, k, v, features)[0], atol=1e-5)
 
 

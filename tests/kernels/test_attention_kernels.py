@@ -139,6 +139,36 @@ def test_rows_with_nothing_to_attend_are_zero_with_lse_minus_infinity():
     assert bool(lse[:, :, 130:].isfinite().all())
 
 
+@pytest.mark.parametrize("name", ["int8", "int8-fp16", "fp8", "kv-int4", "none"])
+def test_a_masked_row_is_zero_whatever_v_holds(name):
+    q, k, v = qkv(20, 150, 32)
+    v[0, 0, 3, 5] = float("nan")
+    mask = torch.ones(20, 150, dtype=torch.bool)
+    mask[7] = False
+    out, lse = tq.attention(q, k, v, name, mask=mask, return_lse=True, backend="triton")
+    assert torch.equal(out[:, :, 7], torch.zeros(1, 2, 32)) and bool((lse[:, :, 7] == -torch.inf).all())
+
+
+@pytest.mark.parametrize("softcap", [0.5, 50.0, 1e5])
+def test_a_softcap_keeps_the_accuracy_of_float32(softcap):
+    q, k, v = qkv(20, 150, 32)
+    out = tq.attention(q, k, v, "none", softcap=softcap, backend="triton")
+    assert (out - tq.attention(q, k, v, "none", softcap=softcap, backend="reference")).abs().max() <= 2e-5
+
+
+def test_decoded_operands_are_of_the_tensors_own_type_also_beside_float32():
+    s = scheme("fp8_e4m3 channel", "fp32", "fp32", "fp32")
+    q, k, v = (30 * x.half() for x in qkv(20, 90, 32))
+    out, expected = (tq.attention(q, k / 30, v, s, backend=backend) for backend in ("triton", "reference"))
+    assert (out - expected).abs().max() <= 1e-3 * v.abs().max()
+
+
+def test_an_unsigned_p_on_a_decoded_v_is_refused():
+    q = torch.randn(1, 1, 64, 32)
+    with pytest.raises(tq.UnsupportedError, match="P of uint8 needs an integer V"):
+        tq.attention(q, q, q, scheme("int8", "int8", "int8 group:16", "uint8 row_block:64"), backend="triton")
+
+
 @pytest.mark.parametrize("name", ["int8", "int8-fast", "int-flash", "kv-int8", "int8-fp16"])
 def test_mass_on_half_of_the_keys_is_kept_within_the_step_of_p(name):
     s = preset(name).model_copy(update={"v": preset(name).v.model_copy(update={"smooth": "none"})})

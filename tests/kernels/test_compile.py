@@ -58,7 +58,7 @@ def test_fp8_on_sm_80_says_which_gpus_have_it():
         tq.compile("fp8", head_dim=64, target="sm_80")
 
 
-@pytest.mark.parametrize("target", ["sm80", "ampere", "sm_75", "sm_", 90, "sm_٩٠"])
+@pytest.mark.parametrize("target", ["sm80", "ampere", "sm_75", "sm_129", "sm_", 90, "sm_٩٠"])
 def test_a_target_that_is_none_is_named(target):
     with pytest.raises(ValueError, match="target: "):
         tq.compile("int8", head_dim=64, target=target)

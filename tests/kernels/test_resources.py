@@ -27,6 +27,12 @@ def test_the_main_loop_keeps_its_budget(name):
     assert (integer > 0) is name.startswith("int"), resources.tensor_core
 
 
+@pytest.mark.compiled
+def test_a_loop_without_tensor_cores_is_found_too():
+    resources = tq.compile("none", head_dim=64).resources
+    assert resources.tensor_core == {} and resources.loop["FFMA"] > 1000
+
+
 def test_the_main_loop_is_the_shortest_with_products_and_exponentials():
     def instruction(address, text):
         return f"        /*{address:04x}*/                   {text} ;"

@@ -32,9 +32,15 @@ class Calibrator:
                 f"scheme {self.scheme.name!r} has no static part to calibrate; "
                 "give an operand scale: static (per tensor, head or channel), or k smooth: static"
             )
-        if self.scheme.k.scale == self.scheme.k.smooth == "static" and self.scheme.balance != "none":
+        fixed = [role for role in "qk" if getattr(self.scheme, role).scale == "static"]
+        if fixed and self.scheme.k.smooth == "static" and self.scheme.balance != "none":
             raise SchemeError(
-                [("k", "its scale and its offset cannot both be static under a balance, which depends on the offset")]
+                [
+                    (
+                        fixed[0],
+                        "its scale cannot be static beside a static offset of K under a balance, which depends on that offset",
+                    )
+                ]
             )
         if isinstance(self.observer, Percentile):
             _check_percentile(self.scheme)
@@ -62,11 +68,11 @@ class Calibrator:
             shape, earlier = [x.shape[1], x.shape[3]], list(seen[role].low.shape)
             if shape != earlier:
                 raise ValueError(f"{name}.{role}: heads and channels {shape} are not {earlier}, as in earlier batches")
-        self.layers[name] = seen
-        self._types.setdefault(name, k.dtype)
         # a calibrated offset is known only at the end; it is linear, so it can be taken off the extremes then
         for role, x, frame in zip("qkv", (q, k, v), frames(q, k, v, without_static_offsets(self.scheme)), strict=True):
             seen[role].observe(x, frame.apply(x))
+        self.layers[name] = seen
+        self._types.setdefault(name, k.dtype)
 
     def merge(self, other: "Calibrator") -> None:
         """Add what another calibrator of the same scheme and observer saw, as if this one had seen it.

@@ -47,6 +47,8 @@ def compare(
     html: Annotated[Path | None, typer.Option("--html", help="Also write the table as a page.")] = None,
 ) -> None:
     """Compare schemes on activations: means over the layers of errors against float64, bits, and times beside torch's SDPA."""
+    if html is not None and not html.parent.is_dir():
+        raise ValueError(f"--html: there is no folder {html.parent}")
     layers = options.Layers(input, device)
     calibrated = [layers.scales(path) for path in scales or []]
     fixed: list[Scales | None] = [None] * len(schemes) if schemes else []

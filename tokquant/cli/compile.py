@@ -45,7 +45,7 @@ def compile(
         "blocks a multiprocessor": str(resources.blocks_per_multiprocessor),
         "instructions a score": f"{resources.instructions_per_score:.2f} in the loop over whole tiles",
         "tensor-core instructions": ", ".join(f"{count} {name}" for name, count in resources.tensor_core.items()),
-        **{name: words for name, words in kernel.plan.explain().items()},
+        **kernel.plan.explain(),
     }
     for name, value in rows.items():
         table.add_row(name, escape(value))

@@ -127,12 +127,14 @@ def _wait(device: torch.device) -> None:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Callable[[], Tensor]:
     """torch's attention with the same causality and mask. It has no window, softcap or sinks: there it runs without them."""
-    mask = features.mask
+    mask, causal = features.mask, features.causal
     n_q, n_k = q.shape[2], k.shape[2]
-    causal = features.causal and mask is None
-    if causal and n_q != n_k:
-        # is_causal is top-left aligned
-        mask = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
+    if causal and (n_q != n_k or mask is not None):
+        # is_causal is top-left aligned and excludes a mask
+        seen = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
+        mask = seen if mask is None else mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
     return lambda: torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=features.scale, enable_gqa=q.shape[1] != k.shape[1]
     )

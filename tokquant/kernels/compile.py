@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import torch
 
-from tokquant.errors import UnsupportedError, quote
+from tokquant.errors import UnsupportedError, nearest, quote
 from tokquant.kernels import generate, launch
 from tokquant.kernels.plan import FLOAT_NAMES, Config, Plan, Wanted, check_target, plan, takes_tokens_last
 from tokquant.kernels.resources import Resources, measure
 from tokquant.kernels.triton.operands import Features, Operand, Rows
 from tokquant.schemes import QuantScheme, resolve
-from tokquant.schemes.placement import place
+from tokquant.schemes.placement import lowers_logits, place
 from tokquant.transforms import sixteen_bit
 
 POINTERS = {
@@ -24,6 +24,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
 }
+TARGETS = {f"sm_{capability}": capability for capability in (80, 86, 89, 90, 100, 120)}
 SCALE_POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "fp8_e4m3": "*fp8e4nv"}
 
 
@@ -96,6 +97,10 @@ def compile(
         raise TypeError(f"dtype: {dtype} is not supported; use torch.float16, torch.bfloat16 or torch.float32")
     if type(head_dim) is not int or head_dim < 1:
         raise ValueError(f"head_dim: {quote(head_dim)} is not a whole number from 1")
+    if type(shared_heads) is not int or shared_heads < 1:
+        raise ValueError(f"shared_heads: {quote(shared_heads)} is not a whole number from 1")
+    if mask not in ("none", "boolean", "additive"):
+        raise ValueError(f"mask: {quote(mask)} is none; use none, boolean or additive")
     wanted = Wanted(left=window, right=causal or window, mask=mask, softcap=softcap, sinks=sinks, lse=return_lse)
     made = plan(
         scheme,
@@ -110,10 +115,9 @@ def compile(
 
 
 def _capability(target: str) -> int:
-    number = target.removeprefix("sm_") if isinstance(target, str) else ""
-    if not (number.isascii() and number.isdecimal() and 80 <= int(number) <= 129):
-        raise ValueError(f"target: {quote(target)} is none; use sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120")
-    return int(number)
+    if target not in TARGETS:
+        raise ValueError(f"target: {quote(target)} is none; use one of {', '.join(TARGETS)}{nearest(target, TARGETS)}")
+    return TARGETS[target]
 
 
 def _compile(kernel: Kernel) -> Any:
@@ -168,7 +172,6 @@ def _signature(kernel: Kernel, role: str) -> Operand:
     scale = SCALE_POINTERS[operand.scale_dtype] if operand.scaled else None
     constants = dict(kernel.plan.constants)
     offset = sixteen_bit(kernel.dtype) if operand.smooth != "none" and role != "k" else None
-    lowered = kernel.scheme.k.smooth != "none" or (place(kernel.scheme.k) == "q" and not kernel.scheme.k.symmetric)
     return Operand(
         codes=POINTERS[kernel.dtype if own else operand.format.stored],
         batch="i64",
@@ -183,6 +186,6 @@ def _signature(kernel: Kernel, role: str) -> Operand:
         code_sum="*fp32" if role == "q" and constants["K_ZERO"] == "True" else None,
         correction="*fp32" if role == "v" and constants["UNSIGNED_P"] == "True" else None,
         log2_weight="*fp32" if at == "p" else None,
-        logit_offset="*fp32" if role == "q" and lowered else None,
+        logit_offset="*fp32" if role == "q" and lowers_logits(kernel.scheme) else None,
         companion=POINTERS[kernel.dtype] if role == "k" and kernel.scheme.q.smooth == "block_mean" else None,
     )

@@ -11,7 +11,7 @@ from tokquant import precisions
 from tokquant.errors import UnsupportedError
 from tokquant.kernels.triton import fragments
 from tokquant.schemes import Operand, QuantScheme
-from tokquant.schemes.placement import Place, needs_code_sums, place
+from tokquant.schemes.placement import Place, lowers_logits, needs_code_sums, place
 
 TRITON_TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
 FLOAT_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -68,7 +68,9 @@ class Plan:
             "P V": UNITS.get(v, f"{v.removeprefix('tl.')} tensor cores"),
         }
         words |= {f"scale of {role}": f"{PLACES[at][0]}: {PLACES[at][1]}" for role, at in self.places}
-        if dict(self.holes)["row_reference"] is fragments.tile_maximum:
+        if dict(self.constants)["LOG2_LARGEST"] == "0.0":
+            words["scale of p"] = "none: the values are rounded to its type"
+        elif dict(self.holes)["row_reference"] is fragments.tile_maximum:
             words["scale of p"] = f"the row's maximum in each tile of {self.config.block_n} keys"
         else:
             words["scale of p"] = "the row's running maximum"
@@ -110,13 +112,14 @@ def plan(
     q, k, v, p = scheme.q, scheme.k, scheme.v, scheme.p.format
     at = {role: place(getattr(scheme, role)) for role in "qkv"}
     padded = max(32, 1 << (head_dim - 1).bit_length())
-    lowered = k.smooth != "none" or (at["k"] == "q" and not k.symmetric)
+    lowered = lowers_logits(scheme)
     natural = wanted.softcap or wanted.mask == "additive"
     constants: dict[str, Any] = {
         "D": head_dim,
         "D_TILE": padded,
         "PADDED": padded > head_dim,
         "SHARED_HEADS": shared_heads,
+        "OWN_TYPE": TRITON_TYPES[dtype],
         "LOG2_LARGEST": _log2(p.largest),
         "LOGIT_BASE": 1.0 if natural else math.log2(math.e),
         "FIRST_PHASE": 0 if wanted.left else 1,
@@ -146,11 +149,6 @@ def plan(
         "ADDITIVE_MASK": wanted.mask == "additive",
         "BOOLEAN_MASK": wanted.mask == "boolean",
         "NATURAL": natural,
-        "JOINED": natural
-        or wanted.mask == "boolean"
-        or q.smooth == "block_mean"
-        or at["v"] == "p"
-        or (at["k"] == "scores" and not k.symmetric),
         "SINKS": wanted.sinks,
         "WITH_LSE": wanted.lse,
     }
@@ -168,6 +166,8 @@ def plan(
             f"{role.upper()}_DECODED": at[role] == "operand",
         }
     constants["P_TYPE"] = types["p"]
+    constants["JOINED"] = natural or any(constants[name] for name in ("BOOLEAN_MASK", "BLOCK_MEANS", "V_PER_TOKEN", "K_ZERO"))
+    del constants["Q_HALF"], constants["V_SCALED"]
     encoder = _p_format(scheme, dtype)
     holes = {
         "decode_q": q.format.triton_decode,
@@ -237,13 +237,13 @@ def _refuse(scheme: QuantScheme, head_dim: int) -> None:
 def _product_types(scheme: QuantScheme, roles: str, dtype: torch.dtype) -> dict[str, str]:
     """What two operands are multiplied as: integers, fp8, float32, or else a 16-bit type."""
     first, second = (getattr(scheme, role).format for role in roles)
-    if any(role != "p" and place(getattr(scheme, role)) == "operand" for role in roles):
-        # decoded values are of the input's own type
-        return dict.fromkeys(roles, TRITON_TYPES[dtype] if "fp32" not in (first.name, second.name) else "tl.float32")
     if roles == "pv" and first.code_zero and not needs_code_sums(scheme):
         raise UnsupportedError(
             f"scheme {scheme.name!r}: P of {first.name} needs an integer V in a kernel; use p: int8, or backend='reference'"
         )
+    if any(role != "p" and place(getattr(scheme, role)) == "operand" for role in roles):
+        # decoded values are of the input's own type
+        return dict.fromkeys(roles, TRITON_TYPES[dtype] if "fp32" not in (first.name, second.name) else "tl.float32")
     if "fp32" in (first.name, second.name):
         return dict.fromkeys(roles, "tl.float32")
     if first.compute == second.compute == "tl.int8":

@@ -9,9 +9,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokquant.errors import UnsupportedError
+
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
-LIMITS = {80: (65536, 166912, 64), 86: (65536, 102400, 48), 89: (65536, 102400, 48), 90: (65536, 233472, 64)}
-"""Registers, shared memory and warps of a multiprocessor; newer ones have what sm_90 has."""
+SMALL, LARGE = (65536, 102400, 48), (65536, 233472, 64)
+LIMITS = {80: (65536, 167936, 64), 86: SMALL, 89: SMALL, 90: LARGE, 100: LARGE, 120: SMALL}
+"""Registers, shared memory and warps of a multiprocessor, by compute capability."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,18 @@ class Resources:
 
 
 def measure(cubin: bytes, shared_bytes: int, *, block_m: int, block_n: int, num_warps: int, capability: int) -> Resources:
-    """Read a cubin. Raises RuntimeError if it has no loop over key tiles."""
+    """Read a cubin. Raises UnsupportedError if no loop over key tiles is found."""
     usage, sass = _dump(cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     registers, stack = int(found[1]), int(found[2])
     body = main_loop(sass)
     if not body:
-        raise RuntimeError("the machine code has no loop with tensor-core instructions and exponentials")
+        raise UnsupportedError("the machine code has no loop with products and exponentials that could be counted")
     loop = Counter(name.split(".")[0] for _, name, _ in body)
     tensor_core = Counter(name for _, name, _ in body if re.match(r"[IQH]?G?MMA|UTC\w*MMA", name))
     threads = 32 * num_warps
-    file, shared, warps = LIMITS.get(capability, LIMITS[90])
+    file, shared, warps = LIMITS[capability]
     # registers are given out eight a thread at a time; a block takes 1 KB of shared memory for itself
     fits = (file // (-(-registers // 8) * 8 * threads), shared // (shared_bytes + 1024), warps // num_warps)
     return Resources(
@@ -59,7 +62,7 @@ def measure(cubin: bytes, shared_bytes: int, *, block_m: int, block_n: int, num_
 
 
 def main_loop(sass: str) -> list[tuple[int, str, str]]:
-    """The loop over whole key tiles: the shortest that holds tensor-core instructions and exponentials."""
+    """The loop over whole key tiles: the shortest with exponentials and products, of tensor cores or of float32."""
     instructions = [(int(m[1], 16), m[2], m[3].strip()) for m in INSTRUCTION.finditer(sass)]
     bodies = []
     for address, name, operands in instructions:
@@ -68,7 +71,8 @@ def main_loop(sass: str) -> list[tuple[int, str, str]]:
             continue
         body = [i for i in instructions if int(target[-1], 16) <= i[0] <= address]
         exponentials = sum(i[1].startswith("MUFU.EX2") for i in body)
-        if exponentials >= 8 and any("MMA" in i[1] for i in body):
+        products = any("MMA" in i[1] for i in body) or sum(i[1].startswith("FFMA") for i in body) > 16 * exponentials
+        if exponentials >= 8 and products:
             bodies.append(body)
     return min(bodies, key=len, default=[])
 

@@ -30,6 +30,11 @@ def place(operand: Operand) -> Place:
     return "operand" if kind in ("channel", "channel_block") else "scores"
 
 
+def lowers_logits(scheme: QuantScheme) -> bool:
+    """Whether K lacks an offset c, so that softcap, sinks and LSE need q . c back."""
+    return scheme.k.smooth != "none" or (place(scheme.k) == "q" and not scheme.k.symmetric)
+
+
 def needs_code_sums(scheme: QuantScheme) -> bool:
     """Whether V carries the sums of its codes: an unsigned P on a signed unit needs them."""
     integers = scheme.v.format.compute == "tl.int8" and place(scheme.v) != "operand"

@@ -42,6 +42,7 @@ LOGIT_BASE = tl.constexpr(1.4426950408889634)  # log2(e), or 1 where something h
 FIRST_PHASE = tl.constexpr(1)  # 0 where whole tiles come after others
 Q_SCALED = tl.constexpr(True)
 K_SCALED = tl.constexpr(True)
+OWN_TYPE = tl.constexpr(tl.float16)  # the tensors' own, which decoded values are rounded to
 Q_DECODED = tl.constexpr(False)  # the scale varies along what the product contracts
 K_DECODED = tl.constexpr(False)
 V_DECODED = tl.constexpr(False)
@@ -99,7 +100,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
     if Q_DECODED:
         q_scale_at = Q.scale + batch * Q.scale_batch + head * Q.scale_head
         q_scale_at += (i // Q_GROUP)[:, None] * Q.scale_row + (column // Q_CHANNELS)[None, :]
-        q = q.to(tl.float32) * load_tile(q_scale_at, here, held, True).to(tl.float32)
+        q = (q.to(tl.float32) * load_tile(q_scale_at, here, held, True).to(tl.float32)).to(OWN_TYPE)
     if PADDED:
         q = tl.where(held[None, :], q, 0.0)
     q = q.to(Q_TYPE)
@@ -161,6 +162,8 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 k_tile = K.zero + batch * K.scale_batch + kv_head * K.scale_head
                 k_tile += (j // K_GROUP)[:, None] * K.scale_row + (column // K_CHANNELS)[None, :]
                 k += load_tile(k_tile, inside, held, True).to(tl.float32)
+            if K_DECODED:
+                k = k.to(OWN_TYPE)
             s = product_k(q, tl.trans(k.to(K_TYPE)))
             s, c = scale_scores(s, q_scale, k_scale_at, K.scale_row, start, j, n_k, K_GROUP, phase != 1)
             if JOINED:
@@ -232,6 +235,8 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 v_tile = V.zero + batch * V.scale_batch + kv_head * V.scale_head
                 v_tile += (j // V_GROUP)[:, None] * V.scale_row + (column // V_CHANNELS)[None, :]
                 v += load_tile(v_tile, inside, held, True).to(tl.float32)
+            if V_DECODED:
+                v = v.to(OWN_TYPE)
             if CLEAR_TAIL:
                 # an unsigned code beyond n_k is not zero now, so V must be, which packed zero bits are not
                 v = tl.where(inside[:, None], v, 0)
@@ -277,6 +282,8 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
     if V_MEAN:
         mean = tl.load(V.offset + kv * D + column, mask=held, other=0.0).to(tl.float32)
         out += (l * inverse_total)[:, None] * mean[None, :]
+    # a row that attends to nothing, whatever its tiles hold
+    out = tl.where((l == 0.0)[:, None], 0.0, out)
     out_at = Out.data + batch * Out.batch + head * Out.head + i.to(tl.int64)[:, None] * Out.row + column[None, :]
     tl.store(out_at, out.to(Out.data.dtype.element_ty), mask=here[:, None] & held[None, :])
     if WITH_LSE:
