@@ -60,7 +60,7 @@ def test_run_takes_a_file_with_gqa_and_causality(tokquant, activations):
 
 def test_run_prints_a_table(tokquant):
     code, out, err = tokquant("run", "--repeats", 1)
-    assert code == 0 and "int8 on sample.safetensors, backend reference" in out and "layers.5" in out and err == ""
+    assert code == 0 and "int8 on sample.safetensors, head_dim 32, backend reference" in out and "layers.5" in out and err == ""
 
 
 def test_run_takes_a_scheme_from_yaml(tokquant, tmp_path):

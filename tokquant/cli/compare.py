@@ -67,7 +67,7 @@ def compare(
         for place, result in enumerate(compared):
             results[place].append(result)
     rows = [{"scheme": scheme.name, **_summary(each)} for scheme, each in zip(chosen, results, strict=True)]
-    table = _table(rows, f"{layers.name}: {len(layers.file)} layers, backend {rows[0]['backend']}")
+    table = _table(rows, f"{layers.name}: {len(layers.file)} layers of head_dim {q.shape[3]}, backend {rows[0]['backend']}")
     if html is not None:
         page = Console(record=True, width=160, file=io.StringIO())
         page.print(table)
@@ -102,7 +102,8 @@ def _summary(results: list[Comparison]) -> dict:
 
 def _table(rows: list[dict], title: str) -> Table:
     table = Table(
-        title=escape(title), caption="rel. L1 and RMSE against float64; ms are means over layers of interleaved medians"
+        title=escape(title),
+        caption="errors against float64; bits as stored, at this head_dim; ms are means over layers of interleaved medians",
     )
     table.add_column("scheme")
     for heading in COLUMNS.values():
