@@ -167,7 +167,6 @@ def plan(
         }
     constants["P_TYPE"] = types["p"]
     constants["JOINED"] = natural or any(constants[name] for name in ("BOOLEAN_MASK", "BLOCK_MEANS", "V_PER_TOKEN", "K_ZERO"))
-    del constants["Q_HALF"], constants["V_SCALED"]
     encoder = _p_format(scheme, dtype)
     holes = {
         "decode_q": q.format.triton_decode,
