@@ -99,8 +99,7 @@ def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | N
         raise SchemeError([(f"{spec.role}.granularity", str(error))]) from None
     if spec.scale == "static":
         assert scales is not None
-        scale, zero = scales.scale(spec, x.shape).to(x.device), scales.zero(spec, x.shape)
-        zero = None if zero is None else zero.to(x.device)
+        scale, zero = scales.scale(spec, x), scales.zero(spec, x)
     else:
         scale, zero = scale_of(x, spec)
     s = spread(scale, spec.granularity, n, d).float()

@@ -34,14 +34,8 @@ class Calibrator:
             )
         fixed = [role for role in "qk" if getattr(self.scheme, role).scale == "static"]
         if fixed and self.scheme.k.smooth == "static" and self.scheme.balance != "none":
-            raise SchemeError(
-                [
-                    (
-                        fixed[0],
-                        "its scale cannot be static beside a static offset of K under a balance, which depends on that offset",
-                    )
-                ]
-            )
+            text = "its scale cannot be static beside a static offset of K under a balance, which depends on that offset"
+            raise SchemeError([(fixed[0], text)])
         if isinstance(self.observer, Percentile):
             _check_percentile(self.scheme)
         self.layers: dict[str, dict[str, Statistics]] = {}

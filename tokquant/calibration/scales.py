@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tokquant.errors import ScalesError, nearest
@@ -33,7 +32,11 @@ class LayerScales:
     layer: str
     tensors: Mapping[str, Tensor]
     scheme: QuantScheme | None = None
-    """The scheme they were checked against."""
+    """The scheme they are checked against when they are made."""
+
+    def __post_init__(self):
+        if self.scheme is not None:
+            self.check(self.scheme)
 
     def check(self, scheme: QuantScheme) -> None:
         """Raise ScalesError unless these are just what `scheme` needs: finite, and scales above zero."""
@@ -61,30 +64,31 @@ class LayerScales:
             if name.endswith("_scale") and not bool((value.float() > 0).all()):
                 raise ScalesError(f"{self.layer}.{name}: holds a scale that is not above zero")
 
-    def scale(self, spec: Operand, shape: torch.Size) -> Tensor:
-        """The scale of an operand `[B, H, N, D]`, with a batch dimension."""
-        value = self._fitted(f"{spec.role}_scale", spec.granularity.scale_shape(tuple(shape)), shape)
+    def scale(self, spec: Operand, x: Tensor) -> Tensor:
+        """The scale of an operand `[B, H, N, D]`, with a batch dimension, where the operand is."""
+        value = self._fitted(f"{spec.role}_scale", spec.granularity.scale_shape(tuple(x.shape)), x)
         return value.to(SCALE_TYPES[spec.scale_dtype])
 
-    def zero(self, spec: Operand, shape: torch.Size) -> Tensor | None:
+    def zero(self, spec: Operand, x: Tensor) -> Tensor | None:
         """Its zero, or None where it is symmetric."""
         if spec.symmetric:
             return None
-        value = self._fitted(f"{spec.role}_zero", spec.granularity.scale_shape(tuple(shape)), shape)
+        value = self._fitted(f"{spec.role}_zero", spec.granularity.scale_shape(tuple(x.shape)), x)
         return value.to(SCALE_TYPES[spec.scale_dtype])
 
     def offset(self, spec: Operand, x: Tensor) -> Tensor:
         """Its offset `[B, H, 1, D]`."""
         b, h, _, d = x.shape
-        return self._fitted(f"{spec.role}_offset", (b, h, 1, d), x.shape).to(x.device)
+        return self._fitted(f"{spec.role}_offset", (b, h, 1, d), x)
 
-    def _fitted(self, name: str, shape: tuple[int, ...], of: torch.Size) -> Tensor:
+    def _fitted(self, name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
         value = self.tensors[name]
         if tuple(value.shape) != shape[1:]:
             raise ScalesError(
-                f"{self.layer}.{name}: shape {list(value.shape)} does not fit {name[0]} {list(of)}; it takes {list(shape[1:])}"
+                f"{self.layer}.{name}: shape {list(value.shape)} does not fit {name[0]} {list(x.shape)}; "
+                f"it takes {list(shape[1:])}"
             )
-        return value.expand(shape)
+        return value.to(x.device).expand(shape)
 
 
 def _free(name: str, spec: Operand) -> tuple[bool, bool, bool]:
@@ -109,8 +113,6 @@ class Scales(Mapping[str, LayerScales]):
         self._layers = {name: LayerScales(name, dict(tensors), scheme) for name, tensors in layers.items()}
         if not self._layers:
             raise ScalesError("there are no layers; observe at least one")
-        for layer in self._layers.values():
-            layer.check(scheme)
 
     def __getitem__(self, name: str) -> LayerScales:
         if name not in self._layers:

@@ -162,8 +162,7 @@ def _compile(kernel: Kernel) -> Any:
         constexprs[(len(signature),)] = number
         signature[name] = "constexpr"
     source = ASTSource(fn=generate.load(kernel.plan), signature=signature, constexprs=constexprs, attrs=attributes)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", _capability(kernel.target), 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", _capability(kernel.target), 32), options=config.options())
 
 
 def _signature(kernel: Kernel, role: str) -> Operand:

@@ -108,8 +108,7 @@ def prepare(
             config.block_m,
             config.block_n,
         ),
-        # whether a multiplication and an addition contract must not depend on Triton's default, which is about to change
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True},
+        options=config.options(),
         out=out,
         lse=lse,
     )

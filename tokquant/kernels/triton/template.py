@@ -155,14 +155,11 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
             k_at = k_codes + tl.cast(start, tl.int64) * K.row + (j - start)[:, None] * K.row + k_column[None, :]
             k = decode_k(load_tile(k_at, inside, k_column * K_PACKED < D, phase != 1 or PADDED)).to(K_VIA)
             if K_DECODED:
-                k_tile = K.scale + batch * K.scale_batch + kv_head * K.scale_head
-                k_tile += (j // K_GROUP)[:, None] * K.scale_row + (column // K_CHANNELS)[None, :]
-                k = (k.to(tl.float32) + K_HALF) * load_tile(k_tile, inside, held, True).to(tl.float32)
-            if K_ZERO_DECODED:
-                k_tile = K.zero + batch * K.scale_batch + kv_head * K.scale_head
-                k_tile += (j // K_GROUP)[:, None] * K.scale_row + (column // K_CHANNELS)[None, :]
-                k += load_tile(k_tile, inside, held, True).to(tl.float32)
-            if K_DECODED:
+                at = batch * K.scale_batch + kv_head * K.scale_head
+                at += (j // K_GROUP)[:, None] * K.scale_row + (column // K_CHANNELS)[None, :]
+                k = (k.to(tl.float32) + K_HALF) * load_tile(K.scale + at, inside, held, True).to(tl.float32)
+                if K_ZERO_DECODED:
+                    k += load_tile(K.zero + at, inside, held, True).to(tl.float32)
                 k = k.to(OWN_TYPE)
             s = product_k(q, tl.trans(k.to(K_TYPE)))
             s, c = scale_scores(s, q_scale, k_scale_at, K.scale_row, start, j, n_k, K_GROUP, phase != 1)
@@ -228,14 +225,11 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
             v_at = address_v(v_codes, start, j - start, v_column, V.row)
             v = decode_v(load_tile(v_at, j < n_v, v_column * V_PACKED < D, phase != 1 or PADDED)).to(V_VIA)
             if V_DECODED:
-                v_tile = V.scale + batch * V.scale_batch + kv_head * V.scale_head
-                v_tile += (j // V_GROUP)[:, None] * V.scale_row + (column // V_CHANNELS)[None, :]
-                v = (v.to(tl.float32) + V_HALF) * load_tile(v_tile, inside, held, True).to(tl.float32)
-            if V_ZERO_DECODED:
-                v_tile = V.zero + batch * V.scale_batch + kv_head * V.scale_head
-                v_tile += (j // V_GROUP)[:, None] * V.scale_row + (column // V_CHANNELS)[None, :]
-                v += load_tile(v_tile, inside, held, True).to(tl.float32)
-            if V_DECODED:
+                at = batch * V.scale_batch + kv_head * V.scale_head
+                at += (j // V_GROUP)[:, None] * V.scale_row + (column // V_CHANNELS)[None, :]
+                v = (v.to(tl.float32) + V_HALF) * load_tile(V.scale + at, inside, held, True).to(tl.float32)
+                if V_ZERO_DECODED:
+                    v += load_tile(V.zero + at, inside, held, True).to(tl.float32)
                 v = v.to(OWN_TYPE)
             if CLEAR_TAIL:
                 # an unsigned code beyond n_k is not zero now, so V must be, which packed zero bits are not
