@@ -11,7 +11,7 @@ LAYERS = [
     ("errors", "files"),
     ("precisions",),
     ("schemes",),
-    ("transforms",),
+    ("transforms", "bias"),
     ("tensor",),
     ("calibration.scales",),
     ("quantize", "reference", "metrics", "activations"),

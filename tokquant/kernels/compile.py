@@ -78,6 +78,8 @@ def compile(
     softcap: bool = False,
     sinks: bool = False,
     return_lse: bool = False,
+    bias: Literal["none", "alibi", "key_vector", "lowrank", "dense"] = "none",
+    bias_rank: int = 16,
     shared_heads: int = 1,
     dtype: torch.dtype = torch.float16,
     target: str = "sm_90",
@@ -86,6 +88,7 @@ def compile(
 
     Args:
         causal, window, mask, softcap, sinks, return_lse: the features it is to have.
+        bias: its kind; factors of low rank have `bias_rank` columns of 16 bits.
         shared_heads: heads of Q to one of K and V.
         dtype: of the tensors.
 
@@ -101,7 +104,20 @@ def compile(
         raise ValueError(f"shared_heads: {quote(shared_heads)} is not a whole number from 1")
     if mask not in ("none", "boolean", "additive"):
         raise ValueError(f"mask: {quote(mask)} is none; use none, boolean or additive")
-    wanted = Wanted(left=window, right=causal or window, mask=mask, softcap=softcap, sinks=sinks, lse=return_lse)
+    if bias not in ("none", "alibi", "key_vector", "lowrank", "dense"):
+        raise ValueError(f"bias: {quote(bias)} is none; use none, alibi, key_vector, lowrank or dense")
+    if type(bias_rank) is not int or bias_rank < 1:
+        raise ValueError(f"bias_rank: {quote(bias_rank)} is not a whole number from 1")
+    wanted = Wanted(
+        left=window,
+        right=causal or window,
+        mask=mask,
+        softcap=softcap,
+        sinks=sinks,
+        lse=return_lse,
+        bias="past_alibi" if bias == "alibi" and causal else bias,
+        bias_rank=bias_rank,
+    )
     made = plan(
         scheme,
         head_dim=head_dim,
@@ -139,6 +155,7 @@ def _compile(kernel: Kernel) -> Any:
             "*fp32" if wanted.sinks else None,
             mask,
             *strides,
+            **_bias(kernel),
         ),
         "scale": "fp32",
         "n_q": "i32",
@@ -163,6 +180,24 @@ def _compile(kernel: Kernel) -> Any:
         signature[name] = "constexpr"
     source = ASTSource(fn=generate.load(kernel.plan), signature=signature, constexprs=constexprs, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", _capability(kernel.target), 32), options=config.options())
+
+
+def _bias(kernel: Kernel) -> dict[str, str]:
+    strides = {f"bias_{dimension}": "i64" for dimension in ("batch", "head", "row", "column")}
+    match kernel.wanted.bias:
+        case "none":
+            return {}
+        case "alibi" | "past_alibi":
+            return {"bias": "*fp32"}
+        case "key_vector":
+            return {"bias": "*fp32", "bias_batch": "i64", "bias_head": "i64"}
+        case "lowrank":
+            factors = POINTERS[sixteen_bit(kernel.dtype)]
+            k_factors = {f"k_factors_{dimension}": "i64" for dimension in ("batch", "head", "row")}
+            return {**strides, "bias_column": None, "bias": factors, "k_factors": factors, **k_factors}
+        case "dense":
+            return {"bias": "*fp32", **strides}
+    raise AssertionError(kernel.wanted.bias)
 
 
 def _signature(kernel: Kernel, role: str) -> Operand:

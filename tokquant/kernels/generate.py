@@ -35,7 +35,7 @@ def render(plan: Plan) -> str:
     constants = dict(plan.constants)
     body = _living(_source(template.attention, plan.name), constants)
     pieces = [inspect.getsource(piece) for piece in (operands.Operand, operands.Rows, operands.Features)]
-    for part in (parts.load_tile, parts.tanh, parts.hadamard):
+    for part in (parts.load_tile, parts.load_row, parts.load_pairs, parts.tanh, parts.hadamard):
         name = _function(part).__name__
         if re.search(rf"\b{name}\(", body):
             pieces.append(f"# {parts.__name__}\n{_source(part, name)}")

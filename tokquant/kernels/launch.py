@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokquant.bias import Alibi, Bias, Dense, KeyVector, LowRank
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import generate
 from tokquant.kernels.plan import Plan, Wanted, check_target, plan, takes_tokens_last
@@ -127,6 +128,7 @@ def asked(features: Features, return_lse: bool) -> tuple[Wanted, Arguments]:
     if mask is not None:
         kind = "boolean" if mask.dtype == torch.bool else "additive"
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    bias = features.bias
     wanted = Wanted(
         left=left is not None,
         right=right is not None,
@@ -134,10 +136,35 @@ def asked(features: Features, return_lse: bool) -> tuple[Wanted, Arguments]:
         softcap=features.softcap is not None,
         sinks=features.sinks is not None,
         lse=return_lse,
+        bias="none" if bias is None else "past_alibi" if bias.kind == "alibi" and right == 0 else bias.kind,
+        bias_rank=bias.rank if isinstance(bias, LowRank) else 16,
     )
     sinks = None if features.sinks is None else features.sinks.contiguous()
     strides = (None,) * 4 if mask is None else mask.stride()
-    return wanted, Arguments(left, right, features.softcap, sinks, mask, *strides)
+    return wanted, Arguments(left, right, features.softcap, sinks, mask, *strides, **_bias(bias))
+
+
+def _bias(bias: Bias | None) -> dict[str, Any]:
+    """The fields of a kernel's features that hold the bias."""
+    match bias:
+        case Alibi():
+            return {"bias": bias.slopes.contiguous()}
+        case KeyVector():
+            values = _rows(bias.values)
+            return {"bias": values, "bias_batch": values.stride(0), "bias_head": values.stride(1)}
+        case LowRank():
+            q, k = _rows(bias.q_factors), _rows(bias.k_factors)
+            if interpreted() and q.dtype == torch.bfloat16:
+                q, k = q.float(), k.float()  # the interpreter multiplies bf16 wrongly
+            names = ("bias", "k_factors")
+            kept = dict(zip(names, (q, k), strict=True))
+            for name, x in zip(names, (q, k), strict=True):
+                kept |= {f"{name}_{dimension}": x.stride(place) for place, dimension in enumerate(("batch", "head", "row"))}
+            return kept
+        case Dense():
+            names = ("bias_batch", "bias_head", "bias_row", "bias_column")
+            return {"bias": bias.values, **dict(zip(names, bias.values.stride(), strict=True))}
+    return {}
 
 
 def operand(x: QuantizedTensor) -> Operand:

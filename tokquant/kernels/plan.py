@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from tokquant import precisions
+from tokquant.bias import block_of
 from tokquant.errors import UnsupportedError
 from tokquant.kernels.triton import fragments
 from tokquant.schemes import Operand, QuantScheme
@@ -98,6 +99,10 @@ class Wanted:
     softcap: bool = False
     sinks: bool = False
     lse: bool = False
+    bias: Literal["none", "alibi", "past_alibi", "key_vector", "lowrank", "dense"] = "none"
+    """`past_alibi` where no query sees a key after its own place."""
+    bias_rank: int = 16
+    """Columns of low-rank factors."""
 
 
 @lru_cache(maxsize=256)
@@ -112,7 +117,7 @@ def plan(
     interpreted: bool = False,
 ) -> Plan:
     """The plan of an attention kernel for tensors of `dtype`. Raises UnsupportedError for what no Triton kernel can do."""
-    _refuse(scheme, head_dim)
+    _refuse(scheme, head_dim, wanted)
     types = {**_product_types(scheme, "qk", dtype), **_product_types(scheme, "pv", dtype)}
     q, k, v, p = scheme.q, scheme.k, scheme.v, scheme.p.format
     at = {role: place(getattr(scheme, role)) for role in "qkv"}
@@ -153,6 +158,15 @@ def plan(
         "LOWERED_LOGITS": lowered and not wanted.softcap and (wanted.lse or wanted.sinks),
         "ADDITIVE_MASK": wanted.mask == "additive",
         "BOOLEAN_MASK": wanted.mask == "boolean",
+        "ALIBI": "alibi" in wanted.bias,
+        "ALIBI_BOTH": wanted.bias == "alibi",
+        "ALIBI_PAST": wanted.bias == "past_alibi",
+        "KEY_VECTOR": wanted.bias == "key_vector",
+        "LOWRANK": wanted.bias == "lowrank",
+        "RANK": wanted.bias_rank,
+        "RANK_TILE": block_of(wanted.bias_rank),
+        "RANK_PADDED": block_of(wanted.bias_rank) > wanted.bias_rank,
+        "DENSE_BIAS": wanted.bias == "dense",
         "NATURAL": natural,
         "SINKS": wanted.sinks,
         "WITH_LSE": wanted.lse,
@@ -171,7 +185,8 @@ def plan(
             f"{role.upper()}_DECODED": at[role] == "operand",
         }
     constants["P_TYPE"] = types["p"]
-    constants["JOINED"] = natural or any(constants[name] for name in ("BOOLEAN_MASK", "BLOCK_MEANS", "V_PER_TOKEN", "K_ZERO"))
+    added = natural or wanted.bias != "none"
+    constants["JOINED"] = added or any(constants[name] for name in ("BOOLEAN_MASK", "BLOCK_MEANS", "V_PER_TOKEN", "K_ZERO"))
     encoder = _p_format(scheme, dtype)
     holes = {
         "decode_q": q.format.triton_decode,
@@ -209,7 +224,7 @@ def _config(scheme: QuantScheme, head_dim: int, wide: bool, wanted: Wanted) -> C
         # float32 tiles fill shared memory; where P has no scale, a smaller tile changes nothing
         block_n = 32 if scheme.p.format.largest is None and not scheme.p.granularity.size else scheme.key_tile
         return Config(block_m=32, block_n=block_n, num_warps=4, num_stages=2 if head_dim <= 64 else 1)
-    if wanted.mask != "none":
+    if wanted.mask != "none" or wanted.bias == "dense":
         # a tile of mask has as many pointers as scores
         return Config(block_m=64, block_n=scheme.key_tile, num_warps=8, num_stages=1)
     if head_dim > 128:
@@ -227,7 +242,7 @@ def check_target(plan: Plan, scheme: QuantScheme, capability: int) -> None:
         )
 
 
-def _refuse(scheme: QuantScheme, head_dim: int) -> None:
+def _refuse(scheme: QuantScheme, head_dim: int, wanted: Wanted) -> None:
     """What no kernel does, each with what would work."""
     if not 32 <= scheme.key_tile <= 256:
         raise UnsupportedError(
@@ -236,6 +251,10 @@ def _refuse(scheme: QuantScheme, head_dim: int) -> None:
         )
     if head_dim > 256:
         raise UnsupportedError(f"head_dim {head_dim} is more than a kernel holds; at most 256, or backend='reference'")
+    if wanted.bias_rank > 256:
+        raise UnsupportedError(
+            f"bias: rank {wanted.bias_rank} is more than a kernel holds; at most 256, a dense bias, or backend='reference'"
+        )
 
 
 def _product_types(scheme: QuantScheme, roles: str, dtype: torch.dtype) -> dict[str, str]:
@@ -322,4 +341,6 @@ def _title(scheme: QuantScheme, head_dim: int, wanted: Wanted) -> str:
     }
     features = [word for name, word in words.items() if getattr(wanted, name)]
     features += [f"{wanted.mask} mask"] if wanted.mask != "none" else []
+    if wanted.bias != "none":
+        features += [wanted.bias.replace("_", " ") + " bias" + (f" of rank {wanted.bias_rank}" if wanted.bias == "lowrank" else "")]
     return ", ".join([*operands, f"head_dim {head_dim}"]) + (f"; with {', '.join(features)}" if features else "")

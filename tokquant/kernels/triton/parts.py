@@ -14,6 +14,22 @@ def load_tile(at, rows, columns, MASKED: tl.constexpr):
 
 
 @triton.jit
+def load_row(at, inside, MASKED: tl.constexpr):
+    if MASKED:
+        row = tl.load(at, mask=inside, other=0.0)
+    else:
+        row = tl.load(at)
+    return row
+
+
+@triton.jit
+def load_pairs(at, row, column, i, j, first, start, here, inside):
+    # [BLOCK_M, BLOCK_N]: what a head has for each pair; 64-bit offsets to the tile, and from there
+    at += first.to(tl.int64) * row + tl.cast(start, tl.int64) * column
+    return load_tile(at + (i - first)[:, None] * row + (j - start)[None, :] * column, here, inside, True)
+
+
+@triton.jit
 def tanh(x):
     # right at both ends, 1 - 2 / (inf + 1) and 1 - 2 / (0 + 1); near zero, where that cancels, the series
     square = x * x
