@@ -96,9 +96,7 @@ def attention(
         _check_quantized(q, k, v, scheme)  # type: ignore[arg-type]
     else:
         check_tensors(q, k, v)
-    features = features_of(
-        q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks
-    )
+    features = features_of(q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     chosen = choose_backend(backend, q.device)
     if not all(given):
         q, k, v = quantize(q, k, v, scheme, scales=scales, backend=backend)  # type: ignore[arg-type]

@@ -156,7 +156,8 @@ class _Emulation:
             # the weight stands in for the scale, also where it is next to nothing
             self.v_origin = v.zero.float() + v.log2_weight.exp2() * 2 ** (scheme.v.format.bits - 1)
         # logits in base 2 come for free where nothing has to happen to natural ones
-        self.natural = features.softcap is not None or (features.mask is not None and features.mask.dtype != torch.bool)
+        added = features.mask is not None and features.mask.dtype != torch.bool
+        self.natural = features.softcap is not None or features.bias is not None or added
         precision = scheme.p.format
         self.p_type = v.dtype if precision.bits == 16 and v.dtype != torch.float32 else None
         self.largest = precision.largest or 1.0
@@ -226,8 +227,7 @@ class _Emulation:
                 s = s + self.q.logit_offset[:, :, rows] * features.scale
             s = features.softcap * torch.tanh(s / features.softcap)
         if features.bias is not None:
-            bias = features.bias.block(rows, keys, self.q.shape[2], self.k.shape[2], torch.float32)
-            s = s + bias * (1.0 if self.natural else LOG2E)
+            s = s + features.bias.block(rows, keys, self.q.shape[2], self.k.shape[2], torch.float32)
         if self.natural:
             if features.mask is not None and features.mask.dtype != torch.bool:
                 s = s + features.mask[:, :, rows, keys].float()

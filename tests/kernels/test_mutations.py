@@ -29,7 +29,7 @@ MUTATIONS = {
     "a window open to the left": (preset("int8"), CASES["causal window"], "n_q - F.left)", "n_q - F.left - BLOCK_N)"),
     "keys beyond the end kept": (preset("int8"), ODD, "keep = inside[None, :]", "keep = (j >= 0)[None, :]"),
     "a boolean mask turned round": (preset("int8"), CASES["boolean mask"], "inside, True) != 0", "inside, True) == 0"),
-    "an additive mask before log2(e)": (preset("int8"), CASES["additive mask of heads"], "s *= 1.4426950408889634", "s *= 1.0"),
+    "an additive mask before log2(e)": (preset("int8"), CASES["additive mask of heads"], "c = tl.full([BLOCK_M], 1.44", "c = tl.full([BLOCK_M], 1.0 + 0 * 1.44"),
     "softcap not multiplied back": (preset("int8"), CASES["softcap and scale"], "s = F.softcap * tanh", "s = tanh"),
     "K's offset lost under a softcap": (
         preset("int8"), CASES["softcap and scale"],

@@ -183,21 +183,14 @@ def _compile(kernel: Kernel) -> Any:
 
 
 def _bias(kernel: Kernel) -> dict[str, str]:
-    strides = {f"bias_{dimension}": "i64" for dimension in ("batch", "head", "row", "column")}
-    match kernel.wanted.bias:
-        case "none":
-            return {}
-        case "alibi" | "past_alibi":
-            return {"bias": "*fp32"}
-        case "key_vector":
-            return {"bias": "*fp32", "bias_batch": "i64", "bias_head": "i64"}
-        case "lowrank":
-            factors = POINTERS[sixteen_bit(kernel.dtype)]
-            k_factors = {f"k_factors_{dimension}": "i64" for dimension in ("batch", "head", "row")}
-            return {**strides, "bias_column": None, "bias": factors, "k_factors": factors, **k_factors}
-        case "dense":
-            return {"bias": "*fp32", **strides}
-    raise AssertionError(kernel.wanted.bias)
+    """The fields of the kernel's features that hold its bias."""
+    kind, factors = kernel.wanted.bias, POINTERS[sixteen_bit(kernel.dtype)]
+    fields = {} if kind == "none" else {"bias": factors if kind == "lowrank" else "*fp32"}
+    dimensions = {"key_vector": 2, "lowrank": 3, "dense": 4}.get(kind, 0)
+    fields |= {f"bias_{dimension}": "i64" for dimension in ("batch", "head", "row", "column")[:dimensions]}
+    if kind == "lowrank":
+        fields |= {"k_factors": factors, **{f"k_factors_{dimension}": "i64" for dimension in ("batch", "head", "row")}}
+    return fields
 
 
 def _signature(kernel: Kernel, role: str) -> Operand:

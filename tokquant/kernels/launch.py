@@ -150,21 +150,19 @@ def _bias(bias: Bias | None) -> dict[str, Any]:
         case Alibi():
             return {"bias": bias.slopes.contiguous()}
         case KeyVector():
-            values = _rows(bias.values)
-            return {"bias": values, "bias_batch": values.stride(0), "bias_head": values.stride(1)}
+            return _strided("bias", _rows(bias.values), "batch", "head")
         case LowRank():
             q, k = _rows(bias.q_factors), _rows(bias.k_factors)
             if interpreted() and q.dtype == torch.bfloat16:
-                q, k = q.float(), k.float()  # the interpreter multiplies bf16 wrongly
-            names = ("bias", "k_factors")
-            kept = dict(zip(names, (q, k), strict=True))
-            for name, x in zip(names, (q, k), strict=True):
-                kept |= {f"{name}_{dimension}": x.stride(place) for place, dimension in enumerate(("batch", "head", "row"))}
-            return kept
+                q, k = q.float(), k.float()  # whose bf16 products are wrong
+            return _strided("bias", q, "batch", "head", "row") | _strided("k_factors", k, "batch", "head", "row")
         case Dense():
-            names = ("bias_batch", "bias_head", "bias_row", "bias_column")
-            return {"bias": bias.values, **dict(zip(names, bias.values.stride(), strict=True))}
+            return _strided("bias", bias.values, "batch", "head", "row", "column")
     return {}
+
+
+def _strided(name: str, x: Tensor, *dimensions: str) -> dict[str, Any]:
+    return {name: x, **{f"{name}_{dimension}": x.stride(place) for place, dimension in enumerate(dimensions)}}
 
 
 def operand(x: QuantizedTensor) -> Operand:

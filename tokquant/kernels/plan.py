@@ -123,7 +123,7 @@ def plan(
     at = {role: place(getattr(scheme, role)) for role in "qkv"}
     padded = max(32, 1 << (head_dim - 1).bit_length())
     lowered = lowers_logits(scheme)
-    natural = wanted.softcap or wanted.mask == "additive"
+    natural = wanted.softcap or wanted.mask == "additive" or wanted.bias != "none"
     constants: dict[str, Any] = {
         "D": head_dim,
         "D_TILE": padded,
@@ -185,8 +185,7 @@ def plan(
             f"{role.upper()}_DECODED": at[role] == "operand",
         }
     constants["P_TYPE"] = types["p"]
-    added = natural or wanted.bias != "none"
-    constants["JOINED"] = added or any(constants[name] for name in ("BOOLEAN_MASK", "BLOCK_MEANS", "V_PER_TOKEN", "K_ZERO"))
+    constants["JOINED"] = natural or any(constants[name] for name in ("BOOLEAN_MASK", "BLOCK_MEANS", "V_PER_TOKEN", "K_ZERO"))
     encoder = _p_format(scheme, dtype)
     holes = {
         "decode_q": q.format.triton_decode,
@@ -342,5 +341,7 @@ def _title(scheme: QuantScheme, head_dim: int, wanted: Wanted) -> str:
     features = [word for name, word in words.items() if getattr(wanted, name)]
     features += [f"{wanted.mask} mask"] if wanted.mask != "none" else []
     if wanted.bias != "none":
-        features += [wanted.bias.replace("_", " ") + " bias" + (f" of rank {wanted.bias_rank}" if wanted.bias == "lowrank" else "")]
+        features += [
+            wanted.bias.replace("_", " ") + " bias" + (f" of rank {wanted.bias_rank}" if wanted.bias == "lowrank" else "")
+        ]
     return ", ".join([*operands, f"head_dim {head_dim}"]) + (f"; with {', '.join(features)}" if features else "")

@@ -7,7 +7,7 @@ from tokquant.kernels.triton.fragments import integer_product as product_k
 from tokquant.kernels.triton.fragments import integer_product as product_v
 from tokquant.kernels.triton.fragments import running_maximum as row_reference
 from tokquant.kernels.triton.fragments import scale_by_key as scale_scores
-from tokquant.kernels.triton.parts import hadamard, load_pairs, load_row, load_tile, tanh
+from tokquant.kernels.triton.parts import consecutive, hadamard, load_pairs, load_row, load_tile, tanh
 from tokquant.precisions.base import tl, triton
 from tokquant.precisions.int8 import decode_tile as decode_k
 from tokquant.precisions.int8 import decode_tile as decode_q
@@ -119,7 +119,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
         q_mean_at = Q.offset + ((batch * tl.num_programs(1) + head) * tl.cdiv(n_q, 128) + first // 128) * D
         q_mean = tl.load(q_mean_at + column, mask=held, other=0.0).to(tl.float32)
     if ALIBI:
-        slope = tl.load(F.bias + head) * LOGIT_BASE
+        slope = tl.load(F.bias + head)
     if KEY_VECTOR:
         key_bias = F.bias + batch * F.bias_batch + head * F.bias_head
     if LOWRANK:
@@ -200,34 +200,37 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 s += (tl.load(Q.logit_offset + row, mask=here, other=0.0) * scale)[:, None]
             if SOFTCAP:
                 s = F.softcap * tanh(s / F.softcap)
+            if ALIBI:
+                # keys counted from the block's first query
+                ahead = consecutive(start - (first + n_k - n_q), BLOCK_N)
             if ALIBI_BOTH:
-                # counted from the tile's first key, so that float32 is exact
-                place = (i + (n_k - n_q - start)).to(tl.float32)
-                s -= slope * tl.abs(place[:, None] - (j - start).to(tl.float32)[None, :])
+                s -= slope * tl.abs((i - first).to(tl.float32)[:, None] - ahead[None, :])
             if ALIBI_PAST:
-                # counted from the block's first query: the rest of a query's distances is one for all keys, and comes last
-                s += slope * (j - (first + n_k - n_q)).to(tl.float32)[None, :]
+                # a query's distance from the first is one for all its keys, and comes last
+                s += (slope * ahead)[None, :]
             if KEY_VECTOR:
-                s += (load_row(key_bias + j, inside, phase != 1) * LOGIT_BASE)[None, :]
+                s += load_row(key_bias + j, inside, phase != 1)[None, :]
             if LOWRANK:
                 at = F.k_factors + batch * F.k_factors_batch + head * F.k_factors_head
                 at += tl.cast(start, tl.int64) * F.k_factors_row
                 at += (j - start)[:, None] * F.k_factors_row + factor[None, :]
                 k_factors = load_tile(at, inside, factor < RANK, phase != 1 or RANK_PADDED)
-                s += tl.dot(q_factors, tl.trans(k_factors)) * LOGIT_BASE
+                s = tl.dot(q_factors, tl.trans(k_factors), s)
             if DENSE_BIAS:
                 bias = load_pairs(pair_bias, F.bias_row, F.bias_column, i, j, first, start, here, inside)
-                s += bias.to(tl.float32) * LOGIT_BASE
+                s += bias.to(tl.float32)
             if ADDITIVE_MASK:
                 mask_at = F.mask + batch * F.mask_batch + head * F.mask_head
                 mask = load_pairs(mask_at, F.mask_row, F.mask_column, i, j, first, start, here, inside)
                 s += mask.to(tl.float32)
             if NATURAL:
-                s *= 1.4426950408889634
+                # log2(e) comes last, where the row's maximum is subtracted
+                c = tl.full([BLOCK_M], 1.4426950408889634, tl.float32)
             if V_PER_TOKEN:
                 # V's scale joins the exponent, so that P is rounded with its weight; l takes the weight out again
                 log2_weight = tl.load(V.log2_weight + kv * n_k + j, mask=inside, other=0.0)
-                s += log2_weight[None, :]
+                s = s * c[:, None] + log2_weight[None, :]
+                c = tl.full([BLOCK_M], 1.0, tl.float32)
             if phase != 1:
                 keep = inside[None, :]
                 if RIGHT:
@@ -292,7 +295,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
     if LOWERED_LOGITS:
         lowered = tl.load(Q.logit_offset + row, mask=here, other=0.0) * scale
     if ALIBI_PAST:
-        lowered -= slope / LOGIT_BASE * (i - first).to(tl.float32)
+        lowered -= slope * (i - first).to(tl.float32)
     total = l
     if SINKS:
         # a sink takes its part of the softmax and adds nothing
