@@ -226,15 +226,16 @@ def squared_distance(
     |x|^2 + |y|^2 - 2 x . y cancels, so points are centred, and every number is kept as a high and a low part of 16 bits: 9
     columns for the products of three coordinates, 2 and 3 for the two norms, and 2 of zeros.
 
-    With s the largest distance along an axis from the middle of all points, rounded up to a power of two, the error is at
-    most 2^-20 * weight * s^2 in float16 and 2^-12 * weight * s^2 in bfloat16, wherever the points lie.
+    With s the largest distance along an axis from the middle of all points, rounded up to a power of two, and w the largest
+    weight, errors measured against float64 are below 2^-18 * max(w * s^2, 1) in float16 and 2^-13 * max(w * s^2, 1) in
+    bfloat16, wherever the points lie.
 
     Args:
         x: `[B, N_q, 3]` or `[N_q, 3]`, finite. y: the same for keys; x where None.
         weight: a number, or `[H_q]`.
         dtype: of the factors, float16 or bfloat16.
 
-    Raises TypeError; ValueError also where 3 * weight * s^2 does not fit float16.
+    Raises TypeError, ValueError.
     """
     y = x if y is None else y
     for name, points in (("x", x), ("y", y)):
@@ -250,23 +251,28 @@ def squared_distance(
     low = torch.minimum(x.amin(2, keepdim=True), y.amin(2, keepdim=True))
     high = torch.maximum(x.amax(2, keepdim=True), y.amax(2, keepdim=True))
     x, y = x - (low + high) / 2, y - (low + high) / 2
-    s = 2.0 ** math.ceil(math.log2(max(float(x.abs().max()), float(y.abs().max()), 2.0**-60)))
-    x, y, w = x / s, y / s, w.reshape(1, -1, 1, 1) * s**2
-    q_high, q_low = _parts(2 * w * x, dtype)
-    k_high, k_low = _parts(y, dtype)
-    q_norm, k_norm = (_parts(-points.square().sum(-1, keepdim=True) * f, dtype) for points, f in ((x, w), (y, 1)))
-    w_high, w_low = (part.expand(*q_high.shape[:3], 1) for part in _parts(w, dtype))
-    one, zero = (k_norm[0].new_full(k_norm[0].shape, value) for value in (1, 0))
-    q = torch.cat([q_high, q_high, q_low, *q_norm, w_high, w_high, w_low, w_low * 0, w_low * 0], dim=-1)
-    k = torch.cat([k_high, k_low, k_high, one, one, *k_norm, k_norm[0], zero, zero], dim=-1)
-    if not bool(q.isfinite().all()):
-        raise ValueError(f"weight: times squared distances it is up to {float(3 * w.max()):.4g}, which does not fit float16")
+    s = _power_of_two(max(float(x.abs().max()), float(y.abs().max())))
+    w = w.reshape(1, -1, 1, 1) * s**2
+    t = _power_of_two(float(w.abs().max()) ** 0.5)  # leaves both factors about as large
+    x, y, w = x / s, y / s, w / t
+    (q_high, q_low), (k_high, k_low), (w_high, w_low) = (_parts(part, dtype) for part in (2 * w * x, t * y, w))
+    q_norm, k_norm = (_parts(-f * points.square().sum(-1, keepdim=True), dtype) for points, f in ((x, w), (y, t)))
+    w_high, w_low = (part.expand(*q_high.shape[:3], 1) for part in (w_high, w_low))
+    one = torch.ones_like(k_norm[0]) * t
+    q = torch.cat([q_high, q_high, q_low, *q_norm, w_high, w_high, w_low, 0 * w_low, 0 * w_low], dim=-1)
+    k = torch.cat([k_high, k_low, k_high, one, one, *k_norm, k_norm[0], 0 * one, 0 * one], dim=-1)
+    if not bool(q.isfinite().all() and k.isfinite().all()):
+        raise ValueError(f"weight: with points {s:g} from their middle, {quote(weight)} is too large for factors of {dtype}")
     return lowrank(q, k)
 
 
 def block_of(rank: int) -> int:
     """The columns that a kernel multiplies for so many: a power of two from 16."""
     return max(16, 1 << (rank - 1).bit_length())
+
+
+def _power_of_two(x: float) -> float:
+    return 2.0 ** math.ceil(math.log2(max(x, 2.0**-60)))
 
 
 def _parts(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

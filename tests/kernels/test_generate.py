@@ -40,6 +40,9 @@ def test_a_kernel_shows_the_features_it_has_and_no_others(name):
     assert "# bottom-right" in generate.render(planned(name, right=True))
     assert ("    mean = tl.load" in text) is (scheme.v.smooth == "mean")
     assert ("V.correction" in text) is (scheme.p.precision == "uint8")
+    assert ("F.bias" in text) is ("tl.dot(q_factors" in text) is ("def consecutive" in text) is False
+    assert "tl.dot(q_factors" in generate.render(planned(name, bias="lowrank"))
+    assert "consecutive" in generate.render(planned(name, bias="past_alibi"))
     assert "if RIGHT" not in text and "if V_" not in text, "branches on constants are resolved"
 
 
@@ -84,7 +87,7 @@ def test_the_template_runs_as_it_stands():
     q, k, v = tq.quantize(*(torch.randn(1, 2, 100, 64) for _ in range(3)), scheme)
     out = torch.full((1, 2, 100, 64), float("nan"))
     operands = [launch.operand(x) for x in (q, k, v)]
-    rows, features = Rows(out, *out.stride()[:3]), Features(*[None] * 9)
+    rows, features = Rows(out, *out.stride()[:3]), Features(*[None] * len(Features._fields))
     template.attention[(1, 2, 1)](*operands, rows, None, features, 0.125, 100, 100, BLOCK_M=128, BLOCK_N=128)
     assert torch.allclose(out, tq.attention(q, k, v, scheme, backend="reference"), atol=1e-5)
 

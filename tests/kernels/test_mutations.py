@@ -28,8 +28,12 @@ MUTATIONS = {
     ),
     "a window open to the left": (preset("int8"), CASES["causal window"], "n_q - F.left)", "n_q - F.left - BLOCK_N)"),
     "keys beyond the end kept": (preset("int8"), ODD, "keep = inside[None, :]", "keep = (j >= 0)[None, :]"),
-    "a boolean mask turned round": (preset("int8"), CASES["boolean mask"], "inside, True) != 0", "inside, True) == 0"),
-    "an additive mask before log2(e)": (preset("int8"), CASES["additive mask of heads"], "c = tl.full([BLOCK_M], 1.44", "c = tl.full([BLOCK_M], 1.0 + 0 * 1.44"),
+    "a boolean mask turned round": (preset("int8"), CASES["boolean mask"], "tl.where(mask != 0", "tl.where(mask == 0"),
+    "an additive mask before log2(e)": (
+        preset("int8"), CASES["additive mask of heads"],
+        "c = tl.full([BLOCK_M], 1.4426950408889634",
+        "c = tl.full([BLOCK_M], 1.0",
+    ),
     "softcap not multiplied back": (preset("int8"), CASES["softcap and scale"], "s = F.softcap * tanh", "s = tanh"),
     "K's offset lost under a softcap": (
         preset("int8"), CASES["softcap and scale"],
@@ -71,6 +75,35 @@ MUTATIONS = {
     "zeros of V without the half": (ZEROS, ODD, "+ V_HALF * v_scale", "+ 0 * v_scale"),
     "V's rotation not undone": (ZEROS, ODD, "out = hadamard(out, BLOCK_M, D_TILE, V_STAGES) * V_NORM", "out = out"),
     "V's mean forgotten": (preset("int8"), ODD, "out += (l * inverse_total)[:, None] * mean", "out += 0 * mean"),
+    "ALiBi's sign": (preset("int8"), CASES["alibi, causal"], "s += (slope * ahead)", "s -= (slope * ahead)"),
+    "ALiBi to one side": (preset("int8"), CASES["alibi to both sides, sinks"], "slope * tl.abs(", "slope * ("),
+    "ALiBi counted from the first key": (
+        preset("int8"), CASES["alibi to both sides, sinks"],
+        "consecutive(start - (first + n_k - n_q)",
+        "consecutive(start - first",
+    ),
+    "ALiBi's other half not given back": (preset("int8"), CASES["alibi, causal"], "lowered -= slope", "lowered -= 0 * slope"),
+    "a key vector of another tile": (preset("int8"), CASES["a bias of keys, window"], "key_bias + j", "key_bias + j % BLOCK_N"),
+    "factors that share Q's scale": (
+        preset("int8"), CASES["low rank, boolean mask"],
+        "tl.dot(q_factors, tl.trans(k_factors), s)",
+        "tl.dot(q_factors, tl.trans(k_factors)) * q_scale[:, None] + s",
+    ),
+    "the factors of another key": (
+        preset("int8"), CASES["low rank, boolean mask"],
+        "(j - start)[:, None] * F.k_factors_row",
+        "(j - start + 1)[:, None] * F.k_factors_row",
+    ),
+    "a bias without log2(e)": (
+        preset("int8"), CASES["a bias of keys, window"],
+        "c = tl.full([BLOCK_M], 1.4426950408889634",
+        "c = tl.full([BLOCK_M], 1.0",
+    ),
+    "a dense bias for every head": (
+        preset("int8"), CASES["dense bias, everything"],
+        "batch * F.bias_batch + head * F.bias_head",
+        "batch * F.bias_batch",
+    ),
     "V's weight left in the normalizer": (preset("kv-int8"), ODD, "counted *= inverse[None, :]", "counted *= 1.0"),
 }  # fmt: skip
 
