@@ -9,6 +9,7 @@ from factories import SLOPES, dense_bias, exact_operands, qkv, scheme, some_fact
 
 import tokquant as tq
 from tokquant import bias
+from tokquant.bias.kinds import STEEPEST
 from tokquant.inputs import features_of
 from tokquant.kernels.plan import plan
 from tokquant.metrics import errors
@@ -126,7 +127,7 @@ def test_positions_that_16_bits_cannot_hold_are_exact(backend, dtype, causal):
 @both
 def test_steep_slopes_leave_a_query_its_own_key(backend):
     q, k, v = qkv(140, 140, 32, 2)
-    steep = bias.alibi(torch.full((2,), bias.STEEPEST))
+    steep = bias.alibi(torch.full((2,), STEEPEST))
     out, lse = tq.attention(q, k, v, "none", bias=steep, causal=True, return_lse=True, backend=backend)
     assert torch.allclose(out, v, atol=1e-5)
     assert torch.allclose(lse, (q * k).sum(-1) * 32**-0.5, atol=2e-3)
@@ -340,7 +341,11 @@ REFUSED = {
     "no heads": (ValueError, lambda: bias.alibi_slopes(0), "heads: 0 is not a whole number from 1"),
     "a key vector of truths": (TypeError, lambda: bias.key_vector(torch.ones(5) > 0), "values: torch.bool"),
     "a dense list": (TypeError, lambda: bias.dense([[0.0]]), "values: a list"),
-    "float32 factors": (TypeError, lambda: bias.lowrank(x16.float(), x16), "q_factors: torch.float32", "high and a low"),
+    "float32 factors": (TypeError, lambda: bias.lowrank(x16.float(), x16), "q_factors: torch.float32", "a high and a low"),
+    "svd to float32": (TypeError, lambda: bias.svd(torch.ones(1, 9, 9), dtype=torch.float32), "dtype: torch.float32 is not"),
+    "distances in float32": (TypeError, lambda: bias.squared_distance(torch.eye(3), dtype=torch.float32), "dtype: torch"),
+    "text as weight": (TypeError, lambda: bias.squared_distance(torch.eye(3), weight="1"), "weight: '1'; give a number"),
+    "text as energy": (ValueError, lambda: bias.svd(torch.ones(1, 5, 5), energy="0.9"), "energy: '0.9' is no share"),
     "factors of two types": (TypeError, lambda: bias.lowrank(x16, x16.bfloat16()), "types torch.float16 and torch.bfloat16"),
     "factors of two ranks": (ValueError, lambda: bias.lowrank(x16, x16[..., :3]), "k_factors: rank 3 is not that of"),
     "factors of three dimensions": (ValueError, lambda: bias.lowrank(x16, x16[0]), "k_factors: shape [2, 20, 4]; give [batch"),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from tokquant import precisions
-from tokquant.bias import block_of
+from tokquant.bias.factors import block_of
 from tokquant.errors import UnsupportedError
 from tokquant.kernels.triton import fragments
 from tokquant.schemes import Operand, QuantScheme
