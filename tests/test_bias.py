@@ -417,6 +417,12 @@ COMPILED = {
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize("kind", ["alibi", "key_vector", "lowrank"])
+def test_a_bias_spills_nothing_in_narrow_heads_either(kind):
+    assert tq.compile("int8-fp16", head_dim=64, return_lse=True, bias=kind).resources.spill_bytes == 0
+
+
+@pytest.mark.compiled
 @pytest.mark.parametrize("kind", COMPILED)
 def test_every_kind_compiles_with_every_feature(kind):
     name, dtype, target = COMPILED[kind]

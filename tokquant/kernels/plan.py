@@ -228,7 +228,9 @@ def _config(scheme: QuantScheme, head_dim: int, wide: bool, wanted: Wanted) -> C
         return Config(block_m=64, block_n=scheme.key_tile, num_warps=8, num_stages=1)
     if head_dim > 128:
         return Config(block_m=64, block_n=scheme.key_tile, num_warps=4, num_stages=1)
-    return Config(block_m=128, block_n=scheme.key_tile, num_warps=4 if head_dim <= 64 else 8, num_stages=2)
+    # four warps have their registers full already
+    narrow = head_dim <= 64 and wanted.bias == "none"
+    return Config(block_m=128, block_n=scheme.key_tile, num_warps=4 if narrow else 8, num_stages=2)
 
 
 def check_target(plan: Plan, scheme: QuantScheme, capability: int) -> None:
