@@ -16,7 +16,7 @@ def svd(values: Tensor, energy: float = 0.995, largest_rank: int = 32, dtype: to
     Args:
         values: `[H, N_q, N_k]` or `[B, H, N_q, N_k]`, finite.
         energy: the share of the squared singular values that every head is to keep.
-        largest_rank: the most columns that may take.
+        largest_rank: the most columns that they may have.
         dtype: of the factors, float16 or bfloat16; each gets the square roots of the singular values.
 
     Returns: LowRank, with the `energy` that each head keeps; or Dense, with `values` as they are, where more than
@@ -42,7 +42,7 @@ def svd(values: Tensor, energy: float = 0.995, largest_rank: int = 32, dtype: to
     needed = max(1, int((beyond > 1 - energy).sum(-1).max()))
     n_q, n_k = values.shape[-2:]
     # a kernel multiplies whole blocks: what fits the last one is free
-    rank = min(block_of(needed), max(needed, largest_rank), s.shape[-1])
+    rank = min(block_of(needed), largest_rank, s.shape[-1])
     if needed > largest_rank or (n_q + n_k) * rank >= n_q * n_k:
         return Dense(values)
     root = s[..., None, :rank].sqrt()
@@ -79,6 +79,8 @@ def squared_distance(
             raise ValueError(f"{name}: shape {list(points.shape)}; give points [batch, tokens, 3] or [tokens, 3]")
         if not bool(points.isfinite().all()):
             raise ValueError(f"{name}: not all finite")
+    if x.ndim == y.ndim == 3 and x.shape[0] != y.shape[0] and 1 not in (x.shape[0], y.shape[0]):
+        raise ValueError(f"y: batch {y.shape[0]} is not that of x, {x.shape[0]}")
     check_sixteen_bits("dtype", dtype)
     if not isinstance(weight, Tensor | int | float):
         raise TypeError(f"weight: {quote(weight)}; give a number, or one for each head of q [H_q]")

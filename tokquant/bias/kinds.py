@@ -12,7 +12,7 @@ from tokquant.errors import quote
 Kind = Literal["alibi", "key_vector", "lowrank", "dense"]
 
 STEEPEST = 64.0
-"""The largest slope that kernels keep exact; beyond it a query hardly sees a second key."""
+"""The largest slope: kernels add up to 128 times as much to logits in float32. At that, a query hardly sees a second key."""
 
 
 class Bias(ABC):
