@@ -29,13 +29,15 @@ import triton
 import triton.language as tl
 '''
 
+PARTS = (parts.load_tile, parts.load_row, parts.load_pairs, parts.consecutive, parts.tanh, parts.hadamard)
+
 
 def render(plan: Plan) -> str:
     """The text of the plan's kernel."""
     constants = dict(plan.constants)
     body = _living(_source(template.attention, plan.name), constants)
     pieces = [inspect.getsource(piece) for piece in (operands.Operand, operands.Rows, operands.Features)]
-    for part in (parts.load_tile, parts.load_row, parts.tanh, parts.hadamard):
+    for part in PARTS:
         name = _function(part).__name__
         if re.search(rf"\b{name}\(", body):
             pieces.append(f"# {parts.__name__}\n{_source(part, name)}")
