@@ -305,8 +305,11 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
             largest = tl.max(s, 1).to(tl.float32) * c
             m = tl.maximum(m, largest)
             reference = row_reference(largest, m)
-            # up by an ulp, so that no rounding gives a code beyond the largest; a tile with nothing in it moves nothing
-            reference = tl.where(largest == float("-inf"), r, reference + tl.abs(reference) * 1.1920928955078125e-07)
+            # up by an ulp, so that no rounding gives a code beyond the largest
+            reference += tl.abs(reference) * 1.1920928955078125e-07
+            if phase != 1 or JOINED:
+                # a tile with nothing in it moves nothing
+                reference = tl.where(largest == float("-inf"), r, reference)
             alpha = tl.exp2(tl.minimum(r - reference, 65.0))
             r = reference
             p = tl.exp2(s.to(tl.float32) * c[:, None] - (r - LOG2_LARGEST)[:, None])
