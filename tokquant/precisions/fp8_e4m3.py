@@ -21,11 +21,14 @@ def encode_tile(p):
 
 
 @triton.jit
-def encode_tile_interpreted(p):
-    # the interpreter's cast loses the carry into the next power of two, so p is rounded to a number of the format before it
-    normal = p * 1048577.0 - (p * 1048577.0 - p)
-    subnormal = (p + 24576.0) - 24576.0
-    return tl.where(p < 0.015625, subnormal, normal).to(tl.float8e4nv)
+def encode_tile_interpreted(x):
+    # the interpreter's cast loses the carry into the next power of two, so x is rounded to a number of the format before it
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    magnitude = bits.to(tl.float32, bitcast=True)
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576
+    subnormal = ((magnitude + 24576.0) - 24576.0).to(tl.int32, bitcast=True)
+    rounded = tl.where(magnitude < 0.015625, subnormal, normal) | (x.to(tl.int32, bitcast=True) & -2147483648)
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x).to(tl.float8e4nv)
 
 
 FP8_E4M3 = register(
@@ -42,5 +45,7 @@ FP8_E4M3 = register(
         triton_decode=decode_tile,
         triton_encode=encode_tile,
         triton_encode_interpreted=encode_tile_interpreted,
+        triton_quantize=encode_tile,
+        triton_quantize_interpreted=encode_tile_interpreted,
     )
 )

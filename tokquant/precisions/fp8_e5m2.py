@@ -21,11 +21,14 @@ def encode_tile(p):
 
 
 @triton.jit
-def encode_tile_interpreted(p):
-    # the interpreter's cast loses the carry into the next power of two, so p is rounded to a number of the format before it
-    normal = p * 2097153.0 - (p * 2097153.0 - p)
-    subnormal = (p + 192.0) - 192.0
-    return tl.where(p < 6.103515625e-05, subnormal, normal).to(tl.float8e5)
+def encode_tile_interpreted(x):
+    # the interpreter's cast loses the carry into the next power of two, so x is rounded to a number of the format before it
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    magnitude = bits.to(tl.float32, bitcast=True)
+    normal = (bits + 0xFFFFF + ((bits >> 21) & 1)) & -2097152
+    subnormal = ((magnitude + 192.0) - 192.0).to(tl.int32, bitcast=True)
+    rounded = tl.where(magnitude < 6.103515625e-05, subnormal, normal) | (x.to(tl.int32, bitcast=True) & -2147483648)
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x).to(tl.float8e5)
 
 
 FP8_E5M2 = register(
@@ -42,5 +45,7 @@ FP8_E5M2 = register(
         triton_decode=decode_tile,
         triton_encode=encode_tile,
         triton_encode_interpreted=encode_tile_interpreted,
+        triton_quantize=encode_tile,
+        triton_quantize_interpreted=encode_tile_interpreted,
     )
 )
