@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tokquant"
 
 LAYERS = [
-    ("errors", "files"),
+    ("errors", "files", "timing"),
     ("precisions",),
     ("schemes",),
     ("transforms",),
@@ -19,6 +19,7 @@ LAYERS = [
     ("calibration", "export"),
     ("kernels",),
     ("attention",),
+    ("tune",),
     ("evaluation",),
     ("cli",),
     ("__init__", "__main__"),

@@ -10,6 +10,7 @@ from tokquant.kernels.compile import Kernel, compile
 from tokquant.precisions import Precision, register
 from tokquant.schemes import Granularity, QuantScheme, preset
 from tokquant.tensor import QuantizedTensor
+from tokquant.tune import tune
 
 __version__ = "0.1.0"
 
@@ -34,4 +35,5 @@ __all__ = [
     "quantize",
     "register",
     "save_scales",
+    "tune",
 ]

@@ -60,6 +60,7 @@ def attention(
     scales: LayerScales | None = None,
     return_lse: bool = False,
     backend: Backend = "auto",
+    deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale Q K^T + mask) V in the scheme's precisions.
 
@@ -76,6 +77,8 @@ def attention(
         scales: one layer's calibrated scales, for a scheme with static parts.
         return_lse: also return the natural log of the sum of exp(scores), without sinks.
         backend: `triton`, `reference` (torch, on any device), or `auto`: triton on a GPU, else reference.
+        deterministic: the same bits on every run and for every batch size (but for dynamic `tensor` scales, which span the
+            batch): nothing that was tuned is used.
 
     Returns: `[B, H_q, N_q, D]` in q's type; with `return_lse` also `[B, H_q, N_q]` float32. A query that attends to nothing
     gets 0 and an LSE of -inf. Means and dynamic scales are taken over the whole sequence, later tokens included.
@@ -98,11 +101,11 @@ def attention(
     if not all(given):
         q, k, v = quantize(q, k, v, scheme, scales=scales, backend=backend)  # type: ignore[arg-type]
     run = launch.attention if chosen == "triton" else _reference
-    out, lse = run(q, k, v, scheme, features, return_lse)  # type: ignore[arg-type]
+    out, lse = run(q, k, v, scheme, features, return_lse, deterministic)  # type: ignore[arg-type]
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 
-def _reference(q, k, v, scheme, features, return_lse):
+def _reference(q, k, v, scheme, features, return_lse, deterministic):
     return reference.attention(q, k, v, scheme, features)
 
 

@@ -5,8 +5,8 @@ import torch
 
 import tokquant as tq
 from tokquant import metrics
-from tokquant.evaluation.compare import interleaved_medians
 from tokquant.reference import Features, oracle
+from tokquant.timing import interleaved_medians
 
 
 def test_errors_bits_and_times_of_each_scheme_in_order():

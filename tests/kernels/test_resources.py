@@ -6,7 +6,7 @@ import pytest
 
 import tokquant as tq
 from tokquant.kernels.plan import plan
-from tokquant.kernels.resources import main_loop
+from tokquant.kernels.resources import main_loop, sass
 from tokquant.schemes import preset, preset_names
 
 # instructions a score in the loop over whole tiles; sm_90, head_dim 128, Triton 3.9
@@ -41,8 +41,8 @@ def test_the_main_loop_is_the_shortest_with_products_and_exponentials():
     program = ["MOV R1, R2", *["NOP"] * 3, "IMMA.16832.S8.S8 R4, R5, R6", *exponentials, "@P0 BRA 0x40", *["NOP"] * 4]
     program += ["@P1 BRA 0x0", "EXIT"]
     text = "\n".join(instruction(16 * place, line) for place, line in enumerate(program))
-    assert [name for _, name, _ in main_loop(text)] == ["IMMA.16832.S8.S8", *["MUFU.EX2"] * 8, "BRA"]
-    assert main_loop("") == []
+    assert [name for _, name, _ in main_loop(sass(text))] == ["IMMA.16832.S8.S8", *["MUFU.EX2"] * 8, "BRA"]
+    assert main_loop([]) == []
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from tokquant.cli import calibrate, compare, compile, doctor, run, schemes, show
+from tokquant.cli import cache, calibrate, compare, compile, doctor, run, schemes, show, tune
 
 app = typer.Typer(
     name="tokquant",
@@ -14,8 +14,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (run, compare, schemes, show, compile, calibrate, doctor):
+for _module in (run, compare, schemes, show, compile, tune, calibrate, doctor):
     app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokquant.activations import Activations, sample
 from tokquant.calibration.scales import Scales
 from tokquant.cli import output
-from tokquant.errors import quote
+from tokquant.errors import nearest, quote
 from tokquant.export import load_scales
 
 SCHEME = typer.Option("--scheme", "-s", help="A preset (see `tokquant schemes`) or the path of a YAML file.")
@@ -30,6 +30,8 @@ ScaleFile = Annotated[
 Backend = Annotated[Any, typer.Option("--backend", help="auto, triton or reference.")]
 Causal = Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own place, counted from the end.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; medians are shown.")]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+Dtype = Annotated[str, typer.Option("--dtype", help="Of the tensors: fp16, bf16 or fp32.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -38,17 +40,30 @@ Device = Annotated[
 ]
 
 
+def device_of(name: str | None) -> torch.device:
+    """The device that --device names, or the first GPU, or the CPU. Raises ValueError where it cannot be used."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {quote(name)} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The type that --dtype names. Raises ValueError."""
+    if name not in DTYPES:
+        raise ValueError(f"--dtype: {quote(name)} is none; use {', '.join(DTYPES)}{nearest(name, DTYPES)}")
+    return DTYPES[name]
+
+
 class Layers:
     """The layers of an activation file, or of the sample, on a device. What is wrong with one names the file and the layer."""
 
     def __init__(self, path: Path | None, device: str | None = None):
         self.file = Activations(sample() if path is None else path)
         self.name = self.file.path.name
-        try:
-            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device: {quote(device)} cannot be used: {str(error).splitlines()[0]}") from None
+        self.device = device_of(device)
 
     def each(self, what: str) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
         """Name and Q, K, V of each layer, with a progress bar."""

@@ -1,11 +1,8 @@
 """Schemes side by side: errors against the float64 oracle, bits, and times beside torch's SDPA."""
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +15,7 @@ from tokquant.inputs import check_tensors, features_of
 from tokquant.metrics import Errors, errors
 from tokquant.reference import Features
 from tokquant.schemes import QuantScheme, resolve
+from tokquant.timing import interleaved_medians
 
 
 @dataclass(frozen=True)
@@ -103,26 +101,6 @@ def _scales_of(
             f"scales: {len(scales)} of them for {len(schemes)} schemes; give one for each, None where it needs none"
         )
     return scales
-
-
-def interleaved_medians(functions: list[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:
-    """Median milliseconds of each function, taken in turn so that whatever slows the machine slows all of them."""
-    times: list[list[float]] = [[] for _ in functions]
-    for function in functions:
-        function()
-    for _ in range(max(1, repeats)):
-        for place, function in enumerate(functions):
-            _wait(device)
-            start = time.perf_counter()
-            function()
-            _wait(device)
-            times[place].append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(each) for each in times]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Callable[[], Tensor]:

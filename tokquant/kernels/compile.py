@@ -1,15 +1,18 @@
 """Compile a scheme's kernel for any GPU, on a machine without one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
-from tokquant.errors import UnsupportedError, nearest, quote
-from tokquant.kernels import generate, launch
-from tokquant.kernels.plan import FLOAT_NAMES, Config, Plan, Wanted, check_target, plan, takes_tokens_last
+from tokquant.errors import UnsupportedError, quote
+from tokquant.kernels import generate, launch, targets
+from tokquant.kernels.candidates import Config
+from tokquant.kernels.plan import FLOAT_NAMES, Plan, Wanted, plan, takes_tokens_last
 from tokquant.kernels.resources import Resources, measure
+from tokquant.kernels.roofline import Prediction, predict
+from tokquant.kernels.targets import Target
 from tokquant.kernels.triton.operands import Features, Operand, Rows
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.schemes.placement import lowers_logits, place
@@ -24,7 +27,6 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
 }
-TARGETS = {f"sm_{capability}": capability for capability in (80, 86, 89, 90, 100, 120)}
 SCALE_POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "fp8_e4m3": "*fp8e4nv"}
 
 
@@ -34,14 +36,24 @@ class Kernel:
 
     source: str
     config: Config
-    target: str
+    target: Target
     plan: Plan
     scheme: QuantScheme
+    head_dim: int
     dtype: torch.dtype
     wanted: Wanted
 
+    @classmethod
+    def of(cls, plan: Plan, scheme: QuantScheme, head_dim: int, dtype: torch.dtype, target: Target, wanted: Wanted) -> "Kernel":
+        """The kernel of a plan, launched as it is without tuning."""
+        return cls(generate.render(plan), plan.config, target, plan, scheme, head_dim, dtype, wanted)
+
     def __repr__(self) -> str:
-        return f"<kernel {self.plan.name} for {self.target}, {self.config}>"
+        return f"<kernel {self.plan.name} for {self.target.name}, {self.config}>"
+
+    def candidates(self) -> "list[Kernel]":
+        """The same kernel under every configuration that tuning may choose, this one's own among them."""
+        return [replace(self, config=config) for config in self.plan.candidates]
 
     @cached_property
     def compiled(self) -> Any:
@@ -52,20 +64,18 @@ class Kernel:
 
     @property
     def asm(self) -> dict[str, Any]:
-        """What each stage of the compiler made: `ttir ttgir llir ptx cubin`."""
+        """What each stage of the compiler made: `ttir ttgir llir ptx cubin`, or `amdgcn hsaco` for AMD."""
         return self.compiled.asm
 
     @cached_property
     def resources(self) -> Resources:
         """Registers, spills, shared memory and the instructions of the main loop. Raises as `asm`."""
-        return measure(
-            self.asm["cubin"],
-            self.compiled.metadata.shared,
-            block_m=self.config.block_m,
-            block_n=self.config.block_n,
-            num_warps=self.config.num_warps,
-            capability=_capability(self.target),
-        )
+        return measure(self.compiled, self.config, self.target)
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the main loop should take, by a model. Raises as `asm`."""
+        return predict(self.resources, self.plan, self.head_dim, self.target)
 
 
 def compile(
@@ -82,7 +92,7 @@ def compile(
     dtype: torch.dtype = torch.float16,
     target: str = "sm_90",
 ) -> Kernel:
-    """The kernel of a scheme, for `target` (sm_80, sm_89, sm_90, sm_100 ...). It is compiled when `asm` is first read.
+    """The kernel of a scheme, for `target` (sm_80, sm_90, gfx942 ...). It is compiled when `asm` is first read.
 
     Args:
         causal, window, mask, softcap, sinks, return_lse: the features it is to have.
@@ -92,7 +102,7 @@ def compile(
     Raises SchemeError, ValueError for a target that is none, UnsupportedError where scheme and target do not go together.
     """
     scheme = resolve(scheme)
-    capability = _capability(target)
+    chosen = targets.get(target)
     if dtype not in FLOAT_NAMES:
         raise TypeError(f"dtype: {dtype} is not supported; use torch.float16, torch.bfloat16 or torch.float32")
     if type(head_dim) is not int or head_dim < 1:
@@ -109,15 +119,9 @@ def compile(
         shared_heads=shared_heads,
         wanted=wanted,
         tokens_last=takes_tokens_last(scheme, dtype),
+        target=chosen,
     )
-    check_target(made, scheme, capability)
-    return Kernel(generate.render(made), made.config, target, made, scheme, dtype, wanted)
-
-
-def _capability(target: str) -> int:
-    if target not in TARGETS:
-        raise ValueError(f"target: {quote(target)} is none; use one of {', '.join(TARGETS)}{nearest(target, TARGETS)}")
-    return TARGETS[target]
+    return Kernel.of(made, scheme, head_dim, dtype, chosen, wanted)
 
 
 def _compile(kernel: Kernel) -> Any:
@@ -162,7 +166,8 @@ def _compile(kernel: Kernel) -> Any:
         constexprs[(len(signature),)] = number
         signature[name] = "constexpr"
     source = ASTSource(fn=generate.load(kernel.plan), signature=signature, constexprs=constexprs, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", _capability(kernel.target), 32), options=config.options())
+    target = GPUTarget(kernel.target.backend, kernel.target.arch, kernel.target.lanes)
+    return triton.compile(source, target=target, options=config.options())
 
 
 def _signature(kernel: Kernel, role: str) -> Operand:

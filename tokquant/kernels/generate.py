@@ -65,8 +65,7 @@ def load(plan: Plan | QuantizePlan) -> Any:
 
     A copy lies in the cache folder for people, debuggers and profilers to read. It is never run.
     """
-    text = render(plan)
-    name = f"{plan.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    text, name = render(plan), name_of(plan)
     path = store.keep(Path("kernels") / f"{name}.py", text)
     # Triton and tracebacks ask linecache for the source; without a modification time it is not looked for on disk
     linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
@@ -74,6 +73,12 @@ def load(plan: Plan | QuantizePlan) -> Any:
     module.__file__ = str(path)
     exec(compile(text, str(path), "exec"), module.__dict__)
     return getattr(module, plan.name)
+
+
+@lru_cache(maxsize=256)
+def name_of(plan: Plan) -> str:
+    """The kernel's name and a hash of its text: kernels of one name are one kernel."""
+    return f"{plan.name}_{hashlib.sha256(render(plan).encode()).hexdigest()[:12]}"
 
 
 def _function(fragment: Any) -> Any:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tokquant.errors import UnsupportedError
-from tokquant.kernels import generate
-from tokquant.kernels.plan import Plan, Wanted, check_target, plan, takes_tokens_last
+from tokquant.kernels import generate, targets, tuned
+from tokquant.kernels.candidates import Config
+from tokquant.kernels.plan import Plan, Wanted, plan, takes_tokens_last
 from tokquant.kernels.triton.operands import Features as Arguments
 from tokquant.kernels.triton.operands import Operand, Rows
 from tokquant.reference import Features
@@ -34,9 +35,17 @@ def available(device: torch.device) -> bool:
 
 
 def attention(
-    q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, scheme: QuantScheme, features: Features, return_lse: bool
+    q: QuantizedTensor,
+    k: QuantizedTensor,
+    v: QuantizedTensor,
+    scheme: QuantScheme,
+    features: Features,
+    return_lse: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention on codes by the scheme's kernel: out `[B, H_q, N_q, D]` in q's type, LSE `[B, H_q, N_q]` float32 or None.
+
+    `deterministic` leaves out what tuning has learned, which depends on the batch and on what lies in the cache folder.
 
     Raises UnsupportedError for what no kernel does.
     """
@@ -49,16 +58,12 @@ def attention(
         raise UnsupportedError(
             f"scale: {features.scale} is below zero, which no kernel takes; negate q, or use backend='reference'"
         )
-    call = prepare(q, k, v, scheme, features, return_lse)
+    call = prepare(q, k, v, scheme, features, return_lse, deterministic=deterministic)
     if interpreted() and "tl.bfloat16" in call.plan.products:
         raise UnsupportedError(
             "dtype: Triton's interpreter multiplies bf16 wrongly; use float16 or float32, or backend='reference'"
         )
-    if q.device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(q.device)
-        check_target(call.plan, scheme, 10 * major + minor)
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
-        generate.load(call.plan)[call.grid](*call.arguments, **call.options)
+    call.run()
     return call.out.to(q.dtype), call.lse
 
 
@@ -67,17 +72,41 @@ class Call:
     """A kernel's launch, but for the launch."""
 
     plan: Plan
-    grid: tuple[int, int, int]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
+    config: Config
+    operands: tuple[Any, ...]
+    """The kernel's arguments but for its tiles."""
     out: Tensor
     lse: Tensor | None
 
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Blocks: of queries, heads, batch."""
+        b, heads, n_q = self.out.shape[:3]
+        return (-(-n_q // self.config.block_m), heads, b)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """All of the kernel's arguments."""
+        return (*self.operands, self.config.block_m, self.config.block_n)
+
+    def run(self) -> None:
+        """Launch."""
+        device = self.out.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            generate.load(self.plan)[self.grid](*self.arguments, **self.config.options())
+
 
 def prepare(
-    q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, scheme: QuantScheme, features: Features, return_lse: bool
+    q: QuantizedTensor,
+    k: QuantizedTensor,
+    v: QuantizedTensor,
+    scheme: QuantScheme,
+    features: Features,
+    return_lse: bool,
+    *,
+    deterministic: bool = False,
 ) -> Call:
-    """The plan, the outputs and every argument of a launch."""
+    """The plan, how it is launched, the outputs and every argument."""
     (b, heads, n_q, d), n_k = q.shape, k.shape[2]
     wanted, given = asked(features, return_lse)
     made = plan(
@@ -88,16 +117,16 @@ def prepare(
         wanted=wanted,
         tokens_last=v.layout == "tokens_last",
         interpreted=interpreted(),
+        target=targets.of(q.device),
     )
     # the interpreter cuts floats to bf16 instead of rounding them
     written = torch.float32 if interpreted() and q.dtype == torch.bfloat16 else q.dtype
     out = torch.empty(q.shape, dtype=written, device=q.device)
     lse = torch.empty(b, heads, n_q, dtype=torch.float32, device=q.device) if return_lse else None
-    config = made.config
     return Call(
         plan=made,
-        grid=(-(-n_q // config.block_m), heads, b),
-        arguments=(
+        config=made.config if deterministic else tuned.choose(made, q.device, b * heads, n_q, n_k),
+        operands=(
             *(operand(x) for x in (q, k, v)),
             Rows(out, *out.stride()[:3]),
             lse,
@@ -105,10 +134,7 @@ def prepare(
             features.scale,
             n_q,
             n_k,
-            config.block_m,
-            config.block_n,
         ),
-        options=config.options(),
         out=out,
         lse=lse,
     )

@@ -9,6 +9,8 @@ import torch
 
 from tokquant import precisions
 from tokquant.errors import UnsupportedError
+from tokquant.kernels import targets
+from tokquant.kernels.candidates import Config, candidates
 from tokquant.kernels.triton import fragments
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.placement import Place, lowers_logits, needs_code_sums, place
@@ -36,21 +38,6 @@ PLACES: dict[Place, tuple[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Config:
-    """How a kernel is launched."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-    def options(self) -> dict[str, Any]:
-        """What Triton's compiler is told."""
-        # whether a multiplication and an addition contract must not depend on Triton's default, which is about to change
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-
-
-@dataclass(frozen=True)
 class Plan:
     """Everything that is fixed before a kernel is written. Equal plans give equal kernels."""
 
@@ -60,10 +47,16 @@ class Plan:
     constants: tuple[tuple[str, str], ...]
     products: tuple[str, str, str, str]
     """The types that q and k, p and v are multiplied in, as Triton writes them."""
-    config: Config
+    candidates: tuple[Config, ...]
+    """Every launch that may be chosen; the first is taken without tuning, and where results must not depend on it."""
 
     places: tuple[tuple[str, Place], ...]
     """Where the scales of q, k and v enter."""
+
+    @property
+    def config(self) -> Config:
+        """How the kernel is launched without tuning."""
+        return self.candidates[0]
 
     def explain(self) -> dict[str, str]:
         """In words: what multiplies Q K^T and P V, where each operand's scale is applied and why, and what P is scaled by."""
@@ -110,8 +103,12 @@ def plan(
     wanted: Wanted = Wanted(),
     tokens_last: bool = False,
     interpreted: bool = False,
+    target: targets.Target = targets.DEFAULT,
 ) -> Plan:
-    """The plan of an attention kernel for tensors of `dtype`. Raises UnsupportedError for what no Triton kernel can do."""
+    """The plan of an attention kernel for tensors of `dtype`. Raises UnsupportedError for what no Triton kernel can do.
+
+    `target` decides how the kernel is launched; its text is the same for all.
+    """
     _refuse(scheme, head_dim)
     types = {**_product_types(scheme, "qk", dtype), **_product_types(scheme, "pv", dtype)}
     q, k, v, p = scheme.q, scheme.k, scheme.v, scheme.p.format
@@ -173,6 +170,7 @@ def plan(
     constants["P_TYPE"] = types["p"]
     constants["JOINED"] = natural or any(constants[name] for name in ("BOOLEAN_MASK", "BLOCK_MEANS", "V_PER_TOKEN", "K_ZERO"))
     encoder = _p_format(scheme, dtype)
+    wide = "tl.float32" in types.values()
     holes = {
         "decode_q": q.format.triton_decode,
         "decode_k": k.format.triton_decode,
@@ -187,15 +185,24 @@ def plan(
         "row_reference": fragments.running_maximum if scheme.p.granularity.kind == "unit" else fragments.tile_maximum,
     }
     used = "_".join(getattr(scheme, role).precision for role in "qkvp")
-    return Plan(
+    made = Plan(
         name=f"attention_{used}",
         title=_title(scheme, head_dim, wanted),
         holes=tuple(holes.items()),
         constants=tuple((name, value if isinstance(value, str) else repr(value)) for name, value in constants.items()),
         products=(types["q"], types["k"], types["p"], types["v"]),
         places=tuple(at.items()),
-        config=_config(scheme, padded, "tl.float32" in types.values(), wanted),
+        candidates=candidates(
+            key_tiles=_key_tiles(scheme, wide),
+            head_dim=padded,
+            wide=wide,
+            masked=wanted.mask != "none",
+            target=target,
+        ),
     )
+    if not interpreted:
+        _refuse_on(target, made, scheme)
+    return made
 
 
 def takes_tokens_last(scheme: QuantScheme, dtype: torch.dtype) -> bool:
@@ -204,26 +211,24 @@ def takes_tokens_last(scheme: QuantScheme, dtype: torch.dtype) -> bool:
     return scheme.v.format.packed == 1 and scheme.v.format.bits == 8 and (kind == "tl.int8" or "float8" in kind)
 
 
-def _config(scheme: QuantScheme, head_dim: int, wide: bool, wanted: Wanted) -> Config:
-    if wide:
-        # float32 tiles fill shared memory; where P has no scale, a smaller tile changes nothing
-        block_n = 32 if scheme.p.format.largest is None and not scheme.p.granularity.size else scheme.key_tile
-        return Config(block_m=32, block_n=block_n, num_warps=4, num_stages=2 if head_dim <= 64 else 1)
-    if wanted.mask != "none":
-        # a tile of mask has as many pointers as scores
-        return Config(block_m=64, block_n=scheme.key_tile, num_warps=8, num_stages=1)
-    if head_dim > 128:
-        return Config(block_m=64, block_n=scheme.key_tile, num_warps=4, num_stages=1)
-    return Config(block_m=128, block_n=scheme.key_tile, num_warps=4 if head_dim <= 64 else 8, num_stages=2)
+def _key_tiles(scheme: QuantScheme, wide: bool) -> tuple[int, ...]:
+    """Tiles of keys that leave results what they are, or within P's rounding: `row_block` and stored sums fix theirs."""
+    tile = scheme.key_tile
+    if scheme.p.granularity.size or needs_code_sums(scheme):
+        return (tile,)
+    smaller = tuple(half for half in (tile // 2, tile // 4) if half >= 32)
+    # where P has no scale, the tile matters to speed alone, and tiles of float32 are large
+    return (*reversed(smaller), tile) if wide and scheme.p.format.largest is None else (tile, *smaller[:1])
 
 
-def check_target(plan: Plan, scheme: QuantScheme, capability: int) -> None:
-    """Raise UnsupportedError where compute capability `capability` (80, 90 ...) lacks what the plan needs."""
+def _refuse_on(target: targets.Target, plan: Plan, scheme: QuantScheme) -> None:
+    """What `target` lacks."""
     used = [*plan.products, *(f"tl.float8 scales of {r}" for r in "qkv" if getattr(scheme, r).scale_dtype == "fp8_e4m3")]
     used += [getattr(scheme, role).format.compute for role in "qkvp"]
-    if capability < 89 and any("float8" in kind for kind in used):
+    if not target.fp8 and any("float8" in kind for kind in used):
         raise UnsupportedError(
-            f"target: sm_{capability} has no fp8, which scheme {scheme.name!r} uses; take an int8 scheme, or sm_89 and newer"
+            f"target: {target.name} has no fp8 of this kind (e4m3fn), which scheme {scheme.name!r} uses; take an int8 scheme, "
+            "or sm_89 and newer"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of an NVIDIA GPU, read from its machine code: no GPU is needed."""
+"""What a compiled kernel takes of a GPU, read from its machine code: no GPU is needed."""
 
 import functools
 import os
@@ -8,25 +8,32 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokquant.errors import UnsupportedError
+from tokquant.kernels.candidates import Config
+from tokquant.kernels.targets import Target
 
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
-SMALL, LARGE = (65536, 102400, 48), (65536, 233472, 64)
-LIMITS = {80: (65536, 167936, 64), 86: SMALL, 89: SMALL, 90: LARGE, 100: LARGE, 120: SMALL}
-"""Registers, shared memory and warps of a multiprocessor, by compute capability."""
+Instruction = tuple[int, str, str]
+"""Where it stands, its name, its operands."""
+
+SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+TENSOR_CORE = re.compile(r"[IQHO]?G?MMA|UTC\w*MMA|v_mfma")
+EXPONENTIAL = ("MUFU.EX2", "v_exp_f32")
+MULTIPLY_ADD = ("FFMA", "v_fma_f32", "v_fmac_f32", "v_pk_fma")
+SPILL = ("LDL", "STL", "scratch_load", "scratch_store")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """A thread's registers and spills, a block's shared memory, and the loop over whole key tiles, counted in SASS."""
+    """A thread's registers and spills, a block's shared memory, and the loop over whole key tiles, counted in machine code."""
 
     registers: int
     spill_bytes: int
     """Bytes of a thread's stack: what did not fit registers."""
     shared_bytes: int
     blocks_per_multiprocessor: int
-    """How many blocks fit at once."""
+    """How many blocks fit at once; 0 where not even one does."""
     instructions_per_score: float
     """Instructions of a thread in the loop over whole key tiles for each score it computes."""
     loop: dict[str, int]
@@ -34,59 +41,107 @@ class Resources:
     tensor_core: dict[str, int]
     """Its tensor-core instructions, with their types."""
 
+    @property
+    def fits(self) -> bool:
+        """Whether a block can be launched."""
+        return self.blocks_per_multiprocessor > 0
 
-def measure(cubin: bytes, shared_bytes: int, *, block_m: int, block_n: int, num_warps: int, capability: int) -> Resources:
-    """Read a cubin. Raises UnsupportedError if no loop over key tiles is found."""
-    usage, sass = _dump(cubin)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
-    registers, stack = int(found[1]), int(found[2])
-    body = main_loop(sass)
+    @property
+    def spills_in_loop(self) -> int:
+        """Loads and stores of the stack in the loop."""
+        return sum(count for name, count in self.loop.items() if name.startswith(SPILL))
+
+
+def measure(compiled: Any, config: Config, target: Target) -> Resources:
+    """Read Triton's compiled kernel. Raises UnsupportedError if no loop over key tiles is found."""
+    shared = compiled.metadata.shared
+    if target.backend == "hip":
+        registers, stack, instructions = _of_amd(compiled.asm["amdgcn"])
+        granule, reserved = 8, 0
+    else:
+        registers, stack, instructions = _of_nvidia(compiled.asm["cubin"])
+        # a block takes a kilobyte of shared memory for itself
+        granule, reserved = 8, 1024
+    body = main_loop(instructions)
     if not body:
         raise UnsupportedError("the machine code has no loop with products and exponentials that could be counted")
-    loop = Counter(name.split(".")[0] for _, name, _ in body)
-    tensor_core = Counter(name for _, name, _ in body if re.match(r"[IQH]?G?MMA|UTC\w*MMA", name))
-    threads = 32 * num_warps
-    file, shared, warps = LIMITS[capability]
-    # registers are given out eight a thread at a time; a block takes 1 KB of shared memory for itself
-    fits = (file // (-(-registers // 8) * 8 * threads), shared // (shared_bytes + 1024), warps // num_warps)
+    threads = target.lanes * config.num_warps
+    fits = (
+        target.registers // (-(-registers // granule) * granule * threads),
+        target.shared_bytes // max(1, shared + reserved),
+        target.warps // config.num_warps,
+    )
     return Resources(
         registers=registers,
         spill_bytes=stack,
-        shared_bytes=shared_bytes,
+        shared_bytes=shared,
         blocks_per_multiprocessor=min(fits),
-        instructions_per_score=len(body) * threads / (block_m * block_n),
-        loop=dict(loop.most_common()),
-        tensor_core=dict(tensor_core),
+        instructions_per_score=len(body) * threads / (config.block_m * config.block_n),
+        loop=dict(Counter(name.split(".")[0] for _, name, _ in body).most_common()),
+        tensor_core=dict(Counter(name for _, name, _ in body if TENSOR_CORE.match(name))),
     )
 
 
-def main_loop(sass: str) -> list[tuple[int, str, str]]:
-    """The loop over whole key tiles: the shortest with exponentials and products, of tensor cores or of float32."""
-    instructions = [(int(m[1], 16), m[2], m[3].strip()) for m in INSTRUCTION.finditer(sass)]
+def main_loop(instructions: list[Instruction]) -> list[Instruction]:
+    """The loop over whole key tiles: the shortest with exponentials and products, of tensor cores or of float32.
+
+    An instruction that jumps back has the place it jumps to as its operands.
+    """
     bodies = []
-    for address, name, operands in instructions:
-        target = re.findall(r"0x([0-9a-f]+)", operands)
-        if name.split(".")[0] != "BRA" or not target or int(target[-1], 16) >= address:
+    for place, _, operands in instructions:
+        if not operands.isdigit() or int(operands) >= place:
             continue
-        body = [i for i in instructions if int(target[-1], 16) <= i[0] <= address]
-        exponentials = sum(i[1].startswith("MUFU.EX2") for i in body)
-        products = any("MMA" in i[1] for i in body) or sum(i[1].startswith("FFMA") for i in body) > 16 * exponentials
-        if exponentials >= 8 and products:
+        body = [i for i in instructions if int(operands) <= i[0] <= place]
+        exponentials = sum(i[1].startswith(EXPONENTIAL) for i in body)
+        multiplied = sum(i[1].startswith(MULTIPLY_ADD) for i in body) > 16 * exponentials
+        if exponentials >= 8 and (multiplied or any(TENSOR_CORE.match(i[1]) for i in body)):
             bodies.append(body)
     return min(bodies, key=len, default=[])
 
 
-def _dump(cubin: bytes) -> tuple[str, str]:
+def sass(text: str) -> list[Instruction]:
+    """Instructions of a disassembly by cuobjdump; a jump's operand is the address it goes to."""
+    found = []
+    for m in SASS.finditer(text):
+        jump = re.findall(r"0x([0-9a-f]+)", m[3]) if m[2].split(".")[0] == "BRA" else []
+        found.append((int(m[1], 16), m[2], str(int(jump[-1], 16)) if jump else ""))
+    return found
+
+
+def amdgcn(text: str) -> list[Instruction]:
+    """Instructions of AMD's assembly, counted by line; a jump's operand is the line it goes to."""
+    lines = text.splitlines()
+    labels = {m[1]: number for number, line in enumerate(lines) if (m := re.match(r"(\.L\w+):", line))}
+    found = []
+    for number, line in enumerate(lines):
+        if m := re.match(r"\t([a-z]+_\w+)(?:\s+(\S+))?", line):
+            jump = labels.get(m[2]) if m[1].startswith(("s_cbranch", "s_branch")) else None
+            found.append((number, m[1], "" if jump is None else str(jump)))
+    return found
+
+
+def _of_amd(text: str) -> tuple[int, int, list[Instruction]]:
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert found, name
+        return int(found[1])
+
+    return number("vgpr_count"), number("private_segment_fixed_size"), amdgcn(text)
+
+
+def _of_nvidia(cubin: bytes) -> tuple[int, int, list[Instruction]]:
     tool = _cuobjdump()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-        return tuple(  # type: ignore[return-value]
+        usage, text = (
             subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True, env=environment).stdout
             for option in ("--dump-resource-usage", "-sass")
         )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2]), sass(text)
 
 
 @functools.cache

@@ -1,0 +1,64 @@
+"""`tokquant cache`: what tuning has learned, and how it moves to another machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from tokquant.cli import options, output
+from tokquant.kernels import tuned
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="List, clear, export or import what `tokquant tune` has learned.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+File = Annotated[Path, typer.Argument(help="A JSON file of entries.")]
+
+
+@app.command("list")
+def list_entries(json: options.Json = False) -> None:
+    """Show the entries of the cache folder."""
+    found = list(tuned.entries())
+    if json:
+        output.print_json([entry.model_dump() for entry in found])
+        return
+    table = Table(title=escape(f"{len(found)} entries in {tuned.folder()}"))
+    for column in ("kernel", "device", "Triton", "batch x heads", "queries", "keys", "tiles", "ms", "untuned ms"):
+        table.add_column(column)
+    for entry in found:
+        key = entry.key
+        untuned = "" if entry.default_ms is None else f"{entry.default_ms:.4f}"
+        sizes = (str(size) for size in (key.batch_heads, key.n_q, key.n_k))
+        table.add_row(key.kernel, escape(key.device), key.triton, *sizes, str(entry.config), f"{entry.ms:.4f}", untuned)
+    output.console().print(table)
+
+
+@app.command()
+def clear(json: options.Json = False) -> None:
+    """Remove the entries of the cache folder, and nothing else."""
+    _say(json, "removed", tuned.clear(), tuned.folder())
+
+
+@app.command()
+def export(file: File, json: options.Json = False) -> None:
+    """Write all entries into one file, for another machine with the same GPU."""
+    _say(json, "written", tuned.export(file), file)
+
+
+@app.command("import")
+def import_entries(file: File, json: options.Json = False) -> None:
+    """Take over the entries of an exported file. One with the same key is replaced."""
+    entries = tuned.load(file)
+    if any(tuned.record(entry) is None for entry in entries):
+        raise OSError(f"{tuned.folder()} cannot be written; set TOKQUANT_CACHE_DIR to a folder that can")
+    _say(json, "imported", len(entries), tuned.folder())
+
+
+def _say(json: bool, what: str, count: int, where: Path) -> None:
+    if json:
+        output.print_json({what: count, "path": str(where)})
+    else:
+        output.console().print(escape(f"{count} entries {what}: {where}"), soft_wrap=True)

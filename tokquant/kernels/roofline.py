@@ -1,0 +1,51 @@
+"""What a kernel's main loop should take, from its instructions and the rates of its target: a model, not a measurement."""
+
+from dataclasses import dataclass
+
+from tokquant.kernels.plan import Plan
+from tokquant.kernels.resources import Resources
+from tokquant.kernels.targets import Target
+
+RATES = {"tl.int8": "int8", "tl.float8e4nv": "fp8", "tl.float8e5": "fp8", "tl.float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Clocks of one multiprocessor for a score, and what they come to on the target's card."""
+
+    products: float
+    """Of its tensor cores, for Q K^T and P V."""
+    exponentials: float
+    instructions: float
+    """Of its schedulers, for all there is in the loop."""
+    roofline_tops: float
+    """If products and exponentials overlapped, and nothing else took time. 1e12 multiplications and additions a second."""
+    serial_tops: float
+    """If a tile's softmax waits for its products and they for it, which is how Triton arranges one block."""
+    card: str
+
+    @property
+    def share(self) -> float:
+        """Of the roofline that the serial prediction reaches."""
+        return self.serial_tops / self.roofline_tops
+
+
+def predict(resources: Resources, plan: Plan, head_dim: int, target: Target) -> Prediction:
+    """The model for whole key tiles of long sequences. Spills and memory are not in it."""
+    first, _, _, second = plan.products
+    rates = [target.rates[RATES.get(kind, "fp16")] for kind in (first, second)]
+    products = sum(2 * head_dim / rate for rate in rates)
+    exponentials = 1 / target.exponentials
+    instructions = resources.instructions_per_score / target.issued
+
+    def tops(clocks: float) -> float:
+        return 4 * head_dim / clocks * target.multiprocessors * target.gigahertz / 1e3
+
+    return Prediction(
+        products=products,
+        exponentials=exponentials,
+        instructions=instructions,
+        roofline_tops=tops(max(products, exponentials)),
+        serial_tops=tops(products + max(exponentials, instructions)),
+        card=target.card,
+    )

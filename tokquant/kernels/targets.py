@@ -1,0 +1,97 @@
+"""The GPUs that kernels are compiled for: what one multiprocessor holds, and how fast it is by its maker's figures."""
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+
+from tokquant.errors import nearest, quote
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """An architecture, with a card that has it. Rates are of dense products with float32 sums, as the datasheets give them."""
+
+    name: str
+    backend: Literal["cuda", "hip"] = "cuda"
+    arch: int | str
+    lanes: int = 32
+    """Threads of a warp."""
+    registers: int = 65536
+    """32-bit registers of a multiprocessor, or of a SIMD's lanes where `backend` is hip."""
+    shared_bytes: int
+    """Shared memory of a multiprocessor, all of which one block may take but for a kilobyte."""
+    warps: int
+    fp8: bool = True
+    """Whether tensor cores multiply OCP's e4m3 and e5m2."""
+
+    card: str
+    multiprocessors: int
+    gigahertz: float
+    rates: MappingProxyType[str, int] = field(hash=False)
+    """Multiplications and additions a clock of a multiprocessor: `int8`, `fp8`, `fp16` of tensor cores, `fp32` of cores."""
+    exponentials: int = 16
+    """A clock of one multiprocessor."""
+    issued: int = 128
+    """Instructions of one thread that a multiprocessor starts a clock."""
+
+
+def _rates(int8: int, fp8: int, fp16: int, fp32: int = 256) -> MappingProxyType[str, int]:
+    return MappingProxyType({"int8": int8, "fp8": fp8, "fp16": fp16, "fp32": fp32})
+
+
+_KB = 1024
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(
+            name="sm_80", arch=80, shared_bytes=164 * _KB, warps=64, fp8=False,
+            card="A100 SXM", multiprocessors=108, gigahertz=1.41, rates=_rates(4096, 0, 2048, 128),
+        ),
+        Target(
+            name="sm_86", arch=86, shared_bytes=100 * _KB, warps=48, fp8=False,
+            card="RTX 3090", multiprocessors=82, gigahertz=1.70, rates=_rates(2048, 0, 512),
+        ),
+        Target(
+            name="sm_89", arch=89, shared_bytes=100 * _KB, warps=48,
+            card="L40S", multiprocessors=142, gigahertz=2.52, rates=_rates(2048, 2048, 1024),
+        ),
+        Target(
+            name="sm_90", arch=90, shared_bytes=228 * _KB, warps=64,
+            card="H100 SXM", multiprocessors=132, gigahertz=1.83, rates=_rates(8192, 8192, 4096),
+        ),
+        Target(
+            name="sm_100", arch=100, shared_bytes=228 * _KB, warps=64,
+            card="B200", multiprocessors=148, gigahertz=1.85, rates=_rates(16384, 16384, 8192),
+        ),
+        Target(
+            name="sm_120", arch=120, shared_bytes=100 * _KB, warps=48,
+            card="RTX 5090", multiprocessors=170, gigahertz=2.41, rates=_rates(2048, 1024, 512),
+        ),
+        Target(
+            name="gfx942", backend="hip", arch="gfx942", lanes=64, registers=131072, shared_bytes=64 * _KB, warps=32, fp8=False,
+            card="MI300X", multiprocessors=304, gigahertz=2.10, rates=_rates(4096, 4096, 2048),
+            issued=64,
+        ),
+    )
+}  # fmt: skip
+DEFAULT = TARGETS["sm_90"]
+
+
+def get(name: object) -> Target:
+    """The target of that name. Raises ValueError with the nearest one."""
+    if not isinstance(name, str) or name not in TARGETS:
+        raise ValueError(f"target: {quote(name)} is none; use one of {', '.join(TARGETS)}{nearest(name, TARGETS)}")
+    return TARGETS[name]
+
+
+def of(device: torch.device) -> Target:
+    """The target of a device's GPU, or the nearest older one that is known; the default where there is no GPU."""
+    if device.type != "cuda":
+        return DEFAULT
+    if torch.version.hip is not None:
+        return TARGETS["gfx942"]
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [target for target in TARGETS.values() if isinstance(target.arch, int) and target.arch <= 10 * major + minor]
+    return known[-1] if known else TARGETS["sm_80"]

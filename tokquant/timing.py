@@ -1,0 +1,46 @@
+"""Times side by side: whatever slows the machine slows all that is compared."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+L2_BYTES = 2**28
+"""More than any GPU's cache: written before each run, so that none finds its tensors there, and long enough that the CPU has
+started what is timed before the GPU comes to it."""
+
+
+def interleaved_medians(functions: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:
+    """Median milliseconds of each function, taken in turn: by the GPU's own clock where `device` is one, with a cold cache."""
+    for function in functions:
+        function()
+    once = _on_gpu(device) if device.type == "cuda" else _on_cpu
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(max(1, repeats)):
+        for place, function in enumerate(functions):
+            times[place].append(once(function))
+    return [statistics.median(each) for each in times]
+
+
+def _on_cpu(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _on_gpu(device: torch.device) -> Callable[[Callable[[], Any]], float]:
+    scratch = torch.empty(L2_BYTES, dtype=torch.uint8, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def once(function: Callable[[], Any]) -> float:
+        with torch.cuda.device(device):
+            scratch.zero_()
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end)
+
+    return once

@@ -1,0 +1,48 @@
+"""The public door to tuning: it checks and directs, as `attention` does."""
+
+import torch
+from torch import Tensor
+
+from tokquant.attention import quantize
+from tokquant.calibration.scales import LayerScales
+from tokquant.errors import UnsupportedError
+from tokquant.inputs import check_tensors, features_of
+from tokquant.kernels import tuning
+from tokquant.kernels.tuning import Tuned
+from tokquant.schemes import QuantScheme, resolve
+
+
+def tune(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scheme: QuantScheme | str,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scales: LayerScales | None = None,
+    return_lse: bool = False,
+    repeats: int = 20,
+) -> Tuned:
+    """Find the fastest launch of the kernel that `attention` takes for this call, and keep it for calls of like shape.
+
+    Every candidate's machine code is read first; what spills, does not fit or has far more instructions than others is not
+    timed. The rest runs in turn on the GPU, `repeats` times each, with a cold cache. The result lies in the cache folder
+    (`tokquant cache list`) and is found again by kernel, device, Triton and shape.
+
+    Args are as for `attention`. Raises as it does; UnsupportedError where there is no GPU.
+    """
+    scheme = resolve(scheme)
+    check_tensors(q, k, v)
+    features = features_of(q, k, causal=causal, scale=scale, mask=mask, window=window, softcap=softcap, sinks=sinks)
+    if q.device.type != "cuda":
+        raise UnsupportedError(
+            f"tune: needs a GPU, and q is on {q.device}; `tokquant compile SCHEME --candidates` compares launches without one"
+        )
+    with torch.no_grad():
+        operands = quantize(q, k, v, scheme, scales=scales, backend="triton")
+    return tuning.tune(operands, scheme, features, return_lse=return_lse, repeats=repeats)
