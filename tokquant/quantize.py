@@ -84,7 +84,7 @@ def queries(
 def values(v: Tensor, frame: Frame, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
     """V in codes, with their sums in each key tile where P is unsigned, and P's weights where V is scaled per token."""
     vq = _in_frame(v, frame, scheme.v, scales)
-    code_sum = _tile_sums(vq, scheme.key_tile) if needs_code_sums(scheme) else None
+    code_sum = tile_sums(vq.stored_values(), scheme.key_tile) if needs_code_sums(scheme) else None
     if place(scheme.v) == "p":
         nothing = (vq.code_values() == 0).all(dim=-1, keepdim=True)
         return replace(vq, code_sum=code_sum, log2_weight=log2_weight(vq.scale, nothing))  # type: ignore[arg-type]
@@ -110,11 +110,8 @@ def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | N
     if not spec.scaled:
         codes = _as_float(x, dtype, spec)
         return QuantizedTensor(codes=codes, scale=None, spec=spec, shape=x.shape, dtype=dtype)
+    check_groups(spec, x)
     n, d = x.shape[2:]
-    try:
-        spec.granularity.cover(n, d)
-    except SchemeError as error:
-        raise SchemeError([(f"{spec.role}.granularity", str(error))]) from None
     if spec.scale == "static":
         assert scales is not None
         scale, zero = scales.scale(spec, x), scales.zero(spec, x)
@@ -128,6 +125,14 @@ def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | N
         steps = ((x - spread(zero, spec.granularity, n, d).float()) / s).round().clamp(0, precision.levels)
         codes = precision.encode(steps - 2 ** (precision.bits - 1))
     return QuantizedTensor(codes=precision.pack(codes), scale=scale, zero=zero, spec=spec, shape=x.shape, dtype=dtype)
+
+
+def check_groups(spec: Operand, x: Tensor) -> None:
+    """Raise SchemeError where the operand's granularity does not fit the shape of `x`."""
+    try:
+        spec.granularity.cover(*x.shape[2:])
+    except SchemeError as error:
+        raise SchemeError([(f"{spec.role}.granularity", str(error))]) from None
 
 
 def scale_of(x: Tensor, spec: Operand) -> tuple[Tensor, Tensor | None]:
@@ -242,8 +247,7 @@ def log2_weight(scale: Tensor, nothing: Tensor) -> Tensor:
     return torch.where(nothing & scale.isfinite(), -64.0, scale.log2())
 
 
-def _tile_sums(v: QuantizedTensor, tile: int) -> Tensor:
-    """`[B, H, ceil(N / tile), D]` int32: the sum of V's codes in each key tile."""
-    values = v.stored_values()
+def tile_sums(values: Tensor, tile: int) -> Tensor:
+    """`[B, H, N, D] -> [B, H, ceil(N / tile), D]` int32: the sum of V's codes in each key tile."""
     padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[2] % tile))
     return padded.unflatten(2, (-1, tile)).sum(dim=3).to(torch.int32)

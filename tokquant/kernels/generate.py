@@ -76,7 +76,7 @@ def load(plan: Plan | QuantizePlan) -> Any:
 
 
 @lru_cache(maxsize=256)
-def name_of(plan: Plan) -> str:
+def name_of(plan: Plan | QuantizePlan) -> str:
     """The kernel's name and a hash of its text: kernels of one name are one kernel."""
     return f"{plan.name}_{hashlib.sha256(render(plan).encode()).hexdigest()[:12]}"
 

@@ -8,6 +8,7 @@ import torch
 
 from tokquant import precisions
 from tokquant.kernels.plan import FLOAT_NAMES, TRITON_TYPES, WHOLE
+from tokquant.kernels.targets import Target
 from tokquant.kernels.triton import scales
 from tokquant.schemes import Operand
 from tokquant.schemes.scheme import SCALE_TYPES
@@ -27,6 +28,8 @@ class QuantizePlan:
     tokens: int
     """Tokens of one head that a program takes."""
     num_warps: int
+    checked: bool
+    """Whether it tells of values that a type does not hold."""
 
     def options(self) -> dict[str, Any]:
         """What Triton's compiler is told: torch rounds after a multiplication, so nothing may contract."""
@@ -67,24 +70,24 @@ class Task:
     interpreted: bool = False
 
 
-def lacking(spec: Operand, head_dim: int, capability: int | None) -> str | None:
-    """Why no kernel quantizes this operand, so that the definition does, in torch; None where one does.
+def lacking(spec: Operand, head_dim: int, target: Target | None = None) -> str | None:
+    """Why no kernel quantizes this operand on `target` (None: the interpreter), so that the definition does, in torch.
 
-    `capability` of an NVIDIA GPU is 80, 90 ...; None stands for anything else.
+    None where a kernel does.
     """
     if spec.format.triton_quantize is None:
         return f"{spec.role}: precision {spec.precision} has no triton_quantize"
     if head_dim > 256:
         return f"{spec.role}: head_dim {head_dim} is more than a kernel holds"
     fp8 = "float8" in spec.format.compute or (spec.scaled and spec.scale_dtype == "fp8_e4m3")
-    if fp8 and capability is not None and capability < 89:
-        return f"{spec.role}: sm_{capability} has no fp8"
+    if fp8 and target is not None and not target.fp8:
+        return f"{spec.role}: {target.name} has no fp8 of this kind (e4m3fn)"
     return None
 
 
 def in_one_tile(spec: Operand) -> bool:
     """Whether the tokens of every dynamic scale lie in one tile, so that the tensor is read once."""
-    return spec.scaled and spec.scale == "dynamic" and spec.granularity.cover(WHOLE, 1)[0] <= LONGEST
+    return spec.scaled and spec.scale == "dynamic" and spec.granularity.cover(WHOLE, spec.granularity.size or 1)[0] <= LONGEST
 
 
 @lru_cache(maxsize=256)
@@ -97,7 +100,7 @@ def plan(task: Task) -> QuantizePlan:
     tokens = max(tokens, group_tokens if task.step == "both" else 1, min(task.sum_tokens, LONGEST))
     codes, scaled = task.step != "extremes", spec.scaled
     own = precisions.get(FLOAT_NAMES[task.dtype])
-    stores = own if precision.bits == 16 and task.dtype != torch.float32 else precision
+    stores = own if not scaled and precision.bits == 16 and task.dtype != torch.float32 else precision
     order = d & -d
     largest_code = precision.largest if precision.largest is not None else 1
     constants: dict[str, Any] = {
@@ -130,8 +133,9 @@ def plan(task: Task) -> QuantizePlan:
         "LEVELS": float(precision.levels),
         "HALF": 0 if spec.symmetric else 2 ** (precision.bits - 1),
         "SMALLEST": torch.finfo(SCALE_TYPES[spec.scale_dtype]).smallest_normal,
-        "CHECK_SCALE": checks_scale(spec),
-        "CHECK_FP16": stores.stored == torch.float16,
+        # a symmetric scale in fp32 always fits
+        "CHECK_SCALE": task.step == "both" and (spec.scale_dtype != "fp32" or not spec.symmetric),
+        "CHECK_FP16": codes and stores.stored == torch.float16,
         "PACKED": stores.packed,
         "RAGGED": d % stores.packed != 0,
         "LAST": 2 ** (d % stores.packed * 8 // stores.packed) - 1,
@@ -165,12 +169,8 @@ def plan(task: Task) -> QuantizePlan:
         constants=tuple((name, value if isinstance(value, str) else repr(value)) for name, value in constants.items()),
         tokens=tokens,
         num_warps=max(4, tokens * padded // 2048),
+        checked=bool(constants["CHECK_SCALE"] or constants["CHECK_FP16"]),
     )
-
-
-def checks_scale(spec: Operand) -> bool:
-    """Whether a scale or zero may not fit its type. A symmetric one in fp32 always does."""
-    return spec.scale_dtype != "fp32" or not spec.symmetric
 
 
 def _encode(precision: precisions.Precision, interpreted: bool) -> Any:

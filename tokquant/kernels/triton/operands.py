@@ -48,27 +48,27 @@ class Source(NamedTuple):
 class Turned(NamedTuple):
     """What is done to it first; contiguous, for the heads of that tensor."""
 
-    offset: Any  # [B, H, rows, D], one or a row for each 128 tokens
-    balance: Any  # [B, H, D] float32
-    fold: Any  # Q: K's scale per channel [B, H, D] float32
-    k_offset: Any  # Q: what K has lost [B, H, D]
-    k_origin: Any  # Q: what K's stored codes of 0 stand for [B, H, D] float32
+    offset: Any = None  # [B, H, rows, D], one or a row for each 128 tokens
+    balance: Any = None  # [B, H, D] float32
+    fold: Any = None  # Q: K's scale per channel [B, H, D] float32
+    k_offset: Any = None  # Q: what K has lost [B, H, D]
+    k_origin: Any = None  # Q: what K's stored codes of 0 stand for [B, H, D] float32
 
 
 class Coded(NamedTuple):
     """What comes of it. All but scales and zeros are contiguous."""
 
-    codes: Any  # [B, H, N, W], or [B, H, D, N padded to groups of 16]
-    scale: Any  # where only extremes are wanted: the highest of each tile
-    zero: Any  # strides as scale; there the lowest
-    scale_batch: Any
-    scale_head: Any
-    scale_row: Any
-    companion: Any  # K: less its offset, in its own type [B, H, N, D]
-    logit_offset: Any  # Q: [B, H, N] float32
-    code_sum: Any  # Q: [B, H, N] float32; V: [B, H, tiles, D] int32
-    something: Any  # V per token: whether any code is not zero [B, H, N] int8
-    lost: Any  # set to 1 where a type does not hold a value
+    codes: Any = None  # [B, H, N, W], or [B, H, D, N padded to groups of 16]
+    scale: Any = None  # where only extremes are wanted: the highest of each tile
+    zero: Any = None  # strides as scale; there the lowest
+    scale_batch: Any = None
+    scale_head: Any = None
+    scale_row: Any = None
+    companion: Any = None  # K: less its offset, in its own type [B, H, N, D]
+    logit_offset: Any = None  # Q: [B, H, N] float32
+    code_sum: Any = None  # Q: [B, H, N] float32; V: [B, H, tiles, D] int32
+    something: Any = None  # V per token: whether any code is not zero [B, H, N] int8
+    lost: Any = None  # set to 1 where a type does not hold a value
 
 
 class Features(NamedTuple):

@@ -99,7 +99,7 @@ def quantize(X, F, Y, n, TOKENS: tl.constexpr):
 
     if SCALED:
         # [groups of tokens, groups of channels]
-        group = first // SCALE_TOKENS + tl.arange(0, TOKENS // GROUP_TOKENS)
+        group = (first + order_tokens(tl.arange(0, TOKENS // GROUP_TOKENS) * GROUP_TOKENS)) // SCALE_TOKENS
         part = tl.arange(0, D_TILE // GROUP_CHANNELS)
         scale_at = batch * Y.scale_batch + head * Y.scale_head
         scale_at += group.to(tl.int64)[:, None] * Y.scale_row + part[None, :]
