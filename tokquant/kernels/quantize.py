@@ -133,7 +133,12 @@ class _Run:
         codes = _room(x, spec, tokens_last)
         if plan(task).checked and self.lost is None:
             self.lost = torch.zeros(1, dtype=torch.int32, device=x.device)
-        _start(plan(task), x, given, made._replace(codes=codes, scale=scale, zero=zero, lost=self.lost))
+        made = made._replace(codes=codes, lost=self.lost)
+        if task.step == "both":
+            made = made._replace(scale=scale, zero=zero)
+        elif scale is not None:
+            made = made._replace(scale=scale.float(), zero=None if zero is None else zero.float())
+        _start(plan(task), x, given, made)
         return QuantizedTensor(
             codes=codes,
             scale=scale,

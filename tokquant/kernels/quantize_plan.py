@@ -132,7 +132,8 @@ def plan(task: Task) -> QuantizePlan:
         "LARGEST": float(largest_code),
         "LEVELS": float(precision.levels),
         "HALF": 0 if spec.symmetric else 2 ** (precision.bits - 1),
-        "SMALLEST": torch.finfo(SCALE_TYPES[spec.scale_dtype]).smallest_normal,
+        "SCALE_SMALLEST": torch.finfo(SCALE_TYPES[spec.scale_dtype]).smallest_normal,
+        "SCALE_LARGEST": torch.finfo(SCALE_TYPES[spec.scale_dtype]).max,
         # a symmetric scale in fp32 always fits
         "CHECK_SCALE": task.step == "both" and (spec.scale_dtype != "fp32" or not spec.symmetric),
         "CHECK_FP16": codes and stores.stored == torch.float16,
@@ -155,11 +156,9 @@ def plan(task: Task) -> QuantizePlan:
         holes["encode_own"] = _encode(own, task.interpreted)
     if constants["SCALE_HERE"]:
         up = precision.kind == "int" and precision.bits == 8
-        rounded = {"fp32": scales.as_it_is, "fp16": scales.in_fp16, "fp8_e4m3": scales.up_to_e4m3 if up else scales.in_e4m3}
-        zero = {"fp32": scales.zero_in_fp32, "fp16": scales.zero_in_fp16, "fp8_e4m3": scales.in_e4m3}
-        holes["round_scale"] = rounded[spec.scale_dtype]
-        if not spec.symmetric:
-            holes["round_zero"] = zero[spec.scale_dtype]
+        e4m3 = scales.up_to_e4m3 if up else scales.within_e4m3
+        holes["round_scale"] = e4m3 if spec.scale_dtype == "fp8_e4m3" else scales.nearest
+        holes["encode_scale"] = _encode(precisions.get(spec.scale_dtype), task.interpreted)
     if codes and constants["VALUES"]:
         holes["decode"] = precision.triton_decode
     return QuantizePlan(

@@ -22,13 +22,14 @@ def encode_tile(p):
 
 @triton.jit
 def encode_tile_interpreted(x):
-    # the interpreter's cast loses the carry into the next power of two, so x is rounded to a number of the format before it
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    magnitude = bits.to(tl.float32, bitcast=True)
-    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576
-    subnormal = ((magnitude + 24576.0) - 24576.0).to(tl.int32, bitcast=True)
-    rounded = tl.where(magnitude < 0.015625, subnormal, normal) | (x.to(tl.int32, bitcast=True) & -2147483648)
-    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x).to(tl.float8e4nv)
+    # the interpreter's cast loses the carry into the next power of two, so the byte is made by hand
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = tl.abs(x)
+    normal = (((bits & 0x7FFFFFFF) + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    subnormal = ((magnitude + 24576.0) - 24576.0) * 512.0
+    code = tl.where(magnitude < 0.015625, subnormal.to(tl.int32), normal)
+    code = tl.where(x == x, code, 0x7F) | (((bits >> 31) & 1) << 7)
+    return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
 
 
 FP8_E4M3 = register(

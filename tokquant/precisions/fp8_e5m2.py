@@ -22,13 +22,14 @@ def encode_tile(p):
 
 @triton.jit
 def encode_tile_interpreted(x):
-    # the interpreter's cast loses the carry into the next power of two, so x is rounded to a number of the format before it
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    magnitude = bits.to(tl.float32, bitcast=True)
-    normal = (bits + 0xFFFFF + ((bits >> 21) & 1)) & -2097152
-    subnormal = ((magnitude + 192.0) - 192.0).to(tl.int32, bitcast=True)
-    rounded = tl.where(magnitude < 6.103515625e-05, subnormal, normal) | (x.to(tl.int32, bitcast=True) & -2147483648)
-    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x).to(tl.float8e5)
+    # the interpreter's cast loses the carry into the next power of two, so the byte is made by hand
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = tl.abs(x)
+    normal = (((bits & 0x7FFFFFFF) + 0xFFFFF + ((bits >> 21) & 1)) >> 21) - 448
+    subnormal = ((magnitude + 192.0) - 192.0) * 65536.0
+    code = tl.where(magnitude < 6.103515625e-05, subnormal.to(tl.int32), normal)
+    code = tl.where(x == x, code, 0x7F) | (((bits >> 31) & 1) << 7)
+    return code.to(tl.uint8).to(tl.float8e5, bitcast=True)
 
 
 FP8_E5M2 = register(

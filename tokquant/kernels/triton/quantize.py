@@ -5,11 +5,11 @@ launches keep the compiler from contracting a multiplication and an addition, wh
 """
 
 from tokquant.kernels.triton.parts import group_max, hadamard
-from tokquant.kernels.triton.scales import as_it_is as round_scale
 from tokquant.kernels.triton.scales import in_order as order_tokens
-from tokquant.kernels.triton.scales import zero_in_fp32 as round_zero
+from tokquant.kernels.triton.scales import nearest as round_scale
 from tokquant.precisions.base import tl, triton
 from tokquant.precisions.fp16 import encode_tile as encode_own
+from tokquant.precisions.fp32 import encode_tile as encode_scale
 from tokquant.precisions.int8 import decode_tile as decode
 from tokquant.precisions.int8 import quantize_tile as encode
 
@@ -41,7 +41,8 @@ SCALE_COLUMNS = tl.constexpr(1)  # scales side by side
 LARGEST = tl.constexpr(127.0)  # R
 LEVELS = tl.constexpr(255.0)  # steps of an asymmetric operand
 HALF = tl.constexpr(0)  # a stored code of 0 is this many steps above an asymmetric operand's zero
-SMALLEST = tl.constexpr(1.1754943508222875e-38)  # scale
+SCALE_SMALLEST = tl.constexpr(1.1754943508222875e-38)  # normal number of its type
+SCALE_LARGEST = tl.constexpr(3.4028234663852886e38)
 CHECK_SCALE = tl.constexpr(False)  # whether its type holds it
 CHECK_FP16 = tl.constexpr(False)  # whether fp16 holds the values
 PACKED = tl.constexpr(1)  # codes in a stored element
@@ -118,12 +119,17 @@ def quantize(X, F, Y, n, TOKENS: tl.constexpr):
         if SYMMETRIC:
             exact = tl.where(highest == 0.0, 1.0, tl.div_rn(highest, LARGEST))
         if ASYMMETRIC:
-            zero = round_zero(lowest)
+            # past the largest that its type holds there is no zero
+            zero = tl.where(tl.abs(lowest) > SCALE_LARGEST, float("nan"), lowest)
+            stored_zero = encode_scale(zero)
+            zero = tl.where(zero == zero, stored_zero.to(tl.float32), zero)
             exact = tl.div_rn(highest - zero, LEVELS)
             # a zero rounded past the maximum takes the smallest scale
             exact = tl.where(exact < 0.0, 0.0, exact)
         scale = round_scale(exact)
-        scale = tl.where(scale < SMALLEST, SMALLEST, scale)
+        # from fp8 the interpreter casts a NaN to a number
+        scale = tl.where(scale == scale, encode_scale(scale).to(tl.float32), scale)
+        scale = tl.where(scale < SCALE_SMALLEST, SCALE_SMALLEST, scale)
         if CHECK_SCALE:
             holds = kept & (tl.abs(highest) < float("inf"))
             if SYMMETRIC:
@@ -131,13 +137,13 @@ def quantize(X, F, Y, n, TOKENS: tl.constexpr):
             if ASYMMETRIC:
                 lost = holds & (tl.abs(lowest) < float("inf")) & ~(scale < float("inf"))
             tl.store(Y.lost, 1, mask=tl.max(tl.max(lost.to(tl.int32), 1), 0) > 0)
-        tl.store(Y.scale + scale_at, scale.to(Y.scale.dtype.element_ty), mask=kept)
+        tl.store(Y.scale + scale_at, encode_scale(scale), mask=kept)
         if ASYMMETRIC:
-            tl.store(Y.zero + scale_at, zero.to(Y.zero.dtype.element_ty), mask=kept)
+            tl.store(Y.zero + scale_at, stored_zero, mask=kept)
     if SCALE_GIVEN:
-        scale = tl.load(Y.scale + scale_at, mask=kept, other=1.0).to(tl.float32)
+        scale = tl.load(Y.scale + scale_at, mask=kept, other=1.0)
         if ASYMMETRIC:
-            zero = tl.load(Y.zero + scale_at, mask=kept, other=0.0).to(tl.float32)
+            zero = tl.load(Y.zero + scale_at, mask=kept, other=0.0)
 
     if CODES:
         if SCALED:
