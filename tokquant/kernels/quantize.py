@@ -6,16 +6,30 @@ that no kernel takes (`quantize_plan.lacking` says why) is quantized by the defi
 
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokquant import quantize as definition
 from tokquant.calibration.scales import LayerScales
 from tokquant.kernels import generate, launch, targets
 from tokquant.kernels.plan import WHOLE, takes_tokens_last
 from tokquant.kernels.quantize_plan import LONGEST, QuantizePlan, Task, in_one_tile, lacking, plan
 from tokquant.kernels.triton.operands import Coded, Source, Turned
+from tokquant.quantize import (
+    asymmetric_scale,
+    check_groups,
+    for_query_heads,
+    frames,
+    keys,
+    log2_weight,
+    queries,
+    reduce_groups,
+    symmetric_scale,
+    tile_sums,
+    values,
+)
+from tokquant.quantize import quantize_operands as define
 from tokquant.schemes import Granularity, Operand, QuantScheme
 from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
 from tokquant.schemes.scheme import SCALE_TYPES
@@ -30,7 +44,7 @@ def quantize_operands(
 
     Everything is equal bit for bit, but `logit_offset`, whose float32 sums are taken in another order.
     """
-    q_frame, k_frame, v_frame = definition.frames(q, k, v, scheme, scales)
+    q_frame, k_frame, v_frame = frames(q, k, v, scheme, scales)
     run = _Run(scheme, scales)
     with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
         kq = run.keys(k, k_frame)
@@ -38,7 +52,7 @@ def quantize_operands(
         vq = run.values(v, v_frame)
     if run.lost is not None and bool(run.lost):
         # a type does not hold a value; the definition says which
-        qq, kq, vq = definition.quantize_operands(q, k, v, scheme, scales)
+        qq, kq, vq = define(q, k, v, scheme, scales)
     operands = replace(qq, scheme=scheme), replace(kq, scheme=scheme), replace(vq, scheme=scheme)
     return operands if vq.layout == "tokens_last" else launch.packed(operands, scheme)
 
@@ -54,26 +68,26 @@ class _Run:
 
     def keys(self, k: Tensor, frame: Frame) -> QuantizedTensor:
         if _left_to_torch(k, frame, self.scheme.k):
-            return definition.keys(k, frame, self.scheme, self.scales)
+            return keys(k, frame, self.scheme, self.scales)
         companion = k.new_empty(k.shape) if self.scheme.q.smooth == "block_mean" else None
         return replace(self._coded(k, frame, self.scheme.k, made=Coded(companion=companion)), companion=companion)
 
     def queries(self, q: Tensor, frame: Frame, k: QuantizedTensor) -> QuantizedTensor:
         spec, given, turned = self.scheme.q, Turned(), frame
         if k.offset is not None:
-            given = given._replace(k_offset=definition.for_query_heads(k.offset, q, k))
+            given = given._replace(k_offset=for_query_heads(k.offset, q, k))
         if place(self.scheme.k) == "q":
             assert k.scale is not None
-            turned = frame.with_fold(definition.for_query_heads(k.scale.float(), q, k))
+            turned = frame.with_fold(for_query_heads(k.scale.float(), q, k))
             if k.origin is not None:
-                given = given._replace(k_origin=definition.for_query_heads(k.origin, q, k))
+                given = given._replace(k_origin=for_query_heads(k.origin, q, k))
         if _left_to_torch(q, turned, spec):
-            return definition.queries(q, frame, k, self.scheme, self.scales)
-        sums = q.new_empty(2, *q.shape[:3], 1, dtype=torch.float32)
-        logit_offset = None if given == Turned() else sums[0]
+            return queries(q, frame, k, self.scheme, self.scales)
+        column = (*q.shape[:3], 1)
+        logit_offset = None if given == Turned() else q.new_empty(column, dtype=torch.float32)
         # the sum of integers is one in any order
         in_kernel = needs_query_sums(self.scheme) and spec.format.compute == "tl.int8" and place(spec) == "scores"
-        code_sum = sums[1] if in_kernel else None
+        code_sum = q.new_empty(column, dtype=torch.float32) if in_kernel else None
         qq = self._coded(q, turned, spec, given=given, made=Coded(logit_offset=logit_offset, code_sum=code_sum))
         if needs_query_sums(self.scheme) and not in_kernel:
             code_sum = met(qq).sum(dim=-1, keepdim=True)
@@ -82,7 +96,7 @@ class _Run:
     def values(self, v: Tensor, frame: Frame) -> QuantizedTensor:
         spec = self.scheme.v
         if _left_to_torch(v, frame, spec):
-            return definition.values(v, frame, self.scheme, self.scales)
+            return values(v, frame, self.scheme, self.scales)
         b, h, n, d = v.shape
         made, sum_tokens = Coded(), min(self.scheme.key_tile, LONGEST)
         if needs_code_sums(self.scheme):
@@ -91,10 +105,10 @@ class _Run:
             made = made._replace(something=v.new_empty(b, h, n, 1, dtype=torch.int8))
         vq = self._coded(v, frame, spec, made=made, sum_tokens=sum_tokens, tokens_last=takes_tokens_last(self.scheme, v.dtype))
         if made.code_sum is not None:
-            vq = replace(vq, code_sum=definition.tile_sums(made.code_sum, self.scheme.key_tile // sum_tokens))
+            vq = replace(vq, code_sum=tile_sums(made.code_sum, self.scheme.key_tile // sum_tokens))
         if made.something is not None:
             assert vq.scale is not None
-            vq = replace(vq, log2_weight=definition.log2_weight(vq.scale, made.something == 0))
+            vq = replace(vq, log2_weight=log2_weight(vq.scale, made.something == 0))
         return vq
 
     def _coded(
@@ -109,7 +123,7 @@ class _Run:
         tokens_last: bool = False,
     ) -> QuantizedTensor:
         """`x` in `frame` and in codes. What `made` holds is filled too, with the help of what `given` holds."""
-        definition.check_groups(spec, x)
+        check_groups(spec, x)
         task = Task(
             spec=spec,
             head_dim=x.shape[3],
@@ -137,7 +151,7 @@ class _Run:
         if task.step == "both":
             made = made._replace(scale=scale, zero=zero)
         elif scale is not None:
-            made = made._replace(scale=scale.float(), zero=None if zero is None else zero.float())
+            made = made._replace(scale=_floats(scale), zero=_floats(zero))
         _start(plan(task), x, given, made)
         return QuantizedTensor(
             codes=codes,
@@ -160,16 +174,16 @@ class _Run:
             scale = x.new_empty(spec.granularity.scale_shape(tuple(x.shape)), dtype=SCALE_TYPES[spec.scale_dtype])
             return scale, None if spec.symmetric else torch.empty_like(scale)
         first = plan(replace(task, step="extremes"))
-        tiles = replace_tokens(spec, first.tokens)
+        tiles = _of_tiles(spec, first.tokens)
         b, h, n, d = x.shape
         columns = spec.granularity.scale_shape(tuple(x.shape))[3]
         highest = x.new_empty(b, h, -(-n // first.tokens), columns, dtype=torch.float32)
         lowest = None if spec.symmetric else torch.empty_like(highest)
         _start(first, x, given, Coded(scale=highest, zero=lowest))
-        largest = definition.reduce_groups(highest, tiles, torch.amax)
+        largest = reduce_groups(highest, tiles, torch.amax)
         if lowest is None:
-            return definition.symmetric_scale(largest, spec), None
-        return definition.asymmetric_scale(definition.reduce_groups(lowest, tiles, torch.amin), largest, spec)
+            return symmetric_scale(largest, spec), None
+        return asymmetric_scale(reduce_groups(lowest, tiles, torch.amin), largest, spec)
 
 
 def _left_to_torch(x: Tensor, frame: Frame, spec: Operand) -> bool:
@@ -178,7 +192,7 @@ def _left_to_torch(x: Tensor, frame: Frame, spec: Operand) -> bool:
     return (not spec.scaled and not frame.turns) or lacking(spec, x.shape[3], target) is not None
 
 
-def replace_tokens(spec: Operand, tokens: int) -> Operand:
+def _of_tiles(spec: Operand, tokens: int) -> Operand:
     """The operand as it is for a tensor that has one row for so many tokens."""
     granularity = spec.granularity
     if granularity.size:
@@ -195,16 +209,23 @@ def _room(x: Tensor, spec: Operand, tokens_last: bool) -> Tensor:
     return x.new_empty(shape, dtype=x.dtype if own else precision.stored)
 
 
+def _floats(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
 def _start(plan: QuantizePlan, x: Tensor, given: Turned, made: Coded) -> None:
-    """Launch a kernel on `[B, H, N, D]`."""
+    grid, arguments = prepare(plan, x, given, made)
+    generate.load(plan)[grid](*arguments, **plan.options())
+
+
+def prepare(plan: QuantizePlan, x: Tensor, given: Turned, made: Coded) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
+    """Grid and arguments of a kernel that takes `[B, H, N, D]`."""
     b, h, n, _ = x.shape
     if made.scale is not None:
         # a stride of zero where all share one
-        batch, head, row, _ = made.scale.contiguous().expand(b, h, -1, -1).stride()
+        batch, head, row, _ = made.scale.expand(b, h, -1, -1).stride()
         made = made._replace(scale_batch=batch, scale_head=head, scale_row=row)
-    made = Coded(*(each.contiguous() if isinstance(each, Tensor) else each for each in made))
     if made.codes is not None and made.codes.element_size() == 1:
         made = made._replace(codes=made.codes.view(torch.uint8))
     given = Turned(*(None if each is None else each.contiguous() for each in given))
-    grid = (-(-n // plan.tokens), h, b)
-    generate.load(plan)[grid](Source(x, *x.stride()), given, made, n, plan.tokens, **plan.options())
+    return (-(-n // plan.tokens), h, b), (Source(x, *x.stride()), given, made, n, plan.tokens)

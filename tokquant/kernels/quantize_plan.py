@@ -138,6 +138,7 @@ def plan(task: Task) -> QuantizePlan:
         "CHECK_SCALE": task.step == "both" and (spec.scale_dtype != "fp32" or not spec.symmetric),
         "CHECK_FP16": codes and stores.stored == torch.float16,
         "PACKED": stores.packed,
+        "WIDTH": -(-d // stores.packed),
         "RAGGED": d % stores.packed != 0,
         "LAST": 2 ** (d % stores.packed * 8 // stores.packed) - 1,
         "BYTES": stores.stored.itemsize == 1,

@@ -46,6 +46,7 @@ SCALE_LARGEST = tl.constexpr(3.4028234663852886e38)
 CHECK_SCALE = tl.constexpr(False)  # whether its type holds it
 CHECK_FP16 = tl.constexpr(False)  # whether fp16 holds the values
 PACKED = tl.constexpr(1)  # codes in a stored element
+WIDTH = tl.constexpr(64)  # stored elements of a token
 RAGGED = tl.constexpr(False)  # the last one of a token is not full
 LAST = tl.constexpr(255)  # bits of that
 BYTES = tl.constexpr(True)
@@ -169,9 +170,9 @@ def quantize(X, F, Y, n, TOKENS: tl.constexpr):
         if CANONICAL:
             element = tl.arange(0, D_TILE // PACKED)
             if RAGGED:
-                stored = tl.where((element == D // PACKED)[None, :], stored & LAST, stored)
-            code_at = Y.codes + row[:, None] * tl.cdiv(D, PACKED) + element[None, :]
-            tl.store(code_at, stored, mask=here[:, None] & (element * PACKED < D)[None, :])
+                stored = tl.where((element == WIDTH - 1)[None, :], stored & LAST, stored)
+            code_at = Y.codes + row[:, None] * WIDTH + element[None, :]
+            tl.store(code_at, stored, mask=here[:, None] & (element < WIDTH)[None, :])
         if TOKENS_LAST:
             padded = tl.cdiv(n, 16) * 16
             code_at = Y.codes + (plane * D + column)[:, None] * padded + (first + place)[None, :]
