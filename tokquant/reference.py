@@ -147,9 +147,6 @@ class _Emulation:
         self.k_scale, self.k_origin = _spread(k) if place(scheme.k) == "scores" else (None, None)
         self.v_scale, self.v_origin = _spread(v) if place(scheme.v) != "operand" else (None, None)
         self.folded = place(scheme.v) == "p"
-        if v.log2_weight is not None and v.zero is not None:
-            # the weight stands in for the scale, also where it is next to nothing
-            self.v_origin = v.zero.float() + v.log2_weight.exp2() * 2 ** (scheme.v.format.bits - 1)
         # logits in base 2 come for free where nothing has to happen to natural ones
         self.natural = features.softcap is not None or (features.mask is not None and features.mask.dtype != torch.bool)
         precision = scheme.p.format
@@ -188,8 +185,7 @@ class _Emulation:
             # integer codes cannot hold NaN, p - p can
             counted = p if scheme.normalizer == "exact" else codes + (p - p)
             if weight is not None:
-                # a weight that is not a number is in p already, where the pair attends
-                inverse = torch.where(weight.isfinite(), torch.exp2(-weight), 0.0)
+                inverse = self._of_keys(self.v.inverse_weight, keys)
                 p, counted = p * inverse, counted * inverse
             l = l * alpha + counted.sum(dim=-1, keepdim=True)  # noqa: E741
             product = self._by_values(codes, keys)

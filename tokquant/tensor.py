@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokquant.precisions import Precision
 from tokquant.schemes import Granularity, Operand, QuantScheme
 from tokquant.schemes.placement import place
 from tokquant.transforms import Frame
@@ -49,7 +50,8 @@ class QuantizedTensor:
     shape: torch.Size
     dtype: torch.dtype
     layout: Literal["canonical", "tokens_last"] = "canonical"
-    """`tokens_last`: V for 8-bit tensor cores, `[B, H, D, N]` with N padded to groups of 16, ordered as `tokens_last` says."""
+    """`tokens_last`: V for 8-bit tensor cores, `[B, H, D, N / packed]`, N padded to whole groups of 16 elements, ordered as
+    `tokens_last` says."""
 
     @property
     def offset(self) -> Tensor | None:
@@ -64,20 +66,32 @@ class QuantizedTensor:
     def stored_values(self) -> Tensor:
         """The numbers that the stored codes stand for: float32 `[B, H, N, D]`."""
         precision = self.spec.format
-        codes = self.codes if self.layout == "canonical" else _tokens_first(self.codes, self.shape[2])
-        return precision.decode(precision.unpack(codes, self.shape[-1]))
+        if self.layout == "canonical":
+            return precision.decode(precision.unpack(self.codes, self.shape[3]))
+        return precision.decode(_tokens_first(self.codes, precision, self.shape[2]))
 
     def code_values(self) -> Tensor:
         """What scale and zero apply to: the stored values, counted from 0 where the operand is asymmetric."""
         values = self.stored_values()
         return values if self.spec.symmetric else values + 2 ** (self.spec.format.bits - 1)
 
-    @property
+    @cached_property
     def origin(self) -> Tensor | None:
-        """Of asymmetric operands, what a stored code of 0 stands for: `x = stored * scale + origin`. Shaped like `zero`."""
+        """Of asymmetric operands, what a stored code of 0 stands for: `x = stored * scale + origin`; float32, as `zero`.
+
+        V per token has its weight in place of its scale.
+        """
         if self.zero is None or self.scale is None:
             return None
-        return self.zero.float() + self.scale.float() * 2 ** (self.spec.format.bits - 1)
+        step = self.scale.float() if self.log2_weight is None else self.log2_weight.exp2()
+        return self.zero.float() + step * 2 ** (self.spec.format.bits - 1)
+
+    @cached_property
+    def inverse_weight(self) -> Tensor | None:
+        """V per token: what takes its weight out of P again. A weight that is not a number is in P already: 0 there."""
+        if self.log2_weight is None:
+            return None
+        return torch.where(self.log2_weight.isfinite(), torch.exp2(-self.log2_weight), 0.0)
 
     def scaled_values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codes times scale plus zero, in the frame they were taken in: `[B, H, N, D]`."""
@@ -128,17 +142,28 @@ class QuantizedTensor:
 def tokens_last(x: QuantizedTensor) -> QuantizedTensor:
     """V as 8-bit tensor cores take it: tokens contiguous, and permuted in groups of 16 so that P keeps its registers.
 
+    Where elements hold several codes, they are those of tokens 16 apart.
+
     The accumulator of one product holds, in each thread, the columns 0 1 and 8 9 of a group where the operand of the next
     wants 0 1 2 3; with V's tokens in the same order nothing has to move.
     """
-    codes = torch.nn.functional.pad(x.codes.view(torch.uint8), (0, 0, 0, -x.shape[2] % 16)).mT
-    codes = codes.unflatten(3, (-1, 2, 4, 2)).transpose(4, 5).flatten(3).contiguous()
-    return replace(x, codes=codes.view(x.codes.dtype), layout="tokens_last")
+    precision = x.spec.format
+    codes = precision.unpack(x.codes, x.shape[3])
+    kind, zero = codes.dtype, precision.encode(torch.zeros(1)).view(torch.int8).item()
+    # torch has no pad for fp8
+    codes = torch.nn.functional.pad(codes.view(torch.int8), (0, 0, 0, -x.shape[2] % (16 * precision.packed)), value=zero).mT
+    codes = codes.unflatten(3, (-1, 2, 4, 2)).transpose(4, 5).flatten(3)
+    # an element holds tokens 16 apart, so that what it is unpacked to lies in whole groups
+    planes = codes.unflatten(3, (-1, precision.packed, 16)).transpose(4, 5).flatten(3).contiguous()
+    return replace(x, codes=precision.pack(planes.view(kind)), layout="tokens_last")
 
 
-def _tokens_first(codes: Tensor, n: int) -> Tensor:
-    ordered = codes.view(torch.uint8).unflatten(3, (-1, 4, 2, 2)).transpose(4, 5).flatten(3)
-    return ordered.mT[:, :, :n].view(codes.dtype)
+def _tokens_first(codes: Tensor, precision: Precision, n: int) -> Tensor:
+    """Codes `[B, H, N, D]`, one an element, from tokens last."""
+    planes = precision.unpack(codes, codes.shape[3] * precision.packed)
+    ordered = planes.view(torch.int8).unflatten(3, (-1, 16, precision.packed)).transpose(4, 5).flatten(3)
+    ordered = ordered.unflatten(3, (-1, 4, 2, 2)).transpose(4, 5).flatten(3)
+    return ordered.mT[:, :, :n].view(planes.dtype)
 
 
 def met(x: QuantizedTensor) -> Tensor:

@@ -102,11 +102,11 @@ def test_whole_tiles_and_edges_meet_at_every_length(n_q, n_k, given):
 
 
 @triton.jit
-def scores_of_a_tile(q, k, out, DECODE_Q: tl.constexpr, DECODE_K: tl.constexpr, PRODUCT: tl.constexpr, N: tl.constexpr,
-                     Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr):  # fmt: skip
+def scores_of_a_tile(q, k, out, DECODE_Q: tl.constexpr, LAY_Q: tl.constexpr, DECODE_K: tl.constexpr, LAY_K: tl.constexpr,
+                     PRODUCT: tl.constexpr, N: tl.constexpr, Q_WIDTH: tl.constexpr, K_WIDTH: tl.constexpr):  # fmt: skip
     i = tl.arange(0, N)
-    q_tile = DECODE_Q(tl.load(q + i[:, None] * Q_WIDTH + tl.arange(0, Q_WIDTH)[None, :]))
-    k_tile = DECODE_K(tl.load(k + i[:, None] * K_WIDTH + tl.arange(0, K_WIDTH)[None, :]))
+    q_tile = LAY_Q(DECODE_Q(tl.load(q + i[:, None] * Q_WIDTH + tl.arange(0, Q_WIDTH)[None, :])))
+    k_tile = LAY_K(DECODE_K(tl.load(k + i[:, None] * K_WIDTH + tl.arange(0, K_WIDTH)[None, :])))
     tl.store(out + i[:, None] * N + i[None, :], PRODUCT(q_tile, tl.trans(k_tile)))
 
 
@@ -114,10 +114,13 @@ def scores_of_a_tile(q, k, out, DECODE_Q: tl.constexpr, DECODE_K: tl.constexpr, 
 def test_integer_scores_of_a_kernel_and_the_emulation_are_equal(a, b):
     s = scheme(a, b, "int8", "int8")
     operands = tq.quantize(*(3 * torch.randn(1, 1, 64, 128) for _ in range(3)), s)
-    holes = dict(plan(s, head_dim=128, dtype=torch.float32).holes)
+    made = plan(s, head_dim=128, dtype=torch.float32, interpreted=True)
+    holes = [dict(made.holes)[name] for name in ("decode_q", "lay_q", "decode_k", "lay_k", "product_k")]
     out = torch.full((64, 64), float("nan"))
     q, k = operands[0].codes[0, 0], operands[1].codes[0, 0]
-    scores_of_a_tile[(1,)](q, k, out, holes["decode_q"], holes["decode_k"], holes["product_k"], 64, q.shape[1], k.shape[1])
+    if dict(made.constants)["PLANES"] == "True":
+        q = q.reshape(64, -1, operands[1].spec.format.packed).mT.reshape(64, 128).contiguous()
+    scores_of_a_tile[(1,)](q, k, out, *holes, 64, q.shape[1], k.shape[1])
     assert torch.equal(out.int(), integer_scores(operands[0], operands[1])[0, 0])
 
 

@@ -57,10 +57,16 @@ MUTATIONS = {
     "K's scale of another token": (preset("int8"), ODD, "(j // GROUP) * stride", "(j // 2 // GROUP) * stride"),
     "swapped nibbles": (
         INT4, ODD,
-        "tl.interleave((tile & 0xF).to(tl.int8), (tile >> 4).to(tl.int8))",
-        "tl.interleave((tile >> 4).to(tl.int8), (tile & 0xF).to(tl.int8))",
+        "tl.join((tile & 0xF).to(tl.int8), (tile >> 4).to(tl.int8))",
+        "tl.join((tile >> 4).to(tl.int8), (tile & 0xF).to(tl.int8))",
     ),
-    "V's tail not cleared": (INT4, ODD, "v = tl.where(inside[:, None], v, 0)", "v = v"),
+    "V's tail not cleared": (INT4, ((37, 70, 48, 2, 2, 1), {}), "v = tl.where((j < n_v)[:, None], v, 0)", "v = v"),
+    "packed tokens of V in another order": (INT4, ODD, ".permute(0, 3, 1, 2)", ".permute(0, 1, 3, 2)"),
+    "K's channels in their own order, Q's in planes": (
+        preset("kv-int4"), ODD,
+        "values.permute(0, 2, 1).reshape",
+        "values.reshape",
+    ),
     "P not permuted as V is": (preset("int8"), ODD, ".permute(0, 1, 3, 2, 4)", ".permute(0, 1, 2, 3, 4)"),
     "channels beyond head_dim summed": (
         scheme("int4", "int4", "int8 head", "int8"), ODD,
@@ -68,10 +74,10 @@ MUTATIONS = {
         "q = q",
     ),
     "zeros of K forgotten": (ZEROS, ODD, "s += (q_sum * q_scale)", "s += 0 * (q_sum * q_scale)"),
-    "zeros of V without the half": (ZEROS, ODD, "+ V_HALF * v_scale", "+ 0 * v_scale"),
+    "zeros of V of another channel": (ZEROS, ODD, "tl.load(V.zero + at, mask", "tl.load(V.zero + at // 2, mask"),
     "V's rotation not undone": (ZEROS, ODD, "out = hadamard(out, BLOCK_M, D_TILE, V_STAGES) * V_NORM", "out = out"),
     "V's mean forgotten": (preset("int8"), ODD, "out += (l * inverse_total)[:, None] * mean", "out += 0 * mean"),
-    "V's weight left in the normalizer": (preset("kv-int8"), ODD, "counted *= inverse[None, :]", "counted *= 1.0"),
+    "V's weight left in the normalizer": (preset("kv-int8"), ODD, "counted *= load_row(V", "counted *= 1 + 0 * load_row(V"),
 }  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def nearest_value(x, precision):
 @triton.jit
 def through_decode(stored, out, FRAGMENT: tl.constexpr, N: tl.constexpr, W: tl.constexpr, D: tl.constexpr):
     n = tl.arange(0, N)[:, None]
-    values = FRAGMENT(tl.load(stored + n * W + tl.arange(0, W)[None, :]))
+    values = FRAGMENT(tl.load(stored + n * W + tl.arange(0, W)[None, :])).reshape(N, D)
     tl.store(out + n * D + tl.arange(0, D)[None, :], values.to(tl.float32))
 
 

@@ -24,27 +24,31 @@ class Config:
         return f"{self.block_m} x {self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
 
 
+# queries, warps and stages, by what decides how much a block holds
+WIDE = ((32, 4, 1), (32, 4, 2), (64, 8, 1), (64, 8, 2))
+MASKED = ((64, 8, 1), (64, 4, 1), (32, 4, 1))
+SMALL = ((128, 4, 2), (128, 4, 3), (128, 8, 2), (64, 4, 2), (64, 4, 3), (32, 4, 2))
+MIDDLE = ((128, 8, 2), (128, 8, 3), (64, 4, 2), (64, 4, 3), (64, 8, 2), (32, 4, 2))
+LARGE = ((64, 4, 1), (64, 8, 1), (64, 8, 2), (128, 8, 1), (32, 4, 1))
+WITHOUT_ASYNCHRONOUS_COPIES = ((128, 4, 1), (128, 8, 1), (64, 4, 1), (64, 4, 2), (32, 4, 1))
+
+
 def candidates(*, key_tiles: tuple[int, ...], head_dim: int, wide: bool, masked: bool, target: Target) -> tuple[Config, ...]:
     """Configurations for tiles of `head_dim` channels, a power of two.
 
     Args:
         key_tiles: the tiles of keys that leave the numbers what they are, the first preferred.
-        wide: whether a product is float32.
+        wide: whether a product is float32, whose tiles fill shared memory.
         masked: whether a mask is read, with as many pointers in a tile as scores.
     """
-    small = target.shared_bytes < 160 * 1024
     if wide:
-        # float32 tiles fill shared memory
-        shapes = [(32, 4), (64, 8)]
-        stages = [2, 1] if head_dim <= 64 and not small else [1, 2]
+        table = WIDE
     elif masked:
-        shapes, stages = [(64, 8), (64, 4), (32, 4)], [1]
+        table = MASKED
     elif head_dim > 128:
-        shapes, stages = [(64, 4), (64, 8), (128, 8)], [1, 2]
-    elif head_dim > 64:
-        shapes, stages = [(128, 8), (64, 4), (64, 8)], [2, 3, 1]
+        table = LARGE
+    elif target.backend == "hip":
+        table = WITHOUT_ASYNCHRONOUS_COPIES
     else:
-        shapes, stages = [(128, 4), (128, 8), (64, 4)], [2, 3, 4]
-    return tuple(
-        Config(block_m, block_n, warps, depth) for block_n in key_tiles for block_m, warps in shapes for depth in stages
-    )
+        table = MIDDLE if head_dim > 64 else SMALL
+    return tuple(Config(block_m, block_n, warps, stages) for block_n in key_tiles for block_m, warps, stages in table)

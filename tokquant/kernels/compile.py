@@ -182,7 +182,7 @@ def _signature(kernel: Kernel, role: str) -> Operand:
         head="i64",
         row="i32",
         scale=scale,
-        zero=scale if not operand.symmetric else None,
+        zero=None if operand.symmetric else scale if at == "operand" else "*fp32",
         scale_batch="i32" if scale else None,
         scale_head="i32" if scale else None,
         scale_row="i32" if scale else None,
@@ -190,6 +190,7 @@ def _signature(kernel: Kernel, role: str) -> Operand:
         code_sum="*fp32" if role == "q" and constants["K_ZERO"] == "True" else None,
         correction="*fp32" if role == "v" and constants["UNSIGNED_P"] == "True" else None,
         log2_weight="*fp32" if at == "p" else None,
+        inverse_weight="*fp32" if at == "p" else None,
         logit_offset="*fp32" if role == "q" and lowers_logits(kernel.scheme) else None,
         companion=POINTERS[kernel.dtype] if role == "k" and kernel.scheme.q.smooth == "block_mean" else None,
     )

@@ -43,7 +43,7 @@ def render(plan: Plan | QuantizePlan) -> str:
     module, kernel, arguments = TEMPLATES[type(plan)]
     body = _living(_source(kernel, plan.name), constants)
     pieces = [inspect.getsource(argument) for argument in arguments]
-    for part in (parts.load_tile, parts.tanh, parts.hadamard, parts.group_max):
+    for part in (parts.load_tile, parts.load_row, parts.tanh, parts.hadamard, parts.group_max):
         name = _function(part).__name__
         if re.search(rf"\b{name}\(", body):
             pieces.append(f"# {parts.__name__}\n{_source(part, name)}")

@@ -15,6 +15,7 @@ from tokquant.kernels.triton.operands import Features as Arguments
 from tokquant.kernels.triton.operands import Operand, Rows
 from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
+from tokquant.schemes.placement import place
 from tokquant.tensor import QuantizedTensor, tokens_last
 
 Operands = tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]
@@ -169,7 +170,10 @@ def asked(features: Features, return_lse: bool) -> tuple[Wanted, Arguments]:
 def operand(x: QuantizedTensor) -> Operand:
     """A quantized tensor as a kernel takes it."""
     codes = _rows(x.codes)
-    scale, zero = (None if each is None else _rows(each) for each in (x.scale, x.zero))
+    origin = x.zero if place(x.spec) == "operand" else x.origin
+    if origin is not None and x.inverse_weight is not None:
+        origin = origin * x.inverse_weight
+    scale, zero = (None if each is None else _rows(each) for each in (x.scale, origin))
     if scale is not None and zero is not None and scale.stride() != zero.stride():
         scale, zero = scale.contiguous(), zero.contiguous()
     kept = None
@@ -178,7 +182,7 @@ def operand(x: QuantizedTensor) -> Operand:
     sums = x.code_sum if x.spec.role == "q" else None
     kept, *rest = (
         None if each is None else each.contiguous()
-        for each in (kept, sums, x.correction, x.log2_weight, x.logit_offset, x.companion)
+        for each in (kept, sums, x.correction, x.log2_weight, x.inverse_weight, x.logit_offset, x.companion)
     )
     return Operand(codes, *_strides(codes), scale, zero, *_strides(scale), kept, *rest)
 

@@ -116,6 +116,7 @@ def plan(
     padded = max(32, 1 << (head_dim - 1).bit_length())
     lowered = lowers_logits(scheme)
     natural = wanted.softcap or wanted.mask == "additive"
+    planes = _meet_in_planes(scheme, padded > head_dim)
     constants: dict[str, Any] = {
         "D": head_dim,
         "D_TILE": padded,
@@ -134,7 +135,9 @@ def plan(
         "V_TOKEN_ZERO": at["v"] == "p" and not v.symmetric,
         "V_TILE_ZERO": at["v"] == "tile" and not v.symmetric,
         "V_OUTPUT_ZERO": at["v"] == "output" and not v.symmetric,
-        "V_TOKENS": 16 if tokens_last else 1,
+        "V_TOKENS": 16 * v.format.packed if tokens_last else 1,
+        "V_STACKED": v.format.packed if tokens_last else 1,
+        "PLANES": planes and q.format.packed == 1,
         "V_COLUMN": int("channel" in v.granularity.kind),
         "V_ROTATED": scheme.rotate_v == "hadamard",
         "V_STAGES": (head_dim & -head_dim).bit_length() - 1,
@@ -142,7 +145,8 @@ def plan(
         "V_MEAN": v.smooth != "none",
         "BLOCK_MEANS": q.smooth == "block_mean",
         "UNSIGNED_P": needs_code_sums(scheme),
-        "CLEAR_TAIL": needs_code_sums(scheme) and v.format.packed > 1,
+        "CLEAR_TAIL": needs_code_sums(scheme) and not _zero_bits_are_zero(v.format),
+        "CLEAR_CHANNELS": padded > head_dim and not _zero_bits_are_zero(q.format),
         "LEFT": wanted.left,
         "RIGHT": wanted.right,
         "SOFTCAP": wanted.softcap,
@@ -168,13 +172,14 @@ def plan(
             f"{role.upper()}_DECODED": at[role] == "operand",
         }
     constants["P_TYPE"] = types["p"]
+    if tokens_last:
+        constants["V_PACKED"] = 1
     constants["JOINED"] = natural or any(constants[name] for name in ("BOOLEAN_MASK", "BLOCK_MEANS", "V_PER_TOKEN", "K_ZERO"))
     encoder = _p_format(scheme, dtype)
     wide = "tl.float32" in types.values()
     holes = {
-        "decode_q": q.format.triton_decode,
-        "decode_k": k.format.triton_decode,
-        "decode_v": v.format.triton_decode,
+        **{f"decode_{role}": _decode(getattr(scheme, role).format, interpreted, target) for role in "qkv"},
+        **{f"lay_{role}": _lay(getattr(scheme, role).format, role, planes, tokens_last) for role in "qkv"},
         "encode_p": (interpreted and encoder.triton_encode_interpreted) or encoder.triton_encode,
         "address_v": fragments.by_channel if tokens_last else fragments.by_token,
         "order_p": fragments.in_groups if tokens_last else fragments.in_order,
@@ -208,7 +213,7 @@ def plan(
 def takes_tokens_last(scheme: QuantScheme, dtype: torch.dtype) -> bool:
     """Whether kernels take V with its tokens side by side: 8-bit tensor cores want the contracted dimension contiguous."""
     kind = _product_types(scheme, "pv", dtype)["v"]
-    return scheme.v.format.packed == 1 and scheme.v.format.bits == 8 and (kind == "tl.int8" or "float8" in kind)
+    return scheme.v.format.bits <= 8 and (kind == "tl.int8" or (scheme.v.format.packed == 1 and "float8" in kind))
 
 
 def _key_tiles(scheme: QuantScheme, wide: bool) -> tuple[int, ...]:
@@ -277,6 +282,33 @@ def _fp8_types(first: precisions.Precision, second: precisions.Precision) -> tup
         elif x.bits <= 8 and torch.equal(x.values(), x.values().to(wide[0].stored).float()):
             types.append(wide[0].compute)
     return (types[0], types[1]) if len(types) == 2 else None
+
+
+def _meet_in_planes(scheme: QuantScheme, padded: bool) -> bool:
+    """Whether Q and K meet with their channels in the order that K's elements hold them: a sum does not care for order, and
+    packed K then needs no shuffle. Q is loaded in that order, or packed alike."""
+    q, k = scheme.q.format, scheme.k.format
+    if k.packed == 1 or "operand" in (place(scheme.q), place(scheme.k)):
+        return False
+    return (q.packed == 1 and _zero_bits_are_zero(q)) or (q.packed == k.packed and not padded)
+
+
+def _zero_bits_are_zero(precision: precisions.Precision) -> bool:
+    nothing = torch.zeros(1, dtype=precision.stored)
+    return not precision.decode(precision.unpack(nothing, precision.packed)).any()
+
+
+def _decode(precision: precisions.Precision, interpreted: bool, target: targets.Target) -> Any:
+    nvidia = target.backend == "cuda" and not interpreted
+    return (nvidia and precision.triton_decode_ptx) or precision.triton_decode
+
+
+def _lay(precision: precisions.Precision, role: str, planes: bool, tokens_last: bool) -> Any:
+    if precision.packed == 1:
+        return fragments.as_they_are
+    if role == "v":
+        return fragments.tokens_in_planes if tokens_last else fragments.side_by_side
+    return fragments.in_planes if planes else fragments.side_by_side
 
 
 def _via(operand: Operand, product: str) -> str:

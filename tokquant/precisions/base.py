@@ -56,7 +56,10 @@ class Precision:
     compute: str
     """The Triton type of what `triton_decode` gives, as it is written in a kernel."""
     triton_decode: Any
-    """`@triton.jit`: a stored tile `[N, W]` -> values `[N, W * packed]` in `compute`."""
+    """`@triton.jit`: a stored tile `[N, W]` -> values in `compute`: `[N, W]`, or where packed `[N, W, packed]`, as `tl.join`
+    stacks them. How they are then laid side by side is the kernel's choice."""
+    triton_decode_ptx: Any = None
+    """What stands in for `triton_decode` on NVIDIA GPUs, with the same values in fewer instructions: it may use inline PTX."""
     triton_encode: Any = None
     """`@triton.jit`: float32 P in units of its codes -> P as the product takes it. Needed for role p."""
     triton_encode_interpreted: Any = None

@@ -39,8 +39,8 @@ def unpack(stored: Tensor, size: int) -> Tensor:
 
 @triton.jit
 def decode_tile(tile):
-    # [N, W] bytes -> [N, 2 W] e4m3: move sign and exponent (its bias grows by 6); the one subnormal, 0.5, is 0x30
-    code = tl.interleave(tile & 0xF, tile >> 4)
+    # [N, W] bytes -> [N, W, 2] e4m3: move sign and exponent (its bias grows by 6); the one subnormal, 0.5, is 0x30
+    code = tl.join(tile & 0xF, tile >> 4)
     magnitude = code & 7
     byte = tl.where(magnitude > 1, (magnitude << 2) + 48, magnitude * 48)
     return (byte | ((code >> 3) << 7)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)

@@ -19,10 +19,10 @@ def unpack(stored: Tensor, size: int) -> Tensor:
 
 @triton.jit
 def decode_tile(tile):
-    # [N, W] bytes -> [N, 4 W] int8
-    even = tl.interleave((tile & 3).to(tl.int8), ((tile >> 4) & 3).to(tl.int8))
-    odd = tl.interleave(((tile >> 2) & 3).to(tl.int8), (tile >> 6).to(tl.int8))
-    return tl.interleave(even, odd) - 2
+    # [N, W] bytes -> [N, W, 4] int8
+    even = tl.join((tile & 3).to(tl.int8), ((tile >> 4) & 3).to(tl.int8))
+    odd = tl.join(((tile >> 2) & 3).to(tl.int8), (tile >> 6).to(tl.int8))
+    return tl.join(even, odd).reshape(tile.shape[0], tile.shape[1], 4) - 2
 
 
 @triton.jit

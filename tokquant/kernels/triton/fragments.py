@@ -42,6 +42,34 @@ def scale_by_tile(s, q_scale, k_scale, stride, start, j, n_k, GROUP, EDGE: tl.co
     return s, q_scale * tl.load(k_scale + (start // GROUP) * stride).to(tl.float32)
 
 
+# --------------------------------------------------------------------------- lay_q, lay_k, lay_v: what a stored element holds
+# A precision decodes a tile [A, B] to [A, B] or, where several codes share an element, to [A, B, P].
+
+
+@triton.jit
+def as_they_are(values):
+    return values
+
+
+@triton.jit
+def side_by_side(values):
+    # [A, B, P] -> [A, B P]: channels in their own order
+    return values.reshape(values.shape[0], values.shape[1] * values.shape[2])
+
+
+@triton.jit
+def in_planes(values):
+    # [A, B, P] -> [A, P B]: first of every element, then second ...; in no thread does anything move
+    return values.permute(0, 2, 1).reshape(values.shape[0], values.shape[1] * values.shape[2])
+
+
+@triton.jit
+def tokens_in_planes(values):
+    # [A, B, P] -> [A P, B]: an element holds tokens 16 apart
+    planes = values.reshape(values.shape[0] // 16, 16, values.shape[1], values.shape[2]).permute(0, 3, 1, 2)
+    return planes.reshape(values.shape[0] * values.shape[2], values.shape[1])
+
+
 # --------------------------------------------------------------------------- address_v, order_p: how V lies in memory
 
 

@@ -14,14 +14,15 @@ class Operand(NamedTuple):
     head: Any
     row: Any
     scale: Any
-    zero: Any  # strides as scale
+    zero: Any  # strides as scale; decoded operands: in the scale's type, else float32 and what a stored code of 0 stands for
     scale_batch: Any
     scale_head: Any
     scale_row: Any
     offset: Any  # Q: block means [B, H, ceil(N / 128), D]; V: the mean [B, H, D]; 16 bit
     code_sum: Any  # Q: over channels [B, H, N]
     correction: Any  # V: what each tile's product lacks where P is unsigned [B, H, tiles, D]
-    log2_weight: Any  # V per token: of what P is multiplied by [B, H, N]
+    log2_weight: Any  # V per token: of what P is multiplied by [B, H, N], what takes it out again, and zeros less their weight
+    inverse_weight: Any
     logit_offset: Any  # Q: q . c [B, H, N], which the logits lack
     companion: Any  # K: the keys in the input's type [B, H, N, D], for Q's block means
 
@@ -58,7 +59,7 @@ class Turned(NamedTuple):
 class Coded(NamedTuple):
     """What comes of it. All but scales and zeros are contiguous."""
 
-    codes: Any = None  # [B, H, N, W], or [B, H, D, N padded to groups of 16]
+    codes: Any = None  # [B, H, N, D / packed], or [B, H, D, N / packed] with N padded to whole groups of 16
     scale: Any = None  # where only extremes are wanted: the highest of each tile
     zero: Any = None  # strides as scale; there the lowest
     scale_batch: Any = None

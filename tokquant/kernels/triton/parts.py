@@ -14,6 +14,16 @@ def load_tile(at, rows, columns, MASKED: tl.constexpr):
 
 
 @triton.jit
+def load_row(at, columns, MASKED: tl.constexpr):
+    # one value for each key
+    if MASKED:
+        row = tl.load(at, mask=columns, other=0.0)
+    else:
+        row = tl.load(at)
+    return row
+
+
+@triton.jit
 def tanh(x):
     # right at both ends, 1 - 2 / (inf + 1) and 1 - 2 / (0 + 1); near zero, where that cancels, the series
     square = x * x

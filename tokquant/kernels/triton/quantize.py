@@ -51,7 +51,7 @@ RAGGED = tl.constexpr(False)  # the last one of a token is not full
 LAST = tl.constexpr(255)  # bits of that
 BYTES = tl.constexpr(True)
 CANONICAL = tl.constexpr(True)  # [N, D], or
-TOKENS_LAST = tl.constexpr(False)  # [D, N] with N padded to groups of 16
+TOKENS_LAST = tl.constexpr(False)  # [D, N] with N padded to whole groups of 16 elements
 VALUES = tl.constexpr(False)  # of the stored codes, for
 CODE_SUM = tl.constexpr(False)  # Q: their sum over channels
 TILE_SUMS = tl.constexpr(False)  # V: over each SUM_TOKENS tokens
@@ -66,7 +66,7 @@ def quantize(X, F, Y, n, TOKENS: tl.constexpr):
     plane = batch * tl.num_programs(1) + head
     first = tl.program_id(0) * TOKENS
     place = tl.arange(0, TOKENS)
-    i = first + order_tokens(place)
+    i = first + order_tokens(place, PACKED)
     here = i < n
     row = plane * n + i
     column = tl.arange(0, D_TILE)
@@ -101,7 +101,7 @@ def quantize(X, F, Y, n, TOKENS: tl.constexpr):
 
     if SCALED:
         # [groups of tokens, groups of channels]
-        group = (first + order_tokens(tl.arange(0, TOKENS // GROUP_TOKENS) * GROUP_TOKENS)) // SCALE_TOKENS
+        group = (first + order_tokens(tl.arange(0, TOKENS // GROUP_TOKENS) * GROUP_TOKENS, PACKED)) // SCALE_TOKENS
         part = tl.arange(0, D_TILE // GROUP_CHANNELS)
         scale_at = batch * Y.scale_batch + head * Y.scale_head
         scale_at += group.to(tl.int64)[:, None] * Y.scale_row + part[None, :]
@@ -162,9 +162,16 @@ def quantize(X, F, Y, n, TOKENS: tl.constexpr):
         if CHECK_FP16:
             lost = there & (tl.abs(y) < float("inf")) & (tl.abs(y) >= 65520.0)
             tl.store(Y.lost, 1, mask=tl.max(tl.max(lost.to(tl.int32), 1), 0) > 0)
+        if TOKENS_LAST:
+            # [elements, D, tokens of an element]; beyond N lies the code of zero
+            y = tl.where(here[:, None], y, 0.0).reshape(TOKENS // PACKED, PACKED, D_TILE)
+            y = tl.permute(y, 0, 2, 1).reshape(TOKENS // PACKED, D_TILE * PACKED)
         stored = encode(y)
         if VALUES:
-            values = tl.where(there, decode(stored).to(tl.float32), 0.0)
+            values = decode(stored).to(tl.float32)
+            if TOKENS_LAST:
+                values = tl.permute(values.reshape(TOKENS // PACKED, D_TILE, PACKED), 0, 2, 1)
+            values = tl.where(there, values.reshape(TOKENS, D_TILE), 0.0)
         if BYTES:
             stored = stored.to(tl.uint8, bitcast=True)
         if CANONICAL:
@@ -174,10 +181,10 @@ def quantize(X, F, Y, n, TOKENS: tl.constexpr):
             code_at = Y.codes + row[:, None] * WIDTH + element[None, :]
             tl.store(code_at, stored, mask=here[:, None] & (element < WIDTH)[None, :])
         if TOKENS_LAST:
-            padded = tl.cdiv(n, 16) * 16
-            code_at = Y.codes + (plane * D + column)[:, None] * padded + (first + place)[None, :]
-            code = tl.trans(tl.where(there, stored, 0))
-            tl.store(code_at, code, mask=held[:, None] & (first + place < padded)[None, :])
+            elements = tl.cdiv(n, 16 * PACKED) * 16
+            element = first // PACKED + tl.arange(0, TOKENS // PACKED)
+            code_at = Y.codes + (plane * D + column)[:, None] * elements + element[None, :]
+            tl.store(code_at, tl.trans(stored), mask=held[:, None] & (element < elements)[None, :])
         if CODE_SUM:
             tl.store(Y.code_sum + row, tl.sum(values, 1), mask=here)
         if TILE_SUMS:

@@ -6,14 +6,17 @@ from tokquant.precisions.base import tl, triton
 
 
 @triton.jit
-def in_order(place):
+def in_order(place, PACKED: tl.constexpr):
     return place
 
 
 @triton.jit
-def in_groups(place):
-    # the order of `tensor.tokens_last`: columns 0 1 and 8 9 of a group, then 2 3 and 10 11 ...
-    return (place & -16) | ((place & 2) << 2) | ((place & 12) >> 1) | (place & 1)
+def in_groups(place, PACKED: tl.constexpr):
+    # the order of `tensor.tokens_last`: columns 0 1 and 8 9 of a group of 16, then 2 3 and 10 11 ...; where an element holds
+    # several, one of each of as many groups
+    column = place // PACKED
+    column = ((column & 2) << 2) | ((column & 12) >> 1) | (column & 1)
+    return place // (16 * PACKED) * (16 * PACKED) + place % PACKED * 16 + column
 
 
 # --------------------------------------------------------------------------- round_scale: before it is cast to scale_dtype

@@ -1,5 +1,8 @@
 """Flash attention with its holes filled for int8: a kernel that runs, and the text of every other."""
 
+from tokquant.kernels.triton.fragments import as_they_are as lay_k
+from tokquant.kernels.triton.fragments import as_they_are as lay_q
+from tokquant.kernels.triton.fragments import as_they_are as lay_v
 from tokquant.kernels.triton.fragments import by_token as address_v
 from tokquant.kernels.triton.fragments import exact as count
 from tokquant.kernels.triton.fragments import in_order as order_p
@@ -7,7 +10,7 @@ from tokquant.kernels.triton.fragments import integer_product as product_k
 from tokquant.kernels.triton.fragments import integer_product as product_v
 from tokquant.kernels.triton.fragments import running_maximum as row_reference
 from tokquant.kernels.triton.fragments import scale_by_key as scale_scores
-from tokquant.kernels.triton.parts import hadamard, load_tile, tanh
+from tokquant.kernels.triton.parts import hadamard, load_row, load_tile, tanh
 from tokquant.precisions.base import tl, triton
 from tokquant.precisions.int8 import decode_tile as decode_k
 from tokquant.precisions.int8 import decode_tile as decode_q
@@ -22,6 +25,8 @@ Q_PACKED = tl.constexpr(1)  # codes in a stored element
 K_PACKED = tl.constexpr(1)
 V_PACKED = tl.constexpr(1)
 V_TOKENS = tl.constexpr(1)  # V holds whole groups of so many
+V_STACKED = tl.constexpr(1)  # tokens in a stored element of V
+PLANES = tl.constexpr(False)  # channels of Q and K meet in the order of K's planes
 Q_GROUP = tl.constexpr(1)  # tokens under one scale
 K_GROUP = tl.constexpr(1)
 V_GROUP = tl.constexpr(1)
@@ -63,6 +68,7 @@ V_MEAN = tl.constexpr(False)
 BLOCK_MEANS = tl.constexpr(False)  # of Q, over 128 queries
 UNSIGNED_P = tl.constexpr(False)
 CLEAR_TAIL = tl.constexpr(False)
+CLEAR_CHANNELS = tl.constexpr(False)
 LEFT = tl.constexpr(False)  # whether a query's reach is bounded
 RIGHT = tl.constexpr(False)
 SOFTCAP = tl.constexpr(False)
@@ -91,8 +97,11 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
 
     # [BLOCK_M, D] queries, and their scale with the softmax's
     q_column = tl.arange(0, D_TILE // Q_PACKED)
+    if PLANES:
+        # K's channels come as its elements hold them: first of each, then second ...
+        q_column = column % (D_TILE // K_PACKED) * K_PACKED + column // (D_TILE // K_PACKED)
     q_at = Q.codes + batch * Q.batch + head * Q.head + i.to(tl.int64)[:, None] * Q.row + q_column[None, :]
-    q = decode_q(load_tile(q_at, here, q_column * Q_PACKED < D, True)).to(Q_VIA)
+    q = lay_q(decode_q(load_tile(q_at, here, q_column * Q_PACKED < D, True))).to(Q_VIA)
     q_scale = tl.full([BLOCK_M], LOGIT_BASE, tl.float32) * scale
     if Q_SCALED:
         q_scale_at = Q.scale + batch * Q.scale_batch + head * Q.scale_head + (i // Q_GROUP) * Q.scale_row
@@ -101,7 +110,8 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
         q_scale_at = Q.scale + batch * Q.scale_batch + head * Q.scale_head
         q_scale_at += (i // Q_GROUP)[:, None] * Q.scale_row + (column // Q_CHANNELS)[None, :]
         q = (q.to(tl.float32) * load_tile(q_scale_at, here, held, True).to(tl.float32)).to(OWN_TYPE)
-    if PADDED:
+    if CLEAR_CHANNELS:
+        # K may be anything beyond D
         q = tl.where(held[None, :], q, 0.0)
     q = q.to(Q_TYPE)
     if K_ZERO:
@@ -153,7 +163,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
             inside = j < n_k
 
             k_at = k_codes + tl.cast(start, tl.int64) * K.row + (j - start)[:, None] * K.row + k_column[None, :]
-            k = decode_k(load_tile(k_at, inside, k_column * K_PACKED < D, phase != 1 or PADDED)).to(K_VIA)
+            k = lay_k(decode_k(load_tile(k_at, inside, k_column * K_PACKED < D, phase != 1 or PADDED))).to(K_VIA)
             if K_DECODED:
                 at = batch * K.scale_batch + kv_head * K.scale_head
                 at += (j // K_GROUP)[:, None] * K.scale_row + (column // K_CHANNELS)[None, :]
@@ -169,8 +179,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 c = tl.full([BLOCK_M], 1.0, tl.float32)
             if K_ZERO:
                 at = batch * K.scale_batch + kv_head * K.scale_head + (j // K_GROUP) * K.scale_row
-                k_zero = tl.load(K.zero + at, mask=inside, other=0.0).to(tl.float32)
-                k_zero += tl.load(K.scale + at, mask=inside, other=0.0).to(tl.float32) * K_HALF
+                k_zero = load_row(K.zero + at, inside, phase != 1)
                 s += (q_sum * q_scale)[:, None] * k_zero[None, :]
             if BLOCK_MEANS:
                 companion_at = K.companion + (kv * n_k + j)[:, None] * D + column[None, :]
@@ -189,8 +198,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 s *= 1.4426950408889634
             if V_PER_TOKEN:
                 # V's scale joins the exponent, so that P is rounded with its weight; l takes the weight out again
-                log2_weight = tl.load(V.log2_weight + kv * n_k + j, mask=inside, other=0.0)
-                s += log2_weight[None, :]
+                s += load_row(V.log2_weight + kv * n_k + j, inside, phase != 1)[None, :]
             if phase != 1:
                 keep = inside[None, :]
                 if RIGHT:
@@ -217,13 +225,13 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
 
             counted = count(p, codes)
             if V_PER_TOKEN:
-                # a weight that is not a number is in p already, where the pair attends
-                inverse = tl.where(log2_weight < float("inf"), tl.exp2(-log2_weight), 0.0)
-                counted *= inverse[None, :]
+                counted *= load_row(V.inverse_weight + kv * n_k + j, inside, phase != 1)[None, :]
             l = l * alpha + tl.sum(counted, 1)
 
-            v_at = address_v(v_codes, start, j - start, v_column, V.row)
-            v = decode_v(load_tile(v_at, j < n_v, v_column * V_PACKED < D, phase != 1 or PADDED)).to(V_VIA)
+            n = tl.arange(0, BLOCK_N // V_STACKED)
+            v_at = address_v(v_codes, start // V_STACKED, n, v_column, V.row)
+            v_inside = n < (n_v - start) // V_STACKED
+            v = lay_v(decode_v(load_tile(v_at, v_inside, v_column * V_PACKED < D, phase != 1 or PADDED))).to(V_VIA)
             if V_DECODED:
                 at = batch * V.scale_batch + kv_head * V.scale_head
                 at += (j // V_GROUP)[:, None] * V.scale_row + (column // V_CHANNELS)[None, :]
@@ -233,7 +241,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 v = v.to(OWN_TYPE)
             if CLEAR_TAIL:
                 # an unsigned code beyond n_k is not zero now, so V must be, which packed zero bits are not
-                v = tl.where(inside[:, None], v, 0)
+                v = tl.where((j < n_v)[:, None], v, 0)
             pv = product_v(order_p(codes.to(P_TYPE), BLOCK_M, BLOCK_N), v.to(V_TYPE)).to(tl.float32)
             if V_PER_TILE:
                 at = batch * V.scale_batch + kv_head * V.scale_head + (start // V_GROUP) * V.scale_row + column * V_COLUMN
@@ -244,12 +252,11 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 correction_at = V.correction + (kv * tl.cdiv(n_k, BLOCK_N) + start // BLOCK_N) * D
                 pv += tl.load(correction_at + column, mask=held, other=0.0)[None, :]
             if V_TILE_ZERO:
-                v_zero = tl.load(V.zero + at, mask=held, other=0.0).to(tl.float32) + V_HALF * v_scale
+                v_zero = tl.load(V.zero + at, mask=held, other=0.0)
                 pv += tl.sum(p, 1)[:, None] * v_zero[None, :]
             if V_TOKEN_ZERO:
-                at = batch * V.scale_batch + kv_head * V.scale_head + (j // V_GROUP) * V.scale_row
-                v_zero = tl.load(V.zero + at, mask=inside, other=0.0).to(tl.float32) + V_HALF * tl.exp2(log2_weight)
-                zeros = zeros * alpha + tl.sum(p * (inverse * v_zero)[None, :], 1)
+                v_zero = load_row(V.zero + kv * n_k + j, inside, phase != 1)
+                zeros = zeros * alpha + tl.sum(p * v_zero[None, :], 1)
             acc = acc * alpha[:, None] + pv
 
     lowered = tl.zeros([BLOCK_M], tl.float32)
@@ -269,7 +276,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
         v_scale = tl.load(V.scale + at, mask=held, other=0.0).to(tl.float32)
         out *= v_scale[None, :]
     if V_OUTPUT_ZERO:
-        v_zero = tl.load(V.zero + at, mask=held, other=0.0).to(tl.float32) + V_HALF * v_scale
+        v_zero = tl.load(V.zero + at, mask=held, other=0.0)
         out += (l * inverse_total)[:, None] * v_zero[None, :]
     if V_ROTATED:
         out = hadamard(out, BLOCK_M, D_TILE, V_STAGES) * V_NORM
