@@ -95,15 +95,17 @@ class _Run:
 
     def values(self, v: Tensor, frame: Frame) -> QuantizedTensor:
         spec = self.scheme.v
-        if _left_to_torch(v, frame, spec):
-            return values(v, frame, self.scheme, self.scales)
         b, h, n, d = v.shape
-        made, sum_tokens = Coded(), min(self.scheme.key_tile, LONGEST)
-        if needs_code_sums(self.scheme):
+        tokens_last = takes_tokens_last(self.scheme, v.dtype)
+        sum_tokens = min(self.scheme.key_tile, LONGEST) if needs_code_sums(self.scheme) else 0
+        if _left_to_torch(v, frame, spec, tokens_last=tokens_last, sum_tokens=sum_tokens):
+            return values(v, frame, self.scheme, self.scales)
+        made = Coded()
+        if sum_tokens:
             made = made._replace(code_sum=v.new_empty(b, h, -(-n // sum_tokens), d, dtype=torch.int32))
         if place(spec) == "p":
             made = made._replace(something=v.new_empty(b, h, n, 1, dtype=torch.int8))
-        vq = self._coded(v, frame, spec, made=made, sum_tokens=sum_tokens, tokens_last=takes_tokens_last(self.scheme, v.dtype))
+        vq = self._coded(v, frame, spec, made=made, sum_tokens=sum_tokens, tokens_last=tokens_last)
         if made.code_sum is not None:
             vq = replace(vq, code_sum=tile_sums(made.code_sum, self.scheme.key_tile // sum_tokens))
         if made.something is not None:
@@ -137,7 +139,7 @@ class _Run:
             k_origin=given.k_origin is not None,
             companion=made.companion is not None,
             code_sum=made.code_sum is not None and spec.role == "q",
-            sum_tokens=sum_tokens if made.code_sum is not None else 0,
+            sum_tokens=sum_tokens,
             weighted=made.something is not None,
             tokens_last=tokens_last,
             interpreted=launch.interpreted(),
@@ -186,10 +188,10 @@ class _Run:
         return asymmetric_scale(reduce_groups(lowest, tiles, torch.amin), largest, spec)
 
 
-def _left_to_torch(x: Tensor, frame: Frame, spec: Operand) -> bool:
+def _left_to_torch(x: Tensor, frame: Frame, spec: Operand, **layout: Any) -> bool:
     """Whether the definition quantizes this operand: nothing is to be done but a cast, or no kernel does it."""
     target = None if launch.interpreted() else targets.of(x.device)
-    return (not spec.scaled and not frame.turns) or lacking(spec, x.shape[3], target) is not None
+    return (not spec.scaled and not frame.turns) or lacking(spec, x.shape[3], target, **layout) is not None
 
 
 def _of_tiles(spec: Operand, tokens: int) -> Operand:

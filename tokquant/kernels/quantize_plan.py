@@ -70,10 +70,12 @@ class Task:
     interpreted: bool = False
 
 
-def lacking(spec: Operand, head_dim: int, target: Target | None = None) -> str | None:
+def lacking(
+    spec: Operand, head_dim: int, target: Target | None = None, *, tokens_last: bool = False, sum_tokens: int = 0
+) -> str | None:
     """Why no kernel quantizes this operand on `target` (None: the interpreter), so that the definition does, in torch.
 
-    None where a kernel does.
+    None where a kernel does. V may have to lie with `tokens_last`, and need sums of its codes over so many tokens.
     """
     if spec.format.triton_quantize is None:
         return f"{spec.role}: precision {spec.precision} has no triton_quantize"
@@ -82,12 +84,20 @@ def lacking(spec: Operand, head_dim: int, target: Target | None = None) -> str |
     fp8 = "float8" in spec.format.compute or (spec.scaled and spec.scale_dtype == "fp8_e4m3")
     if fp8 and target is not None and not target.fp8:
         return f"{spec.role}: {target.name} has no fp8 of this kind (e4m3fn)"
+    shared, block = 16 * spec.format.packed, _tokens_of(spec)
+    if tokens_last and (1 < block < shared or 0 < sum_tokens < shared):
+        return f"{spec.role}: stored elements mix tokens of {shared}, and its blocks or P's have fewer"
     return None
 
 
 def in_one_tile(spec: Operand) -> bool:
     """Whether the tokens of every dynamic scale lie in one tile, so that the tensor is read once."""
-    return spec.scaled and spec.scale == "dynamic" and spec.granularity.cover(WHOLE, spec.granularity.size or 1)[0] <= LONGEST
+    return spec.scaled and spec.scale == "dynamic" and _tokens_of(spec) <= LONGEST
+
+
+def _tokens_of(spec: Operand) -> int:
+    """Tokens under one scale."""
+    return spec.granularity.cover(WHOLE, spec.granularity.size or 1)[0]
 
 
 @lru_cache(maxsize=256)

@@ -26,8 +26,8 @@ def encode_tile_interpreted(x):
     bits = x.to(tl.int32, bitcast=True)
     magnitude = tl.abs(x)
     normal = (((bits & 0x7FFFFFFF) + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
-    subnormal = ((magnitude + 24576.0) - 24576.0) * 512.0
-    code = tl.where(magnitude < 0.015625, subnormal.to(tl.int32), normal)
+    subnormal = (magnitude + 24576.0).to(tl.int32, bitcast=True) - 0x46C00000
+    code = tl.where(magnitude < 0.015625, subnormal, normal)
     code = tl.where(x == x, code, 0x7F) | (((bits >> 31) & 1) << 7)
     return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
 

@@ -26,8 +26,8 @@ def encode_tile_interpreted(x):
     bits = x.to(tl.int32, bitcast=True)
     magnitude = tl.abs(x)
     normal = (((bits & 0x7FFFFFFF) + 0xFFFFF + ((bits >> 21) & 1)) >> 21) - 448
-    subnormal = ((magnitude + 192.0) - 192.0) * 65536.0
-    code = tl.where(magnitude < 6.103515625e-05, subnormal.to(tl.int32), normal)
+    subnormal = (magnitude + 192.0).to(tl.int32, bitcast=True) - 0x43400000
+    code = tl.where(magnitude < 6.103515625e-05, subnormal, normal)
     code = tl.where(x == x, code, 0x7F) | (((bits >> 31) & 1) << 7)
     return code.to(tl.uint8).to(tl.float8e5, bitcast=True)
 
