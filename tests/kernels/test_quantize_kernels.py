@@ -2,51 +2,26 @@
 
 import ast
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from factories import pairwise, qkv, scheme
+from quantized import by_torch, differences, same
 
 import tokquant as tq
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import SchemeError
-from tokquant.kernels import generate, launch, quantize_plan, targets
+from tokquant.kernels import generate, quantize_plan, targets
 from tokquant.kernels import quantize as kernels
 from tokquant.kernels.triton import quantize as template
 from tokquant.kernels.triton.operands import Coded, Source, Turned
 from tokquant.precisions import PRECISIONS, register
 from tokquant.quantize import encode
-from tokquant.quantize import quantize_operands as define
 from tokquant.schemes import preset, preset_names
 
 DYNAMIC = [name for name in preset_names() if preset(name).k.scale == "dynamic"]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32]
-
-
-def by_torch(q, k, v, made, scales=None):
-    return launch.packed(define(q, k, v, made, scales), made)
-
-
-def same(a, b):
-    """Equal in type, shape and every value; NaN is NaN whatever its bits."""
-    if a is None or b is None:
-        return a is b
-    if not torch.is_tensor(a):
-        return a == b
-    a, b = (x.contiguous().float() if x.is_floating_point() else x for x in (a, b))
-    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (a != a) & (b != b)).all())
-
-
-def differences(one, other):
-    """The fields of two quantized tensors that differ; sums of floats may by float32's rounding."""
-    found = [field.name for field in fields(one) if field.name not in ("frame", "logit_offset")]
-    found = [name for name in found if not same(getattr(one, name), getattr(other, name))]
-    found += [field.name for field in fields(one.frame) if not same(*(getattr(x.frame, field.name) for x in (one, other)))]
-    a, b = one.logit_offset, other.logit_offset
-    if (a is None) != (b is None) or (a is not None and not torch.allclose(a, b, rtol=1e-5, atol=1e-4, equal_nan=True)):
-        found.append("logit_offset")
-    return found
 
 
 def compare(q, k, v, made, scales=None):

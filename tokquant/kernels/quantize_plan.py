@@ -106,7 +106,8 @@ def plan(task: Task) -> QuantizePlan:
     spec, d, precision = task.spec, task.head_dim, task.spec.format
     padded = max(32, 1 << (d - 1).bit_length())
     group_tokens, group_channels = spec.granularity.cover(WHOLE, d) if spec.scaled else (1, d)
-    tokens = LONGEST if task.tokens_last else min(LONGEST, 8192 // padded)
+    # stores along the tokens want many of them
+    tokens = min(LONGEST, (16384 if task.tokens_last else 8192) // padded)
     tokens = max(tokens, group_tokens if task.step == "both" else 1, min(task.sum_tokens, LONGEST))
     codes, scaled = task.step != "extremes", spec.scaled
     own = precisions.get(FLOAT_NAMES[task.dtype])
