@@ -8,7 +8,6 @@ import tokquant as tq
 from tokquant.inputs import features_of
 from tokquant.kernels import generate, launch
 
-
 CALLS = {
     "int8, causal": ("int8", dict(causal=True)),
     "kv-int4 with a window, softcap and sinks": ("kv-int4", dict(window=(100, 3), softcap=3.0, sinks=torch.zeros(4))),

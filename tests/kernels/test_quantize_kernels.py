@@ -70,7 +70,9 @@ def test_every_choice_is_quantized_as_the_definition_says(words, granularity, sc
     compare(*qkv(*shape, dtype), made)
 
 
-@pytest.mark.parametrize("made", [preset("int8"), scheme("fp16", "fp16", "fp16", "fp16"), scheme("int4", "int4 group:16", "int2")])
+@pytest.mark.parametrize(
+    "made", [preset("int8"), scheme("fp16", "fp16", "fp16", "fp16"), scheme("int4", "int4 group:16", "int2")]
+)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_floats_that_are_rotated_or_smoothed_are_rounded_as_the_definition_says(made, dtype):
     made = made.model_copy(update={"rotate": "hadamard", "rotate_v": "hadamard"})
@@ -94,7 +96,9 @@ def test_any_strides_are_read(view, name):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
-@pytest.mark.parametrize("words", ["int8 scale={}", "int4 asymmetric scale={}", "fp8_e5m2 head scale={}", "int2 group:16 scale={}"])
+@pytest.mark.parametrize(
+    "words", ["int8 scale={}", "int4 asymmetric scale={}", "fp8_e5m2 head scale={}", "int2 group:16 scale={}"]
+)
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "fp8_e4m3"])
 def test_what_is_not_finite_goes_where_it_goes_in_the_definition(kind, words, value):
     q, k, v = qkv(20, 40, 32)

@@ -22,7 +22,13 @@ packed_integers = [precision for precision in PRECISIONS.values() if precision.k
 fragments = [
     pytest.param(getattr(precision, part), id=f"{part} of {precision.name}")
     for precision in PRECISIONS.values()
-    for part in ("triton_decode", "triton_encode", "triton_encode_interpreted", "triton_quantize", "triton_quantize_interpreted")
+    for part in (
+        "triton_decode",
+        "triton_encode",
+        "triton_encode_interpreted",
+        "triton_quantize",
+        "triton_quantize_interpreted",
+    )
     if getattr(precision, part)
 ]
 
@@ -192,7 +198,9 @@ def through_quantize(x, out, FRAGMENT: tl.constexpr, N: tl.constexpr, D: tl.cons
     tl.store(out + n * W + tl.arange(0, W)[None, :], stored)
 
 
-@pytest.mark.parametrize("precision", [p for p in PRECISIONS.values() if p.triton_quantize], ids=lambda precision: precision.name)
+@pytest.mark.parametrize(
+    "precision", [p for p in PRECISIONS.values() if p.triton_quantize], ids=lambda precision: precision.name
+)
 def test_the_triton_quantize_is_encode_then_pack_for_every_value_and_tie_and_for_nan(precision):
     x = around_ties(precision) if precision.stored.itemsize <= 2 else torch.randn(4096)
     # the interpreter takes bfloat16 numbers below the smallest normal one for zero

@@ -70,7 +70,9 @@ class _Run:
         if _left_to_torch(k, frame, self.scheme.k):
             return keys(k, frame, self.scheme, self.scales)
         companion = k.new_empty(k.shape) if self.scheme.q.smooth == "block_mean" else None
-        return replace(self._coded(k, frame, self.scheme.k, made=Coded(companion=companion)), companion=companion)
+        return replace(
+            self._coded(k, frame, self.scheme.k, made=Coded(companion=companion), given=Turned()), companion=companion
+        )
 
     def queries(self, q: Tensor, frame: Frame, k: QuantizedTensor) -> QuantizedTensor:
         spec, given, turned = self.scheme.q, Turned(), frame
@@ -84,7 +86,8 @@ class _Run:
         if _left_to_torch(q, turned, spec):
             return queries(q, frame, k, self.scheme, self.scales)
         column = (*q.shape[:3], 1)
-        logit_offset = None if given == Turned() else q.new_empty(column, dtype=torch.float32)
+        lowered = given.k_offset is not None or given.k_origin is not None
+        logit_offset = q.new_empty(column, dtype=torch.float32) if lowered else None
         # the sum of integers is one in any order
         in_kernel = needs_query_sums(self.scheme) and spec.format.compute == "tl.int8" and place(spec) == "scores"
         code_sum = q.new_empty(column, dtype=torch.float32) if in_kernel else None
@@ -105,7 +108,7 @@ class _Run:
             made = made._replace(code_sum=v.new_empty(b, h, -(-n // sum_tokens), d, dtype=torch.int32))
         if place(spec) == "p":
             made = made._replace(something=v.new_empty(b, h, n, 1, dtype=torch.int8))
-        vq = self._coded(v, frame, spec, made=made, sum_tokens=sum_tokens, tokens_last=tokens_last)
+        vq = self._coded(v, frame, spec, made=made, given=Turned(), sum_tokens=sum_tokens, tokens_last=tokens_last)
         if made.code_sum is not None:
             vq = replace(vq, code_sum=tile_sums(made.code_sum, self.scheme.key_tile // sum_tokens))
         if made.something is not None:
@@ -120,7 +123,7 @@ class _Run:
         spec: Operand,
         *,
         made: Coded,
-        given: Turned = Turned(),
+        given: Turned,
         sum_tokens: int = 0,
         tokens_last: bool = False,
     ) -> QuantizedTensor:
@@ -177,7 +180,7 @@ class _Run:
             return scale, None if spec.symmetric else torch.empty_like(scale)
         first = plan(replace(task, step="extremes"))
         tiles = _of_tiles(spec, first.tokens)
-        b, h, n, d = x.shape
+        b, h, n, _ = x.shape
         columns = spec.granularity.scale_shape(tuple(x.shape))[3]
         highest = x.new_empty(b, h, -(-n // first.tokens), columns, dtype=torch.float32)
         lowest = None if spec.symmetric else torch.empty_like(highest)

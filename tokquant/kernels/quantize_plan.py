@@ -1,4 +1,4 @@
-"""Decides what a quantization kernel is made of: the fragments in its holes, its constants, and how many tokens a program takes."""
+"""Decides what a quantization kernel is made of: fragments, constants, and how many tokens a program takes."""
 
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,7 +1,7 @@
 """Quantization with its holes filled for int8 per token: a kernel that runs, and the text of every other.
 
-One program takes a tile of tokens of one head. Its numbers are those of `tokquant.quantize`, bit for bit: divisions are IEEE, and
-launches keep the compiler from contracting a multiplication and an addition, which torch rounds apart.
+One program takes a tile of tokens of one head. Its numbers are those of `tokquant.quantize`, bit for bit: divisions are IEEE,
+and launches keep the compiler from contracting a multiplication and an addition, which torch rounds apart.
 """
 
 from tokquant.kernels.triton.parts import group_max, hadamard
