@@ -19,7 +19,7 @@ LAYERS = [
     ("calibration", "export"),
     ("kernels",),
     ("attention",),
-    ("tune",),
+    ("tune", "varlen"),
     ("evaluation",),
     ("cli",),
     ("__init__", "__main__"),

@@ -11,6 +11,7 @@ from tokquant.precisions import Precision, register
 from tokquant.schemes import Granularity, QuantScheme, preset
 from tokquant.tensor import QuantizedTensor
 from tokquant.tune import tune
+from tokquant.varlen import attention_varlen
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "SchemeError",
     "UnsupportedError",
     "attention",
+    "attention_varlen",
     "compare",
     "compile",
     "load_scales",

@@ -40,7 +40,7 @@ def quantize(
     """
     scheme = resolve(scheme)
     check_tensors(q, k, v)
-    _check_scales(scheme, scales)
+    check_scales(scheme, scales)
     chosen = choose_backend(backend, q.device)
     q, k, v = q.detach(), k.detach(), v.detach()
     if chosen == "triton" and launch.available(q.device):
@@ -81,8 +81,8 @@ def attention(
         scales: one layer's calibrated scales, for a scheme with static parts.
         return_lse: also return the natural log of the sum of exp(scores), without sinks.
         backend: `triton`, `reference` (torch, on any device), or `auto`: triton on a GPU, else reference.
-        deterministic: the same bits on every run and for every batch size (but for dynamic `tensor` scales, which span the
-            batch): nothing that was tuned is used.
+        deterministic: a kernel's bits are then the same on every run and for every batch size (but for dynamic `tensor`
+            scales, which span the batch): nothing that was tuned is used. `reference` sums as torch does, which looks at shapes.
 
     Returns: `[B, H_q, N_q, D]` in q's type; with `return_lse` also `[B, H_q, N_q]` float32. A query that attends to nothing
     gets 0 and an LSE of -inf. Means and dynamic scales are taken over the whole sequence, later tokens included.
@@ -131,7 +131,8 @@ def _check_quantized(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor,
     check_together(q, k, v)
 
 
-def _check_scales(scheme: QuantScheme, scales: object) -> None:
+def check_scales(scheme: QuantScheme, scales: object) -> None:
+    """Raise TypeError or ScalesError unless these are scales of one layer for this scheme, or None where it needs none."""
     if isinstance(scales, Scales):
         raise TypeError(f"scales: these are of {len(scales)} layers; give one, such as scales[{next(iter(scales))!r}]")
     if scales is not None and not isinstance(scales, LayerScales):

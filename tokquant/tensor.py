@@ -113,7 +113,7 @@ class QuantizedTensor:
     @cached_property
     def correction(self) -> Tensor | None:
         """V, where P is unsigned: what each tile's product on a signed unit lacks, float32 `[B, H, ceil(N / n), D]`."""
-        if self.code_sum is None or self.scheme is None:
+        if self.spec.role != "v" or self.code_sum is None or self.scheme is None:
             return None
         lacking = self.code_sum * float(self.scheme.p.format.code_zero)
         if self.scale is None or place(self.spec) != "tile":

@@ -24,8 +24,10 @@ class Config:
         return f"{self.block_m} x {self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
 
 
-# queries, warps and stages, by what decides how much a block holds
-WIDE = ((32, 4, 1), (32, 4, 2), (64, 8, 1), (64, 8, 2))
+Table = tuple[tuple[int, int, int], ...]
+"""Queries, warps and stages."""
+
+WIDE: Table = ((32, 8, 1), (32, 4, 1), (32, 4, 2), (16, 4, 1), (64, 8, 1))
 MASKED = ((64, 8, 1), (64, 4, 1), (32, 4, 1))
 SMALL = ((128, 4, 2), (128, 4, 3), (128, 8, 2), (64, 4, 2), (64, 4, 3), (32, 4, 2))
 MIDDLE = ((128, 8, 2), (128, 8, 3), (64, 4, 2), (64, 4, 3), (64, 8, 2), (32, 4, 2))
@@ -41,6 +43,7 @@ def candidates(*, key_tiles: tuple[int, ...], head_dim: int, wide: bool, masked:
         wide: whether a product is float32, whose tiles fill shared memory.
         masked: whether a mask is read, with as many pointers in a tile as scores.
     """
+    table: Table
     if wide:
         table = WIDE
     elif masked:

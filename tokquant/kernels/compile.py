@@ -88,6 +88,7 @@ def compile(
     softcap: bool = False,
     sinks: bool = False,
     return_lse: bool = False,
+    varlen: bool = False,
     shared_heads: int = 1,
     dtype: torch.dtype = torch.float16,
     target: str = "sm_90",
@@ -95,7 +96,7 @@ def compile(
     """The kernel of a scheme, for `target` (sm_80, sm_90, gfx942 ...). It is compiled when `asm` is first read.
 
     Args:
-        causal, window, mask, softcap, sinks, return_lse: the features it is to have.
+        causal, window, mask, softcap, sinks, return_lse, varlen: the features it is to have.
         shared_heads: heads of Q to one of K and V.
         dtype: of the tensors.
 
@@ -111,7 +112,7 @@ def compile(
         raise ValueError(f"shared_heads: {quote(shared_heads)} is not a whole number from 1")
     if mask not in ("none", "boolean", "additive"):
         raise ValueError(f"mask: {quote(mask)} is none; use none, boolean or additive")
-    wanted = Wanted(left=window, right=causal or window, mask=mask, softcap=softcap, sinks=sinks, lse=return_lse)
+    wanted = Wanted(left=window, right=causal or window, mask=mask, softcap=softcap, sinks=sinks, lse=return_lse, varlen=varlen)
     made = plan(
         scheme,
         head_dim=head_dim,
@@ -143,6 +144,7 @@ def _compile(kernel: Kernel) -> Any:
             "*fp32" if wanted.sinks else None,
             mask,
             *strides,
+            *["*i32" if wanted.varlen else None] * 2,
         ),
         "scale": "fp32",
         "n_q": "i32",

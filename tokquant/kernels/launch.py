@@ -50,22 +50,21 @@ def attention(
 
     Raises UnsupportedError for what no kernel does.
     """
-    if not available(q.device):
+    check(q.device, features)
+    return prepare(q, k, v, scheme, features, return_lse, deterministic=deterministic).run()
+
+
+def check(device: torch.device, features: Features) -> None:
+    """Raise UnsupportedError where no kernel runs on this device, or none with these features."""
+    if not available(device):
         raise UnsupportedError(
-            f"backend: 'triton' needs a GPU, and q is on {q.device}; move the tensors, set TRITON_INTERPRET=1 before Python "
+            f"backend: 'triton' needs a GPU, and q is on {device}; move the tensors, set TRITON_INTERPRET=1 before Python "
             "starts, or use backend='reference'"
         )
     if features.scale < 0:
         raise UnsupportedError(
             f"scale: {features.scale} is below zero, which no kernel takes; negate q, or use backend='reference'"
         )
-    call = prepare(q, k, v, scheme, features, return_lse, deterministic=deterministic)
-    if interpreted() and "tl.bfloat16" in call.plan.products:
-        raise UnsupportedError(
-            "dtype: Triton's interpreter multiplies bf16 wrongly; use float16 or float32, or backend='reference'"
-        )
-    call.run()
-    return call.out.to(q.dtype), call.lse
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,17 @@ class Call:
     config: Config
     operands: tuple[Any, ...]
     """The kernel's arguments but for its tiles."""
+    shape: tuple[int, int, int]
+    """Batch, heads, and queries of the longest sequence."""
     out: Tensor
     lse: Tensor | None
+    dtype: torch.dtype
+    """Of the result."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """Blocks: of queries, heads, batch."""
-        b, heads, n_q = self.out.shape[:3]
+        b, heads, n_q = self.shape
         return (-(-n_q // self.config.block_m), heads, b)
 
     @property
@@ -90,11 +93,12 @@ class Call:
         """All of the kernel's arguments."""
         return (*self.operands, self.config.block_m, self.config.block_n)
 
-    def run(self) -> None:
-        """Launch."""
+    def run(self) -> tuple[Tensor, Tensor | None]:
+        """Launch. Returns output and LSE."""
         device = self.out.device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             generate.load(self.plan)[self.grid](*self.arguments, **self.config.options())
+        return self.out.to(self.dtype), self.lse
 
 
 def prepare(
@@ -108,37 +112,48 @@ def prepare(
     deterministic: bool = False,
 ) -> Call:
     """The plan, how it is launched, the outputs and every argument."""
-    (b, heads, n_q, d), n_k = q.shape, k.shape[2]
     wanted, given = asked(features, return_lse)
+    made = planned((q, k, v), scheme, wanted)
+    out, lse = outputs(q, q.shape, return_lse)
+    (b, heads, n_q, _), n_k = q.shape, k.shape[2]
+    operands = (operand(x) for x in (q, k, v))
+    return Call(
+        plan=made,
+        config=made.config if deterministic else tuned.choose(made, q.device, b * heads, n_q, n_k),
+        operands=(*operands, Rows(out, *out.stride()[:3]), lse, given, features.scale, n_q, n_k),
+        shape=(b, heads, n_q),
+        out=out,
+        lse=lse,
+        dtype=q.dtype,
+    )
+
+
+def planned(operands: Operands, scheme: QuantScheme, wanted: Wanted) -> Plan:
+    """The plan for operands as they lie in memory. Raises UnsupportedError for what no kernel does where they are."""
+    q, k, v = operands
     made = plan(
         scheme,
-        head_dim=d,
+        head_dim=q.shape[3],
         dtype=v.dtype,
-        shared_heads=heads // k.shape[1],
+        shared_heads=q.shape[1] // k.shape[1],
         wanted=wanted,
         tokens_last=v.layout == "tokens_last",
         interpreted=interpreted(),
         target=targets.of(q.device),
     )
+    if interpreted() and "tl.bfloat16" in made.products:
+        raise UnsupportedError(
+            "dtype: Triton's interpreter multiplies bf16 wrongly; use float16 or float32, or backend='reference'"
+        )
+    return made
+
+
+def outputs(q: QuantizedTensor, shape: tuple[int, ...], return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Memory for the output `[B, H, N, D]` and, if wanted, the LSE `[B, H, N]`."""
     # the interpreter cuts floats to bf16 instead of rounding them
     written = torch.float32 if interpreted() and q.dtype == torch.bfloat16 else q.dtype
-    out = torch.empty(q.shape, dtype=written, device=q.device)
-    lse = torch.empty(b, heads, n_q, dtype=torch.float32, device=q.device) if return_lse else None
-    return Call(
-        plan=made,
-        config=made.config if deterministic else tuned.choose(made, q.device, b * heads, n_q, n_k),
-        operands=(
-            *(operand(x) for x in (q, k, v)),
-            Rows(out, *out.stride()[:3]),
-            lse,
-            given,
-            features.scale,
-            n_q,
-            n_k,
-        ),
-        out=out,
-        lse=lse,
-    )
+    out = torch.empty(shape, dtype=written, device=q.device)
+    return out, torch.empty(shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
 
 
 def packed(operands: Operands, scheme: QuantScheme) -> Operands:
@@ -163,8 +178,8 @@ def asked(features: Features, return_lse: bool) -> tuple[Wanted, Arguments]:
         lse=return_lse,
     )
     sinks = None if features.sinks is None else features.sinks.contiguous()
-    strides = (None,) * 4 if mask is None else mask.stride()
-    return wanted, Arguments(left, right, features.softcap, sinks, mask, *strides)
+    steps = (None,) * 4 if mask is None else mask.stride()
+    return wanted, Arguments(left, right, features.softcap, sinks, mask, *steps)
 
 
 def operand(x: QuantizedTensor) -> Operand:
@@ -184,7 +199,7 @@ def operand(x: QuantizedTensor) -> Operand:
         None if each is None else each.contiguous()
         for each in (kept, sums, x.correction, x.log2_weight, x.inverse_weight, x.logit_offset, x.companion)
     )
-    return Operand(codes, *_strides(codes), scale, zero, *_strides(scale), kept, *rest)
+    return Operand(codes, *strides(codes), scale, zero, *strides(scale), kept, *rest)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -192,7 +207,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _strides(x: Tensor | None) -> tuple[int | None, int | None, int | None]:
+def strides(x: Tensor | None) -> tuple[int | None, int | None, int | None]:
     """Strides of batch, head and row; zero where all share one scale."""
     if x is None:
         return (None, None, None)

@@ -91,6 +91,8 @@ class Wanted:
     softcap: bool = False
     sinks: bool = False
     lse: bool = False
+    varlen: bool = False
+    """Whether the batch is sequences of their own lengths, one after another."""
 
 
 @lru_cache(maxsize=256)
@@ -137,6 +139,8 @@ def plan(
         "V_OUTPUT_ZERO": at["v"] == "output" and not v.symmetric,
         "V_TOKENS": 16 * v.format.packed if tokens_last else 1,
         "V_STACKED": v.format.packed if tokens_last else 1,
+        "TOKENS_FIRST": not tokens_last,
+        "TOKENS_LAST": tokens_last,
         "PLANES": planes and q.format.packed == 1,
         "V_COLUMN": int("channel" in v.granularity.kind),
         "V_ROTATED": scheme.rotate_v == "hadamard",
@@ -147,6 +151,7 @@ def plan(
         "UNSIGNED_P": needs_code_sums(scheme),
         "CLEAR_TAIL": needs_code_sums(scheme) and not _zero_bits_are_zero(v.format),
         "CLEAR_CHANNELS": padded > head_dim and not _zero_bits_are_zero(q.format),
+        "VARLEN": wanted.varlen,
         "LEFT": wanted.left,
         "RIGHT": wanted.right,
         "SOFTCAP": wanted.softcap,
@@ -168,6 +173,7 @@ def plan(
             f"{role.upper()}_TYPE": types[role],
             f"{role.upper()}_VIA": _via(operand, types[role]),
             f"{role.upper()}_HALF": 0 if operand.symmetric else 2 ** (operand.format.bits - 1),
+            f"{role.upper()}_GROUPS": at[role] in ("scores", "operand", "tile", "output"),
             f"{role.upper()}_SCALED": at[role] == "scores",
             f"{role.upper()}_DECODED": at[role] == "operand",
         }
@@ -221,9 +227,12 @@ def _key_tiles(scheme: QuantScheme, wide: bool) -> tuple[int, ...]:
     tile = scheme.key_tile
     if scheme.p.granularity.size or needs_code_sums(scheme):
         return (tile,)
-    smaller = tuple(half for half in (tile // 2, tile // 4) if half >= 32)
-    # where P has no scale, the tile matters to speed alone, and tiles of float32 are large
-    return (*reversed(smaller), tile) if wide and scheme.p.format.largest is None else (tile, *smaller[:1])
+    half, quarter = max(tile // 2, 32), max(tile // 4, 32)
+    if scheme.p.format.largest is not None:
+        return tuple(dict.fromkeys((tile, half)))
+    # P has no scale, so the tile matters to speed alone; those of float32 and of decoded operands fill registers
+    decoded = "operand" in (place(scheme.k), place(scheme.v))
+    return tuple(dict.fromkeys((quarter, half) if wide else (half, tile) if decoded else (tile, half)))
 
 
 def _refuse_on(target: targets.Target, plan: Plan, scheme: QuantScheme) -> None:
@@ -356,6 +365,7 @@ def _title(scheme: QuantScheme, head_dim: int, wanted: Wanted) -> str:
         "softcap": "softcap",
         "sinks": "sinks",
         "lse": "LSE",
+        "varlen": "sequences of their own lengths",
     }
     features = [word for name, word in words.items() if getattr(wanted, name)]
     features += [f"{wanted.mask} mask"] if wanted.mask != "none" else []

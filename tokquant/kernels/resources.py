@@ -97,7 +97,7 @@ def main_loop(instructions: list[Instruction]) -> list[Instruction]:
         body = [i for i in instructions if int(operands) <= i[0] <= place]
         exponentials = sum(i[1].startswith(EXPONENTIAL) for i in body)
         multiplied = sum(i[1].startswith(MULTIPLY_ADD) for i in body) > 16 * exponentials
-        if exponentials >= 8 and (multiplied or any(TENSOR_CORE.match(i[1]) for i in body)):
+        if exponentials >= 4 and (multiplied or any(TENSOR_CORE.match(i[1]) for i in body)):
             bodies.append(body)
     return min(bodies, key=len, default=[])
 

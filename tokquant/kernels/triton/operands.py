@@ -84,3 +84,5 @@ class Features(NamedTuple):
     mask_head: Any
     mask_row: Any
     mask_column: Any
+    q_starts: Any = None  # [B + 1], where each sequence begins
+    k_starts: Any = None

@@ -25,6 +25,8 @@ Q_PACKED = tl.constexpr(1)  # codes in a stored element
 K_PACKED = tl.constexpr(1)
 V_PACKED = tl.constexpr(1)
 V_TOKENS = tl.constexpr(1)  # V holds whole groups of so many
+TOKENS_FIRST = tl.constexpr(True)  # V lies as it came,
+TOKENS_LAST = tl.constexpr(False)  # or with the tokens of a channel side by side
 V_STACKED = tl.constexpr(1)  # tokens in a stored element of V
 PLANES = tl.constexpr(False)  # channels of Q and K meet in the order of K's planes
 Q_GROUP = tl.constexpr(1)  # tokens under one scale
@@ -45,6 +47,9 @@ V_HALF = tl.constexpr(0)
 LOG2_LARGEST = tl.constexpr(6.988684686772166)  # of P's largest code: P is kept in units of its codes
 LOGIT_BASE = tl.constexpr(1.4426950408889634)  # log2(e), or 1 where something has to happen to natural logits
 FIRST_PHASE = tl.constexpr(1)  # 0 where whole tiles come after others
+Q_GROUPS = tl.constexpr(True)  # whether there are scales at all
+K_GROUPS = tl.constexpr(True)
+V_GROUPS = tl.constexpr(True)
 Q_SCALED = tl.constexpr(True)
 K_SCALED = tl.constexpr(True)
 OWN_TYPE = tl.constexpr(tl.float16)  # the tensors' own, which decoded values are rounded to
@@ -69,6 +74,7 @@ BLOCK_MEANS = tl.constexpr(False)  # of Q, over 128 queries
 UNSIGNED_P = tl.constexpr(False)
 CLEAR_TAIL = tl.constexpr(False)
 CLEAR_CHANNELS = tl.constexpr(False)
+VARLEN = tl.constexpr(False)  # sequences of their own lengths, one after another
 LEFT = tl.constexpr(False)  # whether a query's reach is bounded
 RIGHT = tl.constexpr(False)
 SOFTCAP = tl.constexpr(False)
@@ -87,29 +93,72 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
     batch = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     kv_head = head // SHARED_HEADS
-    kv = batch * (tl.num_programs(1) // SHARED_HEADS) + kv_head
     first = tl.program_id(0) * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
-    here = i < n_q
-    row = (batch * tl.num_programs(1) + head) * n_q + i
     column = tl.arange(0, D_TILE)
     held = column < D
+
+    # where this head begins in what has a row for each token, a row for each scale, and so on
+    query = batch * tl.num_programs(1) + head
+    kv = batch * (tl.num_programs(1) // SHARED_HEADS) + kv_head
+    row = query * n_q + i
+    key = kv * n_k
+    q_codes = Q.codes + batch * Q.batch + head * Q.head
+    k_codes = K.codes + batch * K.batch + kv_head * K.head
+    v_codes = V.codes + batch * V.batch + kv_head * V.head
+    out = Out.data + batch * Out.batch + head * Out.head
+    if Q_GROUPS:
+        q_group = batch * Q.scale_batch + head * Q.scale_head
+    if K_GROUPS:
+        k_group = batch * K.scale_batch + kv_head * K.scale_head
+    if V_GROUPS:
+        v_group = batch * V.scale_batch + kv_head * V.scale_head
+    if BLOCK_MEANS:
+        q_block = query * tl.cdiv(n_q, 128)
+    if UNSIGNED_P:
+        v_tile = kv * tl.cdiv(n_k, BLOCK_N)
+    if VARLEN:
+        # sequences lie one after another; what holds n tokens begins at a whole n, and at least one further for each before it
+        q_start = tl.load(F.q_starts + batch).to(tl.int64)
+        k_start = tl.load(F.k_starts + batch).to(tl.int64)
+        row = head * n_q + q_start + i
+        key = kv_head * n_k + k_start
+        q_codes += q_start * Q.row
+        k_codes += k_start * K.row
+        if TOKENS_FIRST:
+            v_codes += k_start * V.row
+        if TOKENS_LAST:
+            v_codes += (k_start // V_TOKENS + batch) * (V_TOKENS // V_STACKED)
+        out += q_start * Out.row
+        if Q_GROUPS:
+            q_group += (q_start // Q_GROUP + batch) * Q.scale_row
+        if K_GROUPS:
+            k_group += (k_start // K_GROUP + batch) * K.scale_row
+        if V_GROUPS:
+            v_group += (k_start // V_GROUP + batch) * V.scale_row
+        if BLOCK_MEANS:
+            q_block = head * (n_q // 128 + tl.num_programs(2)) + q_start // 128 + batch
+        if UNSIGNED_P:
+            v_tile = kv_head * (n_k // BLOCK_N + tl.num_programs(2)) + k_start // BLOCK_N + batch
+        n_q = (tl.load(F.q_starts + batch + 1) - q_start).to(tl.int32)
+        n_k = (tl.load(F.k_starts + batch + 1) - k_start).to(tl.int32)
+        if first >= n_q:
+            return
+    here = i < n_q
 
     # [BLOCK_M, D] queries, and their scale with the softmax's
     q_column = tl.arange(0, D_TILE // Q_PACKED)
     if PLANES:
         # K's channels come as its elements hold them: first of each, then second ...
         q_column = column % (D_TILE // K_PACKED) * K_PACKED + column // (D_TILE // K_PACKED)
-    q_at = Q.codes + batch * Q.batch + head * Q.head + i.to(tl.int64)[:, None] * Q.row + q_column[None, :]
+    q_at = q_codes + i.to(tl.int64)[:, None] * Q.row + q_column[None, :]
     q = lay_q(decode_q(load_tile(q_at, here, q_column * Q_PACKED < D, True))).to(Q_VIA)
     q_scale = tl.full([BLOCK_M], LOGIT_BASE, tl.float32) * scale
     if Q_SCALED:
-        q_scale_at = Q.scale + batch * Q.scale_batch + head * Q.scale_head + (i // Q_GROUP) * Q.scale_row
-        q_scale *= tl.load(q_scale_at, mask=here, other=0.0).to(tl.float32)
+        q_scale *= tl.load(Q.scale + q_group + (i // Q_GROUP) * Q.scale_row, mask=here, other=0.0).to(tl.float32)
     if Q_DECODED:
-        q_scale_at = Q.scale + batch * Q.scale_batch + head * Q.scale_head
-        q_scale_at += (i // Q_GROUP)[:, None] * Q.scale_row + (column // Q_CHANNELS)[None, :]
-        q = (q.to(tl.float32) * load_tile(q_scale_at, here, held, True).to(tl.float32)).to(OWN_TYPE)
+        at = q_group + (i // Q_GROUP)[:, None] * Q.scale_row + (column // Q_CHANNELS)[None, :]
+        q = (q.to(tl.float32) * load_tile(Q.scale + at, here, held, True).to(tl.float32)).to(OWN_TYPE)
     if CLEAR_CHANNELS:
         # K may be anything beyond D
         q = tl.where(held[None, :], q, 0.0)
@@ -117,14 +166,11 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
     if K_ZERO:
         q_sum = tl.load(Q.code_sum + row, mask=here, other=0.0)
     if BLOCK_MEANS:
-        q_mean_at = Q.offset + ((batch * tl.num_programs(1) + head) * tl.cdiv(n_q, 128) + first // 128) * D
-        q_mean = tl.load(q_mean_at + column, mask=held, other=0.0).to(tl.float32)
+        q_mean = tl.load(Q.offset + (q_block + first // 128) * D + column, mask=held, other=0.0).to(tl.float32)
 
-    k_codes = K.codes + batch * K.batch + kv_head * K.head
-    v_codes = V.codes + batch * V.batch + kv_head * V.head
     k_scale_at = K.scale
     if K_SCALED:
-        k_scale_at += batch * K.scale_batch + kv_head * K.scale_head
+        k_scale_at += k_group
     n_v = tl.cdiv(n_k, V_TOKENS) * V_TOKENS
     k_column = tl.arange(0, D_TILE // K_PACKED)
     v_column = tl.arange(0, D_TILE // V_PACKED)
@@ -165,8 +211,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
             k_at = k_codes + tl.cast(start, tl.int64) * K.row + (j - start)[:, None] * K.row + k_column[None, :]
             k = lay_k(decode_k(load_tile(k_at, inside, k_column * K_PACKED < D, phase != 1 or PADDED))).to(K_VIA)
             if K_DECODED:
-                at = batch * K.scale_batch + kv_head * K.scale_head
-                at += (j // K_GROUP)[:, None] * K.scale_row + (column // K_CHANNELS)[None, :]
+                at = k_group + (j // K_GROUP)[:, None] * K.scale_row + (column // K_CHANNELS)[None, :]
                 k = (k.to(tl.float32) + K_HALF) * load_tile(K.scale + at, inside, held, True).to(tl.float32)
                 if K_ZERO_DECODED:
                     k += load_tile(K.zero + at, inside, held, True).to(tl.float32)
@@ -178,11 +223,10 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 s = s.to(tl.float32) * c[:, None]
                 c = tl.full([BLOCK_M], 1.0, tl.float32)
             if K_ZERO:
-                at = batch * K.scale_batch + kv_head * K.scale_head + (j // K_GROUP) * K.scale_row
-                k_zero = load_row(K.zero + at, inside, phase != 1)
+                k_zero = load_row(K.zero + k_group + (j // K_GROUP) * K.scale_row, inside, phase != 1)
                 s += (q_sum * q_scale)[:, None] * k_zero[None, :]
             if BLOCK_MEANS:
-                companion_at = K.companion + (kv * n_k + j)[:, None] * D + column[None, :]
+                companion_at = K.companion + (key + j)[:, None] * D + column[None, :]
                 companion = load_tile(companion_at, inside, held, True).to(tl.float32)
                 s += (tl.sum(companion * q_mean[None, :], 1) * (scale * LOGIT_BASE))[None, :]
             if LOWERED_SOFTCAP:
@@ -198,7 +242,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 s *= 1.4426950408889634
             if V_PER_TOKEN:
                 # V's scale joins the exponent, so that P is rounded with its weight; l takes the weight out again
-                s += load_row(V.log2_weight + kv * n_k + j, inside, phase != 1)[None, :]
+                s += load_row(V.log2_weight + key + j, inside, phase != 1)[None, :]
             if phase != 1:
                 keep = inside[None, :]
                 if RIGHT:
@@ -225,7 +269,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
 
             counted = count(p, codes)
             if V_PER_TOKEN:
-                counted *= load_row(V.inverse_weight + kv * n_k + j, inside, phase != 1)[None, :]
+                counted *= load_row(V.inverse_weight + key + j, inside, phase != 1)[None, :]
             l = l * alpha + tl.sum(counted, 1)
 
             n = tl.arange(0, BLOCK_N // V_STACKED)
@@ -233,8 +277,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
             v_inside = n < (n_v - start) // V_STACKED
             v = lay_v(decode_v(load_tile(v_at, v_inside, v_column * V_PACKED < D, phase != 1 or PADDED))).to(V_VIA)
             if V_DECODED:
-                at = batch * V.scale_batch + kv_head * V.scale_head
-                at += (j // V_GROUP)[:, None] * V.scale_row + (column // V_CHANNELS)[None, :]
+                at = v_group + (j // V_GROUP)[:, None] * V.scale_row + (column // V_CHANNELS)[None, :]
                 v = (v.to(tl.float32) + V_HALF) * load_tile(V.scale + at, inside, held, True).to(tl.float32)
                 if V_ZERO_DECODED:
                     v += load_tile(V.zero + at, inside, held, True).to(tl.float32)
@@ -244,18 +287,18 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 v = tl.where((j < n_v)[:, None], v, 0)
             pv = product_v(order_p(codes.to(P_TYPE), BLOCK_M, BLOCK_N), v.to(V_TYPE)).to(tl.float32)
             if V_PER_TILE:
-                at = batch * V.scale_batch + kv_head * V.scale_head + (start // V_GROUP) * V.scale_row + column * V_COLUMN
+                at = v_group + (start // V_GROUP) * V.scale_row + column * V_COLUMN
                 v_scale = tl.load(V.scale + at, mask=held, other=0.0).to(tl.float32)
                 pv *= v_scale[None, :]
             if UNSIGNED_P:
                 # what the product of codes that fit a signed unit lacks
-                correction_at = V.correction + (kv * tl.cdiv(n_k, BLOCK_N) + start // BLOCK_N) * D
+                correction_at = V.correction + (v_tile + start // BLOCK_N) * D
                 pv += tl.load(correction_at + column, mask=held, other=0.0)[None, :]
             if V_TILE_ZERO:
                 v_zero = tl.load(V.zero + at, mask=held, other=0.0)
                 pv += tl.sum(p, 1)[:, None] * v_zero[None, :]
             if V_TOKEN_ZERO:
-                v_zero = load_row(V.zero + kv * n_k + j, inside, phase != 1)
+                v_zero = load_row(V.zero + key + j, inside, phase != 1)
                 zeros = zeros * alpha + tl.sum(p * v_zero[None, :], 1)
             acc = acc * alpha[:, None] + pv
 
@@ -268,25 +311,25 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
         sink = tl.load(F.sinks + head).to(tl.float32) - lowered
         total += tl.exp2(sink * 1.4426950408889634 - r + LOG2_LARGEST)
     inverse_total = 1.0 / tl.where(l == 0.0, 1.0, total)
-    out = acc * inverse_total[:, None]
+    o = acc * inverse_total[:, None]
     if V_TOKEN_ZERO:
-        out += (zeros * inverse_total)[:, None]
+        o += (zeros * inverse_total)[:, None]
     if V_ON_OUTPUT:
-        at = batch * V.scale_batch + kv_head * V.scale_head + column * V_COLUMN
+        at = v_group + column * V_COLUMN
         v_scale = tl.load(V.scale + at, mask=held, other=0.0).to(tl.float32)
-        out *= v_scale[None, :]
+        o *= v_scale[None, :]
     if V_OUTPUT_ZERO:
         v_zero = tl.load(V.zero + at, mask=held, other=0.0)
-        out += (l * inverse_total)[:, None] * v_zero[None, :]
+        o += (l * inverse_total)[:, None] * v_zero[None, :]
     if V_ROTATED:
-        out = hadamard(out, BLOCK_M, D_TILE, V_STAGES) * V_NORM
+        o = hadamard(o, BLOCK_M, D_TILE, V_STAGES) * V_NORM
     if V_MEAN:
         mean = tl.load(V.offset + kv * D + column, mask=held, other=0.0).to(tl.float32)
-        out += (l * inverse_total)[:, None] * mean[None, :]
+        o += (l * inverse_total)[:, None] * mean[None, :]
     # a row that attends to nothing, whatever its tiles hold
-    out = tl.where((l == 0.0)[:, None], 0.0, out)
-    out_at = Out.data + batch * Out.batch + head * Out.head + i.to(tl.int64)[:, None] * Out.row + column[None, :]
-    tl.store(out_at, out.to(Out.data.dtype.element_ty), mask=here[:, None] & held[None, :])
+    o = tl.where((l == 0.0)[:, None], 0.0, o)
+    out_at = out + i.to(tl.int64)[:, None] * Out.row + column[None, :]
+    tl.store(out_at, o.to(Out.data.dtype.element_ty), mask=here[:, None] & held[None, :])
     if WITH_LSE:
         # natural, without sinks; -inf where a row attends to nothing
         tl.store(Lse + row, (r + tl.log2(l) - LOG2_LARGEST) * 0.6931471805599453 + lowered, mask=here)

@@ -1,0 +1,136 @@
+"""Sequences of their own lengths: each comes out as if it were alone."""
+
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+from factories import scheme
+
+import tokquant as tq
+from tokquant.schemes import preset, preset_names
+
+QUERIES, KEYS = [5, 0, 130, 9], [37, 10, 130, 0]
+SCHEMES = {name: preset(name) for name in preset_names() if preset(name).k.scale == "dynamic"} | {
+    "2-bit keys, small blocks, sums of tiles": scheme("int8 block:16", "int2 block:32", "int4 block:64", "uint8 row_block:64"),
+    "zeros a channel": scheme("int8", "int8 channel asymmetric mean", "int4 channel_block:64 asymmetric", "int8 row_block:32"),
+    "one scale for all": scheme("int8 tensor", "int8 tensor mean", "int8 tensor", "uint8"),
+}  # fmt: skip
+FEATURES = {
+    "causal": dict(causal=True),
+    "window, softcap and sinks": dict(window=(30, 4), softcap=3.0, sinks=torch.tensor([0.0, 5.0])),
+}
+
+
+def starts(lengths):
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def packed(queries=QUERIES, keys=KEYS, heads=2, kv_heads=1, d=32):
+    q = torch.randn(sum(queries), heads, d)
+    k, v = (torch.randn(sum(keys), kv_heads, d) + torch.randn(1, kv_heads, d) for _ in range(2))
+    return (q, k, v), dict(cu_seqlens_q=starts(queries), cu_seqlens_k=starts(keys))
+
+
+def each(tensors, lengths):
+    """The sequences alone, as `attention` takes them; None where there are no queries or keys."""
+    q, k, v = tensors
+    for (q_first, q_end), (k_first, k_end) in zip(
+        pairwise(lengths["cu_seqlens_q"].tolist()), pairwise(lengths["cu_seqlens_k"].tolist()), strict=True
+    ):
+        own = q[q_first:q_end], k[k_first:k_end], v[k_first:k_end]
+        empty = q_first == q_end or k_first == k_end
+        yield slice(q_first, q_end), None if empty else [x.transpose(0, 1)[None] for x in own]
+
+
+# each backend meets each scheme with one of the features; with all where slow tests run
+CROSS = [
+    pytest.param(s, given, backend, id=f"{name} | {what} | {backend}", marks=[] if number % 2 == turn else pytest.mark.slow)
+    for number, (name, s) in enumerate(SCHEMES.items())
+    for turn, (what, given) in enumerate(FEATURES.items())
+    for backend in ("triton", "reference")
+]
+
+
+@pytest.mark.parametrize(("s", "given", "backend"), CROSS)
+def test_a_sequence_among_others_is_what_it_is_alone_bit_for_bit(s, given, backend):
+    tensors, lengths = packed()
+    out, lse = tq.attention_varlen(*tensors, s, **lengths, **given, return_lse=True, backend=backend)
+    assert out.shape == tensors[0].shape and lse.shape == tensors[0].shape[:2]
+    for rows, alone in each(tensors, lengths):
+        if alone is None:
+            assert not out[rows].any() and bool((lse[rows] == -torch.inf).all())
+            continue
+        expected, expected_lse = tq.attention(*alone, s, **given, return_lse=True, backend=backend)
+        assert torch.equal(out[rows], expected[0].transpose(0, 1))
+        assert torch.equal(lse[rows], expected_lse[0].transpose(0, 1))
+
+
+def test_nothing_grows_with_the_longest_sequence(monkeypatch):
+    """A long one among short ones is not padded for."""
+    from tokquant.kernels import sequences
+
+    largest, join = [], sequences._joined
+    monkeypatch.setattr(sequences, "_joined", lambda *x: (largest.append(made := join(*x)), made)[1])
+    (q, k, v), lengths = packed([1] * 40 + [300], [2] * 40 + [600])
+    tq.attention_varlen(q, k, v, "int8", **lengths, backend="triton")
+    given = [x.numel() for x in (q, k, v)]
+    held = [sum(t.numel() * t.element_size() for t in made if isinstance(t, torch.Tensor)) for made in largest]
+    assert len(held) == 3 and all(size < 3 * values for size, values in zip(held, given, strict=True))
+
+
+def test_a_scale_that_is_static_serves_every_sequence():
+    (q, k, v), lengths = packed()
+    calibrator = tq.Calibrator("kv-fp8")
+    calibrator.observe("layer", *(x.transpose(0, 1)[None] for x in (q, k, v)))
+    scales = calibrator.scales()["layer"]
+    out = tq.attention_varlen(q, k, v, scales.scheme, **lengths, scales=scales, backend="triton")
+    for rows, alone in each((q, k, v), lengths):
+        if alone is not None:
+            expected = tq.attention(*alone, scales.scheme, scales=scales, backend="triton")
+            assert torch.equal(out[rows], expected[0].transpose(0, 1))
+
+
+def test_sequences_of_nothing_are_zero():
+    (q, k, v), lengths = packed([3, 0], [0, 4])
+    for backend in ("triton", "reference"):
+        out, lse = tq.attention_varlen(q, k, v, "int8", **lengths, return_lse=True, backend=backend)
+        assert not out.any() and bool((lse == -torch.inf).all())
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "int8-fp16", "kv-int8"])
+def test_a_batch_of_any_size_has_the_same_bits(name):
+    q, k, v = (torch.randn(3, 2, 150, 64) for _ in range(3))
+    together = tq.attention(q, k, v, name, causal=True, backend="triton", deterministic=True)
+    for index in range(3):
+        own = (x[index : index + 1] for x in (q, k, v))
+        alone = tq.attention(*own, name, causal=True, backend="triton", deterministic=True)
+        assert torch.equal(together[index : index + 1], alone)
+
+
+WRONG = {
+    "four dimensions": (dict(q=torch.randn(1, 144, 2, 32)), ValueError, r"q: shape \[1, 144, 2, 32\] has 4 dimensions"),
+    "starts that are a list": (dict(cu_seqlens_q=[0, 144]), TypeError, "cu_seqlens_q: a list; give a torch.int32 tensor"),
+    "starts of floats": (dict(cu_seqlens_k=torch.tensor([0.0, 177.0])), TypeError, "cu_seqlens_k: torch.float32"),
+    "starts that end early": (dict(cu_seqlens_q=torch.tensor([0, 5, 5, 135, 143])), ValueError, "to the 144 tokens"),
+    "starts that fall": (dict(cu_seqlens_q=torch.tensor([0, 9, 5, 135, 144])), ValueError, "does not rise from 0"),
+    "another batch": (dict(cu_seqlens_k=torch.tensor([0, 177])), ValueError, "k: 1 sequences, and cu_seqlens_q has 4"),
+    "a longest that is not": (dict(max_seqlen_q=100), ValueError, "max_seqlen_q: 100 is less than the longest sequence, 130"),
+    "no sequences": (dict(cu_seqlens_q=torch.tensor([0])), ValueError, r"cu_seqlens_q: shape \[1\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "kind", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_named(wrong, kind, message):
+    (q, k, v), lengths = packed()
+    arguments = {"q": q, **lengths, **wrong}
+    with pytest.raises(kind, match=message):
+        tq.attention_varlen(arguments.pop("q"), k, v, "int8", **arguments)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", ["int8", "kv-int4", "int4", "fp8"])
+def test_a_kernel_of_sequences_compiles_and_its_loop_is_that_of_others(name):
+    alone, together = (tq.compile(name, head_dim=64, causal=True, varlen=varlen) for varlen in (False, True))
+    assert "q_starts" in together.source and "F.q_starts" not in alone.source
+    counts = [kernel.resources.instructions_per_score for kernel in (alone, together)]
+    assert counts[1] < 1.1 * counts[0]

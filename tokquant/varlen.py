@@ -1,0 +1,97 @@
+"""The public door for sequences of their own lengths, one after another: it checks and directs, as `attention` does."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from tokquant import reference
+from tokquant.attention import Backend, check_scales, choose_backend, quantize
+from tokquant.calibration.scales import LayerScales
+from tokquant.errors import quote
+from tokquant.inputs import check_tensors, features_of
+from tokquant.kernels import launch, sequences
+from tokquant.schemes import QuantScheme, resolve
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scheme: QuantScheme | str,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scales: LayerScales | None = None,
+    return_lse: bool = False,
+    backend: Backend = "auto",
+    deterministic: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of sequences that lie one after another, each with its own means and scales, in one launch.
+
+    Args:
+        q: `[T_q, H_q, D]`, the tokens of all sequences. k, v: `[T_k, H_kv, D]`.
+        scheme: a QuantScheme, a preset's name, or the path of a YAML file.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 `[B + 1]`: sequence b has the tokens from entry b to entry b + 1, the first
+            being 0 and the last T. They are read on the CPU, which waits for a GPU that still computes them.
+        max_seqlen_q, max_seqlen_k: the longest sequences; found where None.
+        The rest is as for `attention`. There is no mask: give each sequence to `attention` where one is needed.
+
+    Returns: `[T_q, H_q, D]` in q's type; with `return_lse` also `[T_q, H_q]` float32. Each sequence's result is that of
+    `attention` on it alone, bit for bit where both are `deterministic`.
+
+    Raises: as `attention`.
+    """
+    scheme = resolve(scheme)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if isinstance(x, Tensor) and x.ndim != 3:
+            raise ValueError(f"{name}: shape {list(x.shape)} has {x.ndim} dimensions; give [tokens, heads, head_dim]")
+    whole = [x.transpose(0, 1)[None] if isinstance(x, Tensor) else x for x in (q, k, v)]
+    check_tensors(*whole)
+    check_scales(scheme, scales)
+    starts_q = _starts("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
+    starts_k = _starts("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
+    if len(starts_q) != len(starts_k):
+        raise ValueError(f"cu_seqlens_k: {len(starts_k) - 1} sequences, and cu_seqlens_q has {len(starts_q) - 1}")
+    features = features_of(*whole[:2], causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    chosen = choose_backend(backend, q.device)
+    parts: list[launch.Operands | None] = []
+    for (q_first, q_end), (k_first, k_end) in zip(pairwise(starts_q), pairwise(starts_k), strict=True):
+        if q_first == q_end or k_first == k_end:
+            parts.append(None)
+            continue
+        own_q, own_k, own_v = whole[0][:, :, q_first:q_end], whole[1][:, :, k_first:k_end], whole[2][:, :, k_first:k_end]
+        parts.append(quantize(own_q, own_k, own_v, scheme, scales=scales, backend=backend))
+    if chosen == "triton" and any(part is not None for part in parts):
+        starts = tuple(torch.tensor(each, dtype=torch.int32) for each in (starts_q, starts_k))
+        out, lse = sequences.attention(parts, starts, scheme, features, return_lse, deterministic)  # type: ignore[arg-type]
+    else:
+        out = torch.zeros_like(whole[0])
+        lse = torch.full(out.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+        for part, (first, end) in zip(parts, pairwise(starts_q), strict=True):
+            if part is not None:
+                out[:, :, first:end], lse[:, :, first:end] = reference.attention(*part, scheme, features)
+    out = out[0].transpose(0, 1)
+    return (out, lse[0].transpose(0, 1)) if return_lse else out  # type: ignore[index]
+
+
+def _starts(name: str, given: object, tokens: int, longest_name: str, longest: int | None) -> list[int]:
+    if not isinstance(given, Tensor) or given.dtype not in (torch.int32, torch.int64):
+        kind = given.dtype if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise TypeError(f"{name}: {kind}; give a torch.int32 tensor [sequences + 1]")
+    if given.ndim != 1 or len(given) < 2:
+        raise ValueError(f"{name}: shape {list(given.shape)}; give [sequences + 1], of at least one sequence")
+    starts = given.tolist()
+    if starts[0] != 0 or starts[-1] != tokens or any(end < first for first, end in pairwise(starts)):
+        raise ValueError(f"{name}: {quote(starts)} does not rise from 0 to the {tokens} tokens given")
+    actual = max(end - first for first, end in pairwise(starts))
+    if longest is not None and longest < actual:
+        raise ValueError(f"{longest_name}: {quote(longest)} is less than the longest sequence, {actual}")
+    return starts
