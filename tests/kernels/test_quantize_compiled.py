@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from factories import qkv
+from quantized import by_torch, differences
 
 from tokquant.kernels import generate, resources
 from tokquant.kernels import quantize as kernels
@@ -52,3 +53,15 @@ def test_other_types_and_head_dims_compile_with_few_spills(d, dtype, absent_gpu,
     for name in ("int8", "kv-int8"):
         for plan, kernel in compiled(name, monkeypatch, d, dtype):
             assert resources.machine_code(kernel)[1] <= 32, plan
+
+
+@pytest.mark.compiled
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_a_gpu_gives_the_codes_of_the_definition(name, dtype):
+    q, k, v = (x.cuda() for x in qkv(300, 1000, 128, heads=4, kv_heads=2, batch=2, dtype=dtype))
+    q[0, 0, 3, 5], k[0, 1, 17, 3], v[1, 1, 900] = float("nan"), float("inf"), 0
+    made = preset(name)
+    for one, other in zip(by_torch(q, k, v, made), kernels.quantize_operands(q, k, v, made), strict=True):
+        assert differences(one, other) == []

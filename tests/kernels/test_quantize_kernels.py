@@ -47,7 +47,8 @@ def test_presets_are_quantized_as_the_definition_says(name, started):
 
 CHOICES = pairwise(
     words=["int8", "int8 asymmetric", "int4", "int4 asymmetric", "int2", "int2 asymmetric", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"],
-    granularity=["token", "tensor", "head", "channel", "block:16", "block:256", "channel_block:32", "channel_block:256", "group:16"],
+    granularity=["token", "tensor", "head", "channel", "block:16", "block:256", "channel_block:32",
+                 "channel_block:256", "group:16"],
     scale=["fp32", "fp16", "fp8_e4m3"],
     smooth=["", "mean"],
     transforms=[{}, {"rotate": "hadamard", "rotate_v": "hadamard"}, {"balance": "channel"},
