@@ -8,6 +8,7 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
+from tokquant import bias
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import place
 
@@ -132,9 +133,33 @@ def dense_logits(q, k, features):
             beyond = features.causal and j > for_last
             if beyond or (left is not None and j < for_last - left) or (right is not None and j > for_last + right):
                 s[:, :, i, j] = -INF
+    if features.bias is not None:
+        s = s + dense_bias(features.bias, n_q, n_k)
     if features.mask is not None:
         s = s.masked_fill(~features.mask, -INF) if features.mask.dtype == torch.bool else s + features.mask
     return s
+
+
+def dense_bias(given, n_q, n_k):
+    """A bias written out: float64, broadcastable to [B, H, N_q, N_k]."""
+    if given.kind == "alibi":
+        distances = [[abs(i + n_k - n_q - j) for j in range(n_k)] for i in range(n_q)]
+        return -given.slopes.double()[:, None, None] * torch.tensor(distances)
+    if given.kind == "key_vector":
+        return given.values.double()[..., None, :]
+    if given.kind == "lowrank":
+        return torch.einsum("...ir,...jr->...ij", given.q_factors.double(), given.k_factors.double())
+    return given.values.double()
+
+
+def summed(given, n_q, n_k):
+    """The magnitudes that a bias is summed from."""
+    if given.kind == "alibi":
+        # kernels count keys from the first of 128 queries
+        return dense_bias(given, n_q, n_k).abs() + 128 * given.slopes.double().abs()[:, None, None]
+    if given.kind == "lowrank":
+        return dense_bias(bias.lowrank(given.q_factors.abs(), given.k_factors.abs()), n_q, n_k)
+    return dense_bias(given, n_q, n_k).abs()
 
 
 def bounds(operands, made, features):
@@ -174,6 +199,8 @@ def bounds(operands, made, features):
     assert lost.max() < 0.9 and lost_of_keys.max() < 0.9
     reach = values.abs().amax(dim=(2, 3))[:, :, None, None].repeat_interleave(shared, dim=1)
     logit = features.scale * left.norm(dim=3, keepdim=True) * right.norm(dim=3).amax()
+    if features.bias is not None:
+        logit = logit + torch.where(s > -INF, summed(features.bias, *s.shape[2:]), 0).amax(dim=-1, keepdim=True)
     # exponents reach the floor of 64 in base 2, and are off by as many ulps
     rounding = 2.0**-24 * ((96 if floor else 16) + 4 * logit)
     out = (numerator + 3 * lost * reach) / (1 - lost) + rounding * reach
@@ -184,6 +211,14 @@ def bounds(operands, made, features):
 def some_mask(b, h, n_q, n_k):
     generator = torch.Generator().manual_seed(1)
     return torch.rand(b, h, n_q, n_k, generator=generator) > 0.4
+
+
+def some_factors(*shape, dtype=torch.float16):
+    generator = torch.Generator().manual_seed(2)
+    return (0.6 * torch.randn(*shape, generator=generator)).to(dtype)
+
+
+SLOPES = torch.tensor([0.9, 0.25, 2.0**-4, 2.0**-8])
 
 
 def waves(n_q, n_k):
@@ -207,5 +242,25 @@ CASES = {
         (97, 161, 96, 4, 2, 2),
         {"causal": True, "window": (120, 5), "mask": torch.where(some_mask(1, 4, 97, 161), 0.5, -INF), "softcap": 5.0,
          "sinks": torch.tensor([-3.0, 0.0, 2.0, 8.0]), "scale": 0.2},
+    ),
+    "alibi, causal": ((90, 230, 32, 4, 2, 1), {"causal": True, "bias": bias.alibi(SLOPES)}),
+    "alibi to both sides, sinks": ((150, 70, 48, 4, 4, 1), {"bias": bias.alibi(SLOPES), "sinks": SLOPES}),
+    "alibi, causal, everything": (
+        (140, 161, 32, 4, 2, 1),
+        {"causal": True, "window": (90, None), "bias": bias.alibi(SLOPES), "mask": waves(140, 161), "softcap": 5.0,
+         "sinks": SLOPES},
+    ),
+    "a bias of keys, window": ((40, 200, 32, 4, 2, 2), {"bias": bias.key_vector(some_factors(2, 4, 200)), "window": (60, 20)}),
+    "low rank, boolean mask": (
+        (33, 140, 64, 4, 2, 2),
+        {"bias": bias.lowrank(some_factors(2, 4, 33, 13), some_factors(1, 1, 140, 13)), "mask": some_mask(2, 1, 33, 140)},
+    ),
+    "dense bias, everything": (
+        (97, 161, 32, 4, 2, 2),
+        {"causal": True, "window": (120, 5), "mask": torch.where(some_mask(1, 4, 97, 161), 0.5, -INF), "softcap": 5.0,
+         "bias": bias.dense(some_factors(4, 97, 161)), "sinks": torch.tensor([-3.0, 0.0, 2.0, 8.0])},
+    ),
+    "dense bias, boolean mask": (
+        (37, 101, 48, 2, 2, 1), {"bias": bias.dense(waves(37, 101).expand(2, -1, -1)), "mask": some_mask(1, 1, 37, 101)}
     ),
 }  # fmt: skip

@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 import tokquant
-from tokquant import QuantScheme, Scales, ScalesError, SchemeError
+from tokquant import QuantScheme, Scales, ScalesError, SchemeError, bias
 from tokquant.activations import Activations, sample
 
 BASE = {role: {"precision": "int8"} for role in "qkvp"}
@@ -119,6 +119,23 @@ FEATURES = {
     "a list as sinks": (TypeError, {"sinks": [0.0, 0.0]}, "sinks: a list", "floating-point tensor [H_q]"),
     "sinks of integers": (TypeError, {"sinks": torch.zeros(2).int()}, "sinks: ", "floating-point"),
     "three sinks": (ValueError, {"sinks": torch.zeros(3)}, "sinks: shape [3] is not [2]"),
+    "a tensor as bias": (TypeError, {"bias": x(20, 20)}, "bias: a Tensor; give one of tokquant.bias", "dense(tensor)"),
+    "text as bias": (TypeError, {"bias": "alibi"}, "bias: a str; give one of tokquant.bias: alibi, key_vector"),
+    "three slopes": (ValueError, {"bias": bias.alibi(x(3))}, "bias: slopes of shape [3], not [2]"),
+    "a bias of too few keys": (ValueError, {"bias": bias.key_vector(x(19))}, "bias: values of shape [19]", "to [1, 2, 20]"),
+    "a dense bias of too few keys": (ValueError, {"bias": bias.dense(x(20, 19))}, "bias: values of shape [20, 19]"),
+    "factors of too few queries": (
+        ValueError,
+        {"bias": bias.lowrank(x(1, 2, 19, 4).half(), x(1, 2, 20, 4).half())},
+        "bias: q_factors of shape [1, 2, 19, 4] do not broadcast to [1, 2, 20, 4]",
+    ),
+    "factors of three heads": (
+        ValueError,
+        {"bias": bias.lowrank(x(1, 2, 20, 4).half(), x(1, 3, 20, 4).half())},
+        "bias: k_factors of shape [1, 3, 20, 4]",
+    ),
+    "a bias elsewhere": (ValueError, {"bias": bias.dense(x(20, 20).to("meta"))}, "bias: on meta, and q on cpu"),
+    "a bias with a gradient": (RuntimeError, {"bias": bias.dense(x(20, 20).requires_grad_())}, "bias: requires grad"),
     "sinks with a gradient": (RuntimeError, {"sinks": torch.zeros(2).requires_grad_()}, "sinks: requires grad"),
 }
 

@@ -11,7 +11,7 @@ LAYERS = [
     ("errors", "files", "timing"),
     ("precisions",),
     ("schemes",),
-    ("transforms",),
+    ("transforms", "bias"),
     ("tensor",),
     ("calibration.scales",),
     ("quantize", "reference", "metrics", "activations"),

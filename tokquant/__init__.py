@@ -1,5 +1,6 @@
 """tokquant: token-level quantized attention. Declare a scheme, get its flash-attention kernel."""
 
+from tokquant import bias
 from tokquant.attention import attention, quantize
 from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import LayerScales, Scales
@@ -30,6 +31,7 @@ __all__ = [
     "UnsupportedError",
     "attention",
     "attention_varlen",
+    "bias",
     "compare",
     "compile",
     "load_scales",

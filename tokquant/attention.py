@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokquant import reference
+from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales, Scales, needed
 from tokquant.errors import ScalesError, nearest, quote
 from tokquant.inputs import check_tensors, check_together, features_of
@@ -58,6 +59,7 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     mask: Tensor | None = None,
+    bias: Bias | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -66,7 +68,7 @@ def attention(
     backend: Backend = "auto",
     deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale Q K^T + mask) V in the scheme's precisions.
+    """softmax(scale Q K^T + bias + mask) V in the scheme's precisions.
 
     Args:
         q, k, v: tensors as `quantize` takes them, or the three that it returned.
@@ -75,14 +77,15 @@ def attention(
         scale: of the scores; D**-0.5 where None.
         mask: broadcastable to `[B, H_q, N_q, N_k]`: boolean, True where a pair attends, or floats that are added, of which
             those below -2.3e38 mask as -inf does.
+        bias: one of `tokquant.bias`, added to the scores: alibi, key_vector, lowrank, dense, svd, squared_distance.
         window: (left, right), keys from i + N_k - N_q - left to + right, inclusive; None leaves a side open.
-        softcap: scores s become softcap * tanh(s / softcap), before mask.
+        softcap: scores s become softcap * tanh(s / softcap), before bias and mask.
         sinks: `[H_q]`, a logit a head that takes its part of the softmax and adds nothing to the output.
         scales: one layer's calibrated scales, for a scheme with static parts.
         return_lse: also return the natural log of the sum of exp(scores), without sinks.
         backend: `triton`, `reference` (torch, on any device), or `auto`: triton on a GPU, else reference.
-        deterministic: a kernel's bits are then the same on every run and for every batch size (but for dynamic `tensor`
-            scales, which span the batch): nothing that was tuned is used. `reference` sums as torch does, which looks at shapes.
+        deterministic: a kernel's bits are the same on every run and for every batch size, but for dynamic `tensor` scales,
+            which span the batch: nothing that was tuned is used. (`reference` sums as torch does, which looks at shapes.)
 
     Returns: `[B, H_q, N_q, D]` in q's type; with `return_lse` also `[B, H_q, N_q]` float32. A query that attends to nothing
     gets 0 and an LSE of -inf. Means and dynamic scales are taken over the whole sequence, later tokens included.
@@ -100,7 +103,7 @@ def attention(
         _check_quantized(q, k, v, scheme)  # type: ignore[arg-type]
     else:
         check_tensors(q, k, v)
-    features = features_of(q, k, causal=causal, scale=scale, mask=mask, window=window, softcap=softcap, sinks=sinks)
+    features = features_of(q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     chosen = choose_backend(backend, q.device)
     if not all(given):
         q, k, v = quantize(q, k, v, scheme, scales=scales, backend=backend)  # type: ignore[arg-type]

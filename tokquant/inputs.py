@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import Tensor
 
+from tokquant.bias import Bias
 from tokquant.errors import quote
 from tokquant.reference import Features
 from tokquant.tensor import QuantizedTensor
@@ -58,6 +59,7 @@ def features_of(
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bias: Bias | None = None,
 ) -> Features:
     """The features of a call to `attention`, checked, with defaults filled in and masks expanded."""
     (b, heads, n_q, d), n_k = q.shape, k.shape[2]
@@ -68,7 +70,13 @@ def features_of(
         raise ValueError(f"softcap: {softcap} is not above zero; leave it out for none")
     if window is not None:
         window = _window(window)
-    for name, given in (("mask", mask), ("sinks", sinks)):
+    if bias is not None and not isinstance(bias, Bias):
+        raise TypeError(
+            f"bias: a {type(bias).__name__}; give one of tokquant.bias: alibi, key_vector, lowrank, "
+            + ("or dense(tensor)" if isinstance(bias, Tensor) else "dense, svd or squared_distance")
+        )
+    parts = [] if bias is None else bias.tensors()
+    for name, given in (("mask", mask), ("sinks", sinks), *(("bias", part) for part in parts)):
         if isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name}: requires grad, and quantized attention has no backward; call it under torch.no_grad()")
     if mask is not None:
@@ -89,7 +97,12 @@ def features_of(
             raise ValueError(f"sinks: shape {list(sinks.shape)} is not [{heads}], one logit for each head of q")
         if sinks.device != q.device:
             raise ValueError(f"sinks: on {sinks.device}, and q on {q.device}")
-    return Features(scale=scale, causal=causal, window=window, mask=mask, softcap=softcap, sinks=sinks)
+    if bias is not None:
+        bias = bias.expand(b, heads, n_q, n_k)
+        for part in parts:
+            if part.device != q.device:
+                raise ValueError(f"bias: on {part.device}, and q on {q.device}")
+    return Features(scale=scale, causal=causal, window=window, mask=mask, softcap=softcap, sinks=sinks, bias=bias)
 
 
 def _window(window: object) -> tuple[int | None, int | None]:

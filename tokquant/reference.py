@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokquant.bias import Bias
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import place
 from tokquant.tensor import QuantizedTensor, met
@@ -34,6 +35,8 @@ class Features:
     softcap: float | None = None
     sinks: Tensor | None = None
     """`[H_q]`, natural logits."""
+    bias: Bias | None = None
+    """Natural logits, added after the softcap."""
 
     def kept(self, rows: slice, keys: slice, n_q: int, n_k: int, device: torch.device) -> Tensor | None:
         """Which pairs attend, broadcastable to `[B, H_q, rows, keys]`; None where all do."""
@@ -82,6 +85,8 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, features: Features) -> tuple[Tensor,
         s = features.scale * (q[:, :, rows].double() @ k.mT)
         if features.softcap is not None:
             s = features.softcap * torch.tanh(s / features.softcap)
+        if features.bias is not None:
+            s = s + features.bias.block(rows, every, n_q, n_k, torch.float64)
         if features.mask is not None and features.mask.dtype != torch.bool:
             s = s + features.mask[:, :, rows].double()
         kept = features.kept(rows, every, n_q, n_k, q.device)
@@ -148,7 +153,8 @@ class _Emulation:
         self.v_scale, self.v_origin = _spread(v) if place(scheme.v) != "operand" else (None, None)
         self.folded = place(scheme.v) == "p"
         # logits in base 2 come for free where nothing has to happen to natural ones
-        self.natural = features.softcap is not None or (features.mask is not None and features.mask.dtype != torch.bool)
+        added = features.mask is not None and features.mask.dtype != torch.bool
+        self.natural = features.softcap is not None or features.bias is not None or added
         precision = scheme.p.format
         self.p_type = v.dtype if precision.bits == 16 and v.dtype != torch.float32 else None
         self.largest = precision.largest or 1.0
@@ -216,6 +222,8 @@ class _Emulation:
             if self.q.logit_offset is not None:
                 s = s + self.q.logit_offset[:, :, rows] * features.scale
             s = features.softcap * torch.tanh(s / features.softcap)
+        if features.bias is not None:
+            s = s + features.bias.block(rows, keys, self.q.shape[2], self.k.shape[2], torch.float32)
         if self.natural:
             if features.mask is not None and features.mask.dtype != torch.bool:
                 s = s + features.mask[:, :, rows, keys].float()

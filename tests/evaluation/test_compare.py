@@ -28,8 +28,20 @@ def test_the_peer_computes_the_same_attention(n_k):
     q, k, v = torch.randn(1, 4, 64, 32), torch.randn(1, 2, n_k, 32), torch.randn(1, 2, n_k, 32)
     mask = torch.rand(1, 4, 64, n_k) > 0.2
     both = [Features(scale=0.3, causal=True, mask=m) for m in (mask, torch.randn(1, 4, 64, n_k))]
-    for features in (Features(scale=0.3), Features(scale=0.3, causal=True), Features(scale=0.3, mask=mask), *both):
+    alibi, dense = tq.bias.alibi(tq.bias.alibi_slopes(4)), tq.bias.dense(torch.randn(1, 4, 64, n_k))
+    biased = [Features(scale=0.3, causal=True, bias=alibi), Features(scale=0.3, bias=alibi)]
+    biased += [Features(scale=0.3, mask=m, bias=dense) for m in (mask, torch.randn(4, 64, n_k)[None])]
+    for features in (Features(scale=0.3), Features(scale=0.3, causal=True), Features(scale=0.3, mask=mask), *both, *biased):
         assert torch.allclose(_sdpa(q, k, v, features)().double(), oracle(q, k, v, features)[0], atol=1e-5)
+
+
+def test_a_bias_is_in_the_errors_and_in_the_oracle_alike():
+    q, k, v = torch.randn(1, 4, 64, 64), torch.randn(1, 2, 80, 64), torch.randn(1, 2, 80, 64)
+    bias = tq.bias.alibi(tq.bias.alibi_slopes(4))
+    [biased] = tq.compare(q, k, v, schemes=["int8"], bias=bias, repeats=1)
+    assert biased.errors.rel_l1 < 0.03
+    exact, _ = oracle(q, k, v, Features(scale=0.125, bias=bias))
+    assert biased.errors == metrics.errors(tq.attention(q, k, v, "int8", bias=bias), exact)
 
 
 def test_functions_are_timed_in_turn():

@@ -40,6 +40,9 @@ def test_a_kernel_shows_the_features_it_has_and_no_others(name):
     assert "# bottom-right" in generate.render(planned(name, right=True))
     assert ("    mean = tl.load" in text) is (scheme.v.smooth == "mean")
     assert ("V.correction" in text) is (scheme.p.precision == "uint8")
+    assert ("F.bias" in text) is ("tl.dot(q_factors" in text) is ("def consecutive" in text) is False
+    assert "tl.dot(q_factors" in generate.render(planned(name, bias="lowrank"))
+    assert "consecutive" in generate.render(planned(name, bias="past_alibi"))
     assert "if RIGHT" not in text and "if V_" not in text, "branches on constants are resolved"
 
 

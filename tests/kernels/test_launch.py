@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from factories import qkv, some_mask
+from factories import SLOPES, qkv, some_factors, some_mask
 
 import tokquant as tq
 from tokquant.inputs import features_of
@@ -13,6 +13,17 @@ CALLS = {
     "kv-int4 with a window, softcap and sinks": ("kv-int4", dict(window=(100, 3), softcap=3.0, sinks=torch.zeros(4))),
     "int4 with a boolean mask": ("int4", dict(mask=some_mask(1, 1, 100, 121))),
     "fp8 with an additive mask": ("fp8-rotated", dict(mask=torch.zeros(4, 1, 121))),
+    "int8-fast, causal with ALiBi": ("int8-fast", dict(causal=True, bias=tq.bias.alibi(SLOPES))),
+    "int8 with ALiBi to both sides": ("int8", dict(bias=tq.bias.alibi(SLOPES))),
+    "fp8 with a bias of keys": ("fp8", dict(bias=tq.bias.key_vector(torch.zeros(121)))),
+    "decoded keys with factors of one head": (
+        "kv-int4-kivi",
+        dict(bias=tq.bias.lowrank(some_factors(1, 1, 100, 13), some_factors(2, 1, 121, 13))),
+    ),
+    "int8 with a dense bias and a boolean mask": (
+        "int8",
+        dict(bias=tq.bias.dense(some_factors(4, 100, 121)), mask=some_mask(2, 1, 1, 121)),
+    ),
     "2-bit keys, strided outputs": ("kv-int2-kivi", {}),
 }
 

@@ -29,8 +29,12 @@ MUTATIONS = {
     ),
     "a window open to the left": (preset("int8"), CASES["causal window"], "n_q - F.left)", "n_q - F.left - BLOCK_N)"),
     "keys beyond the end kept": (preset("int8"), ODD, "keep = inside[None, :]", "keep = (j >= 0)[None, :]"),
-    "a boolean mask turned round": (preset("int8"), CASES["boolean mask"], "inside, True) != 0", "inside, True) == 0"),
-    "an additive mask before log2(e)": (preset("int8"), CASES["additive mask of heads"], "s *= 1.4426950408889634", "s *= 1.0"),
+    "a boolean mask turned round": (preset("int8"), CASES["boolean mask"], "tl.where(mask != 0", "tl.where(mask == 0"),
+    "an additive mask before log2(e)": (
+        preset("int8"), CASES["additive mask of heads"],
+        "c = tl.full([BLOCK_M], 1.4426950408889634",
+        "c = tl.full([BLOCK_M], 1.0",
+    ),
     "softcap not multiplied back": (preset("int8"), CASES["softcap and scale"], "s = F.softcap * tanh", "s = tanh"),
     "K's offset lost under a softcap": (
         preset("int8"), CASES["softcap and scale"],
@@ -76,9 +80,38 @@ MUTATIONS = {
     ),
     "zeros of K forgotten": (ZEROS, ODD, "s += (q_sum * q_scale)", "s += 0 * (q_sum * q_scale)"),
     "zeros of V of another channel": (ZEROS, ODD, "tl.load(V.zero + at, mask", "tl.load(V.zero + at // 2, mask"),
-    "V's rotation not undone": (ZEROS, ODD, "out = hadamard(out, BLOCK_M, D_TILE, V_STAGES) * V_NORM", "out = out"),
-    "V's mean forgotten": (preset("int8"), ODD, "out += (l * inverse_total)[:, None] * mean", "out += 0 * mean"),
+    "V's rotation not undone": (ZEROS, ODD, "o = hadamard(o, BLOCK_M, D_TILE, V_STAGES) * V_NORM", "o = o"),
+    "V's mean forgotten": (preset("int8"), ODD, "o += (l * inverse_total)[:, None] * mean", "o += 0 * mean"),
     "V's weight left in the normalizer": (preset("kv-int8"), ODD, "counted *= load_row(V", "counted *= 1 + 0 * load_row(V"),
+    "ALiBi's sign": (preset("int8"), CASES["alibi, causal"], "s += (slope * ahead)", "s -= (slope * ahead)"),
+    "ALiBi to one side": (preset("int8"), CASES["alibi to both sides, sinks"], "slope * tl.abs(", "slope * ("),
+    "ALiBi counted from the first key": (
+        preset("int8"), CASES["alibi to both sides, sinks"],
+        "consecutive(start - (first + n_k - n_q)",
+        "consecutive(start - first",
+    ),
+    "ALiBi's other half not given back": (preset("int8"), CASES["alibi, causal"], "lowered -= slope", "lowered -= 0 * slope"),
+    "a key vector of another tile": (preset("int8"), CASES["a bias of keys, window"], "key_bias + j", "key_bias + j % BLOCK_N"),
+    "factors that share Q's scale": (
+        preset("int8"), CASES["low rank, boolean mask"],
+        "tl.dot(q_factors, tl.trans(k_factors), s)",
+        "tl.dot(q_factors, tl.trans(k_factors)) * q_scale[:, None] + s",
+    ),
+    "the factors of another key": (
+        preset("int8"), CASES["low rank, boolean mask"],
+        "(j - start)[:, None] * F.k_factors_row",
+        "(j - start + 1)[:, None] * F.k_factors_row",
+    ),
+    "a bias without log2(e)": (
+        preset("int8"), CASES["a bias of keys, window"],
+        "c = tl.full([BLOCK_M], 1.4426950408889634",
+        "c = tl.full([BLOCK_M], 1.0",
+    ),
+    "a dense bias for every head": (
+        preset("int8"), CASES["dense bias, everything"],
+        "batch * F.bias_batch + head * F.bias_head",
+        "batch * F.bias_batch",
+    ),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokquant import reference
 from tokquant.attention import Backend, attention, choose_backend, quantize
+from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import quote
 from tokquant.inputs import check_tensors, features_of
@@ -44,6 +45,7 @@ def compare(
     causal: bool = False,
     scale: float | None = None,
     mask: Tensor | None = None,
+    bias: Bias | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -65,8 +67,8 @@ def compare(
         raise TypeError(f"schemes: {quote(schemes)} alone; give a list of them")
     resolved = [resolve(scheme) for scheme in schemes]
     check_tensors(q, k, v)
-    features = features_of(q, k, causal=causal, scale=scale, mask=mask, window=window, softcap=softcap, sinks=sinks)
-    arguments = dict(causal=causal, scale=scale, mask=mask, window=window, softcap=softcap, sinks=sinks)
+    arguments = dict(causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
+    features = features_of(q, k, **arguments)  # type: ignore[arg-type]
     exact, _ = reference.oracle(q, k, v, features)
     peer = _sdpa(q, k, v, features)
     results = []
@@ -104,9 +106,16 @@ def _scales_of(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Callable[[], Tensor]:
-    """torch's attention with the same causality and mask. It has no window, softcap or sinks: there it runs without them."""
+    """torch's attention with the same causality and mask. It has no window, softcap or sinks: there it runs without them.
+
+    A bias of whatever kind is a dense mask to it, written out before it is timed: what a user of torch would do.
+    """
     mask, causal = features.mask, features.causal
     n_q, n_k = q.shape[2], k.shape[2]
+    if features.bias is not None:
+        bias = features.bias.block(slice(0, n_q), slice(0, n_k), n_q, n_k, torch.float32)
+        added = mask is not None and mask.dtype != torch.bool
+        mask = bias if mask is None else bias + mask if added else torch.where(mask, bias, float("-inf"))
     if causal and (n_q != n_k or mask is not None):
         # is_causal is top-left aligned and excludes a mask
         seen = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)

@@ -35,13 +35,16 @@ LARGE = ((64, 4, 1), (64, 8, 1), (64, 8, 2), (128, 8, 1), (32, 4, 1))
 WITHOUT_ASYNCHRONOUS_COPIES = ((128, 4, 1), (128, 8, 1), (64, 4, 1), (64, 4, 2), (32, 4, 1))
 
 
-def candidates(*, key_tiles: tuple[int, ...], head_dim: int, wide: bool, masked: bool, target: Target) -> tuple[Config, ...]:
+def candidates(
+    *, key_tiles: tuple[int, ...], head_dim: int, wide: bool, masked: bool, biased: bool, target: Target
+) -> tuple[Config, ...]:
     """Configurations for tiles of `head_dim` channels, a power of two.
 
     Args:
         key_tiles: the tiles of keys that leave the numbers what they are, the first preferred.
         wide: whether a product is float32, whose tiles fill shared memory.
-        masked: whether a mask is read, with as many pointers in a tile as scores.
+        masked: whether something is read for each pair, with as many pointers in a tile as scores.
+        biased: whether there is a bias of another kind, for which four warps have no registers left.
     """
     table: Table
     if wide:
@@ -53,5 +56,5 @@ def candidates(*, key_tiles: tuple[int, ...], head_dim: int, wide: bool, masked:
     elif target.backend == "hip":
         table = WITHOUT_ASYNCHRONOUS_COPIES
     else:
-        table = MIDDLE if head_dim > 64 else SMALL
+        table = MIDDLE if head_dim > 64 or biased else SMALL
     return tuple(Config(block_m, block_n, warps, stages) for block_n in key_tiles for block_m, warps, stages in table)

@@ -89,6 +89,8 @@ def compile(
     sinks: bool = False,
     return_lse: bool = False,
     varlen: bool = False,
+    bias: Literal["none", "alibi", "key_vector", "lowrank", "dense"] = "none",
+    bias_rank: int = 16,
     shared_heads: int = 1,
     dtype: torch.dtype = torch.float16,
     target: str = "sm_90",
@@ -97,6 +99,7 @@ def compile(
 
     Args:
         causal, window, mask, softcap, sinks, return_lse, varlen: the features it is to have.
+        bias: its kind; factors of low rank have `bias_rank` columns of 16 bits.
         shared_heads: heads of Q to one of K and V.
         dtype: of the tensors.
 
@@ -112,7 +115,21 @@ def compile(
         raise ValueError(f"shared_heads: {quote(shared_heads)} is not a whole number from 1")
     if mask not in ("none", "boolean", "additive"):
         raise ValueError(f"mask: {quote(mask)} is none; use none, boolean or additive")
-    wanted = Wanted(left=window, right=causal or window, mask=mask, softcap=softcap, sinks=sinks, lse=return_lse, varlen=varlen)
+    if bias not in ("none", "alibi", "key_vector", "lowrank", "dense"):
+        raise ValueError(f"bias: {quote(bias)} is none; use none, alibi, key_vector, lowrank or dense")
+    if type(bias_rank) is not int or bias_rank < 1:
+        raise ValueError(f"bias_rank: {quote(bias_rank)} is not a whole number from 1")
+    wanted = Wanted(
+        left=window,
+        right=causal or window,
+        mask=mask,
+        softcap=softcap,
+        sinks=sinks,
+        lse=return_lse,
+        varlen=varlen,
+        bias="past_alibi" if bias == "alibi" and causal else bias,
+        bias_rank=bias_rank,
+    )
     made = plan(
         scheme,
         head_dim=head_dim,
@@ -145,6 +162,7 @@ def _compile(kernel: Kernel) -> Any:
             mask,
             *strides,
             *["*i32" if wanted.varlen else None] * 2,
+            **_bias(kernel),
         ),
         "scale": "fp32",
         "n_q": "i32",
@@ -170,6 +188,17 @@ def _compile(kernel: Kernel) -> Any:
     source = ASTSource(fn=generate.load(kernel.plan), signature=signature, constexprs=constexprs, attrs=attributes)
     target = GPUTarget(kernel.target.backend, kernel.target.arch, kernel.target.lanes)
     return triton.compile(source, target=target, options=config.options())
+
+
+def _bias(kernel: Kernel) -> dict[str, str]:
+    """The fields of the kernel's features that hold its bias."""
+    kind, factors = kernel.wanted.bias, POINTERS[sixteen_bit(kernel.dtype)]
+    fields = {} if kind == "none" else {"bias": factors if kind == "lowrank" else "*fp32"}
+    dimensions = {"key_vector": 2, "lowrank": 3, "dense": 4}.get(kind, 0)
+    fields |= {f"bias_{dimension}": "i64" for dimension in ("batch", "head", "row", "column")[:dimensions]}
+    if kind == "lowrank":
+        fields |= {"k_factors": factors, **{f"k_factors_{dimension}": "i64" for dimension in ("batch", "head", "row")}}
+    return fields
 
 
 def _signature(kernel: Kernel, role: str) -> Operand:

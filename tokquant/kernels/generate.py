@@ -30,6 +30,16 @@ import triton
 import triton.language as tl
 '''
 
+PARTS = (
+    parts.load_tile,
+    parts.load_row,
+    parts.load_pairs,
+    parts.consecutive,
+    parts.tanh,
+    parts.hadamard,
+    parts.group_max,
+)
+
 # of each kind of plan: the module of its template, the kernel, and the arguments it takes
 TEMPLATES = {
     Plan: (template, template.attention, (operands.Operand, operands.Rows, operands.Features)),
@@ -43,7 +53,7 @@ def render(plan: Plan | QuantizePlan) -> str:
     module, kernel, arguments = TEMPLATES[type(plan)]
     body = _living(_source(kernel, plan.name), constants)
     pieces = [inspect.getsource(argument) for argument in arguments]
-    for part in (parts.load_tile, parts.load_row, parts.tanh, parts.hadamard, parts.group_max):
+    for part in PARTS:
         name = _function(part).__name__
         if re.search(rf"\b{name}\(", body):
             pieces.append(f"# {parts.__name__}\n{_source(part, name)}")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokquant.bias import Alibi, Bias, Dense, KeyVector, LowRank
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import generate, targets, tuned
 from tokquant.kernels.candidates import Config
@@ -169,6 +170,7 @@ def asked(features: Features, return_lse: bool) -> tuple[Wanted, Arguments]:
     if mask is not None:
         kind = "boolean" if mask.dtype == torch.bool else "additive"
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    bias = features.bias
     wanted = Wanted(
         left=left is not None,
         right=right is not None,
@@ -176,10 +178,33 @@ def asked(features: Features, return_lse: bool) -> tuple[Wanted, Arguments]:
         softcap=features.softcap is not None,
         sinks=features.sinks is not None,
         lse=return_lse,
+        bias="none" if bias is None else "past_alibi" if bias.kind == "alibi" and right == 0 else bias.kind,
+        bias_rank=bias.rank if isinstance(bias, LowRank) else 16,
     )
     sinks = None if features.sinks is None else features.sinks.contiguous()
     steps = (None,) * 4 if mask is None else mask.stride()
-    return wanted, Arguments(left, right, features.softcap, sinks, mask, *steps)
+    return wanted, Arguments(left, right, features.softcap, sinks, mask, *steps, **_bias(bias))
+
+
+def _bias(bias: Bias | None) -> dict[str, Any]:
+    """The fields of a kernel's features that hold the bias."""
+    match bias:
+        case Alibi():
+            return {"bias": bias.slopes.contiguous()}
+        case KeyVector():
+            return _strided("bias", _rows(bias.values), "batch", "head")
+        case LowRank():
+            q, k = _rows(bias.q_factors), _rows(bias.k_factors)
+            if interpreted() and q.dtype == torch.bfloat16:
+                q, k = q.float(), k.float()  # whose bf16 products are wrong
+            return _strided("bias", q, "batch", "head", "row") | _strided("k_factors", k, "batch", "head", "row")
+        case Dense():
+            return _strided("bias", bias.values, "batch", "head", "row", "column")
+    return {}
+
+
+def _strided(name: str, x: Tensor, *dimensions: str) -> dict[str, Any]:
+    return {name: x, **{f"{name}_{dimension}": x.stride(place) for place, dimension in enumerate(dimensions)}}
 
 
 def operand(x: QuantizedTensor) -> Operand:

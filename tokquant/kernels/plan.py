@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from tokquant import precisions
+from tokquant.bias.factors import block_of
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import targets
 from tokquant.kernels.candidates import Config, candidates
@@ -93,6 +94,10 @@ class Wanted:
     lse: bool = False
     varlen: bool = False
     """Whether the batch is sequences of their own lengths, one after another."""
+    bias: Literal["none", "alibi", "past_alibi", "key_vector", "lowrank", "dense"] = "none"
+    """`past_alibi` where no query sees a key after its own place."""
+    bias_rank: int = 16
+    """Columns of low-rank factors."""
 
 
 @lru_cache(maxsize=256)
@@ -109,15 +114,15 @@ def plan(
 ) -> Plan:
     """The plan of an attention kernel for tensors of `dtype`. Raises UnsupportedError for what no Triton kernel can do.
 
-    `target` decides how the kernel is launched; its text is the same for all.
+    `target` decides how the kernel is launched, and which of two equal fragments decodes.
     """
-    _refuse(scheme, head_dim)
+    _refuse(scheme, head_dim, wanted)
     types = {**_product_types(scheme, "qk", dtype), **_product_types(scheme, "pv", dtype)}
     q, k, v, p = scheme.q, scheme.k, scheme.v, scheme.p.format
     at = {role: place(getattr(scheme, role)) for role in "qkv"}
     padded = max(32, 1 << (head_dim - 1).bit_length())
     lowered = lowers_logits(scheme)
-    natural = wanted.softcap or wanted.mask == "additive"
+    natural = wanted.softcap or wanted.mask == "additive" or wanted.bias != "none"
     planes = _meet_in_planes(scheme, padded > head_dim)
     constants: dict[str, Any] = {
         "D": head_dim,
@@ -159,6 +164,15 @@ def plan(
         "LOWERED_LOGITS": lowered and not wanted.softcap and (wanted.lse or wanted.sinks),
         "ADDITIVE_MASK": wanted.mask == "additive",
         "BOOLEAN_MASK": wanted.mask == "boolean",
+        "ALIBI": "alibi" in wanted.bias,
+        "ALIBI_BOTH": wanted.bias == "alibi",
+        "ALIBI_PAST": wanted.bias == "past_alibi",
+        "KEY_VECTOR": wanted.bias == "key_vector",
+        "LOWRANK": wanted.bias == "lowrank",
+        "RANK": wanted.bias_rank,
+        "RANK_TILE": block_of(wanted.bias_rank),
+        "RANK_PADDED": block_of(wanted.bias_rank) > wanted.bias_rank,
+        "DENSE_BIAS": wanted.bias == "dense",
         "NATURAL": natural,
         "SINKS": wanted.sinks,
         "WITH_LSE": wanted.lse,
@@ -207,7 +221,8 @@ def plan(
             key_tiles=_key_tiles(scheme, wide),
             head_dim=padded,
             wide=wide,
-            masked=wanted.mask != "none",
+            masked=wanted.mask != "none" or wanted.bias == "dense",
+            biased=wanted.bias != "none",
             target=target,
         ),
     )
@@ -246,7 +261,7 @@ def _refuse_on(target: targets.Target, plan: Plan, scheme: QuantScheme) -> None:
         )
 
 
-def _refuse(scheme: QuantScheme, head_dim: int) -> None:
+def _refuse(scheme: QuantScheme, head_dim: int, wanted: Wanted) -> None:
     """What no kernel does, each with what would work."""
     if not 32 <= scheme.key_tile <= 256:
         raise UnsupportedError(
@@ -255,6 +270,10 @@ def _refuse(scheme: QuantScheme, head_dim: int) -> None:
         )
     if head_dim > 256:
         raise UnsupportedError(f"head_dim {head_dim} is more than a kernel holds; at most 256, or backend='reference'")
+    if wanted.bias_rank > 256:
+        raise UnsupportedError(
+            f"bias: rank {wanted.bias_rank} is more than a kernel holds; at most 256, a dense bias, or backend='reference'"
+        )
 
 
 def _product_types(scheme: QuantScheme, roles: str, dtype: torch.dtype) -> dict[str, str]:
@@ -369,4 +388,8 @@ def _title(scheme: QuantScheme, head_dim: int, wanted: Wanted) -> str:
     }
     features = [word for name, word in words.items() if getattr(wanted, name)]
     features += [f"{wanted.mask} mask"] if wanted.mask != "none" else []
+    if wanted.bias != "none":
+        features += [
+            wanted.bias.replace("_", " ") + " bias" + (f" of rank {wanted.bias_rank}" if wanted.bias == "lowrank" else "")
+        ]
     return ", ".join([*operands, f"head_dim {head_dim}"]) + (f"; with {', '.join(features)}" if features else "")

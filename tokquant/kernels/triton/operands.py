@@ -86,3 +86,13 @@ class Features(NamedTuple):
     mask_column: Any
     q_starts: Any = None  # [B + 1], where each sequence begins
     k_starts: Any = None
+    # slopes [H], a vector of keys [B, H, N_k], factors [B, H, N_q, R] of queries, or floats [B, H, N_q, N_k]; natural logits
+    bias: Any = None
+    bias_batch: Any = None
+    bias_head: Any = None
+    bias_row: Any = None
+    bias_column: Any = None
+    k_factors: Any = None  # [B, H, N_k, R]
+    k_factors_batch: Any = None
+    k_factors_head: Any = None
+    k_factors_row: Any = None

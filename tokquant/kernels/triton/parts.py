@@ -24,6 +24,22 @@ def load_row(at, columns, MASKED: tl.constexpr):
 
 
 @triton.jit
+def load_pairs(at, row, column, i, j, first, start, here, inside):
+    # [BLOCK_M, BLOCK_N]: what a head has for each pair; 64-bit offsets to the tile, and from there
+    at += first.to(tl.int64) * row + tl.cast(start, tl.int64) * column
+    return load_tile(at + (i - first)[:, None] * row + (j - start)[None, :] * column, here, inside, True)
+
+
+@triton.jit
+def consecutive(first, N: tl.constexpr):
+    # [N] float32, exact to 2^24. As 8 n + m, because tensor cores give a thread two of every eight columns: the n are
+    # constants then, where a converted arange would fill a register a column
+    m = (first + tl.arange(0, 8)).to(tl.float32)
+    n = (8 * tl.arange(0, N // 8)).to(tl.float32)
+    return (n[:, None] + m[None, :]).reshape(N)
+
+
+@triton.jit
 def tanh(x):
     # right at both ends, 1 - 2 / (inf + 1) and 1 - 2 / (0 + 1); near zero, where that cancels, the series
     square = x * x

@@ -10,7 +10,7 @@ from tokquant.kernels.triton.fragments import integer_product as product_k
 from tokquant.kernels.triton.fragments import integer_product as product_v
 from tokquant.kernels.triton.fragments import running_maximum as row_reference
 from tokquant.kernels.triton.fragments import scale_by_key as scale_scores
-from tokquant.kernels.triton.parts import hadamard, load_row, load_tile, tanh
+from tokquant.kernels.triton.parts import consecutive, hadamard, load_pairs, load_row, load_tile, tanh
 from tokquant.precisions.base import tl, triton
 from tokquant.precisions.int8 import decode_tile as decode_k
 from tokquant.precisions.int8 import decode_tile as decode_q
@@ -82,6 +82,15 @@ LOWERED_SOFTCAP = tl.constexpr(False)  # K has lost an offset c; logits are lowe
 LOWERED_LOGITS = tl.constexpr(False)
 ADDITIVE_MASK = tl.constexpr(False)
 BOOLEAN_MASK = tl.constexpr(False)
+ALIBI = tl.constexpr(False)
+ALIBI_BOTH = tl.constexpr(False)  # keys on both sides of a query,
+ALIBI_PAST = tl.constexpr(False)  # or none after it
+KEY_VECTOR = tl.constexpr(False)
+LOWRANK = tl.constexpr(False)
+RANK = tl.constexpr(16)
+RANK_TILE = tl.constexpr(16)  # the next power of two, from 16
+RANK_PADDED = tl.constexpr(False)
+DENSE_BIAS = tl.constexpr(False)
 NATURAL = tl.constexpr(False)
 JOINED = tl.constexpr(False)
 SINKS = tl.constexpr(False)
@@ -167,6 +176,17 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
         q_sum = tl.load(Q.code_sum + row, mask=here, other=0.0)
     if BLOCK_MEANS:
         q_mean = tl.load(Q.offset + (q_block + first // 128) * D + column, mask=held, other=0.0).to(tl.float32)
+    if ALIBI:
+        slope = tl.load(F.bias + head)
+    if KEY_VECTOR:
+        key_bias = F.bias + batch * F.bias_batch + head * F.bias_head
+    if LOWRANK:
+        factor = tl.arange(0, RANK_TILE)
+        q_factors_at = F.bias + batch * F.bias_batch + head * F.bias_head
+        q_factors_at += i.to(tl.int64)[:, None] * F.bias_row + factor[None, :]
+        q_factors = load_tile(q_factors_at, here, factor < RANK, True)
+    if DENSE_BIAS:
+        pair_bias = F.bias + batch * F.bias_batch + head * F.bias_head
 
     k_scale_at = K.scale
     if K_SCALED:
@@ -233,16 +253,36 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 s += (tl.load(Q.logit_offset + row, mask=here, other=0.0) * scale)[:, None]
             if SOFTCAP:
                 s = F.softcap * tanh(s / F.softcap)
+            if ALIBI:
+                # keys counted from the block's first query
+                ahead = consecutive(start - (first + n_k - n_q), BLOCK_N)
+            if ALIBI_BOTH:
+                s -= slope * tl.abs((i - first).to(tl.float32)[:, None] - ahead[None, :])
+            if ALIBI_PAST:
+                # a query's distance from the first is one for all its keys, and comes last
+                s += (slope * ahead)[None, :]
+            if KEY_VECTOR:
+                s += load_row(key_bias + j, inside, phase != 1)[None, :]
+            if LOWRANK:
+                at = F.k_factors + batch * F.k_factors_batch + head * F.k_factors_head
+                at += tl.cast(start, tl.int64) * F.k_factors_row
+                at += (j - start)[:, None] * F.k_factors_row + factor[None, :]
+                k_factors = load_tile(at, inside, factor < RANK, phase != 1 or RANK_PADDED)
+                s = tl.dot(q_factors, tl.trans(k_factors), s)
+            if DENSE_BIAS:
+                bias = load_pairs(pair_bias, F.bias_row, F.bias_column, i, j, first, start, here, inside)
+                s += bias.to(tl.float32)
             if ADDITIVE_MASK:
                 mask_at = F.mask + batch * F.mask_batch + head * F.mask_head
-                mask_at += first.to(tl.int64) * F.mask_row + tl.cast(start, tl.int64) * F.mask_column
-                mask_at += (i - first)[:, None] * F.mask_row + (j - start)[None, :] * F.mask_column
-                s += load_tile(mask_at, here, inside, True).to(tl.float32)
+                mask = load_pairs(mask_at, F.mask_row, F.mask_column, i, j, first, start, here, inside)
+                s += mask.to(tl.float32)
             if NATURAL:
-                s *= 1.4426950408889634
+                # log2(e) comes last, where the row's maximum is subtracted
+                c = tl.full([BLOCK_M], 1.4426950408889634, tl.float32)
             if V_PER_TOKEN:
                 # V's scale joins the exponent, so that P is rounded with its weight; l takes the weight out again
-                s += load_row(V.log2_weight + key + j, inside, phase != 1)[None, :]
+                s = s * c[:, None] + load_row(V.log2_weight + key + j, inside, phase != 1)[None, :]
+                c = tl.full([BLOCK_M], 1.0, tl.float32)
             if phase != 1:
                 keep = inside[None, :]
                 if RIGHT:
@@ -253,9 +293,8 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
                 c = tl.full([BLOCK_M], 1.0, tl.float32)
             if BOOLEAN_MASK:
                 mask_at = F.mask + batch * F.mask_batch + head * F.mask_head
-                mask_at += first.to(tl.int64) * F.mask_row + tl.cast(start, tl.int64) * F.mask_column
-                mask_at += (i - first)[:, None] * F.mask_row + (j - start)[None, :] * F.mask_column
-                s = tl.where(load_tile(mask_at, here, inside, True) != 0, s, float("-inf"))
+                mask = load_pairs(mask_at, F.mask_row, F.mask_column, i, j, first, start, here, inside)
+                s = tl.where(mask != 0, s, float("-inf"))
 
             largest = tl.max(s, 1).to(tl.float32) * c
             m = tl.maximum(m, largest)
@@ -305,6 +344,8 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
     lowered = tl.zeros([BLOCK_M], tl.float32)
     if LOWERED_LOGITS:
         lowered = tl.load(Q.logit_offset + row, mask=here, other=0.0) * scale
+    if ALIBI_PAST:
+        lowered -= slope * (i - first).to(tl.float32)
     total = l
     if SINKS:
         # a sink takes its part of the softmax and adds nothing

@@ -1,0 +1,187 @@
+"""The kinds of bias, each as plain data that gives any block of itself, and the functions that make and check them."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tokquant.errors import quote
+
+Kind = Literal["alibi", "key_vector", "lowrank", "dense"]
+
+STEEPEST = 64.0
+"""The largest slope: kernels add up to 128 times as much to logits in float32. At that, a query hardly sees a second key."""
+
+
+class Bias(ABC):
+    """A bias of one of the kinds below."""
+
+    kind: ClassVar[Kind]
+
+    @abstractmethod
+    def expand(self, b: int, heads: int, n_q: int, n_k: int) -> "Bias":
+        """The same for these sizes, without copies. Raises ValueError where it does not broadcast to them."""
+
+    @abstractmethod
+    def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
+        """Values of these queries and keys, broadcastable to `[B, H_q, rows, keys]`."""
+
+    def tensors(self) -> list[Tensor]:
+        """What it keeps in memory."""
+        return [x for x in vars(self).values() if isinstance(x, Tensor)]
+
+
+@dataclass(frozen=True, eq=False)
+class Alibi(Bias):
+    """-slope * |i + N_k - N_q - j|."""
+
+    kind = "alibi"
+    slopes: Tensor
+    """`[H_q]` float32."""
+
+    def expand(self, b: int, heads: int, n_q: int, n_k: int) -> "Alibi":
+        if self.slopes.shape != (heads,):
+            raise ValueError(f"bias: slopes of shape {list(self.slopes.shape)}, not [{heads}], one for each head of q")
+        return self
+
+    def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
+        i = torch.arange(rows.start, rows.stop, device=self.slopes.device)[:, None] + (n_k - n_q)
+        j = torch.arange(keys.start, keys.stop, device=self.slopes.device)
+        return -self.slopes.to(dtype)[:, None, None] * (i - j).abs().to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class KeyVector(Bias):
+    """A value for each key, the same for every query."""
+
+    kind = "key_vector"
+    values: Tensor
+    """Broadcastable to `[B, H_q, N_k]`, float32."""
+
+    def expand(self, b: int, heads: int, n_q: int, n_k: int) -> "KeyVector":
+        return replace(self, values=_expanded("values", self.values, b, heads, n_k))
+
+    def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
+        return self.values[..., None, keys].to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Bias):
+    """q_factors @ k_factors^T, summed in float32."""
+
+    kind = "lowrank"
+    q_factors: Tensor
+    """Broadcastable to `[B, H_q, N_q, R]`, 16 bit."""
+    k_factors: Tensor
+    """Broadcastable to `[B, H_q, N_k, R]`, of the same type."""
+    energy: Tensor | None = None
+    """Of `svd`: the share of the squared singular values that is kept, of each head."""
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.q_factors.shape[-1]
+
+    def expand(self, b: int, heads: int, n_q: int, n_k: int) -> "LowRank":
+        q = _expanded("q_factors", self.q_factors, b, heads, n_q, self.rank)
+        return replace(self, q_factors=q, k_factors=_expanded("k_factors", self.k_factors, b, heads, n_k, self.rank))
+
+    def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
+        return self.q_factors[..., rows, :].to(dtype) @ self.k_factors[..., keys, :].to(dtype).mT
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Bias):
+    """A value for each pair."""
+
+    kind = "dense"
+    values: Tensor
+    """Broadcastable to `[B, H_q, N_q, N_k]`."""
+
+    def expand(self, b: int, heads: int, n_q: int, n_k: int) -> "Dense":
+        return replace(self, values=_expanded("values", self.values, b, heads, n_q, n_k))
+
+    def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
+        return self.values[..., rows, keys].to(dtype)
+
+
+def alibi(slopes: Tensor) -> Alibi:
+    """ALiBi (Press et al., arXiv 2108.12409): -slope * |i + N_k - N_q - j|, so -slope * (i - j) where it is causal.
+
+    Args:
+        slopes: `[H_q]`, finite and at most 64 in magnitude; `alibi_slopes(H_q)` are the paper's.
+
+    Raises TypeError, ValueError.
+    """
+    check_floats("slopes", slopes)
+    if slopes.ndim != 1:
+        raise ValueError(f"slopes: shape {list(slopes.shape)}; give [H_q], one for each head of q")
+    if not bool((slopes.abs() <= STEEPEST).all()):
+        raise ValueError(f"slopes: {slopes.tolist()[:8]} are not all finite and at most {STEEPEST:g} in magnitude")
+    return Alibi(slopes.float())
+
+
+def alibi_slopes(heads: int, device: torch.device | str | None = None) -> Tensor:
+    """The slopes of ALiBi's paper, `[heads]` float32: 2^(-8 / heads) and its powers.
+
+    Where heads is no power of two: those of the next lower one, p, then every other one of 2 p, as in the authors' code.
+    """
+    if type(heads) is not int or heads < 1:
+        raise ValueError(f"heads: {quote(heads)} is not a whole number from 1")
+    p = 1 << (heads.bit_length() - 1)
+    exponents = [8 * n / p for n in range(1, p + 1)] + [8 * n / (2 * p) for n in range(1, 2 * (heads - p), 2)]
+    return torch.tensor([2.0**-x for x in exponents], device=device)
+
+
+def key_vector(values: Tensor) -> KeyVector:
+    """`values`, broadcastable to `[B, H_q, N_k]`, added to every score of their key, in float32. Raises TypeError."""
+    check_floats("values", values)
+    return KeyVector(values.float())
+
+
+def lowrank(q_factors: Tensor, k_factors: Tensor) -> LowRank:
+    """q_factors `[B | 1, H_q | 1, N_q, R]` times k_factors `[B | 1, H_q | 1, N_k, R]` (FlashBias, arXiv 2505.12044).
+
+    A second product, of 16-bit factors on tensor cores, added to the scaled scores in float32: it never shares a scale with
+    Q and K. R of 16, 32, 64 and 128 load fastest. Raises TypeError, ValueError.
+    """
+    for name, x in (("q_factors", q_factors), ("k_factors", k_factors)):
+        check_floats(name, x)
+        check_sixteen_bits(name, x.dtype)
+        if x.ndim != 4 or x.shape[3] == 0:
+            raise ValueError(f"{name}: shape {list(x.shape)}; give [batch or 1, heads of q or 1, tokens, rank]")
+    if q_factors.dtype != k_factors.dtype:
+        raise TypeError(f"q_factors, k_factors: types {q_factors.dtype} and {k_factors.dtype} differ; give one type")
+    if q_factors.shape[3] != k_factors.shape[3]:
+        raise ValueError(f"k_factors: rank {k_factors.shape[3]} is not that of q_factors, {q_factors.shape[3]}")
+    return LowRank(q_factors, k_factors)
+
+
+def dense(values: Tensor) -> Dense:
+    """`values`, broadcastable to `[B, H_q, N_q, N_k]`, added to the scores in float32. Raises TypeError."""
+    check_floats("values", values)
+    return Dense(values)
+
+
+def check_floats(name: str, x: object) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        kind = x.dtype if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise TypeError(f"{name}: {kind}; give a floating-point tensor")
+
+
+def check_sixteen_bits(name: str, dtype: torch.dtype) -> None:
+    if dtype not in (torch.float16, torch.bfloat16):
+        # tensor cores would take float32 as TF32, which has no more digits than float16 and looks as if it had
+        raise TypeError(
+            f"{name}: {dtype} is not supported; use float16 or bfloat16. What needs more digits can be split into a high "
+            "and a low part as further columns, as bias.squared_distance does"
+        )
+
+
+def _expanded(name: str, x: Tensor, *shape: int) -> Tensor:
+    try:
+        return x.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"bias: {name} of shape {list(x.shape)} do not broadcast to {list(shape)}") from None
