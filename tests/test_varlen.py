@@ -17,6 +17,9 @@ SCHEMES = {name: preset(name) for name in preset_names() if preset(name).k.scale
 }  # fmt: skip
 FEATURES = {
     "causal": dict(causal=True),
+    "ALiBi, causal": dict(causal=True, bias=tq.bias.alibi(torch.tensor([0.9, 0.1]))),
+    "a bias of keys": dict(bias=tq.bias.key_vector(torch.linspace(-2, 2, sum(KEYS)))),
+    "low rank": dict(bias=tq.bias.lowrank(torch.randn(1, 2, sum(QUERIES), 3).half(), torch.randn(1, 1, sum(KEYS), 3).half())),
     "window, softcap and sinks": dict(window=(30, 4), softcap=3.0, sinks=torch.tensor([0.0, 5.0])),
 }
 
@@ -39,12 +42,12 @@ def each(tensors, lengths):
     ):
         own = q[q_first:q_end], k[k_first:k_end], v[k_first:k_end]
         empty = q_first == q_end or k_first == k_end
-        yield slice(q_first, q_end), None if empty else [x.transpose(0, 1)[None] for x in own]
+        yield slice(q_first, q_end), slice(k_first, k_end), None if empty else [x.transpose(0, 1)[None] for x in own]
 
 
 # each backend meets each scheme with one of the features; with all where slow tests run
 CROSS = [
-    pytest.param(s, given, backend, id=f"{name} | {what} | {backend}", marks=[] if number % 2 == turn else pytest.mark.slow)
+    pytest.param(s, given, backend, id=f"{name} | {what} | {backend}", marks=[] if number % 5 == turn else pytest.mark.slow)
     for number, (name, s) in enumerate(SCHEMES.items())
     for turn, (what, given) in enumerate(FEATURES.items())
     for backend in ("triton", "reference")
@@ -56,11 +59,12 @@ def test_a_sequence_among_others_is_what_it_is_alone_bit_for_bit(s, given, backe
     tensors, lengths = packed()
     out, lse = tq.attention_varlen(*tensors, s, **lengths, **given, return_lse=True, backend=backend)
     assert out.shape == tensors[0].shape and lse.shape == tensors[0].shape[:2]
-    for rows, alone in each(tensors, lengths):
+    for rows, keys, alone in each(tensors, lengths):
         if alone is None:
             assert not out[rows].any() and bool((lse[rows] == -torch.inf).all())
             continue
-        expected, expected_lse = tq.attention(*alone, s, **given, return_lse=True, backend=backend)
+        own = dict(given, bias=given["bias"].of_sequence(rows, keys)) if "bias" in given else given
+        expected, expected_lse = tq.attention(*alone, s, **own, return_lse=True, backend=backend)
         assert torch.equal(out[rows], expected[0].transpose(0, 1))
         assert torch.equal(lse[rows], expected_lse[0].transpose(0, 1))
 
@@ -84,7 +88,7 @@ def test_a_scale_that_is_static_serves_every_sequence():
     calibrator.observe("layer", *(x.transpose(0, 1)[None] for x in (q, k, v)))
     scales = calibrator.scales()["layer"]
     out = tq.attention_varlen(q, k, v, scales.scheme, **lengths, scales=scales, backend="triton")
-    for rows, alone in each((q, k, v), lengths):
+    for rows, _, alone in each((q, k, v), lengths):
         if alone is not None:
             expected = tq.attention(*alone, scales.scheme, scales=scales, backend="triton")
             assert torch.equal(out[rows], expected[0].transpose(0, 1))
@@ -115,6 +119,8 @@ WRONG = {
     "starts that fall": (dict(cu_seqlens_q=torch.tensor([0, 9, 5, 135, 144])), ValueError, "does not rise from 0"),
     "another batch": (dict(cu_seqlens_k=torch.tensor([0, 177])), ValueError, "k: 1 sequences, and cu_seqlens_q has 4"),
     "a longest that is not": (dict(max_seqlen_q=100), ValueError, "max_seqlen_q: 100 is less than the longest sequence, 130"),
+    "a dense bias": (dict(bias=tq.bias.dense(torch.zeros(144, 177))), ValueError, "bias: a dense one would be mostly"),
+    "a bias of other sizes": (dict(bias=tq.bias.key_vector(torch.zeros(99))), ValueError, "bias: values of shape"),
     "no sequences": (dict(cu_seqlens_q=torch.tensor([0])), ValueError, r"cu_seqlens_q: shape \[1\]"),
 }  # fmt: skip
 

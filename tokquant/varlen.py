@@ -1,5 +1,6 @@
 """The public door for sequences of their own lengths, one after another: it checks and directs, as `attention` does."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from tokquant import reference
 from tokquant.attention import Backend, check_scales, choose_backend, quantize
+from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import quote
 from tokquant.inputs import check_tensors, features_of
@@ -26,6 +28,7 @@ def attention_varlen(
     max_seqlen_k: int | None = None,
     causal: bool = False,
     scale: float | None = None,
+    bias: Bias | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -42,6 +45,7 @@ def attention_varlen(
         cu_seqlens_q, cu_seqlens_k: int32 or int64 `[B + 1]`: sequence b has the tokens from entry b to entry b + 1, the first
             being 0 and the last T. They are read on the CPU, which waits for a GPU that still computes them.
         max_seqlen_q, max_seqlen_k: the longest sequences; found where None.
+        bias: as for `attention`, of sizes T_q and T_k; none that is dense.
         The rest is as for `attention`. There is no mask: give each sequence to `attention` where one is needed.
 
     Returns: `[T_q, H_q, D]` in q's type; with `return_lse` also `[T_q, H_q]` float32. Each sequence's result is that of
@@ -60,24 +64,27 @@ def attention_varlen(
     starts_k = _starts("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
     if len(starts_q) != len(starts_k):
         raise ValueError(f"cu_seqlens_k: {len(starts_k) - 1} sequences, and cu_seqlens_q has {len(starts_q) - 1}")
-    features = features_of(*whole[:2], causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    features = features_of(*whole[:2], causal=causal, scale=scale, bias=bias, window=window, softcap=softcap, sinks=sinks)
     chosen = choose_backend(backend, q.device)
+    if bias is not None:
+        bias.of_sequence(slice(0), slice(0))
     parts: list[launch.Operands | None] = []
-    for (q_first, q_end), (k_first, k_end) in zip(pairwise(starts_q), pairwise(starts_k), strict=True):
-        if q_first == q_end or k_first == k_end:
-            parts.append(None)
-            continue
-        own_q, own_k, own_v = whole[0][:, :, q_first:q_end], whole[1][:, :, k_first:k_end], whole[2][:, :, k_first:k_end]
-        parts.append(quantize(own_q, own_k, own_v, scheme, scales=scales, backend=backend))
+    spans = [(slice(*q_ends), slice(*k_ends)) for q_ends, k_ends in zip(pairwise(starts_q), pairwise(starts_k), strict=True)]
+    for queries, keys in spans:
+        own = whole[0][:, :, queries], whole[1][:, :, keys], whole[2][:, :, keys]
+        empty = any(0 in x.shape for x in own)
+        parts.append(None if empty else quantize(*own, scheme, scales=scales, backend=backend))
     if chosen == "triton" and any(part is not None for part in parts):
         starts = tuple(torch.tensor(each, dtype=torch.int32) for each in (starts_q, starts_k))
         out, lse = sequences.attention(parts, starts, scheme, features, return_lse, deterministic)  # type: ignore[arg-type]
     else:
         out = torch.zeros_like(whole[0])
         lse = torch.full(out.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
-        for part, (first, end) in zip(parts, pairwise(starts_q), strict=True):
+        for part, (queries, keys) in zip(parts, spans, strict=True):
             if part is not None:
-                out[:, :, first:end], lse[:, :, first:end] = reference.attention(*part, scheme, features)
+                own_bias = features.bias and features.bias.of_sequence(queries, keys)
+                alone = reference.attention(*part, scheme, replace(features, bias=own_bias))
+                out[:, :, queries], lse[:, :, queries] = alone
     out = out[0].transpose(0, 1)
     return (out, lse[0].transpose(0, 1)) if return_lse else out  # type: ignore[index]
 

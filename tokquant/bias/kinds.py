@@ -28,6 +28,10 @@ class Bias(ABC):
     def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
         """Values of these queries and keys, broadcastable to `[B, H_q, rows, keys]`."""
 
+    @abstractmethod
+    def of_sequence(self, queries: slice, keys: slice) -> "Bias":
+        """Its part for one of several sequences that lie one after another. Raises ValueError where it has none."""
+
     def tensors(self) -> list[Tensor]:
         """What it keeps in memory."""
         return [x for x in vars(self).values() if isinstance(x, Tensor)]
@@ -46,6 +50,9 @@ class Alibi(Bias):
             raise ValueError(f"bias: slopes of shape {list(self.slopes.shape)}, not [{heads}], one for each head of q")
         return self
 
+    def of_sequence(self, queries: slice, keys: slice) -> "Alibi":
+        return self
+
     def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
         i = torch.arange(rows.start, rows.stop, device=self.slopes.device)[:, None] + (n_k - n_q)
         j = torch.arange(keys.start, keys.stop, device=self.slopes.device)
@@ -62,6 +69,9 @@ class KeyVector(Bias):
 
     def expand(self, b: int, heads: int, n_q: int, n_k: int) -> "KeyVector":
         return replace(self, values=_expanded("values", self.values, b, heads, n_k))
+
+    def of_sequence(self, queries: slice, keys: slice) -> "KeyVector":
+        return replace(self, values=self.values[..., keys])
 
     def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
         return self.values[..., None, keys].to(dtype)
@@ -88,6 +98,9 @@ class LowRank(Bias):
         q = _expanded("q_factors", self.q_factors, b, heads, n_q, self.rank)
         return replace(self, q_factors=q, k_factors=_expanded("k_factors", self.k_factors, b, heads, n_k, self.rank))
 
+    def of_sequence(self, queries: slice, keys: slice) -> "LowRank":
+        return replace(self, q_factors=self.q_factors[..., queries, :], k_factors=self.k_factors[..., keys, :])
+
     def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
         return self.q_factors[..., rows, :].to(dtype) @ self.k_factors[..., keys, :].to(dtype).mT
 
@@ -102,6 +115,9 @@ class Dense(Bias):
 
     def expand(self, b: int, heads: int, n_q: int, n_k: int) -> "Dense":
         return replace(self, values=_expanded("values", self.values, b, heads, n_q, n_k))
+
+    def of_sequence(self, queries: slice, keys: slice) -> "Dense":
+        raise ValueError("bias: a dense one would be mostly of pairs in different sequences; give each sequence to attention")
 
     def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
         return self.values[..., rows, keys].to(dtype)

@@ -31,12 +31,13 @@ WIDE: Table = ((32, 8, 1), (32, 4, 1), (32, 4, 2), (16, 4, 1), (64, 8, 1))
 MASKED = ((64, 8, 1), (64, 4, 1), (32, 4, 1))
 SMALL = ((128, 4, 2), (128, 4, 3), (128, 8, 2), (64, 4, 2), (64, 4, 3), (32, 4, 2))
 MIDDLE = ((128, 8, 2), (128, 8, 3), (64, 4, 2), (64, 4, 3), (64, 8, 2), (32, 4, 2))
+CROWDED = ((64, 4, 2), (64, 4, 3), (128, 8, 2), (64, 8, 2), (32, 4, 2))
 LARGE = ((64, 4, 1), (64, 8, 1), (64, 8, 2), (128, 8, 1), (32, 4, 1))
 WITHOUT_ASYNCHRONOUS_COPIES = ((128, 4, 1), (128, 8, 1), (64, 4, 1), (64, 4, 2), (32, 4, 1))
 
 
 def candidates(
-    *, key_tiles: tuple[int, ...], head_dim: int, wide: bool, masked: bool, biased: bool, target: Target
+    *, key_tiles: tuple[int, ...], head_dim: int, wide: bool, masked: bool, biased: bool, crowded: bool, target: Target
 ) -> tuple[Config, ...]:
     """Configurations for tiles of `head_dim` channels, a power of two.
 
@@ -45,6 +46,7 @@ def candidates(
         wide: whether a product is float32, whose tiles fill shared memory.
         masked: whether something is read for each pair, with as many pointers in a tile as scores.
         biased: whether there is a bias of another kind, for which four warps have no registers left.
+        crowded: whether keys have so many values of their own (scale, zero, weight) that these fill registers.
     """
     table: Table
     if wide:
@@ -55,6 +57,8 @@ def candidates(
         table = LARGE
     elif target.backend == "hip":
         table = WITHOUT_ASYNCHRONOUS_COPIES
+    elif crowded:
+        table = CROWDED
     else:
         table = MIDDLE if head_dim > 64 or biased else SMALL
     return tuple(Config(block_m, block_n, warps, stages) for block_n in key_tiles for block_m, warps, stages in table)

@@ -204,7 +204,8 @@ def _bias(bias: Bias | None) -> dict[str, Any]:
 
 
 def _strided(name: str, x: Tensor, *dimensions: str) -> dict[str, Any]:
-    return {name: x, **{f"{name}_{dimension}": x.stride(place) for place, dimension in enumerate(dimensions)}}
+    steps = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
+    return {name: x, **{f"{name}_{dimension}": step for dimension, step in zip(dimensions, steps, strict=False)}}
 
 
 def operand(x: QuantizedTensor) -> Operand:

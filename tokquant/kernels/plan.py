@@ -223,6 +223,7 @@ def plan(
             wide=wide,
             masked=wanted.mask != "none" or wanted.bias == "dense",
             biased=wanted.bias != "none",
+            crowded=at["v"] == "p",
             target=target,
         ),
     )

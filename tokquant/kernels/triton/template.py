@@ -180,10 +180,14 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
         slope = tl.load(F.bias + head)
     if KEY_VECTOR:
         key_bias = F.bias + batch * F.bias_batch + head * F.bias_head
+        if VARLEN:
+            key_bias += k_start
     if LOWRANK:
         factor = tl.arange(0, RANK_TILE)
         q_factors_at = F.bias + batch * F.bias_batch + head * F.bias_head
         q_factors_at += i.to(tl.int64)[:, None] * F.bias_row + factor[None, :]
+        if VARLEN:
+            q_factors_at += q_start * F.bias_row
         q_factors = load_tile(q_factors_at, here, factor < RANK, True)
     if DENSE_BIAS:
         pair_bias = F.bias + batch * F.bias_batch + head * F.bias_head
@@ -266,6 +270,8 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
             if LOWRANK:
                 at = F.k_factors + batch * F.k_factors_batch + head * F.k_factors_head
                 at += tl.cast(start, tl.int64) * F.k_factors_row
+                if VARLEN:
+                    at += k_start * F.k_factors_row
                 at += (j - start)[:, None] * F.k_factors_row + factor[None, :]
                 k_factors = load_tile(at, inside, factor < RANK, phase != 1 or RANK_PADDED)
                 s = tl.dot(q_factors, tl.trans(k_factors), s)
