@@ -11,6 +11,7 @@ from tokquant.calibration.scales import LayerScales, Scales, needed
 from tokquant.errors import ScalesError, nearest, quote
 from tokquant.inputs import check_tensors, check_together, features_of
 from tokquant.kernels import launch
+from tokquant.kernels import quantize as kernels
 from tokquant.quantize import quantize_operands
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.tensor import QuantizedTensor
@@ -42,7 +43,10 @@ def quantize(
     check_tensors(q, k, v)
     check_scales(scheme, scales)
     chosen = choose_backend(backend, q.device)
-    operands = quantize_operands(q.detach(), k.detach(), v.detach(), scheme, scales)
+    q, k, v = q.detach(), k.detach(), v.detach()
+    if chosen == "triton" and launch.available(q.device):
+        return kernels.quantize_operands(q, k, v, scheme, scales)
+    operands = quantize_operands(q, k, v, scheme, scales)
     return launch.packed(operands, scheme) if chosen == "triton" else operands
 
 

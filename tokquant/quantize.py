@@ -8,7 +8,7 @@ from torch import Tensor
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import SchemeError
 from tokquant.schemes import Operand, QuantScheme
-from tokquant.schemes.placement import needs_code_sums, place
+from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
 from tokquant.schemes.scheme import SCALE_TYPES
 from tokquant.tensor import QuantizedTensor, met, spread
 from tokquant.transforms import (
@@ -25,14 +25,14 @@ def frames(
 ) -> tuple[Frame, Frame, Frame]:
     """What is done to `[B, H, N, D]` tensors before their codes are taken. K's scale per channel is not in Q's frame yet."""
     k_offset = _offset(k, scheme.k, scales)
-    centred = Frame(offset=k_offset).apply(k)
     if scheme.balance == "none":
         q_balance = k_balance = None
     else:
         if scheme.balance == "rope_pairs" and k.shape[3] % 2:
             raise SchemeError([("balance", f"rope_pairs needs an even head_dim, not {k.shape[3]}")])
+        centred = Frame(offset=k_offset).apply(k)
         k_balance = rope_pair_balance(centred) if scheme.balance == "rope_pairs" else channel_balance(q, centred)
-        q_balance = _for_query_heads(1 / k_balance, q, k)
+        q_balance = for_query_heads(1 / k_balance, q, k)
     rotated = scheme.rotate == "hadamard"
     q_offset = mean_over_blocks(q) if scheme.q.smooth == "block_mean" else None
     return (
@@ -50,37 +50,55 @@ def quantize_operands(
     Raises ValueError where a scale does not fit its `scale_dtype`, SchemeError where a granularity does not fit the shape.
     """
     q_frame, k_frame, v_frame = frames(q, k, v, scheme, scales)
-    kq = encode(k_frame.apply(k), k.dtype, scheme.k, scales)
-    kq = replace(kq, frame=k_frame, companion=None if q_frame.offset is None else _less_offset(k, k_frame))
-
-    turned = q_frame.apply(q)
-    logit_offset = None
-    if k_frame.offset is not None:
-        logit_offset = (q.float() * _for_query_heads(k_frame.offset.float(), q, k)).sum(dim=-1, keepdim=True)
-    if place(scheme.k) == "q":
-        assert kq.scale is not None
-        if kq.origin is not None:
-            # K = code * scale + origin per channel: the origin is one more offset
-            zero_logit = (turned * _for_query_heads(kq.origin, q, k)).sum(dim=-1, keepdim=True)
-            logit_offset = zero_logit if logit_offset is None else logit_offset + zero_logit
-        fold = _for_query_heads(kq.scale.float(), q, k)
-        turned, q_frame = turned * fold, q_frame.with_fold(fold)
-    qq = encode(turned, q.dtype, scheme.q, scales)
-    code_sum = None
-    if kq.origin is not None and place(scheme.k) == "scores":
-        # S = s_q (c_q . (c_k s_k + origin_k)) takes the sum of Q's values as the product meets them
-        code_sum = met(qq).sum(dim=-1, keepdim=True)
-    qq = replace(qq, frame=q_frame, logit_offset=logit_offset, code_sum=code_sum)
-
-    vq = encode(v_frame.apply(v), v.dtype, scheme.v, scales)
-    code_sum = _tile_sums(vq, scheme.key_tile) if needs_code_sums(scheme) else None
-    log2_weight = _log2_weight(vq) if place(scheme.v) == "p" else None
-    vq = replace(vq, frame=v_frame, code_sum=code_sum, log2_weight=log2_weight)
+    kq = keys(k, k_frame, scheme, scales)
+    qq = queries(q, q_frame, kq, scheme, scales)
+    vq = values(v, v_frame, scheme, scales)
     return replace(qq, scheme=scheme), replace(kq, scheme=scheme), replace(vq, scheme=scheme)
 
 
+def keys(k: Tensor, frame: Frame, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
+    """K in codes, with its companion where Q loses block means."""
+    kq = _in_frame(k, frame, scheme.k, scales)
+    return replace(kq, companion=_less_offset(k, frame) if scheme.q.smooth == "block_mean" else None)
+
+
+def queries(
+    q: Tensor, frame: Frame, k: QuantizedTensor, scheme: QuantScheme, scales: LayerScales | None = None
+) -> QuantizedTensor:
+    """Q in codes, with what its logits lack of those of K `k`, and the sum of its codes where K has zeros."""
+    logit_offset = None
+    if k.offset is not None:
+        logit_offset = (q.float() * for_query_heads(k.offset.float(), q, k)).sum(dim=-1, keepdim=True)
+    if place(scheme.k) == "q":
+        assert k.scale is not None
+        if k.origin is not None:
+            # K = code * scale + origin per channel: the origin is one more offset
+            zero_logit = (frame.apply(q) * for_query_heads(k.origin, q, k)).sum(dim=-1, keepdim=True)
+            logit_offset = zero_logit if logit_offset is None else logit_offset + zero_logit
+        frame = frame.with_fold(for_query_heads(k.scale.float(), q, k))
+    qq = replace(_in_frame(q, frame, scheme.q, scales), logit_offset=logit_offset)
+    # S = s_q (c_q . (c_k s_k + origin_k)) takes the sum of Q's values as the product meets them
+    return replace(qq, code_sum=met(qq).sum(dim=-1, keepdim=True)) if needs_query_sums(scheme) else qq
+
+
+def values(v: Tensor, frame: Frame, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
+    """V in codes, with their sums in each key tile where P is unsigned, and P's weights where V is scaled per token."""
+    vq = _in_frame(v, frame, scheme.v, scales)
+    code_sum = tile_sums(vq.stored_values(), scheme.key_tile) if needs_code_sums(scheme) else None
+    if place(scheme.v) == "p":
+        nothing = (vq.code_values() == 0).all(dim=-1, keepdim=True)
+        return replace(vq, code_sum=code_sum, log2_weight=log2_weight(vq.scale, nothing))  # type: ignore[arg-type]
+    return replace(vq, code_sum=code_sum)
+
+
+def _in_frame(x: Tensor, frame: Frame, spec: Operand, scales: LayerScales | None) -> QuantizedTensor:
+    # floats that nothing is done to stay the tensor that they are in
+    untouched = not spec.scaled and not frame.turns
+    return replace(encode(x if untouched else frame.apply(x), x.dtype, spec, scales), frame=frame)
+
+
 def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | None = None) -> QuantizedTensor:
-    """Codes of float32 `x` `[B, H, N, D]`, which was of type `dtype`, by the rule:
+    """Codes of float32 `x` `[B, H, N, D]`, which was of type `dtype`, by the rule below; floats without a scale are cast.
 
     symmetric   s = max |x| / R, code = clamp(round_half_even(x / s), -R, R); a group of zeros has s = 1
     asymmetric  z = min x, s = (max x - z) / (2^bits - 1),
@@ -92,11 +110,8 @@ def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | N
     if not spec.scaled:
         codes = _as_float(x, dtype, spec)
         return QuantizedTensor(codes=codes, scale=None, spec=spec, shape=x.shape, dtype=dtype)
+    check_groups(spec, x)
     n, d = x.shape[2:]
-    try:
-        spec.granularity.cover(n, d)
-    except SchemeError as error:
-        raise SchemeError([(f"{spec.role}.granularity", str(error))]) from None
     if spec.scale == "static":
         assert scales is not None
         scale, zero = scales.scale(spec, x), scales.zero(spec, x)
@@ -110,6 +125,14 @@ def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | N
         steps = ((x - spread(zero, spec.granularity, n, d).float()) / s).round().clamp(0, precision.levels)
         codes = precision.encode(steps - 2 ** (precision.bits - 1))
     return QuantizedTensor(codes=precision.pack(codes), scale=scale, zero=zero, spec=spec, shape=x.shape, dtype=dtype)
+
+
+def check_groups(spec: Operand, x: Tensor) -> None:
+    """Raise SchemeError where the operand's granularity does not fit the shape of `x`."""
+    try:
+        spec.granularity.cover(*x.shape[2:])
+    except SchemeError as error:
+        raise SchemeError([(f"{spec.role}.granularity", str(error))]) from None
 
 
 def scale_of(x: Tensor, spec: Operand) -> tuple[Tensor, Tensor | None]:
@@ -175,6 +198,8 @@ def _rounded(scale: Tensor, spec: Operand) -> Tensor:
 
 
 def _check_holds(stored: Tensor, exact: Tensor, spec: Operand, what: str) -> None:
+    if spec.scale_dtype == "fp32":
+        return  # which is what the exact one is in; and a GPU need not be waited for
     lost = exact.isfinite() & ~stored.float().isfinite()
     if lost.any():
         raise ValueError(
@@ -188,7 +213,7 @@ def _as_float(x: Tensor, dtype: torch.dtype, spec: Operand) -> Tensor:
     precision = spec.format
     own = precision.bits == 16 and dtype != torch.float32
     stored = x.to(dtype) if own else precision.encode(x)
-    if stored.dtype == torch.float16 and bool((stored.isinf() & x.isfinite()).any()):
+    if stored is not x and stored.dtype == torch.float16 and bool((stored.isinf() & x.isfinite()).any()):
         raise ValueError(
             f"{spec.role}: a value of {x[x.isfinite()].abs().max():.4g} does not fit fp16; use "
             + ("bfloat16 tensors, or leave out balance and rotate" if own else "precision: bf16")
@@ -205,7 +230,7 @@ def _offset(x: Tensor, spec: Operand, scales: LayerScales | None) -> Tensor | No
     return None
 
 
-def _for_query_heads(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+def for_query_heads(x: Tensor, q: Tensor, k: Tensor | QuantizedTensor) -> Tensor:
     """`[B, H_kv, 1, D] -> [B, H_q, 1, D]`: what belongs to a head of K, for each head of Q that shares it."""
     return x.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
@@ -214,18 +239,15 @@ def _less_offset(k: Tensor, frame: Frame) -> Tensor:
     return Frame(offset=frame.offset).apply(k).to(k.dtype).contiguous()
 
 
-def _log2_weight(v: QuantizedTensor) -> Tensor:
-    """log2 of what P is multiplied by, for V per token."""
-    assert v.scale is not None
-    scale = v.scale.float()
-    # a token that is not a number has codes of zero too, and its scale to say so
-    nothing = (v.code_values() == 0).all(dim=-1, keepdim=True) & scale.isfinite()
-    # small beside any scale, and large enough that a product with P does not vanish from the normalizer
-    return torch.where(nothing, -64.0, scale.log2())
+def log2_weight(scale: Tensor, nothing: Tensor) -> Tensor:
+    """log2 of what P is multiplied by, for V per token, from its scale and whether its codes are all zero `[B, H, N, 1]`."""
+    scale = scale.float()
+    # small beside any scale, and large enough that a product with P does not vanish from the normalizer; a token that is not a
+    # number has codes of zero too, and its scale to say so
+    return torch.where(nothing & scale.isfinite(), -64.0, scale.log2())
 
 
-def _tile_sums(v: QuantizedTensor, tile: int) -> Tensor:
-    """`[B, H, ceil(N / tile), D]` int32: the sum of V's codes in each key tile."""
-    values = v.stored_values()
+def tile_sums(values: Tensor, tile: int) -> Tensor:
+    """`[B, H, N, D] -> [B, H, ceil(N / tile), D]` int32: the sum of V's codes in each key tile."""
     padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[2] % tile))
     return padded.unflatten(2, (-1, tile)).sum(dim=3).to(torch.int32)

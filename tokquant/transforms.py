@@ -89,6 +89,11 @@ class Frame:
     fold: Tensor | None = None
     """Multiplied: K's scale per channel `[B, H, 1, D]`, in Q's frame."""
 
+    @property
+    def turns(self) -> bool:
+        """Whether anything is done."""
+        return self.rotated or bool(self.tensors())
+
     def apply(self, x: Tensor) -> Tensor:
         """`x` in this frame, float32."""
         y = x.float()

@@ -12,7 +12,7 @@ import torch
 import tokquant as tq
 from tokquant.kernels import generate, store
 from tokquant.kernels.plan import Wanted, plan
-from tokquant.kernels.triton import fragments, template
+from tokquant.kernels.triton import fragments, scales, template
 from tokquant.schemes import preset, preset_names
 
 
@@ -115,11 +115,11 @@ def test_a_cache_folder_that_cannot_be_written_only_lacks_the_copy(monkeypatch, 
 
 
 def test_fragments_call_nothing_but_triton():
-    for name, fragment in vars(fragments).items():
+    for name, fragment in [*vars(fragments).items(), *vars(scales).items()]:
         function = getattr(fragment, "fn", None)
         if function is None or name in ("tl", "triton"):
             continue
         tree = ast.parse(inspect.getsource(function))
         loaded = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
         local = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        assert loaded - local - {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)} <= {"tl", "triton"}, name
+        assert loaded - local - {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)} <= {"tl", "triton", "float"}, name

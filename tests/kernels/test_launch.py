@@ -8,32 +8,6 @@ import tokquant as tq
 from tokquant.inputs import features_of
 from tokquant.kernels import generate, launch
 
-
-class AbsentGpu:
-    """What Triton asks its driver before it compiles: enough to specialize a call for sm_90."""
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-
-@pytest.fixture
-def absent_gpu():
-    from triton.runtime import driver
-
-    # set_active(None) makes Triton look for a driver again when it next needs one
-    driver.set_active(AbsentGpu())
-    yield
-    driver.set_active(None)
-
-
 CALLS = {
     "int8, causal": ("int8", dict(causal=True)),
     "kv-int4 with a window, softcap and sinks": ("kv-int4", dict(window=(100, 3), softcap=3.0, sinks=torch.zeros(4))),

@@ -22,7 +22,13 @@ packed_integers = [precision for precision in PRECISIONS.values() if precision.k
 fragments = [
     pytest.param(getattr(precision, part), id=f"{part} of {precision.name}")
     for precision in PRECISIONS.values()
-    for part in ("triton_decode", "triton_encode", "triton_encode_interpreted")
+    for part in (
+        "triton_decode",
+        "triton_encode",
+        "triton_encode_interpreted",
+        "triton_quantize",
+        "triton_quantize_interpreted",
+    )
     if getattr(precision, part)
 ]
 
@@ -183,6 +189,34 @@ def test_the_encode_of_the_interpreter_rounds_as_encode_does_ties_included(preci
     middles = (values[1:] + values[:-1]) / 2
     p = torch.cat([values, middles, middles * (1 + 2**-20), middles * (1 - 2**-20), torch.rand(1000) * precision.largest])
     assert torch.equal(run_encode(p, precision), precision.decode(precision.encode(p)))
+
+
+@triton.jit
+def through_quantize(x, out, FRAGMENT: tl.constexpr, N: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+    n = tl.arange(0, N)[:, None]
+    stored = FRAGMENT(tl.load(x + n * D + tl.arange(0, D)[None, :]))
+    tl.store(out + n * W + tl.arange(0, W)[None, :], stored)
+
+
+@pytest.mark.parametrize(
+    "precision", [p for p in PRECISIONS.values() if p.triton_quantize], ids=lambda precision: precision.name
+)
+def test_the_triton_quantize_is_encode_then_pack_for_every_value_and_tie_and_for_nan(precision):
+    x = around_ties(precision) if precision.stored.itemsize <= 2 else torch.randn(4096)
+    # the interpreter takes bfloat16 numbers below the smallest normal one for zero
+    x = torch.cat([x[(x == 0) | (x.abs() >= torch.finfo(torch.float32).tiny)], -x[:1], torch.tensor([-0.0, float("nan"), 0.0])])
+    rows = triton.next_power_of_2(-(-len(x) // 16))
+    x = torch.nn.functional.pad(x, (0, 16 * rows - len(x))).reshape(rows, 16)
+    expected = precision.pack(precision.encode(x))
+    out = torch.zeros_like(expected)
+    fragment = precision.triton_quantize_interpreted or precision.triton_quantize
+    through_quantize[(1,)](x, out, fragment, rows, 16, out.shape[1])
+    if precision.kind == "float" and precision.packed == 1:
+        a, b = out.float(), expected.float()
+        assert a.isnan().equal(b.isnan()) and torch.equal(a.nan_to_num(0.5), b.nan_to_num(0.5))
+        assert a.signbit()[~a.isnan()].equal(b.signbit()[~b.isnan()]), "a zero keeps its sign"
+    else:
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("fragment", fragments)

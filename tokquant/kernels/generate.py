@@ -16,7 +16,8 @@ from typing import Any
 
 from tokquant.kernels import store
 from tokquant.kernels.plan import Plan
-from tokquant.kernels.triton import operands, parts, template
+from tokquant.kernels.quantize_plan import QuantizePlan
+from tokquant.kernels.triton import operands, parts, quantize, template
 
 HEADER = '''"""{title}.
 
@@ -29,22 +30,37 @@ import triton
 import triton.language as tl
 '''
 
-PARTS = (parts.load_tile, parts.load_row, parts.load_pairs, parts.consecutive, parts.tanh, parts.hadamard)
+PARTS = (
+    parts.load_tile,
+    parts.load_row,
+    parts.load_pairs,
+    parts.consecutive,
+    parts.tanh,
+    parts.hadamard,
+    parts.group_max,
+)
+
+# of each kind of plan: the module of its template, the kernel, and the arguments it takes
+TEMPLATES = {
+    Plan: (template, template.attention, (operands.Operand, operands.Rows, operands.Features)),
+    QuantizePlan: (quantize, quantize.quantize, (operands.Source, operands.Turned, operands.Coded)),
+}
 
 
-def render(plan: Plan) -> str:
+def render(plan: Plan | QuantizePlan) -> str:
     """The text of the plan's kernel."""
     constants = dict(plan.constants)
-    body = _living(_source(template.attention, plan.name), constants)
-    pieces = [inspect.getsource(piece) for piece in (operands.Operand, operands.Rows, operands.Features)]
+    module, kernel, arguments = TEMPLATES[type(plan)]
+    body = _living(_source(kernel, plan.name), constants)
+    pieces = [inspect.getsource(argument) for argument in arguments]
     for part in PARTS:
         name = _function(part).__name__
         if re.search(rf"\b{name}\(", body):
             pieces.append(f"# {parts.__name__}\n{_source(part, name)}")
     for hole, fragment in plan.holes:
         pieces.append(f"# {_function(fragment).__module__}.{_function(fragment).__name__}\n{_source(fragment, hole)}")
-    pieces.append(f"# {template.__name__}\n{body}")
-    comments = _constant_comments()
+    pieces.append(f"# {module.__name__}\n{body}")
+    comments = _constant_comments(module)
     lines = [
         f"{name} = tl.constexpr({value}){comments.get(name, '')}"
         for name, value in constants.items()
@@ -54,7 +70,7 @@ def render(plan: Plan) -> str:
 
 
 @lru_cache(maxsize=256)
-def load(plan: Plan) -> Any:
+def load(plan: Plan | QuantizePlan) -> Any:
     """The plan's kernel as a function, compiled from text in memory.
 
     A copy lies in the cache folder for people, debuggers and profilers to read. It is never run.
@@ -70,7 +86,7 @@ def load(plan: Plan) -> Any:
 
 
 @lru_cache(maxsize=256)
-def name_of(plan: Plan) -> str:
+def name_of(plan: Plan | QuantizePlan) -> str:
     """The kernel's name and a hash of its text: kernels of one name are one kernel."""
     return f"{plan.name}_{hashlib.sha256(render(plan).encode()).hexdigest()[:12]}"
 
@@ -83,8 +99,8 @@ def _source(fragment: Any, name: str) -> str:
     return re.sub(r"(?m)^def \w+", f"def {name}", inspect.getsource(_function(fragment)), count=1)
 
 
-def _constant_comments() -> dict[str, str]:
-    return {m[1]: m[2] for m in re.finditer(r"(?m)^(\w+) = tl\.constexpr\([^#\n]*\)(  #.*)$", inspect.getsource(template))}
+def _constant_comments(module: types.ModuleType) -> dict[str, str]:
+    return {m[1]: m[2] for m in re.finditer(r"(?m)^(\w+) = tl\.constexpr\([^#\n]*\)(  #.*)$", inspect.getsource(module))}
 
 
 def _living(text: str, constants: dict[str, str]) -> str:

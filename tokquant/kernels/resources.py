@@ -55,13 +55,9 @@ class Resources:
 def measure(compiled: Any, config: Config, target: Target) -> Resources:
     """Read Triton's compiled kernel. Raises UnsupportedError if no loop over key tiles is found."""
     shared = compiled.metadata.shared
-    if target.backend == "hip":
-        registers, stack, instructions = _of_amd(compiled.asm["amdgcn"])
-        granule, reserved = 8, 0
-    else:
-        registers, stack, instructions = _of_nvidia(compiled.asm["cubin"])
-        # a block takes a kilobyte of shared memory for itself
-        granule, reserved = 8, 1024
+    registers, stack, instructions = machine_code(compiled)
+    # a register is given out eight at a time; on NVIDIA GPUs a block takes a kilobyte of shared memory for itself
+    granule, reserved = 8, 0 if target.backend == "hip" else 1024
     body = main_loop(instructions)
     if not body:
         raise UnsupportedError("the machine code has no loop with products and exponentials that could be counted")
@@ -80,6 +76,13 @@ def measure(compiled: Any, config: Config, target: Target) -> Resources:
         loop=dict(Counter(name.split(".")[0] for _, name, _ in body).most_common()),
         tensor_core=dict(Counter(name for _, name, _ in body if TENSOR_CORE.match(name))),
     )
+
+
+def machine_code(compiled: Any) -> tuple[int, int, list[Instruction]]:
+    """A thread's registers, bytes of its stack, and the instructions of Triton's compiled kernel."""
+    if "amdgcn" in compiled.asm:
+        return _of_amd(compiled.asm["amdgcn"])
+    return _of_nvidia(compiled.asm["cubin"])
 
 
 def main_loop(instructions: list[Instruction]) -> list[Instruction]:

@@ -64,6 +64,11 @@ class Precision:
     """`@triton.jit`: float32 P in units of its codes -> P as the product takes it. Needed for role p."""
     triton_encode_interpreted: Any = None
     """What stands in for `triton_encode` in Triton's interpreter, where that one rounds wrongly."""
+    triton_quantize: Any = None
+    """`@triton.jit`: scaled and clamped float32 values `[N, D]` -> stored elements `[N, D / packed]`, bit for bit what `encode`
+    and `pack` give. Without it `encode` quantizes on every backend."""
+    triton_quantize_interpreted: Any = None
+    """What stands in for `triton_quantize` in Triton's interpreter, where that one rounds wrongly."""
     code_zero: int = 0
     """What `triton_encode` subtracts so that unsigned codes fit a signed unit."""
 

@@ -20,6 +20,14 @@ def encode_tile(p):
     return p.to(tl.bfloat16)
 
 
+@triton.jit
+def quantize_tile_interpreted(x):
+    # the interpreter's cast cuts
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+    return rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
 BF16 = register(
     Precision(
         name="bf16",
@@ -33,5 +41,7 @@ BF16 = register(
         compute="tl.bfloat16",
         triton_decode=decode_tile,
         triton_encode=encode_tile,
+        triton_quantize=encode_tile,
+        triton_quantize_interpreted=quantize_tile_interpreted,
     )
 )

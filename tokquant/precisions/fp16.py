@@ -33,5 +33,6 @@ FP16 = register(
         compute="tl.float16",
         triton_decode=decode_tile,
         triton_encode=encode_tile,
+        triton_quantize=encode_tile,
     )
 )

@@ -33,5 +33,6 @@ FP32 = register(
         compute="tl.float32",
         triton_decode=decode_tile,
         triton_encode=encode_tile,
+        triton_quantize=encode_tile,
     )
 )

@@ -46,6 +46,18 @@ def decode_tile(tile):
     return (byte | ((code >> 3) << 7)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
 
 
+@triton.jit
+def quantize_tile(x):
+    # the midpoints that are passed, a tie going to the even code; a NaN passes none
+    magnitude = tl.abs(x)
+    code = (magnitude > 0.25).to(tl.int32) + (magnitude >= 0.75).to(tl.int32) + (magnitude > 1.25).to(tl.int32)
+    code += (magnitude >= 1.75).to(tl.int32) + (magnitude > 2.5).to(tl.int32) + (magnitude >= 3.5).to(tl.int32)
+    code += (magnitude > 5.0).to(tl.int32)
+    code |= ((x.to(tl.int32, bitcast=True) >> 31) & 1) << 3
+    even, odd = tl.split(code.reshape(code.shape[0], code.shape[1] // 2, 2))
+    return (even | (odd << 4)).to(tl.uint8)
+
+
 FP4_E2M1 = register(
     Precision(
         name="fp4_e2m1",
@@ -60,5 +72,6 @@ FP4_E2M1 = register(
         unpack=unpack,
         compute="tl.float8e4nv",
         triton_decode=decode_tile,
+        triton_quantize=quantize_tile,
     )
 )

@@ -21,11 +21,15 @@ def encode_tile(p):
 
 
 @triton.jit
-def encode_tile_interpreted(p):
-    # the interpreter's cast loses the carry into the next power of two, so p is rounded to a number of the format before it
-    normal = p * 1048577.0 - (p * 1048577.0 - p)
-    subnormal = (p + 24576.0) - 24576.0
-    return tl.where(p < 0.015625, subnormal, normal).to(tl.float8e4nv)
+def encode_tile_interpreted(x):
+    # the interpreter's cast loses the carry into the next power of two, so the byte is made by hand
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = tl.abs(x)
+    normal = (((bits & 0x7FFFFFFF) + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    subnormal = (magnitude + 24576.0).to(tl.int32, bitcast=True) - 0x46C00000
+    code = tl.where(magnitude < 0.015625, subnormal, normal)
+    code = tl.where(x == x, code, 0x7F) | (((bits >> 31) & 1) << 7)
+    return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
 
 
 FP8_E4M3 = register(
@@ -42,5 +46,7 @@ FP8_E4M3 = register(
         triton_decode=decode_tile,
         triton_encode=encode_tile,
         triton_encode_interpreted=encode_tile_interpreted,
+        triton_quantize=encode_tile,
+        triton_quantize_interpreted=encode_tile_interpreted,
     )
 )

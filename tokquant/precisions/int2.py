@@ -25,6 +25,16 @@ def decode_tile(tile):
     return tl.join(even, odd).reshape(tile.shape[0], tile.shape[1], 4) - 2
 
 
+@triton.jit
+def quantize_tile(x):
+    # 1.5 * 2^23 + 2: the low bits of the sum are the nearest integer, half to even, and 2; a NaN has no code
+    code = (tl.where(x == x, x, 0.0) + 12582914.0).to(tl.int32, bitcast=True) & 3
+    even, odd = tl.split(code.reshape(code.shape[0], code.shape[1] // 2, 2))
+    first, third = tl.split(even.reshape(code.shape[0], code.shape[1] // 4, 2))
+    second, fourth = tl.split(odd.reshape(code.shape[0], code.shape[1] // 4, 2))
+    return (first | (second << 2) | (third << 4) | (fourth << 6)).to(tl.uint8)
+
+
 INT2 = register(
     Precision(
         name="int2",
@@ -39,5 +49,6 @@ INT2 = register(
         unpack=unpack,
         compute="tl.int8",
         triton_decode=decode_tile,
+        triton_quantize=quantize_tile,
     )
 )

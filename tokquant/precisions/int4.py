@@ -53,6 +53,14 @@ def decode_tile_ptx(tile):
     return tl.join(low, high)
 
 
+@triton.jit
+def quantize_tile(x):
+    # 1.5 * 2^23 + 8: the low bits of the sum are the nearest integer, half to even, and 8; a NaN has no code
+    code = (tl.where(x == x, x, 0.0) + 12582920.0).to(tl.int32, bitcast=True) & 0xF
+    even, odd = tl.split(code.reshape(code.shape[0], code.shape[1] // 2, 2))
+    return (even | (odd << 4)).to(tl.uint8)
+
+
 INT4 = register(
     Precision(
         name="int4",
@@ -67,6 +75,7 @@ INT4 = register(
         unpack=unpack,
         compute="tl.int8",
         triton_decode=decode_tile,
+        triton_quantize=quantize_tile,
         triton_decode_ptx=decode_tile_ptx,
     )
 )

@@ -22,6 +22,12 @@ def encode_tile(p):
     return (p + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
+@triton.jit
+def quantize_tile(x):
+    # as above, but a NaN has no code
+    return (tl.where(x == x, x, 0.0) + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
 INT8 = register(
     Precision(
         name="int8",
@@ -35,5 +41,6 @@ INT8 = register(
         compute="tl.int8",
         triton_decode=decode_tile,
         triton_encode=encode_tile,
+        triton_quantize=quantize_tile,
     )
 )

@@ -39,3 +39,8 @@ def needs_code_sums(scheme: QuantScheme) -> bool:
     """Whether V carries the sums of its codes: an unsigned P on a signed unit needs them."""
     integers = scheme.v.format.compute == "tl.int8" and place(scheme.v) != "operand"
     return scheme.p.format.code_zero != 0 and integers
+
+
+def needs_query_sums(scheme: QuantScheme) -> bool:
+    """Whether Q carries the sums of its codes: the zeros of K meet them on the scores."""
+    return place(scheme.k) == "scores" and not scheme.k.symmetric

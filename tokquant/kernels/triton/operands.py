@@ -36,6 +36,42 @@ class Rows(NamedTuple):
     row: Any
 
 
+class Source(NamedTuple):
+    """A tensor `[B, H, N, D]` that is quantized, and its strides."""
+
+    data: Any
+    batch: Any
+    head: Any
+    row: Any
+    column: Any
+
+
+class Turned(NamedTuple):
+    """What is done to it first; contiguous, for the heads of that tensor."""
+
+    offset: Any = None  # [B, H, rows, D], one or a row for each 128 tokens
+    balance: Any = None  # [B, H, D] float32
+    fold: Any = None  # Q: K's scale per channel [B, H, D] float32
+    k_offset: Any = None  # Q: what K has lost [B, H, D]
+    k_origin: Any = None  # Q: what K's stored codes of 0 stand for [B, H, D] float32
+
+
+class Coded(NamedTuple):
+    """What comes of it. All but scales and zeros are contiguous."""
+
+    codes: Any = None  # [B, H, N, D / packed], or [B, H, D, N / packed] with N padded to whole groups of 16
+    scale: Any = None  # where only extremes are wanted: the highest of each tile
+    zero: Any = None  # strides as scale; there the lowest
+    scale_batch: Any = None
+    scale_head: Any = None
+    scale_row: Any = None
+    companion: Any = None  # K: less its offset, in its own type [B, H, N, D]
+    logit_offset: Any = None  # Q: [B, H, N] float32
+    code_sum: Any = None  # Q: [B, H, N] float32; V: [B, H, tiles, D] int32
+    something: Any = None  # V per token: whether any code is not zero [B, H, N] int8
+    lost: Any = None  # set to 1 where a type does not hold a value
+
+
 class Features(NamedTuple):
     """What was asked for beside the operands."""
 

@@ -54,3 +54,13 @@ def hadamard(x, M: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr):
         first, second = tl.split(x.reshape(M, D // (2 << stage), 2, 1 << stage).permute(0, 1, 3, 2))
         x = tl.join(first + second, first - second).permute(0, 1, 3, 2).reshape(M, D)
     return x
+
+
+@triton.jit
+def group_max(x, there, T: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr):
+    # [T, D] -> [T / TOKENS, D / CHANNELS]. Of integers in the order of the floats, where a NaN is above all: maxima of
+    # floats lose it
+    bits = tl.where(x == x, x.to(tl.int32, bitcast=True), 0x7FC00000)
+    order = tl.where(there, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)
+    top = tl.max(tl.max(order.reshape(T // TOKENS, TOKENS, D // CHANNELS, CHANNELS), 3), 1)
+    return (top ^ ((top >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)

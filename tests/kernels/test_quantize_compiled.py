@@ -1,0 +1,67 @@
+"""Quantization kernels as they are launched, compiled for GPUs that are not here."""
+
+import re
+
+import pytest
+import torch
+from factories import qkv
+from quantized import by_torch, differences
+
+from tokquant.kernels import generate, resources
+from tokquant.kernels import quantize as kernels
+from tokquant.schemes import preset, preset_names
+
+DYNAMIC = [name for name in preset_names() if preset(name).k.scale == "dynamic" and name != "none"]
+
+
+def compiled(name, monkeypatch, d=128, dtype=torch.float16):
+    """Plan and compiled kernel of every launch, which takes place in the compiler alone."""
+    made = []
+
+    def start(plan, x, given, outputs):
+        grid, arguments = kernels.prepare(plan, x, given, outputs)
+        made.append((plan, generate.load(plan).warmup(*arguments, grid=grid, **plan.options())))
+        for each in outputs:
+            if torch.is_tensor(each):
+                each.zero_()
+
+    monkeypatch.setattr(kernels, "_start", start)
+    kernels.quantize_operands(*qkv(256, 256, d, heads=4, kv_heads=2, batch=2, dtype=dtype), preset(name))
+    return made
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("name", "absent_gpu"),
+    [*((name, 90) for name in DYNAMIC), *((name, 80) for name in ("int8", "int8-fast", "kv-int4", "kv-int2-kivi"))],
+    indirect=["absent_gpu"],
+)
+def test_kernels_of_presets_compile_with_next_to_no_spills_and_read_and_write_vectors(name, absent_gpu, monkeypatch):
+    for plan, kernel in compiled(name, monkeypatch):
+        _, stack, _ = resources.machine_code(kernel)
+        assert stack <= 16, plan
+        ptx = kernel.asm["ptx"]
+        assert "ld.global.v4.b32" in ptx, plan
+        assert plan.name.startswith("extremes") or re.search(r"st\.global\.v[24]\.b32", ptx), plan
+        assert plan.name.startswith("extremes") or "div.rn.f32" in ptx, plan
+        assert "fma.rn.f32" not in ptx, "nothing contracts"
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(("d", "dtype"), [(48, torch.float32), (256, torch.bfloat16)], ids=str)
+def test_other_types_and_head_dims_compile_with_few_spills(d, dtype, absent_gpu, monkeypatch):
+    for name in ("int8", "kv-int8"):
+        for plan, kernel in compiled(name, monkeypatch, d, dtype):
+            assert resources.machine_code(kernel)[1] <= 32, plan
+
+
+@pytest.mark.compiled
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_a_gpu_gives_the_codes_of_the_definition(name, dtype):
+    q, k, v = (x.cuda() for x in qkv(300, 1000, 128, heads=4, kv_heads=2, batch=2, dtype=dtype))
+    q[0, 0, 3, 5], k[0, 1, 17, 3], v[1, 1, 900] = float("nan"), float("inf"), 0
+    made = preset(name)
+    for one, other in zip(by_torch(q, k, v, made), kernels.quantize_operands(q, k, v, made), strict=True):
+        assert differences(one, other) == []

@@ -1,0 +1,228 @@
+"""Quantization kernels give what the definition gives: every code and every scale, not nearly but just."""
+
+import ast
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from factories import pairwise, qkv, scheme
+from quantized import by_torch, differences, same
+
+import tokquant as tq
+from tokquant.calibration.scales import LayerScales
+from tokquant.errors import SchemeError
+from tokquant.kernels import generate, quantize_plan, targets
+from tokquant.kernels import quantize as kernels
+from tokquant.kernels.triton import quantize as template
+from tokquant.kernels.triton.operands import Coded, Source, Turned
+from tokquant.precisions import PRECISIONS, register
+from tokquant.quantize import encode
+from tokquant.schemes import preset, preset_names
+
+DYNAMIC = [name for name in preset_names() if preset(name).k.scale == "dynamic"]
+FLOATS = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def compare(q, k, v, made, scales=None):
+    for one, other in zip(by_torch(q, k, v, made, scales), kernels.quantize_operands(q, k, v, made, scales), strict=True):
+        assert differences(one, other) == [], one
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The plans of the kernels that were launched."""
+    plans = []
+    monkeypatch.setattr(kernels, "_start", lambda plan, *rest, start=kernels._start: (plans.append(plan), start(plan, *rest)))
+    return plans
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_presets_are_quantized_as_the_definition_says(name, started):
+    made = preset(name)
+    compare(*qkv(37, 150, 64, 4, 2, dtype=torch.float16), made)
+    scaled = [operand for operand in (made.q, made.k, made.v) if operand.scaled]
+    assert len(started) == sum(1 if quantize_plan.in_one_tile(operand) else 2 for operand in scaled)
+
+
+CHOICES = pairwise(
+    words=["int8", "int8 asymmetric", "int4", "int4 asymmetric", "int2", "int2 asymmetric", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"],
+    granularity=["token", "tensor", "head", "channel", "block:16", "block:256", "channel_block:32",
+                 "channel_block:256", "group:16"],
+    scale=["fp32", "fp16", "fp8_e4m3"],
+    smooth=["", "mean"],
+    transforms=[{}, {"rotate": "hadamard", "rotate_v": "hadamard"}, {"balance": "channel"},
+                {"balance": "rope_pairs", "rotate": "hadamard"}],
+    p=["int8 row_block:64", "uint8 row_block:64", "uint8 row_block:256", "fp16"],
+    dtype=FLOATS,
+    shape=[(33, 70, 32, 4, 1, 2), (130, 16, 48, 1, 1, 1), (3, 1, 16, 2, 1, 2), (5, 300, 80, 1, 1, 1), (20, 129, 160, 1, 1, 1)],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "granularity", "scale", "smooth", "transforms", "p", "dtype", "shape"), CHOICES, ids=str)
+def test_every_choice_is_quantized_as_the_definition_says(words, granularity, scale, smooth, transforms, p, dtype, shape):
+    words = f"{words} {granularity} scale={scale}"
+    queries = words.replace(" asymmetric", "") + (" block_mean" if smooth else "")
+    try:
+        made = scheme(queries, f"{words} {smooth}", f"{words} {smooth}", p, **transforms)
+        kernels.takes_tokens_last(made, dtype)
+    except (SchemeError, tq.UnsupportedError):  # blocks of V and P that do not go together
+        made = scheme(queries, f"{words} {smooth}", f"{words} {smooth}", "int8 row_block:16", **transforms)
+    compare(*qkv(*shape, dtype), made)
+
+
+@pytest.mark.parametrize(
+    "made", [preset("int8"), scheme("fp16", "fp16", "fp16", "fp16"), scheme("int4", "int4 group:16", "int2")]
+)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_floats_that_are_rotated_or_smoothed_are_rounded_as_the_definition_says(made, dtype):
+    made = made.model_copy(update={"rotate": "hadamard", "rotate_v": "hadamard"})
+    compare(*qkv(20, 40, 96, dtype=dtype), made)
+    compare(*qkv(20, 40, 33, dtype=dtype), made.model_copy(update={"k": scheme(k="int4 mean").k}))
+
+
+VIEWS = {
+    "transposed from [B, N, H, D]": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "the last dimension strided": lambda x: x.mT.contiguous().mT,
+    "a slice at an offset": lambda x: torch.nn.functional.pad(x, (3, 1, 5, 2))[:, :, 5:-2, 3:-1],
+    "one head expanded": lambda x: x[:, :1].expand(-1, x.shape[1], -1, -1),
+    "one token expanded": lambda x: x[:, :, :1].expand(-1, -1, x.shape[2], -1),
+}
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int-flash"])
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_any_strides_are_read(view, name):
+    compare(*(view(x) for x in qkv(70, 70, 32, batch=2, dtype=torch.bfloat16)), preset(name))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize(
+    "words", ["int8 scale={}", "int4 asymmetric scale={}", "fp8_e5m2 head scale={}", "int2 group:16 scale={}"]
+)
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "fp8_e4m3"])
+def test_what_is_not_finite_goes_where_it_goes_in_the_definition(kind, words, value):
+    q, k, v = qkv(20, 40, 32)
+    k[0, 1, 7, 5] = v[0, 0, 39, 31] = value
+    words = words.format(kind)
+    compare(q, k, v, scheme("int8", words, words, "int8 row_block:32"))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "fp8_e4m3"])
+@pytest.mark.parametrize("precision", ["int8", "int4 asymmetric", "fp8_e4m3", "fp4_e2m1"])
+def test_zeros_and_tiny_values_keep_the_scales_of_the_definition(precision, kind):
+    q, k, v = qkv(8, 24, 32)
+    k[:, :, 3], v[:, :, 5] = 0, 0
+    k[:, :, 4], v[:, :, 6] = 1e-38, -1e-45
+    k[:, :, 9] = v[:, :, 9] = 2.0  # one value
+    words = f"{precision} token scale={kind}"
+    compare(q, k, v, scheme("int8", words, words, "int8 row_block:32"))
+
+
+@pytest.mark.parametrize("precision", [p for p in PRECISIONS.values() if p.largest and "k" in p.roles], ids=lambda p: p.name)
+def test_ties_go_to_the_even_code(precision):
+    """The largest is R, so the scale is 1 and values are what `encode` is given."""
+    values = precision.values().double()
+    ties = ((values[1:] + values[:-1]) / 2).float()
+    x = torch.cat([ties, torch.nextafter(ties, torch.tensor(math.inf)), torch.nextafter(ties, torch.tensor(-math.inf))])
+    x = x[x.abs() <= precision.largest]
+    x = torch.nn.functional.pad(x, (0, -len(x) % 31)).reshape(1, 1, -1, 31)
+    k = torch.cat([torch.full_like(x[..., :1], precision.largest), x], dim=3)
+    _, kq, _ = kernels.quantize_operands(k, k, k, scheme(k=f"{precision.name} token"))
+    assert bool((kq.scale == 1).all())
+    assert same(kq.codes, by_torch(k, k, k, scheme(k=f"{precision.name} token"))[1].codes)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4 asymmetric", "fp8_e4m3"])
+@pytest.mark.parametrize("granularity", ["tensor", "head", "channel"])
+def test_static_scales_are_used_as_they_are(precision, granularity, started):
+    shape = {"tensor": (1, 1, 1), "head": (2, 1, 1), "channel": (2, 1, 16)}[granularity]
+    tensors = {f"{role}_scale": torch.rand(shape) + 0.01 for role in "kv"}
+    if "asymmetric" in precision:
+        tensors |= {f"{role}_zero": -torch.rand(shape) for role in "kv"}
+    tensors["k_offset"] = torch.randn(2, 1, 16, dtype=torch.float64)
+    made = scheme(
+        "int8", f"{precision} {granularity} static static_offset", f"{precision} {granularity} static", "int8 row_block:32"
+    )
+    compare(*qkv(20, 40, 16, 4, 2, 2), made, LayerScales("layer", tensors))
+    assert len(started) == 3, "nothing is reduced but for Q"
+
+
+@pytest.mark.parametrize(
+    ("words", "value", "message"),
+    [
+        ("int8 token scale=fp16", 1e8, "k: a scale of .* does not fit scale_dtype fp16"),
+        ("int2 head scale=fp8_e4m3", 500.0, "k: a scale of 500 does not fit scale_dtype fp8_e4m3"),
+        ("int4 token asymmetric scale=fp8_e4m3", -500.0, "k: a zero of 500 does not fit"),
+        ("int8 token asymmetric scale=fp16", -1e6, "k: a zero of 1e.06 does not fit"),
+        ("int8 token asymmetric", torch.tensor([-3e38, 3e38]), "k: values from -3e.38 to 3e.38 span more than float32 holds"),
+        ("fp16 mean", 1e6, "k: a value of .* does not fit fp16; use precision: bf16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_its_type_is_the_error_of_the_definition(words, value, message):
+    q, k, v = qkv(4)
+    k[0, 0, 2, :2] = torch.as_tensor(value)
+    with pytest.raises(ValueError, match=message):
+        tq.quantize(q, k, v, scheme(k=words), backend="triton")
+
+
+def test_a_group_that_does_not_divide_head_dim_is_the_error_of_the_definition():
+    with pytest.raises(SchemeError, match=r"k\.granularity: a group of 32 channels does not divide head_dim 48"):
+        tq.quantize(*qkv(4, d=48), scheme(k="int8 group:32"), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_floats_that_nothing_is_done_to_are_the_callers_own_tensors(backend, started):
+    q, k, v = qkv(20, dtype=torch.float16)
+    codes = tq.quantize(q, k, v, scheme("fp16", "fp16", "fp16", "fp16"), backend=backend)
+    assert all(x.codes.data_ptr() == y.data_ptr() for x, y in zip(codes, (q, k, v), strict=True))
+    assert not started
+
+
+def test_symmetric_scales_in_fp32_make_nobody_wait(monkeypatch):
+    """On a GPU, each truth value of a tensor is a wait."""
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda x: pytest.fail("a tensor was looked at"))
+    for name in ("int8", "int8-fast", "int-flash", "fp8-rotated"):
+        tq.quantize(*qkv(20, 40, 32, dtype=torch.float16), name, backend="triton")
+
+
+def test_a_precision_without_a_fragment_is_quantized_by_torch_for_its_operand_alone(started):
+    five = register(replace(PRECISIONS["int8"], name="mine", triton_quantize=None))
+    try:
+        compare(*qkv(20, 40, 32), scheme("int8", "mine", "int8", "int8 row_block:32"))
+        assert [plan.name for plan in started] == ["quantize_q_int8", "quantize_v_int8"]
+        assert quantize_plan.lacking(scheme(k="mine").k, 32) == "k: precision mine has no triton_quantize"
+    finally:
+        del PRECISIONS[five.name]
+
+
+def test_what_no_kernel_takes_is_said():
+    assert quantize_plan.lacking(scheme(k="int8").k, 64) is None
+    assert quantize_plan.lacking(scheme(k="int8").k, 512) == "k: head_dim 512 is more than a kernel holds"
+    assert "sm_80 has no fp8" in quantize_plan.lacking(scheme(v="fp8_e4m3").v, 64, targets.TARGETS["sm_80"])
+    assert "sm_80 has no fp8" in quantize_plan.lacking(scheme(v="int8 scale=fp8_e4m3").v, 64, targets.TARGETS["sm_80"])
+    compare(*qkv(3, 5, 264), preset("int8"))
+
+
+def test_the_template_runs_as_it_stands():
+    """Its holes are filled for int8 per token."""
+    q = qkv(100, d=64)[0]
+    codes, scale = torch.full(q.shape, 99, dtype=torch.uint8), torch.full((1, 2, 100, 1), math.nan)
+    made = Coded(codes=codes, scale=scale, scale_batch=200, scale_head=100, scale_row=1)
+    template.quantize[(2, 2, 1)](Source(q, *q.stride()), Turned(), made, 100, TOKENS=64)
+    expected = encode(q, q.dtype, scheme("int8").q)
+    assert codes.view(torch.int8).equal(expected.codes) and scale.equal(expected.scale)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_a_kernel_imports_only_triton_and_has_no_free_names(name, started):
+    kernels.quantize_operands(*qkv(4, dtype=torch.float16), preset(name))
+    for plan in started:
+        tree = ast.parse(generate.render(plan))
+        names = {node.id: type(node.ctx) for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        stored |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        stored |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
+        assert set(names) <= stored | {"triton", "tl", "Any", "NamedTuple", "float"}
+        assert not [n for n in ast.walk(tree) if isinstance(n, ast.If)], "branches on constants are resolved"

@@ -1,0 +1,197 @@
+"""Quantization with its holes filled for int8 per token: a kernel that runs, and the text of every other.
+
+One program takes a tile of tokens of one head. Its numbers are those of `tokquant.quantize`, bit for bit: divisions are IEEE,
+and launches keep the compiler from contracting a multiplication and an addition, which torch rounds apart.
+"""
+
+from tokquant.kernels.triton.parts import group_max, hadamard
+from tokquant.kernels.triton.scales import in_order as order_tokens
+from tokquant.kernels.triton.scales import nearest as round_scale
+from tokquant.precisions.base import tl, triton
+from tokquant.precisions.fp16 import encode_tile as encode_own
+from tokquant.precisions.fp32 import encode_tile as encode_scale
+from tokquant.precisions.int8 import decode_tile as decode
+from tokquant.precisions.int8 import quantize_tile as encode
+
+D = tl.constexpr(64)  # head_dim
+D_TILE = tl.constexpr(64)  # the next power of two
+OFFSET = tl.constexpr(False)
+OFFSET_TOKENS = tl.constexpr(2**30)  # tokens under one offset
+COMPANION = tl.constexpr(False)  # K less its offset, in its own type
+BALANCED = tl.constexpr(False)
+ROTATED = tl.constexpr(False)
+STAGES = tl.constexpr(0)  # of the butterflies
+NORM = tl.constexpr(1.0)
+FOLDED = tl.constexpr(False)  # K's scale per channel is multiplied into Q
+LOGITS = tl.constexpr(False)  # what Q's logits lack:
+K_OFFSET = tl.constexpr(False)  # q times the offset of K,
+K_ORIGIN = tl.constexpr(False)  # and times what K's codes of 0 stand for, per channel
+EXTREMES = tl.constexpr(True)  # of the groups of the tile
+ONLY_EXTREMES = tl.constexpr(False)  # a scale covers more than a tile: its extremes come first, then the codes
+SCALE_HERE = tl.constexpr(True)  # the scale is made of these extremes
+SCALE_GIVEN = tl.constexpr(False)  # or loaded
+CODES = tl.constexpr(True)
+SCALED = tl.constexpr(True)
+SYMMETRIC = tl.constexpr(True)
+ASYMMETRIC = tl.constexpr(False)
+GROUP_TOKENS = tl.constexpr(1)  # of the tile's tokens under one scale
+GROUP_CHANNELS = tl.constexpr(64)
+SCALE_TOKENS = tl.constexpr(1)  # of the whole sequence's tokens
+SCALE_COLUMNS = tl.constexpr(1)  # scales side by side
+LARGEST = tl.constexpr(127.0)  # R
+LEVELS = tl.constexpr(255.0)  # steps of an asymmetric operand
+HALF = tl.constexpr(0)  # a stored code of 0 is this many steps above an asymmetric operand's zero
+SCALE_SMALLEST = tl.constexpr(1.1754943508222875e-38)  # normal number of its type
+SCALE_LARGEST = tl.constexpr(3.4028234663852886e38)
+CHECK_SCALE = tl.constexpr(False)  # whether its type holds it
+CHECK_FP16 = tl.constexpr(False)  # whether fp16 holds the values
+PACKED = tl.constexpr(1)  # codes in a stored element
+WIDTH = tl.constexpr(64)  # stored elements of a token
+RAGGED = tl.constexpr(False)  # the last one of a token is not full
+LAST = tl.constexpr(255)  # bits of that
+BYTES = tl.constexpr(True)
+CANONICAL = tl.constexpr(True)  # [N, D], or
+TOKENS_LAST = tl.constexpr(False)  # [D, N] with N padded to whole groups of 16 elements
+VALUES = tl.constexpr(False)  # of the stored codes, for
+CODE_SUM = tl.constexpr(False)  # Q: their sum over channels
+TILE_SUMS = tl.constexpr(False)  # V: over each SUM_TOKENS tokens
+SUM_TOKENS = tl.constexpr(64)
+WEIGHTED = tl.constexpr(False)  # V per token: whether any is not zero
+
+
+@triton.jit
+def quantize(X, F, Y, n, TOKENS: tl.constexpr):
+    batch = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    plane = batch * tl.num_programs(1) + head
+    first = tl.program_id(0) * TOKENS
+    place = tl.arange(0, TOKENS)
+    i = first + order_tokens(place, PACKED)
+    here = i < n
+    row = plane * n + i
+    column = tl.arange(0, D_TILE)
+    held = column < D
+    there = here[:, None] & held[None, :]
+
+    x_at = X.data + batch * X.batch + head * X.head
+    x_at += i.to(tl.int64)[:, None] * X.row + column.to(tl.int64)[None, :] * X.column
+    x = tl.load(x_at, mask=there, other=0.0).to(tl.float32)
+    y = x
+    if OFFSET:
+        offset_at = F.offset + (plane * tl.cdiv(n, OFFSET_TOKENS) + first // OFFSET_TOKENS) * D
+        y -= tl.load(offset_at + column, mask=held, other=0.0).to(tl.float32)[None, :]
+    if COMPANION:
+        tl.store(Y.companion + row[:, None] * D + column[None, :], encode_own(y), mask=there)
+    if BALANCED:
+        y *= tl.load(F.balance + plane * D + column, mask=held, other=0.0)[None, :]
+    if ROTATED:
+        y = hadamard(y, TOKENS, D_TILE, STAGES) * NORM
+    if LOGITS:
+        logits = tl.zeros([TOKENS], tl.float32)
+    if K_OFFSET:
+        k_offset = tl.load(F.k_offset + plane * D + column, mask=held, other=0.0).to(tl.float32)
+        logits += tl.sum(x * k_offset[None, :], 1)
+    if K_ORIGIN:
+        k_origin = tl.load(F.k_origin + plane * D + column, mask=held, other=0.0)
+        logits += tl.sum(y * k_origin[None, :], 1)
+    if LOGITS:
+        tl.store(Y.logit_offset + row, logits, mask=here)
+    if FOLDED:
+        y *= tl.load(F.fold + plane * D + column, mask=held, other=0.0)[None, :]
+
+    if SCALED:
+        # [groups of tokens, groups of channels]
+        group = (first + order_tokens(tl.arange(0, TOKENS // GROUP_TOKENS) * GROUP_TOKENS, PACKED)) // SCALE_TOKENS
+        part = tl.arange(0, D_TILE // GROUP_CHANNELS)
+        scale_at = batch * Y.scale_batch + head * Y.scale_head
+        scale_at += group.to(tl.int64)[:, None] * Y.scale_row + part[None, :]
+        kept = (group * SCALE_TOKENS < n)[:, None] & (part < SCALE_COLUMNS)[None, :]
+    if EXTREMES:
+        if SYMMETRIC:
+            highest = group_max(tl.abs(y), there, TOKENS, GROUP_TOKENS, D_TILE, GROUP_CHANNELS)
+        if ASYMMETRIC:
+            highest = group_max(y, there, TOKENS, GROUP_TOKENS, D_TILE, GROUP_CHANNELS)
+            lowest = -group_max(-y, there, TOKENS, GROUP_TOKENS, D_TILE, GROUP_CHANNELS)
+    if ONLY_EXTREMES:
+        tl.store(Y.scale + scale_at, highest, mask=kept)
+        if ASYMMETRIC:
+            tl.store(Y.zero + scale_at, lowest, mask=kept)
+    if SCALE_HERE:
+        if SYMMETRIC:
+            exact = tl.where(highest == 0.0, 1.0, tl.div_rn(highest, LARGEST))
+        if ASYMMETRIC:
+            # past the largest that its type holds there is no zero
+            zero = tl.where(tl.abs(lowest) > SCALE_LARGEST, float("nan"), lowest)
+            stored_zero = encode_scale(zero)
+            zero = tl.where(zero == zero, stored_zero.to(tl.float32), zero)
+            exact = tl.div_rn(highest - zero, LEVELS)
+            # a zero rounded past the maximum takes the smallest scale
+            exact = tl.where(exact < 0.0, 0.0, exact)
+        scale = round_scale(exact)
+        # from fp8 the interpreter casts a NaN to a number
+        scale = tl.where(scale == scale, encode_scale(scale).to(tl.float32), scale)
+        scale = tl.where(scale < SCALE_SMALLEST, SCALE_SMALLEST, scale)
+        if CHECK_SCALE:
+            holds = kept & (tl.abs(highest) < float("inf"))
+            if SYMMETRIC:
+                lost = holds & (exact < float("inf")) & ~(scale < float("inf"))
+            if ASYMMETRIC:
+                lost = holds & (tl.abs(lowest) < float("inf")) & ~(scale < float("inf"))
+            tl.store(Y.lost, 1, mask=tl.max(tl.max(lost.to(tl.int32), 1), 0) > 0)
+        tl.store(Y.scale + scale_at, encode_scale(scale), mask=kept)
+        if ASYMMETRIC:
+            tl.store(Y.zero + scale_at, stored_zero, mask=kept)
+    if SCALE_GIVEN:
+        scale = tl.load(Y.scale + scale_at, mask=kept, other=1.0)
+        if ASYMMETRIC:
+            zero = tl.load(Y.zero + scale_at, mask=kept, other=0.0)
+
+    if CODES:
+        if SCALED:
+            y = y.reshape(TOKENS // GROUP_TOKENS, GROUP_TOKENS, D_TILE // GROUP_CHANNELS, GROUP_CHANNELS)
+            if SYMMETRIC:
+                y = tl.div_rn(y, scale[:, None, :, None])
+                # by selection: a NaN stays one
+                y = tl.where(y > LARGEST, LARGEST, tl.where(y < -LARGEST, -LARGEST, y))
+            if ASYMMETRIC:
+                y = tl.div_rn(y - zero[:, None, :, None], scale[:, None, :, None])
+                y = tl.where(y > LEVELS, LEVELS, tl.where(y < 0.0, 0.0, y))
+                # the nearest integer, half to even, before the half goes off, which could round
+                y = (y + 12582912.0) - 12582912.0 - HALF
+            y = y.reshape(TOKENS, D_TILE)
+        if CHECK_FP16:
+            lost = there & (tl.abs(y) < float("inf")) & (tl.abs(y) >= 65520.0)
+            tl.store(Y.lost, 1, mask=tl.max(tl.max(lost.to(tl.int32), 1), 0) > 0)
+        if TOKENS_LAST:
+            # [elements, D, tokens of an element]; beyond N lies the code of zero
+            y = tl.where(here[:, None], y, 0.0).reshape(TOKENS // PACKED, PACKED, D_TILE)
+            y = tl.permute(y, 0, 2, 1).reshape(TOKENS // PACKED, D_TILE * PACKED)
+        stored = encode(y)
+        if VALUES:
+            values = decode(stored).to(tl.float32)
+            if TOKENS_LAST:
+                values = tl.permute(values.reshape(TOKENS // PACKED, D_TILE, PACKED), 0, 2, 1)
+            values = tl.where(there, values.reshape(TOKENS, D_TILE), 0.0)
+        if BYTES:
+            stored = stored.to(tl.uint8, bitcast=True)
+        if CANONICAL:
+            element = tl.arange(0, D_TILE // PACKED)
+            if RAGGED:
+                stored = tl.where((element == WIDTH - 1)[None, :], stored & LAST, stored)
+            code_at = Y.codes + row[:, None] * WIDTH + element[None, :]
+            tl.store(code_at, stored, mask=here[:, None] & (element < WIDTH)[None, :])
+        if TOKENS_LAST:
+            elements = tl.cdiv(n, 16 * PACKED) * 16
+            element = first // PACKED + tl.arange(0, TOKENS // PACKED)
+            code_at = Y.codes + (plane * D + column)[:, None] * elements + element[None, :]
+            tl.store(code_at, tl.trans(stored), mask=held[:, None] & (element < elements)[None, :])
+        if CODE_SUM:
+            tl.store(Y.code_sum + row, tl.sum(values, 1), mask=here)
+        if TILE_SUMS:
+            tile = first // SUM_TOKENS + tl.arange(0, TOKENS // SUM_TOKENS)
+            sums = tl.sum(values.reshape(TOKENS // SUM_TOKENS, SUM_TOKENS, D_TILE), 1).to(tl.int32)
+            sum_at = Y.code_sum + (plane * tl.cdiv(n, SUM_TOKENS) + tile)[:, None] * D + column[None, :]
+            tl.store(sum_at, sums, mask=(tile * SUM_TOKENS < n)[:, None] & held[None, :])
+        if WEIGHTED:
+            something = tl.max((there & (values + HALF != 0.0)).to(tl.int32), 1)
+            tl.store(Y.something + row, something.to(tl.int8), mask=here)

@@ -1,0 +1,43 @@
+"""What fills the holes of the quantization template beside a precision's own fragments. Each calls nothing but `tl`."""
+
+from tokquant.precisions.base import tl, triton
+
+# --------------------------------------------------------------------------- order_tokens: which token stands at a place
+
+
+@triton.jit
+def in_order(place, PACKED: tl.constexpr):
+    return place
+
+
+@triton.jit
+def in_groups(place, PACKED: tl.constexpr):
+    # the order of `tensor.tokens_last`: columns 0 1 and 8 9 of a group of 16, then 2 3 and 10 11 ...; where an element holds
+    # several, one of each of as many groups
+    column = place // PACKED
+    column = ((column & 2) << 2) | ((column & 12) >> 1) | (column & 1)
+    return place // (16 * PACKED) * (16 * PACKED) + place % PACKED * 16 + column
+
+
+# --------------------------------------------------------------------------- round_scale: before it is cast to scale_dtype
+
+
+@triton.jit
+def nearest(x):
+    # as the cast does it
+    return x
+
+
+@triton.jit
+def within_e4m3(x):
+    # some casts saturate; past the largest there is no scale
+    return tl.where(x <= 448.0, x, float("nan"))
+
+
+@triton.jit
+def up_to_e4m3(x):
+    # the next number of the format: a scale rounded down by up to 1/16 would clip eight of the 127 levels
+    normal = ((x.to(tl.int32, bitcast=True) + 0xFFFFF) & -0x100000).to(tl.float32, bitcast=True)
+    subnormal = (x + 24576.0) - 24576.0
+    subnormal = tl.where(subnormal < x, subnormal + 0.001953125, subnormal)
+    return tl.where(x <= 448.0, tl.where(x < 0.015625, subnormal, normal), float("nan"))
