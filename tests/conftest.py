@@ -1,6 +1,7 @@
 """Two kinds of run: Triton's interpreter (the default) and the compiler (TRITON_INTERPRET=0). They cannot share a process."""
 
 import os
+from pathlib import Path
 
 # before anything imports Triton
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -8,6 +9,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tokquant.plugins import load
+
+for plugin in filter(None, os.environ.get("TOKQUANT_PLUGINS", "").split(os.pathsep)):
+    load(Path(plugin))
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 

@@ -21,6 +21,7 @@ LAYERS = [
     ("attention",),
     ("tune", "varlen"),
     ("evaluation",),
+    ("plugins",),
     ("cli",),
     ("__init__", "__main__"),
 ]

@@ -51,8 +51,9 @@ def test_a_scale_for_each_token_of_k_costs_little(name):
 
 
 TARGETS = ["sm_80", "sm_89", "sm_90", "sm_100"]
+LIKELY = {"int8-fp8": 4, "fp8": 4, "fp8-rotated": 4, "kv-int4": 4, "fireq": 4, "int4": 1}  # on sm_90, where it is not the first
 HERE = [
-    pytest.param(target, name, marks=[] if target == "sm_90" or number % 5 == place else pytest.mark.slow)
+    pytest.param(target, name, marks=[] if target == "sm_90" or number % 8 == place else pytest.mark.slow)
     for place, target in enumerate(TARGETS)
     for number, name in enumerate(preset_names())
 ]
@@ -66,7 +67,9 @@ def test_a_preset_has_a_candidate_that_fits_and_spills_nothing(target, name):
     except tq.UnsupportedError as error:
         assert target == "sm_80" and "fp8" in str(error)
         return
-    found = (each.resources for each in kernel.candidates())
+    candidates = kernel.candidates()
+    likely = candidates.pop(LIKELY.get(name, 0))
+    found = (each.resources for each in (likely, *candidates))
     assert any(resources.fits and resources.spill_bytes == 0 for resources in found)
 
 

@@ -1,10 +1,13 @@
 """The command line. One file, one command."""
 
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from tokquant.cli import cache, calibrate, compare, compile, doctor, run, schemes, show, tune
+from tokquant.plugins import load
 
 app = typer.Typer(
     name="tokquant",
@@ -14,6 +17,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def plugins(
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option("--plugin", envvar="TOKQUANT_PLUGINS", help="A Python file that registers precisions; repeat for more."),
+    ] = None,
+) -> None:
+    """Load what the user brings before a command runs."""
+    for path in plugin or []:
+        load(path)
+
+
 for _module in (run, compare, schemes, show, compile, tune, calibrate, doctor):
     app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
 app.add_typer(cache.app, name="cache")

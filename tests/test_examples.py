@@ -1,0 +1,67 @@
+"""What lies in examples/ works: a precision in one file gets a kernel, the command line, and the registry's tests."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tokquant import plugins
+
+ROOT = Path(__file__).parent.parent
+PLUGIN, SCHEME = ROOT / "examples" / "powers_of_two.py", ROOT / "examples" / "powers_of_two.yaml"
+
+
+def ran(*command, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+COMMANDS = {
+    "run": ["run", "--scheme", str(SCHEME), "--repeats", "1"],
+    "compare": ["compare", "int8-fp16", str(SCHEME), "--repeats", "1"],
+    "show": ["show", str(SCHEME)],
+    "schemes": ["schemes", str(SCHEME)],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_commands_take_a_precision_from_a_file(command):
+    result = ran("tokquant", "--plugin", str(PLUGIN), *command)
+    assert result.returncode == 0, result.stderr
+    assert "pot4" in result.stdout or "powers-of-two" in result.stdout
+
+
+def test_a_scheme_of_an_unknown_precision_says_so():
+    result = ran("tokquant", "run", "--scheme", str(SCHEME))
+    assert result.returncode == 2 and "no precision 'pot4'" in result.stderr
+
+
+@pytest.mark.compiled
+def test_its_kernel_compiles_to_integer_products():
+    result = ran("tokquant", "--plugin", str(PLUGIN), "compile", str(SCHEME), "--head-dim", "64")
+    assert result.returncode == 0 and "IGMMA" in result.stdout, result.stderr
+
+
+def test_tests_over_the_registry_cover_it_by_its_being_named():
+    result = ran("pytest", "-q", "tests/precisions", "-k", "pot4", TOKQUANT_PLUGINS=str(PLUGIN))
+    assert result.returncode == 0, result.stdout
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 8
+
+
+@pytest.mark.parametrize(("text", "message"), [("1 / 0", "failed: ZeroDivisionError"), (None, "is not a Python file")])
+def test_a_plugin_that_cannot_be_run_is_named(tmp_path, text, message):
+    path = tmp_path / "mine.py"
+    if text:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=rf"plugin: {re.escape(str(path))} {message}"):
+        plugins.load(path)
+
+
+def test_the_readme_shows_the_example_as_it_is():
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = PLUGIN.read_text().partition('"""\n\n')[2]
+    assert code in shown

@@ -1,0 +1,24 @@
+"""Python files that register precisions of a user's own."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def load(path: Path) -> None:
+    """Run a Python file, which registers what it defines (see docs/precisions.md).
+
+    Raises ValueError that names the file where it cannot be read or run. It is code: load what you trust.
+    """
+    name = f"tokquant_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ValueError(f"plugin: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Triton reads the source of fragments through their module
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ValueError(f"plugin: {path} failed: {type(error).__name__}: {error}") from error
