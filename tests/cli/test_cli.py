@@ -200,6 +200,33 @@ def test_compile_reports_what_a_kernel_takes(tokquant):
     assert code == 0 and "instructions a score" in out and "HGMMA" in out
 
 
+@pytest.mark.compiled
+def test_candidates_are_compared_best_first(tokquant):
+    code, out, _ = tokquant("compile", "int8-fast", "--head-dim", "64", "--candidates", "--json")
+    found = json.loads(out)
+    assert code == 0 and len(found) >= 4
+    rates = [each["prediction"]["serial_tops"] for each in found if not each["why_not"]]
+    assert rates == sorted(rates, reverse=True) and all(0 < each["prediction"]["share"] < 1 for each in found)
+    code, out, _ = tokquant("compile", "int8-fast", "--head-dim", "64", "--candidates")
+    assert code == 0 and "taken without tuning" in out
+
+
+def test_the_cache_lists_moves_and_clears_entries(tokquant, tmp_path):
+    from tokquant.kernels import tuned
+
+    key = tuned.Key(kernel="attention_a_0123", device="NVIDIA H200", triton="3.9.0", batch_heads=32, n_q=1024, n_k=1024)
+    tuned.record(tuned.Entry(key=key, config=tuned.Config(128, 128, 8, 2), ms=0.5, default_ms=None))
+    code, out, _ = tokquant("cache", "list", "--json")
+    assert code == 0 and json.loads(out)[0]["key"]["device"] == "NVIDIA H200"
+    assert "128 x 128, 8 warps" in tokquant("cache", "list")[1]
+    file = str(tmp_path / "entries.json")
+    assert json.loads(tokquant("cache", "export", file, "--json")[1])["written"] == 1
+    assert json.loads(tokquant("cache", "clear", "--json")[1])["removed"] == 1
+    assert json.loads(tokquant("cache", "list", "--json")[1]) == []
+    assert json.loads(tokquant("cache", "import", file, "--json")[1])["imported"] == 1
+    assert len(json.loads(tokquant("cache", "list", "--json")[1])) == 1
+
+
 def test_doctor_says_what_runs_here(tokquant):
     code, out, _ = tokquant("doctor", "--json")
     report = json.loads(out)
@@ -222,6 +249,12 @@ def test_doctor_says_what_runs_here(tokquant):
         (("compile", "fp8", "--target", "sm_80"), "sm_80 has no fp8"),
         (("show", "--dtype", "fp61"), "--dtype: 'fp61' is none; use fp16, bf16, fp32"),
         (("schemes", "kv-int5"), "did you mean 'kv-int"),
+        (("tune", "int8"), "tune: needs a GPU, and q is on cpu; `tokquant compile SCHEME --candidates`"),
+        (("tune", "int9"), "no preset 'int9'"),
+        (("compile", "int8", "--target", "sm90"), "target: 'sm90' is none.*did you mean 'sm_90'"),
+        (("cache", "import", "none.json"), "none.json: No such file|No such file.*none.json"),
+        (("cache", "import", __file__), "not a list of tuning entries"),
+        (("--plugin", "none.py", "doctor"), "plugin: none.py is not a Python file"),
         (("calibrate", "-s", "int8", "-o", "x"), "no static part to calibrate"),
         (("calibrate", "-s", "kv-fp8", "-o", "/nonexistent/x"), "--output: there is no folder /nonexistent"),
         (("compare", "int8", "fp9"), "no preset 'fp9'"),
@@ -237,7 +270,7 @@ def test_what_the_user_got_wrong_is_one_message(words, message, tokquant):
     assert re.search(message, err), err
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "schemes", "show", "compile", "calibrate", "doctor"])
+@pytest.mark.parametrize("command", ["run", "compare", "schemes", "show", "compile", "tune", "calibrate", "doctor"])
 def test_every_command_explains_itself_and_takes_json(command, tokquant):
     code, out, _ = tokquant(command, "--help")
     assert code == 0 and "--json" in out and len(out.splitlines()) > 8
