@@ -9,7 +9,8 @@ import torch
 from tokquant.errors import UnsupportedError, quote
 from tokquant.kernels import generate, launch, targets
 from tokquant.kernels.candidates import Config
-from tokquant.kernels.plan import FLOAT_NAMES, Plan, Wanted, plan, takes_tokens_last
+from tokquant.kernels.plan import Plan, Wanted, plan
+from tokquant.kernels.products import FLOAT_NAMES, takes_tokens_last
 from tokquant.kernels.resources import Resources, measure
 from tokquant.kernels.roofline import Prediction, predict
 from tokquant.kernels.targets import Target

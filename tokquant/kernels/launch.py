@@ -11,7 +11,8 @@ from tokquant.bias import Alibi, Bias, Dense, KeyVector, LowRank
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import generate, targets, tuned
 from tokquant.kernels.candidates import Config
-from tokquant.kernels.plan import Plan, Wanted, plan, takes_tokens_last
+from tokquant.kernels.plan import Plan, Wanted, plan
+from tokquant.kernels.products import takes_tokens_last
 from tokquant.kernels.triton.operands import Features as Arguments
 from tokquant.kernels.triton.operands import Operand, Rows
 from tokquant.reference import Features

@@ -12,21 +12,12 @@ from tokquant.bias.factors import block_of
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import targets
 from tokquant.kernels.candidates import Config, candidates
+from tokquant.kernels.products import FLOAT_NAMES, TRITON_TYPES, UNITS, product_types, via
 from tokquant.kernels.triton import fragments
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.placement import Place, lowers_logits, needs_code_sums, place
 
-TRITON_TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
-FLOAT_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 WHOLE = 2**30  # a group that every token is in
-
-
-UNITS = {
-    "tl.int8": "int8 tensor cores, exact 32-bit sums within a tile",
-    "tl.float8e4nv": "fp8 tensor cores",
-    "tl.float8e5": "fp8 tensor cores",
-    "tl.float32": "float32, IEEE",
-}
 PLACES: dict[Place, tuple[str, str]] = {
     "none": ("none", "the values are stored as they are"),
     "scores": ("on the scores", "it does not vary along the channels that Q K^T sums over"),
@@ -117,7 +108,7 @@ def plan(
     `target` decides how the kernel is launched, and which of two equal fragments decodes.
     """
     _refuse(scheme, head_dim, wanted)
-    types = {**_product_types(scheme, "qk", dtype), **_product_types(scheme, "pv", dtype)}
+    types = {**product_types(scheme, "qk", dtype), **product_types(scheme, "pv", dtype)}
     q, k, v, p = scheme.q, scheme.k, scheme.v, scheme.p.format
     at = {role: place(getattr(scheme, role)) for role in "qkv"}
     padded = max(32, 1 << (head_dim - 1).bit_length())
@@ -185,7 +176,7 @@ def plan(
             f"{role.upper()}_GROUP": tokens,
             f"{role.upper()}_CHANNELS": channels,
             f"{role.upper()}_TYPE": types[role],
-            f"{role.upper()}_VIA": _via(operand, types[role]),
+            f"{role.upper()}_VIA": via(operand, types[role]),
             f"{role.upper()}_HALF": 0 if operand.symmetric else 2 ** (operand.format.bits - 1),
             f"{role.upper()}_GROUPS": at[role] in ("scores", "operand", "tile", "output"),
             f"{role.upper()}_SCALED": at[role] == "scores",
@@ -232,12 +223,6 @@ def plan(
     return made
 
 
-def takes_tokens_last(scheme: QuantScheme, dtype: torch.dtype) -> bool:
-    """Whether kernels take V with its tokens side by side: 8-bit tensor cores want the contracted dimension contiguous."""
-    kind = _product_types(scheme, "pv", dtype)["v"]
-    return scheme.v.format.bits <= 8 and (kind == "tl.int8" or (scheme.v.format.packed == 1 and "float8" in kind))
-
-
 def _key_tiles(scheme: QuantScheme, wide: bool) -> tuple[int, ...]:
     """Tiles of keys that leave results what they are, or within P's rounding: `row_block` and stored sums fix theirs."""
     tile = scheme.key_tile
@@ -277,42 +262,6 @@ def _refuse(scheme: QuantScheme, head_dim: int, wanted: Wanted) -> None:
         )
 
 
-def _product_types(scheme: QuantScheme, roles: str, dtype: torch.dtype) -> dict[str, str]:
-    """What two operands are multiplied as: integers, fp8, float32, or else a 16-bit type."""
-    first, second = (getattr(scheme, role).format for role in roles)
-    if roles == "pv" and first.code_zero and not needs_code_sums(scheme):
-        raise UnsupportedError(
-            f"scheme {scheme.name!r}: P of {first.name} needs an integer V in a kernel; use p: int8, or backend='reference'"
-        )
-    if any(role != "p" and place(getattr(scheme, role)) == "operand" for role in roles):
-        # decoded values are of the input's own type
-        return dict.fromkeys(roles, TRITON_TYPES[dtype] if "fp32" not in (first.name, second.name) else "tl.float32")
-    if "fp32" in (first.name, second.name):
-        return dict.fromkeys(roles, "tl.float32")
-    if first.compute == second.compute == "tl.int8":
-        return dict.fromkeys(roles, "tl.int8")
-    if fp8 := _fp8_types(first, second):
-        return dict(zip(roles, fp8, strict=True))
-    if dtype != torch.float32:
-        return dict.fromkeys(roles, TRITON_TYPES[dtype])
-    named = [TRITON_TYPES[x.stored] for x in (first, second) if x.stored in TRITON_TYPES]
-    return dict.fromkeys(roles, named[0] if named else "tl.float16")
-
-
-def _fp8_types(first: precisions.Precision, second: precisions.Precision) -> tuple[str, str] | None:
-    """fp8 with fp8, or with a precision whose every value fp8 holds, such as int4."""
-    wide = [x for x in (first, second) if x.compute.startswith("tl.float8") and x.bits == 8]
-    if not wide:
-        return None
-    types = []
-    for x in (first, second):
-        if x.compute.startswith("tl.float8"):
-            types.append(x.compute)
-        elif x.bits <= 8 and torch.equal(x.values(), x.values().to(wide[0].stored).float()):
-            types.append(wide[0].compute)
-    return (types[0], types[1]) if len(types) == 2 else None
-
-
 def _meet_in_planes(scheme: QuantScheme, padded: bool) -> bool:
     """Whether Q and K meet with their channels in the order that K's elements hold them: a sum does not care for order, and
     packed K then needs no shuffle. Q is loaded in that order, or packed alike."""
@@ -338,13 +287,6 @@ def _lay(precision: precisions.Precision, role: str, planes: bool, tokens_last: 
     if role == "v":
         return fragments.tokens_in_planes if tokens_last else fragments.side_by_side
     return fragments.in_planes if planes else fragments.side_by_side
-
-
-def _via(operand: Operand, product: str) -> str:
-    decoded = operand.format.compute
-    if place(operand) == "operand":
-        return decoded
-    return "tl.float16" if decoded == "tl.int8" and product.startswith("tl.float8") else product
 
 
 def _p_format(scheme: QuantScheme, dtype: torch.dtype) -> precisions.Precision:

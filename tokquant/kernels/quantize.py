@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tokquant.calibration.scales import LayerScales
 from tokquant.kernels import generate, launch, targets
-from tokquant.kernels.plan import WHOLE, takes_tokens_last
+from tokquant.kernels.plan import WHOLE
+from tokquant.kernels.products import takes_tokens_last
 from tokquant.kernels.quantize_plan import LONGEST, QuantizePlan, Task, in_one_tile, lacking, plan
 from tokquant.kernels.triton.operands import Coded, Source, Turned
 from tokquant.quantize import (

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 
 from tokquant import precisions
-from tokquant.kernels.plan import FLOAT_NAMES, TRITON_TYPES, WHOLE
+from tokquant.kernels.plan import WHOLE
+from tokquant.kernels.products import FLOAT_NAMES, TRITON_TYPES
 from tokquant.kernels.targets import Target
 from tokquant.kernels.triton import scales
 from tokquant.schemes import Operand

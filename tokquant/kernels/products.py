@@ -1,0 +1,67 @@
+"""Which unit multiplies: the types that Q and K, P and V meet in, and what follows for how V lies in memory."""
+
+import torch
+
+from tokquant import precisions
+from tokquant.errors import UnsupportedError
+from tokquant.schemes import Operand, QuantScheme
+from tokquant.schemes.placement import needs_code_sums, place
+
+TRITON_TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
+FLOAT_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+UNITS = {
+    "tl.int8": "int8 tensor cores, exact 32-bit sums within a tile",
+    "tl.float8e4nv": "fp8 tensor cores",
+    "tl.float8e5": "fp8 tensor cores",
+    "tl.float32": "float32, IEEE",
+}
+
+
+def product_types(scheme: QuantScheme, roles: str, dtype: torch.dtype) -> dict[str, str]:
+    """What two operands are multiplied as: integers, fp8, float32, or else a 16-bit type."""
+    first, second = (getattr(scheme, role).format for role in roles)
+    if roles == "pv" and first.code_zero and not needs_code_sums(scheme):
+        raise UnsupportedError(
+            f"scheme {scheme.name!r}: P of {first.name} needs an integer V in a kernel; use p: int8, or backend='reference'"
+        )
+    if any(role != "p" and place(getattr(scheme, role)) == "operand" for role in roles):
+        # decoded values are of the input's own type
+        return dict.fromkeys(roles, TRITON_TYPES[dtype] if "fp32" not in (first.name, second.name) else "tl.float32")
+    if "fp32" in (first.name, second.name):
+        return dict.fromkeys(roles, "tl.float32")
+    if first.compute == second.compute == "tl.int8":
+        return dict.fromkeys(roles, "tl.int8")
+    if fp8 := fp8_types(first, second):
+        return dict(zip(roles, fp8, strict=True))
+    if dtype != torch.float32:
+        return dict.fromkeys(roles, TRITON_TYPES[dtype])
+    named = [TRITON_TYPES[x.stored] for x in (first, second) if x.stored in TRITON_TYPES]
+    return dict.fromkeys(roles, named[0] if named else "tl.float16")
+
+
+def fp8_types(first: precisions.Precision, second: precisions.Precision) -> tuple[str, str] | None:
+    """fp8 with fp8, or with a precision whose every value fp8 holds, such as int4."""
+    wide = [x for x in (first, second) if x.compute.startswith("tl.float8") and x.bits == 8]
+    if not wide:
+        return None
+    types = []
+    for x in (first, second):
+        if x.compute.startswith("tl.float8"):
+            types.append(x.compute)
+        elif x.bits <= 8 and torch.equal(x.values(), x.values().to(wide[0].stored).float()):
+            types.append(wide[0].compute)
+    return (types[0], types[1]) if len(types) == 2 else None
+
+
+def takes_tokens_last(scheme: QuantScheme, dtype: torch.dtype) -> bool:
+    """Whether kernels take V with its tokens side by side: 8-bit tensor cores want the contracted dimension contiguous."""
+    kind = product_types(scheme, "pv", dtype)["v"]
+    return scheme.v.format.bits <= 8 and (kind == "tl.int8" or (scheme.v.format.packed == 1 and "float8" in kind))
+
+
+def via(operand: Operand, product: str) -> str:
+    decoded = operand.format.compute
+    if place(operand) == "operand":
+        return decoded
+    return "tl.float16" if decoded == "tl.int8" and product.startswith("tl.float8") else product
