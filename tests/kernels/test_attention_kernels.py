@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from factories import CASES, bounds, exact_operands, qkv, scheme
+from factories import CASES, bounds, exact_operands, pairwise, qkv, scheme
 
 import tokquant as tq
 from tokquant import reference
@@ -99,6 +99,38 @@ def test_whole_tiles_and_edges_meet_at_every_length(n_q, n_k, given):
     q, k, v = qkv(n_q, n_k, 32, 1)
     out = tq.attention(q, k, v, "int8-fp16", backend="triton", **given)
     assert torch.allclose(out, tq.attention(q, k, v, "int8-fp16", backend="reference", **given), atol=1e-3)
+
+
+# the axes of FlashAttention's own tests, every two of whose values meet
+LENGTHS = [(1, 1), (1, 239), (3, 799), (127, 512), (113, 203), (128, 217), (108, 256), (256, 512), (512, 256), (1023, 1024)]
+AXES = pairwise(
+    lengths=LENGTHS,
+    name=["int8", "int8-fast", "int8-fp16", "int8-fp8", "int-flash", "fp8", "kv-int8", "kv-int4", "int4", "none"],
+    head_dim=[32, 40, 59, 64, 96, 111, 128, 160, 192, 256],
+    heads=[(2, 2), (6, 2), (4, 1)],
+    given=[{}, dict(causal=True), dict(window=(64, 64)), dict(causal=True, softcap=15.0)],
+    dtype=[torch.float16, torch.float32],
+)
+AXES = [
+    pytest.param(
+        *row, id=f"{row[1]}, {row[0][0]} by {row[0][1]}, head_dim {row[2]}, heads {row[3]}, {row[4] or 'full'}, {row[5]}",
+        marks=[] if number % 3 == 0 else pytest.mark.slow,
+    )
+    for number, row in enumerate(AXES)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lengths", "name", "head_dim", "heads", "given", "dtype"), AXES)
+def test_kernels_over_the_axes_of_flash_attention(lengths, name, head_dim, heads, given, dtype):
+    s = preset(name)
+    operands = tq.quantize(*qkv(*lengths, head_dim, *heads, dtype=dtype), s, backend="triton")
+    out, lse = tq.attention(*operands, s, return_lse=True, backend="triton", **given)
+    expected, expected_lse = tq.attention(*operands, s, return_lse=True, backend="reference", **given)
+    reach = operands[2].dequantize().abs().max()
+    step = 2**-3 if s.p.precision.startswith("fp8") else 1 / (s.p.format.largest or 512)
+    assert (out - expected).abs().max() <= step * reach
+    assert (out.float() - expected.float()).abs().mean() <= 3e-4 * reach
+    assert torch.allclose(lse, expected_lse, atol=3e-5 if s.normalizer == "exact" else 2e-2, rtol=1e-5)
 
 
 @triton.jit
