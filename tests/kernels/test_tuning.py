@@ -1,6 +1,7 @@
 """Tuning: candidates are read before they are timed, and every one of them computes the same."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from factories import qkv, scheme
 import tokquant as tq
 from tokquant.inputs import features_of
 from tokquant.kernels import launch, targets, tuning
+from tokquant.kernels.candidates import Config
 from tokquant.kernels.plan import Wanted, plan
+from tokquant.kernels.resources import Resources
 from tokquant.kernels.tuning import Trial
 from tokquant.schemes import preset, preset_names
 
@@ -84,21 +87,45 @@ def test_tuning_checks_its_arguments_first():
         tq.tune(q, q, q, "int8", softcap=-1.0)
 
 
+class Read:
+    """A kernel whose machine code has been read."""
+
+    def __init__(self, number, *, spill_bytes=0, blocks=1, rate=900.0):
+        self.config = Config(64, 64, 4, number)
+        self.resources = Resources(
+            registers=255, spill_bytes=spill_bytes, shared_bytes=9999, blocks_per_multiprocessor=blocks,
+            instructions_per_score=20.0, loop={}, tensor_core={},
+        )  # fmt: skip
+        self.prediction = SimpleNamespace(serial_tops=rate)
+
+
+def whys(*kernels):
+    return [trial.why for trial in tuning.prune(kernels)]
+
+
+def test_what_does_not_fit_spills_or_is_far_slower_is_not_timed():
+    found = whys(Read(1), Read(2, blocks=0, rate=9e9), Read(3, spill_bytes=200), Read(4, rate=500.0), Read(5, rate=600.0))
+    assert [bool(why) for why in found] == [False, True, True, True, False]
+    assert "no block fits" in found[1] and "spills 200 bytes" in found[2] and "20.0 instructions a score" in found[3]
+
+
+def test_the_first_is_timed_unless_it_cannot_run_and_where_all_spill_those_that_do_least():
+    assert whys(Read(1, spill_bytes=500), Read(2)) == ["", ""]
+    assert [bool(why) for why in whys(Read(1, blocks=0), Read(2))] == [True, False]
+    assert [bool(why) for why in whys(Read(1, spill_bytes=400), Read(2, spill_bytes=300), Read(3, spill_bytes=301))] == [
+        False,
+        False,
+        True,
+    ]
+
+
 @pytest.mark.compiled
-def test_candidates_that_do_not_fit_or_have_far_more_instructions_are_not_timed():
-    kernel = tq.compile("int8-fp8", head_dim=128, target="sm_90")
+def test_pruning_reads_machine_code():
+    kernel = tq.compile("int8-fast", head_dim=64, target="sm_90")
     trials = tuning.prune(kernel.candidates())
-    assert [trial.config for trial in trials] == list(kernel.plan.candidates)
-    assert trials[0].why == "" or not kernel.resources.fits
-    found = {trial.config: kernel_.resources for trial, kernel_ in zip(trials, kernel.candidates(), strict=True)}
-    for trial in trials:
-        resources = found[trial.config]
-        if not resources.fits:
-            assert "no block fits" in trial.why
-        elif trial.why == "" and trial.config != kernel.config:
-            assert resources.spill_bytes <= tuning.STACK_BYTES
-    assert any("others have far fewer" in trial.why for trial in trials)
-    assert any(trial.why == "" for trial in trials)
+    assert [trial.config for trial in trials] == list(kernel.plan.candidates) and trials[0].why == ""
+    for trial, each in zip(trials, kernel.candidates(), strict=True):
+        assert trial.why or (each.resources.fits and each.resources.spill_bytes <= tuning.STACK_BYTES)
 
 
 @pytest.mark.compiled
