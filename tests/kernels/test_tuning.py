@@ -17,18 +17,18 @@ from tokquant.kernels.tuning import Trial
 from tokquant.schemes import preset, preset_names
 
 
-def prepared(name, n=300):
+def prepared(name, n=200):
     s = preset(name)
     operands = tq.quantize(*qkv(n, n, 64, 2), s, backend="triton")
     return launch.prepare(*operands, s, features_of(*operands[:2], causal=True), return_lse=True)
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-fast", "kv-int8", "int-flash", "fp8", "int8-fp16", "kv-int4-kivi", "none"])
-def test_every_candidate_computes_the_same_but_for_codes_of_p_beside_a_tie(name):
+def test_candidates_compute_the_same_but_for_codes_of_p_beside_a_tie(name):
     call, s = prepared(name), preset(name)
     step = 2**-3 if s.p.precision.startswith("fp8") else 1 / (s.p.format.largest or 512)
     first = None
-    for config in call.plan.candidates:
+    for config in call.plan.candidates[::3]:
         call.out.fill_(float("nan"))
         out, lse = (x.clone() for x in replace(call, config=config).run())
         first = first or (out, lse)
