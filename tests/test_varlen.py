@@ -113,6 +113,7 @@ def test_a_batch_of_any_size_has_the_same_bits(name):
 
 WRONG = {
     "four dimensions": (dict(q=torch.randn(1, 144, 2, 32)), ValueError, r"q: shape \[1, 144, 2, 32\] has 4 dimensions"),
+    "a list": (dict(q=[1, 2]), TypeError, r"q: a list; give a torch.Tensor \[tokens, heads, head_dim\]"),
     "starts that are a list": (dict(cu_seqlens_q=[0, 144]), TypeError, "cu_seqlens_q: a list; give a torch.int32 tensor"),
     "starts of floats": (dict(cu_seqlens_k=torch.tensor([0.0, 177.0])), TypeError, "cu_seqlens_k: torch.float32"),
     "starts that end early": (dict(cu_seqlens_q=torch.tensor([0, 5, 5, 135, 143])), ValueError, "to the 144 tokens"),

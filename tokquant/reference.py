@@ -151,6 +151,9 @@ class _Emulation:
             self.q_scale = q.spread(q.scale).expand(-1, -1, q.shape[2], -1)
         self.k_scale, self.k_origin = _spread(k) if place(scheme.k) == "scores" else (None, None)
         self.v_scale, self.v_origin = _spread(v) if place(scheme.v) != "operand" else (None, None)
+        # where one origin serves all tokens, what it takes of them is the normalizer's own sum
+        self.v_origin_of_all = self.v_origin if place(scheme.v) == "output" else None
+        self.v_origin = None if place(scheme.v) == "output" else self.v_origin
         self.folded = place(scheme.v) == "p"
         # logits in base 2 come for free where nothing has to happen to natural ones
         added = features.mask is not None and features.mask.dtype != torch.bool
@@ -252,6 +255,8 @@ class _Emulation:
         if place(self.scheme.v) == "output":
             out = out * self._for_heads(self.v_scale)  # type: ignore[arg-type]
         out = out + zeros / total
+        if self.v_origin_of_all is not None:
+            out = out + self._for_heads(self.v_origin_of_all) * (l / total)
         if self.v.frame.rotated:
             out = hadamard(out)
         if self.v.offset is not None:

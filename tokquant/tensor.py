@@ -93,6 +93,13 @@ class QuantizedTensor:
             return None
         return torch.where(self.log2_weight.isfinite(), torch.exp2(-self.log2_weight), 0.0)
 
+    @cached_property
+    def origin_over_weight(self) -> Tensor | None:
+        """V per token: what P, as it was before it is rounded, is multiplied by for the origin's part."""
+        if self.origin is None or self.inverse_weight is None:
+            return None
+        return self.origin * self.inverse_weight
+
     def scaled_values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codes times scale plus zero, in the frame they were taken in: `[B, H, N, D]`."""
         values = self.code_values().to(dtype)

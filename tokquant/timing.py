@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-L2_BYTES = 2**28
-"""More than any GPU's cache: written before each run, so that none finds its tensors there, and long enough that the CPU has
+SCRATCH_BYTES = 2**29
+"""More than any GPU's cache: written before each run, so that none finds its tensors there, and for so long that the CPU has
 started what is timed before the GPU comes to it."""
 
 
@@ -31,12 +31,13 @@ def _on_cpu(function: Callable[[], Any]) -> float:
 
 
 def _on_gpu(device: torch.device) -> Callable[[Callable[[], Any]], float]:
-    scratch = torch.empty(L2_BYTES, dtype=torch.uint8, device=device)
+    scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def once(function: Callable[[], Any]) -> float:
         with torch.cuda.device(device):
-            scratch.zero_()
+            for value in (0, 1):
+                scratch.fill_(value)
             start.record()
             function()
             end.record()

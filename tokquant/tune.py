@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tokquant.attention import quantize
+from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError
 from tokquant.inputs import check_tensors, features_of
@@ -21,6 +22,7 @@ def tune(
     causal: bool = False,
     scale: float | None = None,
     mask: Tensor | None = None,
+    bias: Bias | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -32,13 +34,14 @@ def tune(
 
     Every candidate's machine code is read first; what spills, does not fit or has far more instructions than others is not
     timed. The rest runs in turn on the GPU, `repeats` times each, with a cold cache. The result lies in the cache folder
-    (`tokquant cache list`) and is found again by kernel, device, Triton and shape.
+    (`tokquant cache list`) and is found again by kernel, device, Triton and shape. Causality, masks, biases and so on each
+    make another kernel; sequences of their own lengths (`attention_varlen`) take what was found for a batch.
 
     Args are as for `attention`. Raises as it does; UnsupportedError where there is no GPU.
     """
     scheme = resolve(scheme)
     check_tensors(q, k, v)
-    features = features_of(q, k, causal=causal, scale=scale, mask=mask, window=window, softcap=softcap, sinks=sinks)
+    features = features_of(q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     if q.device.type != "cuda":
         raise UnsupportedError(
             f"tune: needs a GPU, and q is on {q.device}; `tokquant compile SCHEME --candidates` compares launches without one"

@@ -49,15 +49,17 @@ def attention_varlen(
         The rest is as for `attention`. There is no mask: give each sequence to `attention` where one is needed.
 
     Returns: `[T_q, H_q, D]` in q's type; with `return_lse` also `[T_q, H_q]` float32. Each sequence's result is that of
-    `attention` on it alone, bit for bit where both are `deterministic`.
+    `attention` on it alone.
 
     Raises: as `attention`.
     """
     scheme = resolve(scheme)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if isinstance(x, Tensor) and x.ndim != 3:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: a {type(x).__name__}; give a torch.Tensor [tokens, heads, head_dim]")
+        if x.ndim != 3:
             raise ValueError(f"{name}: shape {list(x.shape)} has {x.ndim} dimensions; give [tokens, heads, head_dim]")
-    whole = [x.transpose(0, 1)[None] if isinstance(x, Tensor) else x for x in (q, k, v)]
+    whole = [x.transpose(0, 1)[None] for x in (q, k, v)]
     check_tensors(*whole)
     check_scales(scheme, scales)
     starts_q = _starts("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)

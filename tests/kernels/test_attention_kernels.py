@@ -167,6 +167,40 @@ def test_extreme_logits_stay_finite_and_right(s):
     assert (out - expected).abs().max() <= 0.02 * v.abs().max()
 
 
+@pytest.mark.parametrize("name", ["none", "int8-fp16", "kv-fp8", "int-flash-half"])
+def test_a_tile_of_keys_at_minus_infinity_is_none_of_the_others_concern(name):
+    s = scheme("fp16", "fp16", "fp16", "fp16") if name == "kv-fp8" else preset(name)
+    q, k, v = torch.full((1, 1, 20, 32), 10.0), torch.randn(1, 1, 300, 32), torch.randn(1, 1, 300, 32)
+    if s.k.scaled:
+        k[:, :, :128] *= 1e-3
+    else:
+        k[:, :, :128, 0] = -torch.inf
+    out, expected = (tq.attention(q, k, v, s, backend=backend) for backend in ("triton", "reference"))
+    assert bool(out.isfinite().all()) and (out - expected).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("p", ["int8 row_block:32", "uint8 row_block:32", "int8"])
+@pytest.mark.parametrize("v", ["int2", "int2 channel_block:32", "int2 head", "int4 block:32"])
+def test_packed_values_in_tiles_smaller_than_their_groups_are_read_right(p, v):
+    s = scheme("int8", "int8", v, p)
+    q, k, values = qkv(20, 150, 64, 2)
+    operands = tq.quantize(q, k, values, s, backend="triton")
+    out, expected = (tq.attention(*operands, s, backend=backend) for backend in ("triton", "reference"))
+    assert (out - expected).abs().mean() < 1e-4
+
+
+def test_a_batch_beyond_a_launch_is_refused():
+    call = launch.Call(None, None, (), (70000, 1, 16), torch.empty(0), None, torch.float16)
+    with pytest.raises(tq.UnsupportedError, match="batch 70000 and 1 heads; a launch takes at most 65535"):
+        _ = call.grid
+
+
+def test_codes_whose_rows_lie_far_apart_are_copied():
+    x = torch.empty(1).as_strided((1, 1, 1, 1), (1, 1, 2**23, 1)).expand(1, 1, 3, 1)
+    far = torch.zeros(2**23 + 8)[: 2**23 + 8].as_strided((1, 1, 2, 4), (0, 0, 2**23, 1))
+    assert launch._rows(far).stride(2) == 4 and launch._rows(x).shape == x.shape
+
+
 def test_rows_with_nothing_to_attend_are_zero_with_lse_minus_infinity():
     q, k, v = torch.randn(1, 1, 200, 64), torch.randn(1, 1, 70, 64), torch.randn(1, 1, 70, 64) + 5
     out, lse = tq.attention(q, k, v, "int8", causal=True, return_lse=True, backend="triton")

@@ -56,6 +56,12 @@ def test_of_several_shapes_the_nearest_is_taken():
     assert tuned.nearest(PLAN, key(n_q=32768, n_k=32768)) == far
 
 
+def test_a_shape_far_from_all_that_were_tuned_takes_the_plans_own():
+    tuned.record(entry(batch_heads=1, n_q=1, n_k=128))
+    assert tuned.nearest(PLAN, key(n_q=65536, n_k=65536)) == PLAN.config
+    assert tuned.nearest(PLAN, key(batch_heads=1, n_q=2, n_k=256)) == OTHER
+
+
 def test_the_same_key_is_replaced():
     paths = {tuned.record(entry(config)) for config in PLAN.candidates[:3]}
     assert len(paths) == 1 and tuned.nearest(PLAN, key()) == PLAN.candidates[2]
@@ -193,7 +199,7 @@ def test_the_cpu_takes_what_is_taken_without_tuning():
     assert tuned.choose(PLAN, torch.device("cpu"), 32, 4096, 4096) == PLAN.config
 
 
-def test_a_gpu_takes_what_was_recorded_for_its_name_and_shape(monkeypatch):
+def test_a_gpu_takes_what_was_recorded_for_its_name_and_shape(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(tuned, "_triton", lambda: "3.9.0")
     tuned._choose.cache_clear()
@@ -201,4 +207,6 @@ def test_a_gpu_takes_what_was_recorded_for_its_name_and_shape(monkeypatch):
     assert tuned.choose(PLAN, device, 32, 4000, 3000) == PLAN.config
     tuned.record(entry())
     assert tuned.choose(PLAN, device, 32, 4000, 3000) == OTHER, "a recording is seen at once"
+    monkeypatch.setenv("TOKQUANT_CACHE_DIR", str(tmp_path))
+    assert tuned.choose(PLAN, device, 32, 4000, 3000) == PLAN.config, "and another folder too"
     tuned._choose.cache_clear()

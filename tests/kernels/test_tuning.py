@@ -87,6 +87,20 @@ def test_tuning_checks_its_arguments_first():
         tq.tune(q, q, q, "int8", softcap=-1.0)
 
 
+def test_a_candidate_that_the_driver_refuses_is_passed_over(monkeypatch):
+    call = prepared("int8-fast", 40)
+    run, refused = launch.Call.run, call.plan.candidates[1]
+
+    def sometimes(self):
+        if self.config == refused:
+            raise RuntimeError
+        return run(self)
+
+    monkeypatch.setattr(launch.Call, "run", sometimes)
+    timed = tuning.time(call, [Trial(config, None) for config in call.plan.candidates[:2]], repeats=1)
+    assert timed[0].ms is not None and timed[1] == Trial(refused, None, "does not run: RuntimeError")
+
+
 class Read:
     """A kernel whose machine code has been read."""
 
@@ -117,6 +131,22 @@ def test_the_first_is_timed_unless_it_cannot_run_and_where_all_spill_those_that_
         False,
         True,
     ]
+
+
+LAUNCHED = [
+    ("int8-fp16", 256, {}),
+    ("int8", 256, {}),
+    ("int8-fp16", 128, {"bias": "lowrank", "bias_rank": 64}),
+    ("kv-int4-kivi", 128, {}),
+]
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("target", ["sm_86", "sm_120"])
+@pytest.mark.parametrize(("name", "head_dim", "given"), LAUNCHED)
+def test_what_is_taken_without_tuning_fits_small_gpus(name, head_dim, given, target):
+    kernel = tq.compile(name, head_dim=head_dim, target=target, dtype=torch.bfloat16, **given)
+    assert kernel.compiled.metadata.shared <= targets.get(target).shared_bytes - 1024
 
 
 @pytest.mark.compiled

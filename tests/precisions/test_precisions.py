@@ -281,3 +281,15 @@ def test_a_precision_registered_elsewhere_is_taken_by_schemes_quantized_and_run(
 def test_a_registered_precision_is_refused_where_it_has_no_role(five):
     with pytest.raises(tokquant.SchemeError, match=r"q\.precision: Q cannot be five; use one of"):
         tokquant.QuantScheme(**{role: {"precision": "five"} for role in "qkv"}, p={"precision": "fp32"})
+
+
+def test_what_takes_anothers_place_is_in_the_next_kernel(five):
+    from tokquant.kernels.plan import plan
+
+    coded = {"precision": "five"}
+    scheme = tokquant.QuantScheme(q={"precision": "fp16"}, k=coded, v=coded, p={"precision": "fp16"})
+    before = plan(scheme, head_dim=64, dtype=torch.float16)
+    register(replace(five, largest=2.0, triton_decode=PRECISIONS["int8"].triton_decode), replace=True)
+    assert dict(before.holes)["decode_k"] is five.triton_decode
+    after = plan(scheme, head_dim=64, dtype=torch.float16)
+    assert dict(after.holes)["decode_k"] is PRECISIONS["int8"].triton_decode

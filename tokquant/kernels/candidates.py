@@ -32,12 +32,20 @@ MASKED = ((64, 8, 1), (64, 4, 1), (32, 4, 1))
 SMALL = ((128, 4, 2), (128, 4, 3), (128, 8, 2), (64, 4, 2), (64, 4, 3), (32, 4, 2))
 MIDDLE = ((128, 8, 2), (128, 8, 3), (64, 4, 2), (64, 4, 3), (64, 8, 2), (32, 4, 2))
 CROWDED = ((64, 4, 2), (64, 4, 3), (128, 8, 2), (64, 8, 2), (32, 4, 2))
-LARGE = ((64, 4, 1), (64, 8, 1), (64, 8, 2), (128, 8, 1), (32, 4, 1))
+LARGE = ((64, 8, 1), (64, 8, 2), (64, 4, 1), (128, 8, 1), (32, 4, 1))
 WITHOUT_ASYNCHRONOUS_COPIES = ((128, 4, 1), (128, 8, 1), (64, 4, 1), (64, 4, 2), (32, 4, 1))
 
 
 def candidates(
-    *, key_tiles: tuple[int, ...], head_dim: int, wide: bool, masked: bool, biased: bool, crowded: bool, target: Target
+    *,
+    key_tiles: tuple[int, ...],
+    head_dim: int,
+    wide: bool,
+    masked: bool,
+    biased: bool,
+    crowded: bool,
+    bytes_of_tokens: tuple[int, int],
+    target: Target,
 ) -> tuple[Config, ...]:
     """Configurations for tiles of `head_dim` channels, a power of two.
 
@@ -45,7 +53,8 @@ def candidates(
         key_tiles: the tiles of keys that leave the numbers what they are, the first preferred.
         wide: whether a product is float32, whose tiles fill shared memory.
         masked: whether something is read for each pair, with as many pointers in a tile as scores.
-        biased: whether there is a bias of another kind, for which four warps have no registers left.
+        biased: whether there is a bias of another kind, or means to add, for which four warps have no registers left.
+        bytes_of_tokens: of shared memory, for a query and for a key with its value.
         crowded: whether keys have so many values of their own (scale, zero, weight) that these fill registers.
     """
     table: Table
@@ -61,4 +70,13 @@ def candidates(
         table = CROWDED
     else:
         table = MIDDLE if head_dim > 64 or biased else SMALL
-    return tuple(Config(block_m, block_n, warps, stages) for block_n in key_tiles for block_m, warps, stages in table)
+    every = [Config(block_m, block_n, warps, stages) for block_n in key_tiles for block_m, warps, stages in table]
+
+    def shared_bytes(config: Config) -> int:
+        # wgmma and tcgen05 keep all stages beside the one in use
+        stages = config.num_stages if target.name in ("sm_90", "sm_100") else max(1, config.num_stages - 1)
+        return config.block_m * bytes_of_tokens[0] + stages * config.block_n * bytes_of_tokens[1]
+
+    # an estimate from above; a kilobyte is the block's own
+    fitting = [config for config in every if shared_bytes(config) <= target.shared_bytes - 1024]
+    return tuple(fitting or sorted(every, key=shared_bytes)[:3])

@@ -86,8 +86,10 @@ class Call:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Blocks: of queries, heads, batch."""
+        """Blocks: of queries, heads, batch. Raises UnsupportedError for more than a launch takes."""
         b, heads, n_q = self.shape
+        if max(b, heads) > 65535:
+            raise UnsupportedError(f"q: batch {b} and {heads} heads; a launch takes at most 65535 of each, so split the call")
         return (-(-n_q // self.config.block_m), heads, b)
 
     @property
@@ -212,9 +214,7 @@ def _strided(name: str, x: Tensor, *dimensions: str) -> dict[str, Any]:
 def operand(x: QuantizedTensor) -> Operand:
     """A quantized tensor as a kernel takes it."""
     codes = _rows(x.codes)
-    origin = x.zero if place(x.spec) == "operand" else x.origin
-    if origin is not None and x.inverse_weight is not None:
-        origin = origin * x.inverse_weight
+    origin = x.zero if place(x.spec) == "operand" else x.origin if place(x.spec) != "p" else x.origin_over_weight
     scale, zero = (None if each is None else _rows(each) for each in (x.scale, origin))
     if scale is not None and zero is not None and scale.stride() != zero.stride():
         scale, zero = scale.contiguous(), zero.contiguous()
@@ -230,8 +230,8 @@ def operand(x: QuantizedTensor) -> Operand:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`x` with a contiguous last dimension."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """`x` with a contiguous last dimension, and rows so near one another that a tile's offsets fit 32 bits."""
+    return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(-2) < 2**22 else x.contiguous()
 
 
 def strides(x: Tensor | None) -> tuple[int | None, int | None, int | None]:

@@ -178,13 +178,14 @@ def plan(
             f"{role.upper()}_TYPE": types[role],
             f"{role.upper()}_VIA": via(operand, types[role]),
             f"{role.upper()}_HALF": 0 if operand.symmetric else 2 ** (operand.format.bits - 1),
-            f"{role.upper()}_GROUPS": at[role] in ("scores", "operand", "tile", "output"),
+            f"{role.upper()}_HAS_SCALE": at[role] in ("scores", "operand", "tile", "output"),
             f"{role.upper()}_SCALED": at[role] == "scores",
             f"{role.upper()}_DECODED": at[role] == "operand",
         }
     constants["P_TYPE"] = types["p"]
     if tokens_last:
         constants["V_PACKED"] = 1
+    constants["MAY_BE_EMPTY"] = types["q"] != "tl.int8"
     constants["JOINED"] = natural or any(constants[name] for name in ("BOOLEAN_MASK", "BLOCK_MEANS", "V_PER_TOKEN", "K_ZERO"))
     encoder = _p_format(scheme, dtype)
     wide = "tl.float32" in types.values()
@@ -209,18 +210,22 @@ def plan(
         products=(types["q"], types["k"], types["p"], types["v"]),
         places=tuple(at.items()),
         candidates=candidates(
-            key_tiles=_key_tiles(scheme, wide),
+            key_tiles=tuple(tile for tile in _key_tiles(scheme, wide) if not tokens_last or tile >= 16 * v.format.packed),
             head_dim=padded,
             wide=wide,
             masked=wanted.mask != "none" or wanted.bias == "dense",
-            biased=wanted.bias != "none",
+            biased=wanted.bias != "none" or q.smooth == "block_mean",
             crowded=at["v"] == "p",
+            bytes_of_tokens=_bytes_of_tokens(types, padded, constants),
             target=target,
         ),
     )
     if not interpreted:
         _refuse_on(target, made, scheme)
     return made
+
+
+precisions.base.WHEN_REPLACED.append(plan.cache_clear)
 
 
 def _key_tiles(scheme: QuantScheme, wide: bool) -> tuple[int, ...]:
@@ -234,6 +239,14 @@ def _key_tiles(scheme: QuantScheme, wide: bool) -> tuple[int, ...]:
     # P has no scale, so the tile matters to speed alone; those of float32 and of decoded operands fill registers
     decoded = "operand" in (place(scheme.k), place(scheme.v))
     return tuple(dict.fromkeys((quarter, half) if wide else (half, tile) if decoded else (tile, half)))
+
+
+def _bytes_of_tokens(types: dict[str, str], head_dim: int, constants: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of shared memory for a query, and for a key and its value, as the products take them."""
+    sizes = {"tl.int8": 1, "tl.float8e4nv": 1, "tl.float8e5": 1, "tl.float32": 4}
+    q, k, v = (head_dim * sizes.get(types[role], 2) for role in "qkv")
+    factors = 2 * constants["RANK_TILE"] if constants["LOWRANK"] else 0
+    return q + factors, k + v + factors
 
 
 def _refuse_on(target: targets.Target, plan: Plan, scheme: QuantScheme) -> None:

@@ -56,8 +56,11 @@ def fp8_types(first: precisions.Precision, second: precisions.Precision) -> tupl
 
 def takes_tokens_last(scheme: QuantScheme, dtype: torch.dtype) -> bool:
     """Whether kernels take V with its tokens side by side: 8-bit tensor cores want the contracted dimension contiguous."""
-    kind = product_types(scheme, "pv", dtype)["v"]
-    return scheme.v.format.bits <= 8 and (kind == "tl.int8" or (scheme.v.format.packed == 1 and "float8" in kind))
+    kind, v = product_types(scheme, "pv", dtype)["v"], scheme.v.format
+    if v.bits > 8 or 16 * v.packed > scheme.key_tile:
+        # elements would hold tokens of several tiles
+        return False
+    return kind == "tl.int8" or (v.packed == 1 and "float8" in kind)
 
 
 def via(operand: Operand, product: str) -> str:

@@ -129,7 +129,8 @@ class _Run:
         tokens_last: bool = False,
     ) -> QuantizedTensor:
         """`x` in `frame` and in codes. What `made` holds is filled too, with the help of what `given` holds."""
-        check_groups(spec, x)
+        if spec.scaled:
+            check_groups(spec, x)
         task = Task(
             spec=spec,
             head_dim=x.shape[3],

@@ -185,6 +185,9 @@ def plan(task: Task) -> QuantizePlan:
     )
 
 
+precisions.base.WHEN_REPLACED.append(plan.cache_clear)
+
+
 def _encode(precision: precisions.Precision, interpreted: bool) -> Any:
     return (interpreted and precision.triton_quantize_interpreted) or precision.triton_quantize
 

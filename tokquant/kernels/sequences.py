@@ -43,6 +43,8 @@ def attention(
     launch.check(q.device, features)
     wanted, given = launch.asked(features, return_lse)
     made = launch.planned(present[0], scheme, replace(wanted, varlen=True))
+    # its loop is that of a batch, and so is the launch that suits it
+    alike = launch.planned(present[0], scheme, wanted)
     (q_starts, k_starts), b, heads = starts, len(parts), q.shape[1]
     total_q, total_k = int(q_starts[-1]), int(k_starts[-1])
     out, lse = launch.outputs(q, (1, heads, total_q, q.shape[3]), return_lse)
@@ -53,7 +55,7 @@ def attention(
     longest_q, longest_k = (int(each.diff().max()) for each in starts)
     call = launch.Call(
         plan=made,
-        config=made.config if deterministic else tuned.choose(made, q.device, b * heads, longest_q, longest_k),
+        config=made.config if deterministic else tuned.choose(alike, q.device, b * heads, longest_q, longest_k),
         operands=(
             *operands,
             Rows(out, 0, *out.stride()[1:3]),

@@ -19,7 +19,7 @@ class Target:
     lanes: int = 32
     """Threads of a warp."""
     registers: int = 65536
-    """32-bit registers of a multiprocessor, or of a SIMD's lanes where `backend` is hip."""
+    """32-bit registers of a multiprocessor."""
     shared_bytes: int
     """Shared memory of a multiprocessor, all of which one block may take but for a kilobyte."""
     warps: int
@@ -87,7 +87,10 @@ def get(name: object) -> Target:
 
 
 def of(device: torch.device) -> Target:
-    """The target of a device's GPU, or the nearest older one that is known; the default where there is no GPU."""
+    """The target of a device's GPU, or the nearest older one that is known; the default where there is no GPU.
+
+    Every GPU of AMD counts as the one that is known.
+    """
     if device.type != "cuda":
         return DEFAULT
     if torch.version.hip is not None:

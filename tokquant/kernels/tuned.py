@@ -18,6 +18,9 @@ from tokquant.kernels.plan import Plan
 SHIPPED = Path(__file__).parent / "shipped"
 """Entries for known devices, as `tokquant cache export` writes them, one file a device."""
 
+NEAR = 4
+"""Doublings between the shape of a call and that of an entry, all sizes together, up to which the entry is taken."""
+
 LARGEST = 2**22
 """Bytes of a file that is read."""
 
@@ -79,11 +82,11 @@ def choose(plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: in
     if device.type != "cuda":
         return plan.config
     sizes = [1 << (size - 1).bit_length() for size in (batch_heads, n_q, n_k)]
-    return _choose(plan, device, *sizes)
+    return _choose(folder(), plan, device, *sizes)
 
 
 @lru_cache(maxsize=4096)
-def _choose(plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: int) -> Config:
+def _choose(_: Path, plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: int) -> Config:
     return nearest(plan, key_of(plan, device, batch_heads, n_q, n_k))
 
 
@@ -95,7 +98,8 @@ def nearest(plan: Plan, key: Key) -> Config:
         if (entry.key.kernel, entry.key.device, entry.key.triton) == (key.kernel, key.device, key.triton)
         and entry.config in plan.candidates
     ]
-    return min(same, key=lambda entry: entry.key.distance(key)).config if same else plan.config
+    near = min(same, key=lambda entry: entry.key.distance(key), default=None)
+    return near.config if near is not None and near.key.distance(key) <= NEAR else plan.config
 
 
 def record(entry: Entry) -> Path | None:

@@ -70,7 +70,7 @@ def prune(kernels: Sequence[Kernel]) -> list[Trial]:
         try:
             read[kernel.config] = kernel.resources
         except Exception as error:  # Triton's compiler raises whatever it comes upon
-            trials.append(Trial(kernel.config, None, f"does not compile: {str(error).splitlines()[0][:200]}"))
+            trials.append(Trial(kernel.config, None, f"does not compile: {_first_line(error)}"))
     fitting = {config: found for config, found in read.items() if found.fits}
     least = min((found.spill_bytes for found in fitting.values()), default=0)
     rates = {kernel.config: kernel.prediction.serial_tops for kernel in kernels if kernel.config in fitting}
@@ -89,7 +89,21 @@ def prune(kernels: Sequence[Kernel]) -> list[Trial]:
 
 def time(call: launch.Call, trials: Sequence[Trial], repeats: int) -> tuple[Trial, ...]:
     """Time what is left, in turn. The one that `call` was made with comes first and is timed in any case."""
-    left = [trial.config for trial in trials if not trial.why]
+    tried = [trial if trial.why else _tried(call, trial) for trial in trials]
+    left = [trial.config for trial in tried if not trial.why]
     runs = [replace(call, config=config).run for config in left]
     times = dict(zip(left, interleaved_medians(runs, repeats, call.out.device), strict=True))
-    return tuple(replace(trial, ms=times.get(trial.config)) for trial in trials)
+    return tuple(replace(trial, ms=times.get(trial.config)) for trial in tried)
+
+
+def _tried(call: launch.Call, trial: Trial) -> Trial:
+    """Run once: what the driver refuses is not timed."""
+    try:
+        replace(call, config=trial.config).run()
+    except Exception as error:  # of Triton or of the driver
+        return replace(trial, why=f"does not run: {_first_line(error)}")
+    return trial
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -94,6 +94,8 @@ class Precision:
 
 
 PRECISIONS: dict[str, Precision] = {}
+WHEN_REPLACED: list[Callable[[], None]] = []
+"""What forgets what it made of precisions, which it knows by name."""
 
 
 def register(precision: Precision, *, replace: bool = False) -> Precision:
@@ -103,6 +105,9 @@ def register(precision: Precision, *, replace: bool = False) -> Precision:
     """
     if precision.name in PRECISIONS and not replace:
         raise ValueError(f"name: a precision {precision.name!r} is already registered; replace=True takes its place")
+    if precision.name in PRECISIONS:
+        for forget in WHEN_REPLACED:
+            forget()
     PRECISIONS[precision.name] = precision
     return precision
 

@@ -47,9 +47,9 @@ V_HALF = tl.constexpr(0)
 LOG2_LARGEST = tl.constexpr(6.988684686772166)  # of P's largest code: P is kept in units of its codes
 LOGIT_BASE = tl.constexpr(1.4426950408889634)  # log2(e), or 1 where something has to happen to natural logits
 FIRST_PHASE = tl.constexpr(1)  # 0 where whole tiles come after others
-Q_GROUPS = tl.constexpr(True)  # whether there are scales at all
-K_GROUPS = tl.constexpr(True)
-V_GROUPS = tl.constexpr(True)
+Q_HAS_SCALE = tl.constexpr(True)  # whether there are scales at all
+K_HAS_SCALE = tl.constexpr(True)
+V_HAS_SCALE = tl.constexpr(True)
 Q_SCALED = tl.constexpr(True)
 K_SCALED = tl.constexpr(True)
 OWN_TYPE = tl.constexpr(tl.float16)  # the tensors' own, which decoded values are rounded to
@@ -93,6 +93,7 @@ RANK_PADDED = tl.constexpr(False)
 DENSE_BIAS = tl.constexpr(False)
 NATURAL = tl.constexpr(False)
 JOINED = tl.constexpr(False)
+MAY_BE_EMPTY = tl.constexpr(False)  # whether scores of floats may all be -inf
 SINKS = tl.constexpr(False)
 WITH_LSE = tl.constexpr(False)
 
@@ -116,11 +117,11 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
     k_codes = K.codes + batch * K.batch + kv_head * K.head
     v_codes = V.codes + batch * V.batch + kv_head * V.head
     out = Out.data + batch * Out.batch + head * Out.head
-    if Q_GROUPS:
+    if Q_HAS_SCALE:
         q_group = batch * Q.scale_batch + head * Q.scale_head
-    if K_GROUPS:
+    if K_HAS_SCALE:
         k_group = batch * K.scale_batch + kv_head * K.scale_head
-    if V_GROUPS:
+    if V_HAS_SCALE:
         v_group = batch * V.scale_batch + kv_head * V.scale_head
     if BLOCK_MEANS:
         q_block = query * tl.cdiv(n_q, 128)
@@ -139,11 +140,11 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
         if TOKENS_LAST:
             v_codes += (k_start // V_TOKENS + batch) * (V_TOKENS // V_STACKED)
         out += q_start * Out.row
-        if Q_GROUPS:
+        if Q_HAS_SCALE:
             q_group += (q_start // Q_GROUP + batch) * Q.scale_row
-        if K_GROUPS:
+        if K_HAS_SCALE:
             k_group += (k_start // K_GROUP + batch) * K.scale_row
-        if V_GROUPS:
+        if V_HAS_SCALE:
             v_group += (k_start // V_GROUP + batch) * V.scale_row
         if BLOCK_MEANS:
             q_block = head * (n_q // 128 + tl.num_programs(2)) + q_start // 128 + batch
@@ -307,7 +308,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
             reference = row_reference(largest, m)
             # up by an ulp, so that no rounding gives a code beyond the largest
             reference += tl.abs(reference) * 1.1920928955078125e-07
-            if phase != 1 or JOINED:
+            if phase != 1 or MAY_BE_EMPTY or JOINED:
                 # a tile with nothing in it moves nothing
                 reference = tl.where(largest == float("-inf"), r, reference)
             alpha = tl.exp2(tl.minimum(r - reference, 65.0))
