@@ -122,6 +122,7 @@ WRONG = {
     "a longest that is not": (dict(max_seqlen_q=100), ValueError, "max_seqlen_q: 100 is less than the longest sequence, 130"),
     "a dense bias": (dict(bias=tq.bias.dense(torch.zeros(144, 177))), ValueError, "bias: a dense one would be mostly"),
     "a bias of other sizes": (dict(bias=tq.bias.key_vector(torch.zeros(99))), ValueError, "bias: values of shape"),
+    "a longest that is text": (dict(max_seqlen_k="130"), TypeError, "max_seqlen_k: '130' is not a whole number"),
     "no sequences": (dict(cu_seqlens_q=torch.tensor([0])), ValueError, r"cu_seqlens_q: shape \[1\]"),
 }  # fmt: skip
 

@@ -10,9 +10,11 @@ def load(path: Path) -> None:
 
     Raises ValueError that names the file where it cannot be read or run. It is code: load what you trust.
     """
+    if not path.is_file():
+        raise ValueError(f"plugin: there is no file {path}")
     name = f"tokquant_plugin_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
+    if spec is None or spec.loader is None:
         raise ValueError(f"plugin: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     # Triton reads the source of fragments through their module

@@ -42,10 +42,15 @@ def tune(
     scheme = resolve(scheme)
     check_tensors(q, k, v)
     features = features_of(q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
-    if q.device.type != "cuda":
-        raise UnsupportedError(
-            f"tune: needs a GPU, and q is on {q.device}; `tokquant compile SCHEME --candidates` compares launches without one"
-        )
+    need_gpu(q.device)
     with torch.no_grad():
         operands = quantize(q, k, v, scheme, scales=scales, backend="triton")
     return tuning.tune(operands, scheme, features, return_lse=return_lse, repeats=repeats)
+
+
+def need_gpu(device: torch.device) -> None:
+    """Raise UnsupportedError where there is nothing to tune."""
+    if device.type != "cuda":
+        raise UnsupportedError(
+            f"tune: needs a GPU, and q is on {device}; `tokquant compile SCHEME --candidates` compares launches without one"
+        )

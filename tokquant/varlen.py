@@ -68,8 +68,8 @@ def attention_varlen(
         raise ValueError(f"cu_seqlens_k: {len(starts_k) - 1} sequences, and cu_seqlens_q has {len(starts_q) - 1}")
     features = features_of(*whole[:2], causal=causal, scale=scale, bias=bias, window=window, softcap=softcap, sinks=sinks)
     chosen = choose_backend(backend, q.device)
-    if bias is not None:
-        bias.of_sequence(slice(0), slice(0))
+    if features.bias is not None:
+        features.bias.of_sequence(slice(0), slice(0))  # one that has no parts says so
     parts: list[launch.Operands | None] = []
     spans = [(slice(*q_ends), slice(*k_ends)) for q_ends, k_ends in zip(pairwise(starts_q), pairwise(starts_k), strict=True)]
     for queries, keys in spans:
@@ -101,6 +101,8 @@ def _starts(name: str, given: object, tokens: int, longest_name: str, longest: i
     if starts[0] != 0 or starts[-1] != tokens or any(end < first for first, end in pairwise(starts)):
         raise ValueError(f"{name}: {quote(starts)} does not rise from 0 to the {tokens} tokens given")
     actual = max(end - first for first, end in pairwise(starts))
+    if longest is not None and (type(longest) is not int or longest < 0):
+        raise TypeError(f"{longest_name}: {quote(longest)} is not a whole number")
     if longest is not None and longest < actual:
         raise ValueError(f"{longest_name}: {quote(longest)} is less than the longest sequence, {actual}")
     return starts

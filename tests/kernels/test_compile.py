@@ -83,6 +83,20 @@ def test_a_head_dim_beyond_a_kernel_is_refused():
         tq.compile("int8", head_dim=512)
 
 
+@pytest.mark.parametrize(
+    "wrong", [dict(causal="no"), dict(softcap=-1.0), dict(window=(3, 3)), dict(sinks=torch.zeros(3))], ids=str
+)
+def test_a_feature_is_there_or_not(wrong):
+    with pytest.raises(TypeError, match=f"{next(iter(wrong))}: .* is not a bool"):
+        tq.compile("int8", head_dim=64, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [dict(mask="boolean"), dict(bias="dense")], ids=str)
+def test_sequences_of_their_own_lengths_have_no_value_a_pair(wrong):
+    with pytest.raises(tq.UnsupportedError, match="no mask and no dense bias"):
+        tq.compile("int8", head_dim=64, varlen=True, **wrong)
+
+
 def test_the_interpreter_cannot_compile_and_says_so():
     with pytest.raises(tq.UnsupportedError, match="unset TRITON_INTERPRET"):
         _ = tq.compile("int8", head_dim=64).asm

@@ -239,6 +239,24 @@ def test_a_bad_name_is_refused_and_quoted(name):
     assert repr(name) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(bits=0), "bits: 0 of precision 'int8' is not a whole number"),
+        (dict(kind="log"), "kind: 'log'"),
+        (dict(largest=float("nan")), "largest: nan"),
+        (dict(stored="int8"), "stored: 'int8' of precision 'int8' is not a torch.dtype"),
+        (dict(packed=3), "packed: 3"),
+        (dict(roles="z"), "roles: 'z'"),
+        (dict(compute="tl.int32"), "compute: 'tl.int32' of precision 'int8' is not one of tl.int8"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_a_wrong_field_is_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        replace(PRECISIONS["int8"], **wrong)
+
+
 def test_a_precision_of_p_needs_a_triton_encode():
     with pytest.raises(ValueError, match="triton_encode: 'other' may code P"):
         replace(PRECISIONS["int8"], name="other", triton_encode=None)

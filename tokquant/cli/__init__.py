@@ -1,6 +1,7 @@
 """The command line. One file, one command."""
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -19,12 +20,19 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"tokquant {version('tokquant')}")
+        raise typer.Exit
+
+
 @app.callback()
 def plugins(
     plugin: Annotated[
         list[Path] | None,
         typer.Option("--plugin", envvar="TOKQUANT_PLUGINS", help="A Python file that registers precisions; repeat for more."),
     ] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)] = False,
 ) -> None:
     """Load what the user brings before a command runs."""
     for path in plugin or []:

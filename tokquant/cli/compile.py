@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokquant.cli import options, output
+from tokquant.kernels import launch
 from tokquant.kernels.compile import Kernel
 from tokquant.kernels.compile import compile as compile_kernel
 from tokquant.kernels.targets import TARGETS
@@ -73,13 +74,16 @@ def _report(kernel: Kernel) -> dict:
 
 
 def _compare(kernel: Kernel, json: bool) -> None:
+    if launch.interpreted():
+        _ = kernel.compiled  # which says why it cannot be
     kernels = kernel.candidates()
     # pruning reads every candidate; one that does not compile has nothing to show but that
     judged = dict(zip(kernels, prune(kernels), strict=True))
     built = [each for each, trial in judged.items() if not trial.why.startswith("does not compile")]
     built.sort(key=lambda each: (bool(judged[each].why), -each.prediction.serial_tops))
     if json:
-        output.print_json([{**_report(each), "why_not": judged[each].why} for each in built])
+        default = kernel.config
+        output.print_json([{**_report(each), "default": each.config == default, "why_not": judged[each].why} for each in built])
         return
     title = f"{kernel.scheme.name} for {kernel.target.name}, head_dim {kernel.head_dim}: what tuning would time, and what not"
     table = Table(title=escape(title))

@@ -10,6 +10,8 @@ from rich.table import Table
 
 from tokquant.cli import options, output
 from tokquant.kernels.tuning import Tuned
+from tokquant.schemes import resolve
+from tokquant.tune import need_gpu
 from tokquant.tune import tune as tune_call
 
 
@@ -27,11 +29,12 @@ def tune(
     json: options.Json = False,
 ) -> None:
     """Time a kernel's candidates on random tensors of this shape and keep the fastest: attention then takes it."""
-    where, kind = options.device_of(device), options.dtype_of(dtype)
+    where, kind, resolved = options.device_of(device), options.dtype_of(dtype), resolve(scheme)
+    need_gpu(where)
     found = []
     for n in tokens or [1024, 4096, 16384]:
         q, k, v = (torch.randn(batch, h, n, head_dim, device=where, dtype=kind) for h in (heads, *[kv_heads or heads] * 2))
-        found.append(tune_call(q, k, v, scheme, causal=causal, repeats=repeats))
+        found.append(tune_call(q, k, v, resolved, causal=causal, repeats=repeats))
     if json:
         output.print_json([{**result.entry.model_dump(), "kept": result.kept, "trials": _trials(result)} for result in found])
         return

@@ -114,6 +114,12 @@ def compile(
         raise ValueError(f"head_dim: {quote(head_dim)} is not a whole number from 1")
     if type(shared_heads) is not int or shared_heads < 1:
         raise ValueError(f"shared_heads: {quote(shared_heads)} is not a whole number from 1")
+    flags = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, return_lse=return_lse, varlen=varlen)
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: {quote(flag)} is not a bool: whether the kernel has it")
+    if varlen and (mask != "none" or bias == "dense"):
+        raise UnsupportedError("varlen: sequences of their own lengths have no mask and no dense bias")
     if mask not in ("none", "boolean", "additive"):
         raise ValueError(f"mask: {quote(mask)} is none; use none, boolean or additive")
     if bias not in ("none", "alibi", "key_vector", "lowrank", "dense"):

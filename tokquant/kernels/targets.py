@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from tokquant.errors import nearest, quote
+from tokquant.errors import quote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +80,10 @@ DEFAULT = TARGETS["sm_90"]
 
 
 def get(name: object) -> Target:
-    """The target of that name. Raises ValueError with the nearest one."""
+    """The target of that name. Raises ValueError with those there are."""
     if not isinstance(name, str) or name not in TARGETS:
-        raise ValueError(f"target: {quote(name)} is none; use one of {', '.join(TARGETS)}{nearest(name, TARGETS)}")
+        known = ", ".join(f"{target.name} ({target.card})" for target in TARGETS.values())
+        raise ValueError(f"target: {quote(name)} is none; use one of {known}")
     return TARGETS[name]
 
 

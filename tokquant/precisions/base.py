@@ -1,5 +1,6 @@
 """What a precision is, and the registry of them."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ except ImportError:  # Triton has wheels for Linux only; elsewhere its fragments
     tl: Any = SimpleNamespace()  # type: ignore[no-redef]
 
 __all__ = ["PRECISIONS", "Precision", "get", "names", "register", "same", "tl", "triton"]
+
+
+COMPUTE = ("tl.int8", "tl.float8e4nv", "tl.float8e5", "tl.float16", "tl.bfloat16", "tl.float32")
 
 
 def same(codes: Tensor, *_: int) -> Tensor:
@@ -75,6 +79,17 @@ class Precision:
     def __post_init__(self):
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", self.name):
             raise ValueError(f"name: {quote(self.name)} is no name for a precision; use lower-case letters, digits and _")
+        for name, right, words in (
+            ("bits", type(self.bits) is int and 1 <= self.bits <= 32, "a whole number from 1 to 32"),
+            ("kind", self.kind in ("int", "float"), "int or float"),
+            ("largest", self.largest is None or 0 < self.largest < math.inf, "above zero and finite, or None"),
+            ("stored", isinstance(self.stored, torch.dtype), "a torch.dtype"),
+            ("packed", self.packed in (1, 2, 4, 8), "1, 2, 4 or 8"),
+            ("roles", bool(self.roles) and set(self.roles) <= set("qkvp"), "some of the letters q, k, v and p"),
+            ("compute", self.compute in COMPUTE, f"one of {', '.join(COMPUTE)}"),
+        ):
+            if not right:
+                raise ValueError(f"{name}: {quote(getattr(self, name))} of precision {self.name!r} is not {words}")
         if "p" in self.roles and self.triton_encode is None:
             raise ValueError(f"triton_encode: {self.name!r} may code P (roles={self.roles!r}), so it needs one")
 
