@@ -1,5 +1,6 @@
 """The public doors: `attention` and `quantize`. They check and direct; the work is done below."""
 
+import warnings
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from tokquant.errors import ScalesError, nearest, quote
 from tokquant.inputs import check_tensors, check_together, features_of
 from tokquant.kernels import launch
 from tokquant.kernels import quantize as kernels
+from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu import launch as cpu
 from tokquant.quantize import quantize_operands
 from tokquant.schemes import QuantScheme, resolve
@@ -86,7 +88,7 @@ def attention(
         scales: one layer's calibrated scales, for a scheme with static parts.
         return_lse: also return the natural log of the sum of exp(scores), without sinks.
         backend: `triton`, `cpu` (C++, built by the compiler that is found), `reference` (torch, on any device), or `auto`:
-            triton on a GPU, else reference.
+            triton on a GPU; on a CPU cpu, or reference with a warning where there is no compiler.
         deterministic: a kernel's bits are the same on every run and for every batch size, but for dynamic `tensor` scales,
             which span the batch: nothing that was tuned is used. (`reference` sums as torch does, which looks at shapes.)
 
@@ -128,7 +130,19 @@ def choose_backend(backend: str, device: torch.device) -> str:
         raise ValueError(f"backend: {quote(backend)} is none; use one of {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}")
     if backend != "auto":
         return backend
-    return "triton" if device.type == "cuda" else "reference"
+    if device.type == "cuda":
+        return "triton"
+    if device.type != "cpu":
+        return "reference"
+    if not build.available():
+        # once: Python shows a warning of one place a single time
+        warnings.warn(
+            "no C++ compiler: attention on a CPU runs on the reference, with the same results, several times slower; "
+            "install g++ or set CXX, or say backend='reference'",
+            stacklevel=1,
+        )
+        return "reference"
+    return "cpu"
 
 
 def _check_quantized(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, scheme: QuantScheme) -> None:

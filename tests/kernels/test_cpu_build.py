@@ -1,6 +1,7 @@
 """Where compiled kernels are found and kept, and what is said where that fails."""
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -111,6 +112,18 @@ def test_without_a_compiler_the_backend_says_what_to_do(name, value, monkeypatch
     assert not build.available()
     with pytest.raises(tq.UnsupportedError, match=r"needs a C\+\+ compiler.*install one.*backend='reference'"):
         tq.attention(*qkv(), "int8", backend="cpu")
+
+
+def test_auto_is_cpu_on_a_cpu_and_without_a_compiler_the_reference_with_one_notice(monkeypatch):
+    operands = qkv()
+    assert torch.equal(tq.attention(*operands, "int8"), tq.attention(*operands, "int8", backend="cpu"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        outs = [tq.attention(*operands, "int8") for _ in range(2)]
+    assert torch.equal(outs[0], tq.attention(*operands, "int8", backend="reference"))
+    [notice] = said
+    assert "no C++ compiler" in str(notice.message) and "install g++ or set CXX" in str(notice.message)
 
 
 def test_a_set_that_is_none_or_not_here_is_refused(monkeypatch):

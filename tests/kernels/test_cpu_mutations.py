@@ -23,7 +23,7 @@ MUTATIONS = {
     "sums of another key": ("int8", ODD, "(w * (STEPS + 1) + STEPS) * 64", "(w * (STEPS + 1) + STEPS - 1) * 64"),
     "no rescaling of the accumulator": ("int8", ODD, "load(acc) * alpha[i + r] + product", "load(acc) + product"),
     "no rescaling of the normalizer": ("int8", ODD, "t.l[g + i] * alpha[i] + sum_of", "t.l[g + i] + sum_of"),
-    "P cut instead of rounded": ("int8", ODD, "store_bytes(&t.p[i][j], code)", "store_bytes(&t.p[i][j], code - 0.5f)"),
+    "P cut instead of rounded": ("int8", ODD, "store_bytes(&t.p[i][j], p)", "store_bytes(&t.p[i][j], p - 0.5f)"),
     "P against the running maximum": ("int8", ODD, "maximum(now, m - 64.f)", "m + 3.f"),
     "V's scale of another tile": ("int8", ODD, "(kv * tiles + start / TILE) * WIDE + ", "(kv * tiles) * WIDE + "),
     "V's mean forgotten": ("int8", ODD, "acc[d] += a.v_mean[kv * WIDE + d] * (l / total)", "acc[d] += 0"),

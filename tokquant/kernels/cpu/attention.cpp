@@ -296,7 +296,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t head, int64_t firs
         const float* v_tile = a.v + (kv * tiles + start / TILE) * (WIDE * TILE);
 #endif
 #if BLOCK_MEANS
-        in_panels((least(TILE, end - start) + LANES - 1) / LANES, [&](auto W, int at) {
+        in_panels((least(TILE, end - start) + LANES - 1) / LANES, [&](auto W, int64_t at) {
             floats c[1][W.value] = {};
             const float* mean = a.q_mean + (query * ((a.n_q + 127) / 128) + first / 128) * D;
             multiply<1, W.value>(c, mean, D, a.companion + (kv * panels + panel + at) * D * LANES, D * LANES, D);
@@ -320,7 +320,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t head, int64_t firs
 
             // scores
             in_rows(count, [&](auto R, int i) {
-                in_panels(columns, [&](auto W, int at) {
+                in_panels(columns, [&](auto W, int64_t at) {
 #if INTEGER_K
                     ints c[R.value][W.value];
                     const int8_t* b = k_tile + at * (STEPS + 1) * 64;
@@ -338,7 +338,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t head, int64_t firs
                         for (int w = 0; w < W.value; w++) store(&t.s[i + r][(at + w) * LANES], to_floats(c[r][w]));
                 });
 #if LOWRANK
-                in_panels(columns, [&](auto W, int at) {
+                in_panels(columns, [&](auto W, int64_t at) {
                     floats c[R.value][W.value] = {};
                     const float* x = a.q_factors + batch * a.q_factors_batch + head * a.q_factors_head + (first + g + i) * RANK;
                     const float* y = a.k_factors + batch * a.k_factors_batch + head * a.k_factors_head;
@@ -456,16 +456,20 @@ static void attend(const Arguments& a, int64_t batch, int64_t head, int64_t firs
 #endif
                 for (int j = 0; j < columns * LANES; j += LANES) {
                     floats p = exp2_of(load(&t.s[i][j]) - base[i]);
-                    floats code = encode_p(p);
 #if INTEGER_V
-                    store_bytes(&t.p[i][j], code);
+                    store_bytes(&t.p[i][j], p);
 #else
-                    store(&t.p[i][j], code);
+                    store(&t.p[i][j], encode_p(p));
+#endif
+#if QUANTIZED_NORMALIZER
+                    floats code = encode_p(p);
 #endif
 #if V_PER_TOKEN
                     floats inverse = load(a.inverse_weight + key + j);
                     p *= inverse;
+#if QUANTIZED_NORMALIZER
                     code *= inverse;
+#endif
 #endif
 #if QUANTIZED_NORMALIZER
                     total += code + (p - p);  // codes of integers cannot hold NaN, p - p can
@@ -493,7 +497,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t head, int64_t firs
 
             // acc = acc * alpha + P V
             in_rows(count, [&](auto R, int i) {
-                in_panels(CHANNELS, [&](auto W, int at) {
+                in_panels(CHANNELS, [&](auto W, int64_t at) {
 #if INTEGER_V
                     ints c[R.value][W.value] = {};
                     multiply<R.value, W.value>(c, t.p[i], TILE, v_tile + at * 16 * TILE, 16 * TILE, (keys + 3) / 4);

@@ -19,3 +19,14 @@ static inline ints dot(ints sum, const uint8_t* four, const int8_t* panel) {
     std::memcpy(&sum, half, sizeof sum);
     return sum;
 }
+
+// the low bytes of what `x + SHIFT` holds: x rounded, from 0 to 255
+static inline void store_bytes(uint8_t* at, floats x) {
+    ints y = as_ints(x + SHIFT) & 255;
+    __m256i half[2];
+    std::memcpy(half, &y, sizeof y);
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(half[0], half[1]), 0xd8);
+    _mm_storeu_si128((__m128i*)at, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+#include "plain.h"

@@ -24,7 +24,8 @@ def render(plan: CpuPlan) -> str:
     template = (HERE / TEMPLATE).read_text(encoding="utf-8").replace("TITLE", plan.title, 1)
     head, body = template.split('#include "lanes.h"\n')
     body = f'#include "lanes.h"\n{body}'.replace('"portable.h"', f'"{plan.instructions}.h"')
-    body = re.sub(r'#include "([\w.]+)"\n', lambda m: f"// {m[1]}\n{(HERE / m[1]).read_text(encoding='utf-8')}", body)
+    while '#include "' in body:
+        body = re.sub(r'#include "([\w.]+)"\n', lambda m: f"// {m[1]}\n{(HERE / m[1]).read_text(encoding='utf-8')}", body)
     body = re.sub(r"static inline floats encode_p\(.*\n", lambda _: plan.encode_p + "\n", body)
     body = _living(body, constants)
     lines = []

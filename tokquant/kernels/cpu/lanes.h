@@ -1,7 +1,6 @@
 // 16 numbers at a time, by the compilers' own vector types: what follows compiles for every processor.
 typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
-typedef uint8_t bytes __attribute__((vector_size(16)));
 constexpr int LANES = 16;
 constexpr float NOTHING = -INFINITY;
 
@@ -13,43 +12,12 @@ static inline floats to_floats(ints x) { return __builtin_convertvector(x, float
 static inline floats to_floats(floats x) { return x; }
 static inline floats as_floats(ints x) { floats y; std::memcpy(&y, &x, sizeof y); return y; }
 static inline ints as_ints(floats x) { ints y; std::memcpy(&y, &x, sizeof y); return y; }
-static inline floats maximum(floats a, floats b) { return a > b ? a : b; }
 static inline floats magnitude(floats x) { return as_floats(as_ints(x) & 0x7fffffff); }
 static inline ints counted_from(int first) { return ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + first; }
-
-static inline float largest_of(floats x) {
-    float y[LANES];
-    store(y, x);
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) y[i] = y[i] > y[i + n] ? y[i] : y[i + n];
-    return y[0];
-}
-
-static inline float sum_of(floats x) {
-    float y[LANES];
-    store(y, x);
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) y[i] += y[i + n];
-    return y[0];
-}
 
 // 1.5 * 2^23 leaves no bits for fractions: the sum holds the nearest integer, half to even
 constexpr float SHIFT = 12582912.f;
 static inline floats nearest(floats x) { return (x + SHIFT) - SHIFT; }
-
-// the low bytes of what `x + SHIFT` holds: x rounded, from 0 to 255
-static inline void store_bytes(uint8_t* at, floats x) {
-    bytes low = __builtin_convertvector(as_ints(x + SHIFT), bytes);
-    std::memcpy(at, &low, sizeof low);
-}
-
-// x >= 0 with so many bits of mantissa, half to even; numbers below 2^LEAST are subnormal
-template <int MANTISSA, int LEAST>
-static inline floats rounded(floats x) {
-    floats power = maximum(as_floats(as_ints(x) & 0x7f800000), all(__builtin_ldexpf(1, LEAST)));
-    floats shift = power * (1.5f * (1 << (23 - MANTISSA)));
-    return (x + shift) - shift;
-}
 
 // the polynomial of least relative error, 1.4e-7, between -1/2 and 1/2
 static inline floats exp2_of_fraction(floats f) {
@@ -61,11 +29,11 @@ static inline floats exp2_of_fraction(floats f) {
     return p * f + 1.0f;
 }
 
-// 2^x for x up to 126, 0 from -126 down
-static inline floats exp2_of(floats x) {
-    floats clamped = x < -126.f ? all(-126.f) : x;
-    floats shifted = clamped + SHIFT;
-    ints power = (as_ints(shifted) << 23) + 0x3f800000;
-    floats y = exp2_of_fraction(clamped - (shifted - SHIFT)) * as_floats(power);
-    return x < -126.f ? all(0) : y;
+// x >= 0 with so many bits of mantissa, half to even; numbers below 2^LEAST are subnormal
+template <int MANTISSA, int LEAST>
+static inline floats rounded(floats x) {
+    floats power = as_floats(as_ints(x) & 0x7f800000), least = all(__builtin_ldexpf(1, LEAST));
+    power = power < least ? least : power;
+    floats shift = power * (1.5f * (1 << (23 - MANTISSA)));
+    return (x + shift) - shift;
 }

@@ -166,8 +166,9 @@ def _of_features(features: Features) -> dict[str, Any]:
     """Masks, sinks and bias, by the names in a kernel's text."""
     given: dict[str, Any] = {}
     if features.mask is not None:
-        kind = torch.uint8 if features.mask.dtype == torch.bool else torch.float32
-        given |= _strided("mask", features.mask, kind, "batch", "head", "row", "column")
+        boolean = features.mask.dtype == torch.bool
+        mask = features.mask.view(torch.uint8) if boolean else features.mask
+        given |= _strided("mask", mask, torch.uint8 if boolean else torch.float32, "batch", "head", "row", "column")
     if features.sinks is not None:
         given["sinks"] = features.sinks.float().contiguous()
     match features.bias:

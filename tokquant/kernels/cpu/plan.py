@@ -113,6 +113,8 @@ def integers(scheme: QuantScheme, role: str) -> bool:
     """Whether K meets Q, or V meets P, as bytes. Everything else meets as float32."""
     other = scheme.q if role == "k" else scheme.p
     operand = getattr(scheme, role)
+    if role == "v" and scheme.p.format.cpp_encode != precisions.get("int8").cpp_encode:
+        return False  # bytes of P are the nearest integers
     decoded = "operand" in (place(operand), place(scheme.q) if role == "k" else "")
     return not decoded and operand.format.compute == other.format.compute == "tl.int8"
 

@@ -10,3 +10,11 @@ static inline ints dot(ints sum, const uint8_t* four, const int8_t* panel) {
     }
     return sum;
 }
+
+// the low bytes of what `x + SHIFT` holds: x rounded, from 0 to 255
+static inline void store_bytes(uint8_t* at, floats x) {
+    ints y = as_ints(x + SHIFT);
+    for (int i = 0; i < LANES; i++) at[i] = uint8_t(y[i]);
+}
+
+#include "plain.h"

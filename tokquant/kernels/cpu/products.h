@@ -2,22 +2,22 @@
 #if INTEGERS
 template <int R, int W>
 static inline void multiply(ints (&c)[R][W], const uint8_t* a, int64_t row, const int8_t* b, int64_t panel, int steps) {
-    for (int step = 0; step < steps; step++)
+    for (const int8_t* end = b + 64 * steps; b < end; a += 4, b += 64)
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int w = 0; w < W; w++) c[r][w] = dot(c[r][w], a + r * row + 4 * step, b + w * panel + 64 * step);
+            for (int w = 0; w < W; w++) c[r][w] = dot(c[r][w], a + r * row, b + w * panel);
 }
 #endif
 
 #if FLOATS
 template <int R, int W>
 static inline void multiply(floats (&c)[R][W], const float* a, int64_t row, const float* b, int64_t panel, int steps) {
-    for (int step = 0; step < steps; step++)
+    for (const float* end = b + LANES * steps; b < end; a++, b += LANES)
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int w = 0; w < W; w++) c[r][w] += a[r * row + step] * load(b + w * panel + LANES * step);
+            for (int w = 0; w < W; w++) c[r][w] += a[r * row] * load(b + w * panel);
 }
 #endif
 
