@@ -56,7 +56,7 @@ TENSORS = {
     "another device": (ValueError, {"v": x().to("meta")}, "q, k, v: on cpu, cpu, meta; put them on one device"),
     "a gradient": (RuntimeError, {"k": x().requires_grad_()}, "k: requires grad", "torch.no_grad()"),
     "an unknown backend": (ValueError, {"backend": "refrence"}, "backend: 'refrence'", "did you mean 'reference'"),
-    "no backend": (ValueError, {"backend": None}, "backend: None", "auto, triton, reference"),
+    "no backend": (ValueError, {"backend": None}, "backend: None", "auto, triton, cpu, reference"),
     "a number as scheme": (SchemeError, {"scheme": 8}, "scheme: 8 is no scheme; give a QuantScheme"),
     "an operand as scheme": (SchemeError, {"scheme": scheme().k}, "scheme: a Keys is no scheme"),
     "an unknown scheme": (SchemeError, {"scheme": "int88"}, "no preset 'int88'", "did you mean 'int8'"),

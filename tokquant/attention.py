@@ -1,5 +1,6 @@
 """The public doors: `attention` and `quantize`. They check and direct; the work is done below."""
 
+import warnings
 from typing import Literal
 
 import torch
@@ -12,12 +13,14 @@ from tokquant.errors import ScalesError, nearest, quote
 from tokquant.inputs import check_tensors, check_together, features_of
 from tokquant.kernels import launch
 from tokquant.kernels import quantize as kernels
+from tokquant.kernels.cpu import build
+from tokquant.kernels.cpu import launch as cpu
 from tokquant.quantize import quantize_operands
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.tensor import QuantizedTensor
 
-Backend = Literal["auto", "triton", "reference"]
-BACKENDS = ("auto", "triton", "reference")
+Backend = Literal["auto", "triton", "cpu", "reference"]
+BACKENDS = ("auto", "triton", "cpu", "reference")
 
 
 def quantize(
@@ -47,7 +50,8 @@ def quantize(
     if chosen == "triton" and launch.available(q.device):
         return kernels.quantize_operands(q, k, v, scheme, scales)
     operands = quantize_operands(q, k, v, scheme, scales)
-    return launch.packed(operands, scheme) if chosen == "triton" else operands
+    packed = PACKED.get(chosen)
+    return packed(operands, scheme) if packed else operands
 
 
 def attention(
@@ -83,7 +87,8 @@ def attention(
         sinks: `[H_q]`, a logit a head that takes its part of the softmax and adds nothing to the output.
         scales: one layer's calibrated scales, for a scheme with static parts.
         return_lse: also return the natural log of the sum of exp(scores), without sinks.
-        backend: `triton`, `reference` (torch, on any device), or `auto`: triton on a GPU, else reference.
+        backend: `triton`, `cpu` (C++, built by the compiler that is found), `reference` (torch, on any device), or `auto`:
+            triton on a GPU; on a CPU cpu, or reference with a warning where there is no compiler.
         deterministic: a kernel's bits are the same on every run and for every batch size, but for dynamic `tensor` scales,
             which span the batch: nothing that was tuned is used. (`reference` sums as torch does, which looks at shapes.)
 
@@ -107,13 +112,16 @@ def attention(
     chosen = choose_backend(backend, q.device)
     if not all(given):
         q, k, v = quantize(q, k, v, scheme, scales=scales, backend=backend)  # type: ignore[arg-type]
-    run = launch.attention if chosen == "triton" else _reference
-    out, lse = run(q, k, v, scheme, features, return_lse, deterministic)  # type: ignore[arg-type]
-    return (out, lse) if return_lse else out  # type: ignore[return-value]
+    out, lse = RUN[chosen](q, k, v, scheme, features, return_lse, deterministic)
+    return (out, lse) if return_lse else out
 
 
 def _reference(q, k, v, scheme, features, return_lse, deterministic):
     return reference.attention(q, k, v, scheme, features)
+
+
+RUN = {"triton": launch.attention, "cpu": cpu.attention, "reference": _reference}
+PACKED = {"triton": launch.packed, "cpu": cpu.packed}
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
@@ -122,7 +130,19 @@ def choose_backend(backend: str, device: torch.device) -> str:
         raise ValueError(f"backend: {quote(backend)} is none; use one of {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}")
     if backend != "auto":
         return backend
-    return "triton" if device.type == "cuda" else "reference"
+    if device.type == "cuda":
+        return "triton"
+    if device.type != "cpu":
+        return "reference"
+    if not build.available():
+        # once: Python shows a warning of one place a single time
+        warnings.warn(
+            "no C++ compiler: attention on a CPU runs on the reference, with the same results, several times slower; "
+            "install g++ or set CXX, or say backend='reference'",
+            stacklevel=1,
+        )
+        return "reference"
+    return "cpu"
 
 
 def _check_quantized(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, scheme: QuantScheme) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokquant.blocks import codes_of
 from tokquant.precisions import Precision
 from tokquant.schemes import Granularity, Operand, QuantScheme
 from tokquant.schemes.placement import place
@@ -49,9 +50,9 @@ class QuantizedTensor:
     """The scheme that all three operands were quantized by."""
     shape: torch.Size
     dtype: torch.dtype
-    layout: Literal["canonical", "tokens_last"] = "canonical"
+    layout: Literal["canonical", "tokens_last", "blocks"] = "canonical"
     """`tokens_last`: V for 8-bit tensor cores, `[B, H, D, N / packed]`, N padded to whole groups of 16 elements, ordered as
-    `tokens_last` says."""
+    `tokens_last` says. `blocks`: integers for CPUs, a byte a code, as `tokquant.blocks` says."""
 
     @property
     def offset(self) -> Tensor | None:
@@ -68,6 +69,8 @@ class QuantizedTensor:
         precision = self.spec.format
         if self.layout == "canonical":
             return precision.decode(precision.unpack(self.codes, self.shape[3]))
+        if self.layout == "blocks":
+            return codes_of(self.codes, self.spec.role, *self.shape[2:]).float()
         return precision.decode(_tokens_first(self.codes, precision, self.shape[2]))
 
     def code_values(self) -> Tensor:
@@ -137,9 +140,11 @@ class QuantizedTensor:
 
     @property
     def bits_per_value(self) -> float:
-        """Bits of codes, scales and zeros for each value of the tensor."""
-        kept = (self.codes, self.scale, self.zero)
-        return 8 * sum(x.numel() * x.element_size() for x in kept if x is not None) / self.shape.numel()
+        """Bits of codes, scales and zeros for each value of the tensor; `blocks` hold a byte where a code has fewer bits."""
+        bits = sum(8 * x.numel() * x.element_size() for x in (self.scale, self.zero) if x is not None)
+        if self.layout == "blocks":
+            return self.spec.format.bits + bits / self.shape.numel()
+        return (8 * self.codes.numel() * self.codes.element_size() + bits) / self.shape.numel()
 
     def __repr__(self) -> str:
         shape = ", ".join(map(str, self.shape))
@@ -163,6 +168,14 @@ def tokens_last(x: QuantizedTensor) -> QuantizedTensor:
     # an element holds tokens 16 apart, so that what it is unpacked to lies in whole groups
     planes = codes.unflatten(3, (-1, precision.packed, 16)).transpose(4, 5).flatten(3).contiguous()
     return replace(x, codes=precision.pack(planes.view(kind)), layout="tokens_last")
+
+
+def canonical(x: QuantizedTensor) -> QuantizedTensor:
+    """`x` as it was before a CPU's layout: codes in the precision's own elements."""
+    if x.layout != "blocks":
+        return x
+    precision = x.spec.format
+    return replace(x, codes=precision.pack(precision.encode(x.stored_values())), layout="canonical")
 
 
 def _tokens_first(codes: Tensor, precision: Precision, n: int) -> Tensor:

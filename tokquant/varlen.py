@@ -6,8 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tokquant import reference
-from tokquant.attention import Backend, check_scales, choose_backend, quantize
+from tokquant.attention import RUN, Backend, check_scales, choose_backend, quantize
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import quote
@@ -37,7 +36,7 @@ def attention_varlen(
     backend: Backend = "auto",
     deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of sequences that lie one after another, each with its own means and scales, in one launch.
+    """`attention` of sequences that lie one after another, each with its own means and scales; on a GPU in one launch.
 
     Args:
         q: `[T_q, H_q, D]`, the tokens of all sequences. k, v: `[T_k, H_kv, D]`.
@@ -85,7 +84,7 @@ def attention_varlen(
         for part, (queries, keys) in zip(parts, spans, strict=True):
             if part is not None:
                 own_bias = features.bias and features.bias.of_sequence(queries, keys)
-                alone = reference.attention(*part, scheme, replace(features, bias=own_bias))
+                alone = RUN[chosen](*part, scheme, replace(features, bias=own_bias), True, deterministic)
                 out[:, :, queries], lse[:, :, queries] = alone
     out = out[0].transpose(0, 1)
     return (out, lse[0].transpose(0, 1)) if return_lse else out  # type: ignore[index]

@@ -9,8 +9,10 @@ import torch
 import tokquant as tq
 from tokquant import cli
 from tokquant.activations import Activations, sample
+from tokquant.attention import choose_backend
 from tokquant.schemes import preset_names
 
+AUTO = choose_backend("auto", torch.device("cpu"))
 ERRORS = {"cosine", "rel_l1", "rmse", "max_abs"}
 
 
@@ -41,7 +43,7 @@ def activations(tmp_path):
 def test_run_reports_every_layer_of_the_sample(tokquant):
     code, out, _ = tokquant("run", "--scheme", "int8", "--json", "--repeats", 1)
     report = json.loads(out)
-    assert code == 0 and (report["scheme"], report["backend"]) == ("int8", "reference")
+    assert code == 0 and (report["scheme"], report["backend"]) == ("int8", AUTO)
     assert [layer["name"] for layer in report["layers"]] == [f"layers.{i}" for i in range(6)]
     for layer in report["layers"]:
         assert ERRORS | {"ms", "sdpa_ms", "bits"} <= set(layer) and set(layer["bits"]) == {"q", "k", "v"}
@@ -60,7 +62,7 @@ def test_run_takes_a_file_with_gqa_and_causality(tokquant, activations):
 
 def test_run_prints_a_table(tokquant):
     code, out, err = tokquant("run", "--repeats", 1)
-    assert code == 0 and "int8 on sample.safetensors, head_dim 32, backend reference" in out and "layers.5" in out and err == ""
+    assert code == 0 and f"int8 on sample.safetensors, head_dim 32, backend {AUTO}" in out and "layers.5" in out and err == ""
 
 
 def test_run_takes_a_scheme_from_yaml(tokquant, tmp_path):
@@ -231,6 +233,9 @@ def test_doctor_says_what_runs_here(tokquant):
     code, out, _ = tokquant("doctor", "--json")
     report = json.loads(out)
     assert code == 0 and report["torch"] == torch.__version__ and "interpreter" in report["triton_kernels"]
+    assert (
+        report["cpu_instructions"].split()[0] in ("avx512_vnni", "avx2", "portable") or "C++ compiler" in report["cpu_compiler"]
+    )
     code, out, _ = tokquant("doctor")
     assert code == 0 and "cache folder" in out
 

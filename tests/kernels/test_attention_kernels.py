@@ -7,7 +7,6 @@ import torch
 from factories import CASES, bounds, exact_operands, pairwise, qkv, scheme
 
 import tokquant as tq
-from tokquant import reference
 from tokquant.inputs import features_of
 from tokquant.kernels import launch
 from tokquant.kernels.plan import plan
@@ -309,11 +308,3 @@ def test_kernel_on_the_gpu_equals_the_emulation(s):
     expected = tq.attention(*operands, s, backend="reference")
     exact, _ = oracle(*(x.dequantize(torch.float64) for x in operands), Features(scale=0.125))
     assert (out - exact).abs().max() <= 2 * (expected - exact).abs().max() + 2e-3
-
-
-def test_the_emulation_is_what_auto_means_on_a_cpu(monkeypatch):
-    called = []
-    monkeypatch.setattr(reference, "attention", lambda q, *_: (called.append(1), (torch.zeros(q.shape), None))[1])
-    q = torch.randn(1, 1, 32, 64)
-    tq.attention(q, q, q, "int8")
-    assert called

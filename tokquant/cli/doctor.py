@@ -9,7 +9,9 @@ from rich.table import Table
 
 from tokquant.attention import choose_backend
 from tokquant.cli import options, output
+from tokquant.errors import UnsupportedError
 from tokquant.kernels import launch, store
+from tokquant.kernels.cpu import build
 
 
 def doctor(json: options.Json = False) -> None:
@@ -36,6 +38,13 @@ def findings() -> dict[str, str | bool | list[str]]:
         triton = "compiled"
     else:
         triton = "no GPU; set TRITON_INTERPRET=1 to run kernels in the interpreter, or compile them for any GPU with tq.compile"
+    try:
+        found = build.compiler()
+        compiler, chosen = f"{' '.join(found.command)}: {found.version}", build.instructions()
+        others = [name for name in build.INSTRUCTIONS if name not in found.instructions]
+        instructions = chosen + (f" (faster where there is one: {others[0]})" if others else "")
+    except (UnsupportedError, ValueError) as error:
+        compiler = instructions = str(error)
     return {
         "tokquant": version("tokquant"),
         "python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})",
@@ -45,6 +54,8 @@ def findings() -> dict[str, str | bool | list[str]]:
         "threads": str(torch.get_num_threads()),
         "backend_auto": f"{choose_backend('auto', device)} for tensors on {device}",
         "triton_kernels": triton,
+        "cpu_compiler": compiler,
+        "cpu_instructions": instructions,
         "cache_folder": str(store.folder()),
         "cache_writable": store.writable(),
     }

@@ -18,7 +18,7 @@ from tokquant.kernels.triton.operands import Operand, Rows
 from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import place
-from tokquant.tensor import QuantizedTensor, tokens_last
+from tokquant.tensor import QuantizedTensor, canonical, tokens_last
 
 Operands = tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]
 
@@ -116,6 +116,7 @@ def prepare(
     deterministic: bool = False,
 ) -> Call:
     """The plan, how it is launched, the outputs and every argument."""
+    q, k, v = (canonical(x) for x in (q, k, v))
     wanted, given = asked(features, return_lse)
     made = planned((q, k, v), scheme, wanted)
     out, lse = outputs(q, q.shape, return_lse)

@@ -73,6 +73,9 @@ class Precision:
     and `pack` give. Without it `encode` quantizes on every backend."""
     triton_quantize_interpreted: Any = None
     """What stands in for `triton_quantize` in Triton's interpreter, where that one rounds wrongly."""
+    cpp_encode: str = ""
+    """C++: `static inline floats encode_p(floats p)`, which rounds P in units of its codes to what a code stands for. Needed
+    for role p on a CPU; Q, K and V need nothing more than `decode` there."""
     code_zero: int = 0
     """What `triton_encode` subtracts so that unsigned codes fit a signed unit."""
 

@@ -41,6 +41,7 @@ BF16 = register(
         compute="tl.bfloat16",
         triton_decode=decode_tile,
         triton_encode=encode_tile,
+        cpp_encode="static inline floats encode_p(floats p) { return rounded<7, -126>(p); }",
         triton_quantize=encode_tile,
         triton_quantize_interpreted=quantize_tile_interpreted,
     )

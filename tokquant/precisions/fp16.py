@@ -33,6 +33,7 @@ FP16 = register(
         compute="tl.float16",
         triton_decode=decode_tile,
         triton_encode=encode_tile,
+        cpp_encode="static inline floats encode_p(floats p) { return rounded<10, -14>(p); }",
         triton_quantize=encode_tile,
     )
 )

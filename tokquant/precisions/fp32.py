@@ -33,6 +33,7 @@ FP32 = register(
         compute="tl.float32",
         triton_decode=decode_tile,
         triton_encode=encode_tile,
+        cpp_encode="static inline floats encode_p(floats p) { return p; }",
         triton_quantize=encode_tile,
     )
 )

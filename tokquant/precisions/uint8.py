@@ -37,6 +37,7 @@ UINT8 = register(
         compute="tl.int8",
         triton_decode=decode_tile,
         triton_encode=encode_tile,
+        cpp_encode="static inline floats encode_p(floats p) { return nearest(p); }",
         code_zero=128,
     )
 )

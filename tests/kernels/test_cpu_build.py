@@ -1,0 +1,148 @@
+"""Where compiled kernels are found and kept, and what is said where that fails."""
+
+import os
+import warnings
+
+import pytest
+import torch
+from factories import qkv
+
+import tokquant as tq
+from tokquant.kernels import store
+from tokquant.kernels.cpu import build
+
+pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
+
+TEXT = 'extern "C" int answer() { return 41; }\n'
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """How often the compiler runs."""
+    counted = []
+    compiling = build._compile
+    monkeypatch.setattr(build, "_compile", lambda *given: (counted.append(1), compiling(*given)))
+    return counted
+
+
+def answer():
+    return build.load("answer", TEXT, "portable").answer()
+
+
+def kept():
+    [path] = (store.folder() / "cpu").glob("answer_*.so")
+    return path
+
+
+def test_a_kernel_is_built_once_and_found_again(compilations):
+    assert [answer(), answer()] == [41, 41] and len(compilations) == 1
+    assert (store.folder() / "cpu").stat().st_mode & 0o777 == 0o700
+    [text] = (store.folder() / "kernels").glob("answer_*.cpp")
+    assert text.read_text() == TEXT
+
+
+def test_another_text_compiler_or_set_has_another_name(monkeypatch, compilations):
+    answer()
+    build.load("answer", TEXT + "\n", "portable")
+    build.load("answer", TEXT, build.instructions())
+    command = build.compiler().command
+    monkeypatch.setattr(build, "compiler", lambda: build.Compiler(command, "another", ()))
+    answer()
+    assert len(compilations) == len(list((store.folder() / "cpu").glob("*.so"))) == 4
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o777, 0o1700])
+def test_nothing_is_loaded_from_or_kept_in_a_folder_that_others_reach(mode, compilations):
+    answer()
+    (store.folder() / "cpu").chmod(mode)
+    kept().write_bytes(b"poison")
+    assert answer() == 41 and len(compilations) == 2
+    assert kept().read_bytes() == b"poison" and (store.folder() / "cpu").stat().st_mode & 0o7777 == mode
+
+
+def test_nothing_is_loaded_from_a_folder_of_another_user_or_a_link_to_one(monkeypatch, tmp_path, compilations):
+    answer()
+    folder = store.folder() / "cpu"
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert answer() == 41 and len(compilations) == 2
+    folder.unlink()
+    (tmp_path / "elsewhere").rename(folder)
+    monkeypatch.setattr(build.os, "geteuid", lambda: os.getuid() + 1)
+    assert answer() == 41 and len(compilations) == 3
+
+
+@pytest.mark.parametrize("poison", ["another library", "cut short", "writable by others", "a link"])
+def test_a_bad_entry_is_a_miss(poison, tmp_path, compilations):
+    answer()
+    path = kept()
+    whole = path.read_bytes()
+    if poison == "another library":
+        path.write_bytes(whole[:8000] + bytes([whole[8000] ^ 1]) + whole[8001:])
+    elif poison == "cut short":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif poison == "writable by others":
+        path.chmod(0o666)
+    else:
+        path.rename(tmp_path / "elsewhere.so")
+        path.symlink_to(tmp_path / "elsewhere.so")
+    assert answer() == 41 and len(compilations) == 2
+    assert kept().read_bytes() == whole and not kept().is_symlink(), "it is replaced by a good one"
+    assert answer() == 41 and len(compilations) == 2
+
+
+def test_a_folder_that_cannot_be_made_costs_a_compilation_each_time(monkeypatch, tmp_path, compilations):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TOKQUANT_CACHE_DIR", str(tmp_path / "file"))
+    assert [answer(), answer()] == [41, 41] and len(compilations) == 2
+
+
+def test_a_failing_compiler_says_its_first_lines():
+    with pytest.raises(
+        tq.UnsupportedError, match=r"fails on broken_\w+\.cpp; set CXX .*backend='reference'(.|\n)*nonsense"
+    ) as raised:
+        build.load("broken", "nonsense;\n" * 50, "portable")
+    assert len(str(raised.value).splitlines()) <= 9
+
+
+@pytest.mark.parametrize(("name", "value"), [("CXX", "no-such-compiler"), ("PATH", "/nowhere")])
+def test_without_a_compiler_the_backend_says_what_to_do(name, value, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv(name, value)
+    assert not build.available()
+    with pytest.raises(tq.UnsupportedError, match=r"needs a C\+\+ compiler.*install one.*backend='reference'"):
+        tq.attention(*qkv(), "int8", backend="cpu")
+
+
+def test_auto_is_cpu_on_a_cpu_and_without_a_compiler_the_reference_with_one_notice(monkeypatch):
+    operands = qkv()
+    assert torch.equal(tq.attention(*operands, "int8"), tq.attention(*operands, "int8", backend="cpu"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        outs = [tq.attention(*operands, "int8") for _ in range(2)]
+    assert torch.equal(outs[0], tq.attention(*operands, "int8", backend="reference"))
+    [notice] = said
+    assert "no C++ compiler" in str(notice.message) and "install g++ or set CXX" in str(notice.message)
+
+
+def test_a_set_that_is_none_or_not_here_is_refused(monkeypatch):
+    monkeypatch.setenv(build.CHOICE, "avx")
+    with pytest.raises(ValueError, match="'avx' is none; use one of avx512_vnni, avx2, portable; did you mean 'avx2'"):
+        build.instructions()
+    monkeypatch.setenv(build.CHOICE, "avx2")
+    monkeypatch.setattr(build, "compiler", lambda: build.Compiler(("c++",), "", ("portable",)))
+    with pytest.raises(tq.UnsupportedError, match="has no avx2; use one of portable"):
+        build.instructions()
+
+
+def test_tensors_elsewhere_are_refused():
+    x = torch.empty(1, 1, 16, 16, device="meta")
+    with pytest.raises(tq.UnsupportedError, match=r"takes tensors in memory, and q is on meta"):
+        from dataclasses import replace
+
+        from tokquant.kernels.cpu import launch
+        from tokquant.reference import Features
+
+        q, k, v = tq.quantize(*qkv(16, 16, 16, 1), "none", backend="reference")
+        launch.attention(replace(q, codes=x), k, v, q.scheme, Features(scale=1.0), False)

@@ -1,0 +1,72 @@
+"""The text of C++ kernels: whole, alone, and without what a kernel does not have."""
+
+import re
+import subprocess
+
+import pytest
+import torch
+
+from tokquant.kernels.cpu import build, generate
+from tokquant.kernels.cpu.plan import plan
+from tokquant.kernels.plan import Wanted
+from tokquant.schemes import preset
+
+EVERYTHING = Wanted(left=True, right=True, mask="additive", softcap=True, sinks=True, lse=True, bias="lowrank")
+
+
+PLAIN = Wanted()
+
+
+def text_of(name, wanted=PLAIN, **given):
+    return generate.render(
+        plan(preset(name), **dict(head_dim=64, dtype=torch.float32, wanted=wanted, instructions="avx512_vnni") | given)
+    )
+
+
+def test_the_template_has_a_default_for_every_constant_of_a_plan():
+    template = (generate.HERE / generate.TEMPLATE).read_text()
+    written = {m["name"]: m["value"] for m in map(generate.CONSTANT.fullmatch, template.splitlines()) if m}
+    assert (
+        written.keys()
+        == dict(
+            plan(preset("int8"), head_dim=64, dtype=torch.float32, wanted=Wanted(), instructions="portable").constants
+        ).keys()
+    )
+
+
+@pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
+def test_the_template_compiles_as_it_stands(tmp_path):
+    command = [*build.compiler().command, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    subprocess.run([*command, "-Wno-unknown-pragmas", generate.HERE / generate.TEMPLATE], check=True)
+
+
+@pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", ["int8", "fp8", "kv-int4"])
+def test_a_kernel_compiles_without_a_warning(name, tmp_path):
+    source = tmp_path / "kernel.cpp"
+    source.write_text(text_of(name, EVERYTHING, instructions="portable"))
+    command = [*build.compiler().command, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    subprocess.run([*command, "-Wno-unknown-pragmas", source], check=True)
+
+
+def test_a_kernel_needs_no_other_file_and_has_no_condition_left():
+    text = text_of("int8", EVERYTHING)
+    assert not re.search(r'#include "', text)
+    assert re.findall(r"#if.*|#else|#endif", text) == []
+    assert set(re.findall(r"#include <(\w+)", text)) == {"cmath", "cstdint", "cstring", "immintrin"}
+
+
+def test_fragments_are_copied_as_they_stand():
+    text = text_of("fp8")
+    for file in ("lanes.h", "avx512_vnni.h"):
+        assert (generate.HERE / file).read_text() in text
+    assert preset("fp8").p.format.cpp_encode in text
+
+
+def test_a_kernel_shows_the_features_that_it_has_and_no_others():
+    plain, full = text_of("int8"), text_of("int8", EVERYTHING)
+    for word in ("a.left", "a.right", "a.mask", "softcap", "sinks", "lse", "factors", "tanh"):
+        assert word not in plain and word in full, word
+    assert "hadamard" not in plain and "hadamard" not in full
+    assert "v_mean" in plain and "dot(" in plain and "kept(" not in plain
+    assert len(plain.splitlines()) < 400

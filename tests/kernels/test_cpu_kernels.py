@@ -1,0 +1,252 @@
+"""Generated C++ kernels, against the emulation and against float64 on the same codes."""
+
+import pytest
+import torch
+from factories import CASES, bounds, exact_operands, qkv, scheme
+
+import tokquant as tq
+from tokquant.inputs import features_of
+from tokquant.kernels.cpu import build, launch
+from tokquant.reference import integer_scores, oracle
+from tokquant.schemes import preset, preset_names
+
+pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
+
+SCHEMES = {name: preset(name) for name in preset_names() if preset(name).k.scale == "dynamic"} | {
+    "4-bit q and k, v in 4 bits under uint8": scheme("int4", "int4", "int4 block:64", "uint8 row_block:64"),
+    "k per channel with zeros": scheme(
+        "int8", "int8 channel asymmetric mean", "int4 block:64 asymmetric mean", "int8 row_block:32",
+        rotate="hadamard", rotate_v="hadamard",
+    ),
+    "small blocks of q and k": scheme("int8 block:16", "int8 block:32", "int8 head", "int8 row_block:64"),
+    "tensor scales, unsigned unit": scheme("int8 tensor", "int8 tensor", "int8 tensor", "uint8"),
+    "half precision scales": scheme("int8 head scale=fp16", "int8 head scale=fp16", "int8 head scale=fp8_e4m3", "int8"),
+    "int2 keys and values": scheme("int8", "int2", "int2", "int8 row_block:64"),
+    "fp4 keys and values": scheme("fp8_e4m3", "fp4_e2m1", "fp4_e2m1 channel", "fp16"),
+    "decoded fp4": scheme("fp4_e2m1 channel", "fp4_e2m1 channel_block:16", "fp4_e2m1 group:16", "int8"),
+    "e5m2 with int4": scheme("fp8_e5m2", "int4", "fp8_e5m2 head", "fp8_e5m2"),
+    "integer p on 16-bit v": scheme("int8", "int8", "fp16", "uint8 row_block:64"),
+    "zeros of k a head, of v a channel": scheme(
+        "int8", "int8 head asymmetric", "int4 channel asymmetric mean", "uint8 row_block:64", rotate_v="hadamard"
+    ),
+    "zeros of v a channel and block": scheme(
+        "int4 group:16", "int8", "int8 channel_block:64 asymmetric", "int8 row_block:64"
+    ),
+    "quantized normalizer, block means, zeros of v a token": scheme(
+        "int8 block_mean", "int8 mean", "int4 asymmetric mean", "uint8 row_block:32",
+        normalizer="quantized", rotate_v="hadamard",
+    ),
+    "small tiles": scheme("int8", "int8", "int8 channel_block:16", "uint8 row_block:16"),
+    "quantized normalizer, zeros of v a channel": scheme(
+        "int8", "int8", "int8 channel asymmetric", "int8 row_block:256", normalizer="quantized"
+    ),
+}  # fmt: skip
+
+
+def fits(s, head_dim):
+    return all(head_dim % (o.granularity.size or 1) == 0 for o in (s.q, s.k, s.v) if o.granularity.kind == "group")
+
+
+# a kernel takes a second to build: every scheme and every case once, all of them together where slow tests run
+CROSS = [
+    pytest.param(s, *case, id=f"{name} | {case_name}", marks=[] if place == number % len(CASES) else pytest.mark.slow)
+    for number, (name, s) in enumerate(SCHEMES.items())
+    for place, (case_name, case) in enumerate(CASES.items())
+    if fits(s, case[0][2])
+]
+
+
+@pytest.fixture(autouse=True)
+def kept_builds(tmp_path_factory, monkeypatch):
+    """Libraries are kept from test to test."""
+    folder = tmp_path_factory.getbasetemp() / "builds"
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setenv("TOKQUANT_CACHE_DIR", str(folder))
+
+
+def nan_filled(*size, empty=torch.empty, **options):
+    out = empty(*size, **options)
+    return out.fill_(float("nan")) if out.is_floating_point() else out
+
+
+def differs(operands, s, given, monkeypatch):
+    """What a kernel's result has that it should not, or nothing."""
+    monkeypatch.setattr(launch.torch, "empty", nan_filled)  # what is not written would show
+    out, lse = tq.attention(*operands, s, return_lse=True, backend="cpu", **given)
+    monkeypatch.undo()
+    expected, expected_lse = tq.attention(*operands, s, return_lse=True, backend="reference", **given)
+    # a code of P may fall on the other side of a tie: one step in a few rows
+    reach = operands[2].dequantize().abs().max()
+    step = 2**-3 if s.p.precision.startswith("fp8") else 1 / (s.p.format.largest or 1024)
+    if not (out - expected).abs().max() <= step * reach:
+        return "further from the emulation than a step of P"
+    if not (out - expected).abs().mean() <= 2e-5 * reach:
+        return "not the emulation's codes of P"
+    if not torch.allclose(lse, expected_lse, atol=2e-5 if s.normalizer == "exact" else 2e-3, rtol=1e-5):
+        return "another LSE than the emulation's"
+    features = features_of(*operands[:2], **given)
+    exact, exact_lse = oracle(*exact_operands(*operands), features)
+    largest_error, largest_lse_error = bounds(operands, s, features)
+    if not bool(((out - exact).abs() <= largest_error).all()):
+        return "beyond the bound of float64"
+    kept = exact_lse.isfinite()
+    return "" if bool(((lse - exact_lse).abs() <= largest_lse_error)[kept].all()) else "an LSE beyond the bound of float64"
+
+
+@pytest.mark.parametrize(("s", "shape", "given"), CROSS)
+def test_kernel_agrees_with_the_emulation_and_with_float64_on_the_same_codes(s, shape, given, monkeypatch):
+    operands = tq.quantize(*qkv(*shape), s, backend="cpu")
+    assert not differs(operands, s, given, monkeypatch)
+
+
+@pytest.mark.parametrize("instructions", build.compiler().instructions[1:] if build.available() else [])
+@pytest.mark.parametrize("name", ["int8", "small blocks of q and k", "fp8", "kv-int4"])
+def test_other_instruction_sets_compute_the_same(name, instructions, monkeypatch):
+    monkeypatch.setenv(build.CHOICE, instructions)
+    s = SCHEMES[name]
+    operands = tq.quantize(*qkv(37, 301, 40, 4, 2, 2), s, backend="cpu")
+    assert not differs(operands, s, dict(causal=True), monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_results_depend_neither_on_threads_nor_on_the_batch(name, monkeypatch):
+    operands = qkv(300, 333, 48, 4, 2, 2)
+    outs, before = [], torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        outs.append(tq.attention(*operands, name, causal=True, return_lse=True, backend="cpu"))
+    torch.set_num_threads(before)
+    outs.append([torch.cat(x) for x in zip(*(tq.attention(*(x[i : i + 1] for x in operands), name, causal=True, return_lse=True,
+                                                          backend="cpu") for i in range(2)), strict=True)])  # fmt: skip
+    for out, lse in outs[1:]:
+        assert torch.equal(out, outs[0][0]) and torch.equal(lse, outs[0][1])
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 130])
+@pytest.mark.parametrize("name", ["int8", "4-bit q and k, v in 4 bits under uint8", "int2 keys and values"])
+def test_operands_in_panels_are_the_same_operands(name, n):
+    s = SCHEMES[name]
+    packed, canonical = (tq.quantize(*qkv(20, n, 42, 4, 2), s, backend=backend) for backend in ("cpu", "reference"))
+    for ours, theirs in zip(packed, canonical, strict=True):
+        assert ours.layout == "blocks" and theirs.layout == "canonical"
+        assert torch.equal(ours.stored_values(), theirs.stored_values())
+        assert torch.equal(ours.dequantize(), theirs.dequantize())
+        assert ours.bits_per_value == pytest.approx(theirs.bits_per_value, rel=0.1)
+    outs = [tq.attention(*x, s, backend=backend) for x in (packed, canonical) for backend in ("cpu", "reference")]
+    assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])
+
+
+def test_operands_in_panels_run_on_triton():
+    packed, canonical = (tq.quantize(*qkv(20, 70, 32), "int8", backend=backend) for backend in ("cpu", "triton"))
+    outs = [tq.attention(*x, "int8", backend="triton") for x in (packed, canonical)]
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("a", ["int8", "int4", "int2"])
+def test_integer_scores_of_a_kernel_and_the_emulation_are_equal(a):
+    # with V the identity and P unrounded, a row's output is its P, and logits far apart show every score
+    s = scheme(a, "int8", "fp32", "fp32")
+    q, k = (3 * torch.randn(1, 1, 16, 40) for _ in range(2))
+    v = torch.eye(40)[:16][None, None].contiguous()
+    q, k, v = tq.quantize(q, k, v, s, backend="cpu")
+    out, lse = tq.attention(q, k, v, s, scale=1e-4, return_lse=True, backend="cpu")
+    scores = (out[0, 0, :, :16].double().log() + lse[0, 0].double()[:, None]) / 1e-4
+    scores = scores / q.scale[0, 0].double() / k.scale[0, 0].double().T
+    exact = integer_scores(q, k)[0, 0]
+    assert (scores - exact).abs().max() <= 2 + 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", ["int8", "int-flash", "none"])
+def test_extreme_logits_stay_finite_and_right(name):
+    q = torch.randn(1, 1, 64, 64) * 1e3
+    k, v = torch.randn(1, 1, 200, 64) * 1e2, torch.randn(1, 1, 200, 64)
+    operands = tq.quantize(q, k, v, name, backend="cpu")
+    out, lse = tq.attention(*operands, name, return_lse=True, backend="cpu")
+    expected, _ = tq.attention(*operands, name, return_lse=True, backend="reference")
+    assert lse.abs().max() > 1e5 and bool(out.isfinite().all())
+    assert (out - expected).abs().max() <= 0.02 * v.abs().max()
+
+
+def test_rows_with_nothing_to_attend_are_zero_with_lse_minus_infinity():
+    q, k, v = torch.randn(1, 1, 200, 64), torch.randn(1, 1, 70, 64), torch.randn(1, 1, 70, 64) + 5
+    out, lse = tq.attention(q, k, v, "int8", causal=True, return_lse=True, backend="cpu")
+    assert torch.equal(out[:, :, :130], torch.zeros(1, 1, 130, 64)) and bool((lse[:, :, :130] == -torch.inf).all())
+    assert bool(lse[:, :, 130:].isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-fp16"])
+def test_a_key_that_is_masked_takes_nothing_along_whatever_v_holds(name):
+    q, k, v = qkv(20, 150, 32)
+    v[0, 0, 3, 5] = float("nan")
+    mask = torch.ones(20, 150, dtype=torch.bool)
+    mask[7] = False
+    mask[9, 3] = False
+    operands = tq.quantize(q, k, v, name, backend="cpu")
+    out, lse = tq.attention(*operands, name, mask=mask, return_lse=True, backend="cpu")
+    expected, _ = tq.attention(*operands, name, mask=mask, return_lse=True, backend="reference")
+    assert torch.equal(out[:, :, 7], torch.zeros(1, 2, 32)) and bool((lse[:, :, 7] == -torch.inf).all())
+    assert torch.equal(out.isnan(), expected.isnan()) and bool(out.isnan().any())
+
+
+@pytest.mark.parametrize("where", ["q", "k"])
+def test_what_is_not_a_number_reaches_the_rows_that_see_it_and_no_others(where):
+    q, k, v = qkv(40, 40, 32)
+    (q if where == "q" else k)[0, 1, 11, 3] = float("nan")
+    operands = tq.quantize(q, k, v, "int8-fp16", backend="reference") if where == "q" else tq.quantize(q, k, v, "none")
+    s = operands[0].scheme
+    out, expected = (tq.attention(*operands, s, causal=True, backend=backend) for backend in ("cpu", "reference"))
+    assert torch.equal(out.isnan(), expected.isnan()) and 0 < int(out.isnan().sum()) < out.numel()
+
+
+@pytest.mark.parametrize("softcap", [0.5, 50.0, 1e5])
+def test_a_softcap_keeps_the_accuracy_of_float32(softcap):
+    q, k, v = qkv(20, 150, 32)
+    out = tq.attention(q, k, v, "none", softcap=softcap, backend="cpu")
+    assert (out - tq.attention(q, k, v, "none", softcap=softcap, backend="reference")).abs().max() <= 2e-5
+
+
+def test_strides_of_inputs_and_masks_are_honoured():
+    q = torch.randn(2, 100, 4, 64).transpose(1, 2)
+    k, v = (torch.randn(1, 2, 90, 128)[..., ::2].expand(2, -1, -1, -1) for _ in range(2))
+    for mask in (
+        torch.rand(90, 100).T,
+        torch.rand(2, 1, 100, 1),
+        torch.rand(90, 2)[:, 0],
+        torch.rand(2, 4, 100, 180)[..., ::2],
+    ):
+        out = tq.attention(q, k, v, "int8-fp16", mask=mask, backend="cpu")
+        whole = mask.expand(2, 4, 100, 90).contiguous()
+        same = tq.attention(q.contiguous(), k.contiguous(), v.contiguous(), "int8-fp16", mask=whole, backend="cpu")
+        assert torch.equal(out, same)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_outputs_have_the_type_of_the_tensors(dtype):
+    operands = tq.quantize(*qkv(50, 90, 32, dtype=dtype), "int8-fp16", backend="cpu")
+    out, expected = (tq.attention(*operands, "int8-fp16", backend=backend) for backend in ("cpu", "reference"))
+    assert out.dtype == dtype
+    assert (out - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_a_large_head_dim_runs():
+    operands = qkv(9, 70, 1100, 1)
+    out, expected = (tq.attention(*operands, "int8", backend=backend) for backend in ("cpu", "reference"))
+    assert (out - expected).abs().max() <= 1e-3
+
+
+def test_what_no_kernel_does_says_so():
+    q = torch.randn(1, 1, 32, 64)
+    with pytest.raises(tq.UnsupportedError, match=r"row_block 2048 is more than a CPU kernel holds; at most 1024"):
+        tq.attention(q, q, q, scheme("int8", "int8", "int8 head", "int8 row_block:2048"), backend="cpu")
+
+
+def test_sequences_of_their_own_lengths_come_out_as_each_alone():
+    q, k, v = (torch.randn(150, 2, 32) for _ in range(3))
+    starts = torch.tensor([0, 40, 40, 150], dtype=torch.int32)
+    given = dict(cu_seqlens_q=starts, cu_seqlens_k=starts, causal=True, return_lse=True, backend="cpu")
+    out, lse = tq.attention_varlen(q, k, v, "int8", **given)
+    for first, end in ((0, 40), (40, 150)):
+        own = (x[first:end].transpose(0, 1)[None] for x in (q, k, v))
+        alone, alone_lse = tq.attention(*own, "int8", causal=True, return_lse=True, backend="cpu")
+        assert torch.equal(out[first:end], alone[0].transpose(0, 1))
+        assert torch.equal(lse[first:end], alone_lse[0].transpose(0, 1))

@@ -1,0 +1,32 @@
+// Four products a lane by pairs of 16-bit numbers: the byte instruction of AVX2 saturates.
+#include <immintrin.h>
+constexpr int ROWS = 4;
+constexpr int PANELS = 1;
+
+static inline __m256i dot_half(__m256i sum, __m256i even, __m256i odd, __m256i panel) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(panel, 8), 8)));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, _mm256_srai_epi16(panel, 8)));
+}
+
+static inline ints dot(ints sum, const uint8_t* four, const int8_t* panel) {
+    int32_t word;
+    std::memcpy(&word, four, 4);
+    __m256i even = _mm256_set1_epi32(word & 0x00ff00ff), odd = _mm256_set1_epi32((word >> 8) & 0x00ff00ff);
+    __m256i half[2];
+    std::memcpy(half, &sum, sizeof sum);
+    for (int i = 0; i < 2; i++)
+        half[i] = dot_half(half[i], even, odd, _mm256_loadu_si256((const __m256i*)(panel + 32 * i)));
+    std::memcpy(&sum, half, sizeof sum);
+    return sum;
+}
+
+// the low bytes of what `x + SHIFT` holds: x rounded, from 0 to 255
+static inline void store_bytes(uint8_t* at, floats x) {
+    ints y = as_ints(x + SHIFT) & 255;
+    __m256i half[2];
+    std::memcpy(half, &y, sizeof y);
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(half[0], half[1]), 0xd8);
+    _mm_storeu_si128((__m128i*)at, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+#include "plain.h"

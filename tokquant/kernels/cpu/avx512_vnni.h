@@ -1,0 +1,27 @@
+// Four products a lane in one instruction.
+#include <immintrin.h>
+constexpr int ROWS = 8;
+constexpr int PANELS = 2;
+
+static inline ints dot(ints sum, const uint8_t* four, const int8_t* panel) {
+    int32_t word;
+    std::memcpy(&word, four, 4);
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(word), _mm512_loadu_si512(panel));
+}
+
+static inline floats maximum(floats a, floats b) { return (floats)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline float largest_of(floats x) { return _mm512_reduce_max_ps((__m512)x); }
+static inline float sum_of(floats x) { return _mm512_reduce_add_ps((__m512)x); }
+
+// 2^x for x up to 126; 0 where it is less than float32 holds
+static inline floats exp2_of(floats x) {
+    // of a NaN the second operand is kept
+    __m512 y = _mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);
+    __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (floats)_mm512_scalef_ps((__m512)exp2_of_fraction((floats)_mm512_sub_ps(y, whole)), whole);
+}
+
+// the low bytes of what `x + SHIFT` holds: x rounded, from 0 to 255
+static inline void store_bytes(uint8_t* at, floats x) {
+    _mm_storeu_si128((__m128i*)at, _mm512_cvtepi32_epi8((__m512i)(x + SHIFT)));
+}

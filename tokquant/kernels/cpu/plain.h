@@ -1,0 +1,27 @@
+// What instruction sets without an own way do.
+static inline floats maximum(floats a, floats b) { return a > b ? a : b; }
+
+static inline float largest_of(floats x) {
+    float y[LANES];
+    store(y, x);
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) y[i] = y[i] > y[i + n] ? y[i] : y[i + n];
+    return y[0];
+}
+
+static inline float sum_of(floats x) {
+    float y[LANES];
+    store(y, x);
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) y[i] += y[i + n];
+    return y[0];
+}
+
+// 2^x for x up to 126, 0 from -126 down
+static inline floats exp2_of(floats x) {
+    floats clamped = x < -126.f ? all(-126.f) : x;
+    floats shifted = clamped + SHIFT;
+    ints power = (as_ints(shifted) << 23) + 0x3f800000;
+    floats y = exp2_of_fraction(clamped - (shifted - SHIFT)) * as_floats(power);
+    return x < -126.f ? all(0) : y;
+}

@@ -1,0 +1,53 @@
+// C[R][W] += A[R rows] B[W panels]: R rows of A and W panels of B stay in registers, so each load serves several products.
+#if INTEGERS
+template <int R, int W>
+static inline void multiply(ints (&c)[R][W], const uint8_t* a, int64_t row, const int8_t* b, int64_t panel, int steps) {
+    for (const int8_t* end = b + 64 * steps; b < end; a += 4, b += 64)
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int w = 0; w < W; w++) c[r][w] = dot(c[r][w], a + r * row, b + w * panel);
+}
+#endif
+
+#if FLOATS
+template <int R, int W>
+static inline void multiply(floats (&c)[R][W], const float* a, int64_t row, const float* b, int64_t panel, int steps) {
+    for (const float* end = b + LANES * steps; b < end; a++, b += LANES)
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int w = 0; w < W; w++) c[r][w] += a[r * row] * load(b + w * panel);
+}
+#endif
+
+template <int N> struct Count { static constexpr int value = N; };
+
+// `f(Count<R>, first row)` until all rows are done, as many at a time as registers hold
+template <class F>
+static inline void in_rows(int rows, F f) {
+    int at = 0;
+    for (; rows - at >= ROWS; at += ROWS) f(Count<ROWS>(), at);
+    for (; rows - at >= 4; at += 4) f(Count<4>(), at);
+    for (; at < rows; at++) f(Count<1>(), at);
+}
+
+// `f(Count<W>, first panel)` likewise
+template <class F>
+static inline void in_panels(int panels, F f) {
+    int at = 0;
+    for (; panels - at >= PANELS; at += PANELS) f(Count<PANELS>(), at);
+    for (; at < panels; at++) f(Count<1>(), at);
+}
+
+#if !INTEGER_V
+// a weight of zero takes nothing of V, be it infinite or not a number
+static inline floats kept(floats product, const float* p, const float* v, int keys) {
+    floats odd = product - product;  // 0 where finite
+    if (sum_of(odd) == 0) return product;
+    product = all(0);
+    for (int j = 0; j < keys; j++)
+        if (p[j] != 0) product += p[j] * load(v + LANES * j);
+    return product;
+}
+#endif
