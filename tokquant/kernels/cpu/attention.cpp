@@ -16,7 +16,6 @@
 #define V_PER_TOKEN 0  // where V's scale enters: P,
 #define V_PER_TILE 1  // each tile's product,
 #define V_ON_OUTPUT 0  // or the output
-#define V_ZERO 0  // of V, once a tile or on the output: P is summed unrounded
 #define V_TOKEN_ZERO 0
 #define V_TILE_ZERO 0
 #define V_OUTPUT_ZERO 0
@@ -238,7 +237,7 @@ struct Scratch {
 #if LOWRANK
     alignas(64) float factors[ROWS][TILE];
 #endif
-#if V_ZERO
+#if V_TILE_ZERO
     alignas(64) float sum[BLOCK];  // of P unrounded,
 #endif
 #if V_TOKEN_ZERO
@@ -268,7 +267,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t head, int64_t firs
 #endif
     for (int i = 0; i < BLOCK + LANES; i++) t.m[i] = NOTHING, t.r[i] = t.l[i] = 0;
     std::memset(t.acc, 0, sizeof t.acc);
-#if V_ZERO
+#if V_TILE_ZERO
     std::memset(t.sum, 0, sizeof t.sum);
 #endif
 #if V_TOKEN_ZERO
@@ -448,7 +447,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t head, int64_t firs
             // P and its sums
             for (int i = 0; i < count; i++) {
                 floats total = all(0);
-#if V_ZERO
+#if V_TILE_ZERO
                 floats sum = all(0);
 #endif
 #if V_TOKEN_ZERO
@@ -476,7 +475,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t head, int64_t firs
 #else
                     total += p;
 #endif
-#if V_ZERO
+#if V_TILE_ZERO
                     sum += p;
 #endif
 #if V_TOKEN_ZERO
@@ -489,9 +488,6 @@ static void attend(const Arguments& a, int64_t batch, int64_t head, int64_t firs
 #endif
 #if V_TILE_ZERO
                 t.sum[g + i] = sum_of(sum);
-#endif
-#if V_OUTPUT_ZERO
-                t.sum[g + i] = t.sum[g + i] * alpha[i] + sum_of(sum);
 #endif
             }
 
@@ -553,7 +549,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t head, int64_t firs
             acc[d] += t.zero[i] / total;
 #endif
 #if V_OUTPUT_ZERO
-            acc[d] += t.sum[i] / total * a.v_zero[kv * WIDE + d];
+            acc[d] += l / total * a.v_zero[kv * WIDE + d];
 #endif
         }
 #if V_ROTATED

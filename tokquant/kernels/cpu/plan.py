@@ -64,7 +64,6 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
         "V_PER_TOKEN": at["v"] == "p",
         "V_PER_TILE": at["v"] == "tile",
         "V_ON_OUTPUT": at["v"] == "output",
-        "V_ZERO": at["v"] in ("tile", "output") and not v.symmetric,
         "V_TOKEN_ZERO": at["v"] == "p" and not v.symmetric,
         "V_TILE_ZERO": at["v"] == "tile" and not v.symmetric,
         "V_OUTPUT_ZERO": at["v"] == "output" and not v.symmetric,
