@@ -31,9 +31,9 @@ def of_keys(codes: Tensor) -> Tensor:
     The last step of a panel is 16 int32 in its bytes: -128 times the sum of each key's codes. Products start from there, as
     the unit multiplies unsigned bytes with signed ones, and Q's codes are held 128 higher.
     """
-    packed = panels(codes, BYTES)
-    sums = packed.sum(dim=(-3, -1), dtype=torch.int32) * -128
-    return torch.cat([packed, sums.view(torch.int8).unflatten(-1, (1, LANES, BYTES))], dim=-3)
+    sums = codes.sum(dim=-1, dtype=torch.int32) * -128
+    sums = torch.nn.functional.pad(sums, (0, -sums.shape[-1] % LANES)).view(torch.int8).unflatten(-1, (-1, 1, LANES, BYTES))
+    return torch.cat([panels(codes, BYTES), sums], dim=-3)
 
 
 def of_values(codes: Tensor, tile: int, deep: int) -> Tensor:
