@@ -33,7 +33,9 @@ CALLS = {
 def test_a_launch_compiles_with_its_own_arguments(name, given, absent_gpu):
     scheme = tq.preset(name)
     q, k, v = qkv(100, 121, 64, heads=4, kv_heads=2, batch=2, dtype=torch.float16)
-    operands = launch.packed(tq.quantize(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, scheme), scheme)
+    operands = launch.packed(
+        tq.quantize(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, scheme, backend="reference"), scheme
+    )
     call = launch.prepare(*operands, scheme, features_of(*operands[:2], **given), return_lse=True)
     kernel = generate.load(call.plan).warmup(*call.arguments, grid=call.grid, **call.config.options())
     assert kernel.asm["cubin"] and ("wgmma" in kernel.asm["ptx"])
@@ -45,7 +47,7 @@ def test_lengths_and_strides_do_not_recompile_a_kernel(absent_gpu):
     kernels = set()
     for n in (300, 301, 3001):
         q, k, v = qkv(n, n + 2, 64, heads=2, dtype=torch.float16)
-        operands = launch.packed(tq.quantize(q, k, v, "int8-fp16"), tq.preset("int8-fp16"))
+        operands = launch.packed(tq.quantize(q, k, v, "int8-fp16", backend="reference"), tq.preset("int8-fp16"))
         call = launch.prepare(*operands, tq.preset("int8-fp16"), features_of(*operands[:2]), return_lse=False)
         kernels.add(generate.load(call.plan).warmup(*call.arguments, grid=call.grid, **call.config.options()).hash)
     assert len(kernels) == 1
