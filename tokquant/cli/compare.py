@@ -103,7 +103,8 @@ def _summary(results: list[Comparison]) -> dict:
 def _table(rows: list[dict], title: str) -> Table:
     table = Table(
         title=escape(title),
-        caption="errors against float64; bits as stored, at this head_dim; ms are means over layers of interleaved medians",
+        caption="errors against float64; bits as stored, at this head_dim; ms are means over layers of interleaved medians, "
+        "SDPA's in the tensors' own type",
     )
     table.add_column("scheme")
     for heading in COLUMNS.values():
