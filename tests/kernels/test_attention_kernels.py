@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from factories import CASES, bounds, exact_operands, pairwise, qkv, scheme
+from factories import CASES, SCHEMES, bounds, exact_operands, fits, nan_filled, pairwise, qkv, scheme
 
 import tokquant as tq
 from tokquant.inputs import features_of
@@ -12,39 +12,7 @@ from tokquant.kernels import launch
 from tokquant.kernels.plan import plan
 from tokquant.precisions.base import tl, triton
 from tokquant.reference import Features, integer_scores, oracle
-from tokquant.schemes import preset, preset_names
-
-SCHEMES = {name: preset(name) for name in preset_names() if preset(name).k.scale == "dynamic"} | {
-    "int4 q and k, v in 4 bits under unsigned p": scheme("int4", "int4", "int4 block:64", "uint8 row_block:64"),
-    "k per channel, folded into q": scheme("int8", "int8 channel mean", "int8 tensor", "int8 row_block:64"),
-    "k per channel with zeros": scheme(
-        "int8", "int8 channel asymmetric mean", "int4 block:64 asymmetric mean", "int8 row_block:32",
-        rotate="hadamard", rotate_v="hadamard",
-    ),
-    "small blocks of q and k": scheme("int8 block:16", "int8 block:32", "int8 head", "int8 row_block:64"),
-    "tensor scales, unsigned unit": scheme("int8 tensor", "int8 tensor", "int8 tensor", "uint8"),
-    "half precision scales": scheme("int8 head scale=fp16", "int8 head scale=fp16", "int8 head scale=fp8_e4m3", "int8"),
-    "int2 keys and values": scheme("int8", "int2", "int2", "int8 row_block:64"),
-    "fp4 keys and values": scheme("fp8_e4m3", "fp4_e2m1", "fp4_e2m1 channel", "fp16"),
-    "decoded fp4": scheme("fp4_e2m1 channel", "fp4_e2m1 channel_block:16", "fp4_e2m1 group:16", "int8"),
-    "e5m2 with int4": scheme("fp8_e5m2", "int4", "fp8_e5m2 head", "fp8_e5m2"),
-    "integer p on 16-bit v": scheme("int8", "int8", "fp16", "int8 row_block:64"),
-    "zeros of k a head, of v a channel": scheme(
-        "int8", "int8 head asymmetric", "int4 channel asymmetric mean", "uint8 row_block:64", rotate_v="hadamard"
-    ),
-    "zeros of v a channel and block": scheme(
-        "int4 group:16", "int8", "int8 channel_block:64 asymmetric", "int8 row_block:64"
-    ),
-    "quantized normalizer, block means, zeros of v a token": scheme(
-        "int8 block_mean", "int8 mean", "int4 asymmetric mean", "uint8 row_block:32",
-        normalizer="quantized", rotate_v="hadamard",
-    ),
-}  # fmt: skip
-
-
-def fits(s, head_dim):
-    return all(head_dim % (o.granularity.size or 1) == 0 for o in (s.q, s.k, s.v) if o.granularity.kind == "group")
-
+from tokquant.schemes import preset
 
 # every scheme meets a third of the cases, and every case a third of the schemes; all of them where slow tests run
 CROSS = [
@@ -53,11 +21,6 @@ CROSS = [
     for place, (case_name, case) in enumerate(CASES.items())
     if fits(s, case[0][2])
 ]
-
-
-def nan_filled(*size, empty=torch.empty, **options):
-    out = empty(*size, **options)
-    return out.fill_(float("nan")) if out.is_floating_point() else out
 
 
 @pytest.mark.parametrize(("s", "shape", "given"), CROSS)

@@ -1,8 +1,8 @@
 """Seeded faults: each of these changes to a C++ kernel's text must be seen by the comparison that kernels are tested with."""
 
 import pytest
-from factories import CASES, qkv
-from test_cpu_kernels import SCHEMES, differs
+from factories import CASES, SCHEMES, qkv
+from test_cpu_kernels import differs
 
 import tokquant as tq
 from tokquant.kernels.cpu import build, generate, launch
