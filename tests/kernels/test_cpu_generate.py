@@ -65,8 +65,8 @@ def test_fragments_are_copied_as_they_stand():
 
 def test_a_kernel_shows_the_features_that_it_has_and_no_others():
     plain, full = text_of("int8"), text_of("int8", EVERYTHING)
-    for word in ("a.left", "a.right", "a.mask", "softcap", "sinks", "lse", "factors", "tanh"):
+    for word in ("a.left", "a.right", "a.mask", "softcap", "sinks", "a.lse", "factors", "tanh"):
         assert word not in plain and word in full, word
     assert "hadamard" not in plain and "hadamard" not in full
     assert "v_mean" in plain and "dot(" in plain and "kept(" not in plain
-    assert len(plain.splitlines()) < 400
+    assert len(plain.splitlines()) < 600

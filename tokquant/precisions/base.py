@@ -75,7 +75,10 @@ class Precision:
     """What stands in for `triton_quantize` in Triton's interpreter, where that one rounds wrongly."""
     cpp_encode: str = ""
     """C++: `static inline floats encode_p(floats p)`, which rounds P in units of its codes to what a code stands for. Needed
-    for role p on a CPU; Q, K and V need nothing more than `decode` there."""
+    for role p on a CPU."""
+    cpp_decode: str = ""
+    """C++: an expression for the float32 numbers that the patterns in the low bits of `ints code` stand for. Without it they
+    are looked up in a table of all, more slowly."""
     code_zero: int = 0
     """What `triton_encode` subtracts so that unsigned codes fit a signed unit."""
 

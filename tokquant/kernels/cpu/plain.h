@@ -25,3 +25,11 @@ static inline floats exp2_of(floats x) {
     floats y = exp2_of_fraction(clamped - (shifted - SHIFT)) * as_floats(power);
     return x < -126.f ? all(0) : y;
 }
+
+// what 2^BITS patterns, or 16, stand for
+template <int BITS>
+static inline floats looked_up(const float* values, ints code) {
+    floats x = {};
+    for (int i = 0; i < LANES; i++) x[i] = values[code[i]];
+    return x;
+}

@@ -1,8 +1,8 @@
 // C[R][W] += A[R rows] B[W panels]: R rows of A and W panels of B stay in registers, so each load serves several products.
 #if INTEGERS
-template <int R, int W>
-static inline void multiply(ints (&c)[R][W], const uint8_t* a, int64_t row, const int8_t* b, int64_t panel, int steps) {
-    for (const int8_t* end = b + 64 * steps; b < end; a += 4, b += 64)
+template <int R, int W, class A, class B>
+static inline void multiply(ints (&c)[R][W], const A* a, int64_t row, const B* b, int64_t panel, int steps) {
+    for (const B* end = b + 64 * steps; b < end; a += 4, b += 64)
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
