@@ -48,10 +48,10 @@ MUTATIONS = {
     "chunks merged without their references": ("kv-int8", ((1, 4500, 32, 2, 1, 1), {}), "own[WIDE] - t.r[i]", "0.f"),
     "scales of other groups": (
         "kv-int4-kivi", ((20, 301, 64, 2, 1, 1), {}),
-        "token * V_COLUMNS + p * LANES",
+        "token * V_COLUMNS + panel * LANES",
         "token * V_COLUMNS + 0 * LANES",
     ),
-    "nibbles in another order": ("kv-int4", ODD, "uint32_t(i * K_BITS)", "uint32_t((1 - i) * K_BITS)"),
+    "nibbles in another order": ("kv-int4", ODD, "uint32_t(i * BITS)", "uint32_t((1 - i) * BITS)"),
     "a block of queries left out": ("int8", CAUSAL, "(of_head - 1 - block % of_head) * BLOCK", "(of_head - 1) * BLOCK"),
 }  # fmt: skip
 # each costs a second to build: every other one is left to the slow run

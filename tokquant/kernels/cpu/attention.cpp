@@ -10,12 +10,8 @@
 #define FLOATS 1  // or decoded, as float32
 #define INTEGER_K 1
 #define INTEGER_V 1
-#define K_BYTES_UNPACKED 0  // whether a tile is unpacked before it is multiplied,
-#define V_BYTES_UNPACKED 0
-#define K_FLOATS_UNPACKED 0
-#define V_FLOATS_UNPACKED 0
-#define K_READ 1  // or multiplied where it lies
-#define V_READ 1
+#define K_UNPACKED 0  // whether a tile is unpacked before it is multiplied,
+#define V_UNPACKED 0
 #define K_DECODED 0  // with its scales,
 #define V_DECODED 0
 #define K_DECODED_ZERO 0  // and zeros,
@@ -68,7 +64,7 @@ constexpr int K_COLUMNS = 1;  // scales of a token
 constexpr int V_COLUMNS = 64;
 constexpr int K_LOWEST = -128;  // the code that the smallest pattern stands for
 constexpr int V_LOWEST = -128;
-constexpr float V_UNIT = 1.0f;  // what the unpacked bytes of V are in units of
+constexpr float V_UNIT = 1.0f;  // of products: bytes of V with fewer bits hold them in the highest
 constexpr int INPUT_MANTISSA = 10;  // bits of it, in the 16-bit type
 constexpr int INPUT_LEAST = -14;  // and its least exponent
 constexpr int RANK = 16;  // of the bias
@@ -79,6 +75,7 @@ constexpr float LOGIT_BASE = 1.442695041f;  // log2(e), or 1 where NATURAL
 
 #include "lanes.h"
 #include "portable.h"
+#include "memory.h"
 #include "products.h"
 
 static inline floats encode_p(floats p) { return nearest(p); }
@@ -209,7 +206,20 @@ constexpr int WIDE = CHANNELS * LANES;
 constexpr int K_ROWS = K_SCALE_TOKENS < TILE ? TILE / K_SCALE_TOKENS : 1;  // of scales of a tile
 constexpr int V_ROWS = V_SCALE_TOKENS < TILE ? TILE / V_SCALE_TOKENS : 1;
 
-#include "unpack.h"
+constexpr int K_PANEL = K_WORDS * LANES;
+constexpr int V_PANEL = V_WORDS * LANES;
+
+#if INTEGER_K
+typedef uint8_t Keys;  // panels as products take them
+#else
+typedef float Keys;
+#endif
+#if INTEGER_V
+typedef int8_t Values;
+#else
+typedef float Values;
+#endif
+
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -271,16 +281,10 @@ struct Scratch {
 #else
     alignas(64) float p[ROWS][TILE];
 #endif
-#if K_BYTES_UNPACKED
-    alignas(64) uint8_t k[TILE * K_DEPTH];
-#endif
-#if K_FLOATS_UNPACKED
+#if K_UNPACKED
     alignas(64) float k[TILE * D];
 #endif
-#if V_BYTES_UNPACKED
-    alignas(64) int8_t v[WIDE * TILE];
-#endif
-#if V_FLOATS_UNPACKED
+#if V_UNPACKED
     alignas(64) float v[WIDE * TILE];
 #endif
 #if K_SCALED
@@ -320,18 +324,12 @@ struct Scratch {
 #endif
 };
 
-// A tile of keys: where its codes are, ready to be multiplied. What else the rows read of it is put into `t`.
+#include "unpack.h"
+
+// A tile of keys: where its codes are. What else the rows read of it is put into `t`.
 struct Tile {
-#if INTEGER_K
-    const uint8_t* k;
-#else
-    const float* k;
-#endif
-#if INTEGER_V
-    const int8_t* v;
-#else
-    const float* v;
-#endif
+    const Keys* k;
+    const Values* v;
 };
 
 #if K_SCALED
@@ -354,10 +352,7 @@ static inline void of_channels(float* to, const V_SCALE_TYPE* from) {
 static inline Tile tile_of(const Arguments& a, int64_t batch, int64_t kv_head, int64_t start, int count, Scratch& t) {
     const int64_t page = a.table ? a.table[batch * a.pages + start / a.page] : batch;
     const int64_t inner = a.table ? start % a.page : start, kv = page * a.kv_heads + kv_head;
-    const uint32_t* k = a.k + kv * a.k_head + inner / LANES * (K_WORDS * LANES);
-    const uint32_t* v = a.v + kv * a.v_head + inner / TILE * (CHANNELS * V_WORDS * LANES);
-    const int panels = (count + LANES - 1) / LANES;
-    (void)panels, (void)t;
+    (void)t, (void)count;
 
 #if K_SCALED || K_DECODED
     const int64_t k_at = page * a.k_scale_page + kv_head * a.k_scale_head + inner / K_SCALE_TOKENS * K_COLUMNS;
@@ -410,38 +405,10 @@ static inline Tile tile_of(const Arguments& a, int64_t batch, int64_t kv_head, i
     spread(t.v_zero, a.v_zero + v_at, count * int64_t(V_COLUMNS), TILE * V_COLUMNS);
 #endif
 
-    Tile tile;
-#if K_BYTES_UNPACKED
-    unpack_keys(k, t.k, panels * K_WORDS);
-    tile.k = t.k;
-#endif
-#if K_FLOATS_UNPACKED
-#if K_DECODED
-    unpack_keys(k, t.k, panels, t.k_scale, t.k_zero);
-#else
-    unpack_keys(k, t.k, panels, nullptr, nullptr);
-#endif
-    tile.k = t.k;
-#endif
-#if K_READ
-    std::memcpy(&tile.k, &k, sizeof k);
-#endif
-#if V_BYTES_UNPACKED
-    unpack_values(v, t.v, CHANNELS * V_WORDS);
-    tile.v = t.v;
-#endif
-#if V_FLOATS_UNPACKED
-#if V_DECODED
-    unpack_values(v, t.v, t.v_scale, t.v_zero);
-#else
-    unpack_values(v, t.v, nullptr, nullptr);
-#endif
-    tile.v = t.v;
-#endif
-#if V_READ
-    std::memcpy(&tile.v, &v, sizeof v);
-#endif
-    return tile;
+    return {
+        (const Keys*)(a.k + kv * a.k_head + inner / LANES * K_PANEL),
+        (const Values*)(a.v + kv * a.v_head + inner / TILE * CHANNELS * V_PANEL),
+    };
 }
 
 // Rows of a head of K from `first` on, over keys from `from` to `to`: what they are in `t`.
@@ -483,7 +450,17 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 #endif
     for (int64_t start = begin; start < end; start += TILE) {
         const int there = int(least(TILE, n_k - start));
-        const Tile tile = tile_of(a, batch, kv_head, start, there, t);
+        Tile tile = tile_of(a, batch, kv_head, start, there, t);
+#if K_UNPACKED
+        const uint32_t* k = (const uint32_t*)tile.k;
+        int k_unpacked = 0;  // panels: the first rows that come to them unpack them
+        tile.k = t.k;
+#endif
+#if V_UNPACKED
+        const uint32_t* v = (const uint32_t*)tile.v;
+        int v_unpacked = 0;
+        tile.v = t.v;
+#endif
 #if BLOCK_MEANS
         in_panels((least(TILE, end - start) + LANES - 1) / LANES, [&](auto W, int64_t at) {
             floats c[1][W.value] = {};
@@ -515,11 +492,14 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
             // scores
             in_rows(count, [&](auto R, int i) {
                 in_panels(columns, [&](auto W, int64_t at) {
+#if K_UNPACKED
+                    for (; k_unpacked < at + W.value; k_unpacked++) unpack_keys(t, k, k_unpacked);
+#endif
 #if INTEGER_K
                     ints c[R.value][W.value];
                     for (int r = 0; r < R.value; r++)
                         for (int w = 0; w < W.value; w++) c[r][w] = ints{} + t.start[g + i + r];
-                    multiply<R.value, W.value>(c, t.q[g + i], K_DEPTH, tile.k + at * K_DEPTH * LANES, K_DEPTH * LANES, K_DEPTH / 4);
+                    multiply<K_BITS, R.value, W.value>(c, t.q[g + i], K_DEPTH, tile.k + at * 4 * K_PANEL, 4 * K_PANEL, K_WORDS);
 #else
                     floats c[R.value][W.value] = {};
                     multiply<R.value, W.value>(c, q + (g + i) * D, D, tile.k + at * D * LANES, D * LANES, D);
@@ -688,9 +668,12 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
             // acc = acc * alpha + P V
             in_rows(count, [&](auto R, int i) {
                 in_panels(CHANNELS, [&](auto W, int64_t at) {
+#if V_UNPACKED
+                    for (; v_unpacked < at + W.value; v_unpacked++) unpack_values(t, v, v_unpacked);
+#endif
 #if INTEGER_V
                     ints c[R.value][W.value] = {};
-                    multiply<R.value, W.value>(c, t.p[i], TILE, tile.v + at * LANES * TILE, LANES * TILE, (keys + 3) / 4);
+                    multiply<V_BITS, R.value, W.value>(c, t.p[i], TILE, tile.v + at * 4 * V_PANEL, 4 * V_PANEL, (keys * V_BITS + 31) / 32);
 #else
                     floats c[R.value][W.value] = {};
                     multiply<R.value, W.value>(c, t.p[i], TILE, tile.v + at * LANES * TILE, LANES * TILE, keys);
@@ -699,7 +682,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
                         for (int w = 0; w < W.value; w++) {
                             float* acc = &t.acc[g + i + r][(at + w) * LANES];
                             floats product = to_floats(c[r][w]);
-#if V_BYTES_UNPACKED
+#if INTEGER_V
                             product *= V_UNIT;
 #endif
 #if !INTEGER_V

@@ -10,16 +10,16 @@ static inline __m256i even(__m256i x, const uint8_t*) { return _mm256_and_si256(
 static inline __m256i odd(__m256i x, const uint8_t*) { return _mm256_srli_epi16(x, 8); }
 
 template <class A, class B>
-static inline ints dot(ints sum, const A* four, const B* panel) {
+static inline ints dot(ints sum, const A* four, words panel, const B* kind) {
     int32_t word;
     std::memcpy(&word, four, 4);
     const __m256i all = _mm256_set1_epi32(word);
-    __m256i half[2];
+    __m256i half[2], x[2];
     std::memcpy(half, &sum, sizeof sum);
+    std::memcpy(x, &panel, sizeof panel);
     for (int i = 0; i < 2; i++) {
-        const __m256i x = _mm256_loadu_si256((const __m256i*)(panel + 32 * i));
-        half[i] = _mm256_add_epi32(half[i], _mm256_madd_epi16(even(all, four), even(x, panel)));
-        half[i] = _mm256_add_epi32(half[i], _mm256_madd_epi16(odd(all, four), odd(x, panel)));
+        half[i] = _mm256_add_epi32(half[i], _mm256_madd_epi16(even(all, four), even(x[i], kind)));
+        half[i] = _mm256_add_epi32(half[i], _mm256_madd_epi16(odd(all, four), odd(x[i], kind)));
     }
     std::memcpy(&sum, half, sizeof sum);
     return sum;

@@ -1,12 +1,30 @@
 // C[R][W] += A[R rows] B[W panels]: R rows of A and W panels of B stay in registers, so each load serves several products.
+constexpr int AHEAD = 4096;  // bytes that memory is asked for before they are read: more than hardware looks ahead
+
 #if INTEGERS
-template <int R, int W, class A, class B>
-static inline void multiply(ints (&c)[R][W], const A* a, int64_t row, const B* b, int64_t panel, int steps) {
-    for (const B* end = b + 64 * steps; b < end; a += 4, b += 64)
+// the i-th byte-wide plane of words: what is unsigned in the low bits, what is signed in the high ones, where its sign belongs
+template <int BITS> static inline words plane(words x, int i, const uint8_t*) {
+    return BITS == 8 ? x : x >> uint32_t(i * BITS) & ((1u << BITS) - 1) * 0x01010101u;
+}
+template <int BITS> static inline words plane(words x, int i, const int8_t*) {
+    return BITS == 8 ? x : x << uint32_t(8 - BITS - i * BITS) & (((1u << BITS) - 1) << (8 - BITS)) * 0x01010101u;
+}
+
+template <int BITS, int R, int W, class A, class B>
+static inline void multiply(ints (&c)[R][W], const A* a, int64_t row, const B* b, int64_t panel, int lines) {
+    for (const B* end = b + 64 * lines; b < end; b += 64) {
+        words x[W];
+        for (int w = 0; w < W; w++) {
+            x[w] = load((const uint32_t*)(b + w * panel));
+            __builtin_prefetch(b + w * panel + AHEAD, 0, 2);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < 8 / BITS; i++, a += 4)
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
+            for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int w = 0; w < W; w++) c[r][w] = dot(c[r][w], a + r * row, b + w * panel);
+                for (int w = 0; w < W; w++) c[r][w] = dot(c[r][w], a + r * row, plane<BITS>(x[w], i, b), b);
+    }
 }
 #endif
 

@@ -13,29 +13,6 @@ static inline void spread(float* to, const T* from, int64_t there, int size) {
     for (int i = 0; i < size; i += LANES) store(to + i, i < there ? load(from + i, there - i) : all(0));
 }
 
-#if K_BYTES_UNPACKED
-// counted from the lowest: in the low bits of each byte
-static void unpack_keys(const uint32_t* from, uint8_t* to, int64_t lines) {
-    for (int64_t line = 0; line < lines; line++)
-        for (int i = 0; i < 8 / K_BITS; i++) {
-            words x = load(from + line * LANES) >> uint32_t(i * K_BITS) & ((1u << K_BITS) - 1) * 0x01010101u;
-            std::memcpy(to + (line * (8 / K_BITS) + i) * 64, &x, 64);
-        }
-}
-#endif
-
-#if V_BYTES_UNPACKED
-// in the high bits of each byte, so that the sign is in its place: 2^(8 - V_BITS) times what they stand for
-static void unpack_values(const uint32_t* from, int8_t* to, int64_t lines) {
-    constexpr uint32_t mask = (((1u << V_BITS) - 1) << (8 - V_BITS)) * 0x01010101u;
-    for (int64_t line = 0; line < lines; line++)
-        for (int i = 0; i < 8 / V_BITS; i++) {
-            words x = load(from + line * LANES) << uint32_t(8 - V_BITS - i * V_BITS) & mask;
-            std::memcpy(to + (line * (8 / V_BITS) + i) * 64, &x, 64);
-        }
-}
-#endif
-
 #if K_DECODED || V_DECODED
 // a decoded operand is rounded to the input's own type
 static inline floats as_input(floats x) {
@@ -47,59 +24,57 @@ static inline floats as_input(floats x) {
 }
 #endif
 
-#if K_FLOATS_UNPACKED
-// [panels][words][16] -> [panels][D][16]; scales and zeros [rows][K_COLUMNS] are those of the tile
-static void unpack_keys(const uint32_t* from, float* to, int panels, const float* scale, const float* zero) {
-    for (int p = 0; p < panels; p++) {
+#if K_UNPACKED
+// a panel of a tile: [words][16] -> [D][16]
+static void unpack_keys(Scratch& t, const uint32_t* tile, int panel) {
+    const uint32_t* from = tile + panel * K_PANEL;
+    float* to = t.k + panel * D * LANES;
 #if K_DECODED
-        floats s[K_COLUMNS], z[K_COLUMNS];
-        for (int c = 0; c < K_COLUMNS; c++)
-            if (K_SCALE_TOKENS == 1) {
-                for (int i = 0; i < LANES; i++) {
-                    s[c][i] = scale[(p * LANES + i) * K_COLUMNS + c];
-                    z[c][i] = zero[(p * LANES + i) * K_COLUMNS + c];
-                }
-            } else {
-                const int row = p * LANES / K_SCALE_TOKENS;
-                s[c] = all(scale[row * K_COLUMNS + c]), z[c] = all(zero[row * K_COLUMNS + c]);
-            }
-#else
-        (void)scale, (void)zero;
+    floats scale[K_COLUMNS], zero[K_COLUMNS];
+    for (int c = 0; c < K_COLUMNS; c++) {
+        const int row = panel * LANES / K_SCALE_TOKENS;
+        scale[c] = all(t.k_scale[row * K_COLUMNS + c]), zero[c] = all(t.k_zero[row * K_COLUMNS + c]);
+        for (int i = 0; i < LANES && K_SCALE_TOKENS == 1; i++) {
+            scale[c][i] = t.k_scale[(row + i) * K_COLUMNS + c];
+            zero[c][i] = t.k_zero[(row + i) * K_COLUMNS + c];
+        }
+    }
 #endif
-        for (int w = 0; w < K_WORDS; w++) {
-            const words x = load(from + (p * K_WORDS + w) * LANES);
+    for (int w = 0; w < K_WORDS; w++, from += LANES) {
+        const words x = load(from);
+        __builtin_prefetch((const char*)from + AHEAD, 0, 2);
 #pragma GCC unroll 16
-            for (int i = 0; i < 32 / K_BITS; i++) {
-                const int d = w * (32 / K_BITS) + i;
-                if (d >= D) break;
-                floats y = decode_k(code_of<K_BITS>(x, i));
+        for (int i = 0; i < 32 / K_BITS; i++) {
+            const int d = w * (32 / K_BITS) + i;
+            if (d >= D) break;
+            floats y = decode_k(code_of<K_BITS>(x, i));
 #if K_DECODED
-                y = as_input(y * s[d * K_COLUMNS / D] + z[d * K_COLUMNS / D]);
+            y = as_input(y * scale[d * K_COLUMNS / D] + zero[d * K_COLUMNS / D]);
 #endif
-                store(to + (p * D + d) * LANES, y);
-            }
+            store(to + d * LANES, y);
         }
     }
 }
 #endif
 
-#if V_FLOATS_UNPACKED
-// [panels][words][16] -> [panels][TILE][16]; scales and zeros [TILE][V_COLUMNS] are those of the tile
-static void unpack_values(const uint32_t* from, float* to, const float* scale, const float* zero) {
-    (void)scale, (void)zero;
-    for (int p = 0; p < CHANNELS; p++)
-        for (int w = 0; w < V_WORDS; w++) {
-            const words x = load(from + (p * V_WORDS + w) * LANES);
+#if V_UNPACKED
+// a panel of a tile: [words][16] -> [TILE][16]
+static void unpack_values(Scratch& t, const uint32_t* tile, int panel) {
+    const uint32_t* from = tile + panel * V_PANEL;
+    float* to = t.v + panel * TILE * LANES;
+    for (int w = 0; w < V_WORDS; w++, from += LANES) {
+        const words x = load(from);
+        __builtin_prefetch((const char*)from + AHEAD, 0, 2);
 #pragma GCC unroll 16
-            for (int i = 0; i < 32 / V_BITS; i++) {
-                const int token = w * (32 / V_BITS) + i;
-                floats y = decode_v(code_of<V_BITS>(x, i));
+        for (int i = 0; i < 32 / V_BITS; i++) {
+            const int token = w * (32 / V_BITS) + i;
+            floats y = decode_v(code_of<V_BITS>(x, i));
 #if V_DECODED
-                const int at = token * V_COLUMNS + p * LANES * V_COLUMNS / D;
-                y = as_input(y * scale[at] + zero[at]);
+            const int at = token * V_COLUMNS + panel * LANES * V_COLUMNS / D;
+            y = as_input(y * t.v_scale[at] + t.v_zero[at]);
 #endif
-                store(to + (p * TILE + token) * LANES, y);
-            }
+            store(to + token * LANES, y);
         }
+    }
 }
 #endif
