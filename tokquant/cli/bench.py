@@ -86,7 +86,7 @@ def _table(measured: Table) -> rich.table.Table:
     machine = "; ".join(f"{name} {value}" for name, value in measured.machine.items())
     table = rich.table.Table(title=escape(f"{measured.workload}: {measured.shape}"), caption=escape(machine))
     table.add_column("provider")
-    for heading in ("ms", f"x {measured.peer}", measured.unit, "of the most"):
+    for heading in ("ms", f"x {measured.peer or 'peer'}", measured.unit, "of peak"):
         table.add_column(heading, justify="right")
     table.add_column("")
     for row in measured.rows:

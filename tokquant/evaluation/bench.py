@@ -108,18 +108,19 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
 
     What does not run is a row that says why. Raises as `tokquant.quantize` does.
     """
+    named = _named(schemes)
     q, k, v = _tensors(shape, device)
     work, causal = shape.operations, shape.causal
     found: Providers = {}
     for name, call in peers.attention(q, k, v, causal).items():
         found[name] = call if isinstance(call, str) else Provider(call, work)
-    for scheme in map(resolve, schemes):
+    for name, scheme in named.items():
         scales = _scales(scheme, q, k, v)
         codes = quantize(q, k, v, scheme, scales=scales)
         units = tuple(INTEGERS if integers(scheme, role) else FLOATS for role in "kv")
-        found[scheme.name] = Provider(partial(attend, *codes, scheme, causal=causal), work, units)
+        found[name] = Provider(partial(attend, *codes, scheme, causal=causal), work, units)
         whole = partial(attend, q, k, v, scheme, causal=causal, scales=scales)
-        found[f"{scheme.name}, with quantization"] = Provider(whole, work)
+        found[f"{name}, with quantization"] = Provider(whole, work)
     if choose_backend("auto", device) == "cpu":
         for kind, (call, operations) in peaks(torch.get_num_threads()).items():
             found[INTEGERS if kind == "integers" else FLOATS] = Provider(call, operations)
@@ -127,11 +128,12 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
 
 
 def decode(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: torch.device, repeats: int = 15) -> Table:
-    """Time a query, or a few, against codes of K and V that are there already, with a cold cache.
+    """Time a query, or a few, in codes too, against codes of K and V that are there already, with a cold cache.
 
     Rates are bytes of K and V a second, all that a QuantizedTensor holds, and as a share of what reading memory does. The rest
     is as for `attention`.
     """
+    named = _named(schemes)
     q, k, v = _tensors(shape, device)
     # causality is nothing to a single query, which is the last
     causal = shape.causal and shape.queries > 1
@@ -139,10 +141,10 @@ def decode(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: torch.
     for name, call in peers.of_torch(q, k, v, causal).items():
         size = 4 if "fp32" in name else 2
         found[name] = call if isinstance(call, str) else Provider(call, size * (k.numel() + v.numel()), (MEMORY,))
-    for scheme in map(resolve, schemes):
+    for name, scheme in named.items():
         codes = quantize(q, k, v, scheme, scales=_scales(scheme, q, k, v))
         call = partial(attend, *codes, scheme, causal=causal)
-        found[scheme.name] = Provider(call, codes[1].nbytes + codes[2].nbytes, (MEMORY,))
+        found[name] = Provider(call, codes[1].nbytes + codes[2].nbytes, (MEMORY,))
     memory = torch.ones(SCRATCH_BYTES // 8, dtype=torch.int64, device=device)
     found[MEMORY] = Provider(memory.sum, SCRATCH_BYTES)
     return _timed("decode", shape, "GB/s", found, device, repeats, between=memory.sum)
@@ -177,12 +179,20 @@ def _timed(
     return Table(workload, shape, peer, unit, [row(name) for name in providers], facts)
 
 
+def _named(schemes: Sequence[QuantScheme | str]) -> dict[str, QuantScheme]:
+    """Schemes by what they were given as: several files may hold one name."""
+    return {scheme if isinstance(scheme, str) else scheme.name: resolve(scheme) for scheme in schemes}
+
+
 def _tensors(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     kind = torch.float32 if device.type == "cpu" else torch.float16
     keys = (shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
     sizes = ((shape.batch, shape.heads, shape.queries, shape.head_dim), keys, keys)
-    q, k, v = (torch.randn(size, generator=generator, dtype=kind, device=device) for size in sizes)
+    try:
+        q, k, v = (torch.randn(size, generator=generator, dtype=kind, device=device) for size in sizes)
+    except RuntimeError as error:
+        raise ValueError(f"shape: {shape} cannot be had on {device}: {str(error).splitlines()[0]}") from None
     return q, k, v
 
 
