@@ -15,7 +15,7 @@ from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.evaluation import peers
 from tokquant.evaluation.machine import machine
-from tokquant.evaluation.peers import Call
+from tokquant.evaluation.peers import Call, first_line
 from tokquant.kernels.cpu.peak import peaks
 from tokquant.kernels.cpu.plan import integers
 from tokquant.schemes import QuantScheme, resolve
@@ -192,7 +192,7 @@ def _tensors(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor
     try:
         q, k, v = (torch.randn(size, generator=generator, dtype=kind, device=device) for size in sizes)
     except RuntimeError as error:
-        raise ValueError(f"shape: {shape} cannot be had on {device}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"shape: {shape} cannot be had on {device}: {first_line(error)}") from None
     return q, k, v
 
 
@@ -211,8 +211,7 @@ def _failure(call: Call) -> str:
         try:
             call()
         except (RuntimeError, ValueError, TypeError) as error:
-            said = str(error).splitlines()[0]
             # torch's own error is that there is no kernel; why is in its warnings, with headings between them
             reasons = (str(each.message).split(" (Triggered")[0] for each in caught)
-            return "; ".join(dict.fromkeys([said, *(each for each in reasons if "because" not in each)]))
+            return "; ".join(dict.fromkeys([first_line(error), *(each for each in reasons if "because" not in each)]))
     return ""

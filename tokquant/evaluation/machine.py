@@ -4,6 +4,7 @@ import platform
 from pathlib import Path
 
 import torch
+import triton
 
 from tokquant.kernels.cpu import build
 
@@ -12,7 +13,7 @@ def machine(device: torch.device, backend: str) -> dict[str, str]:
     """Versions, backend and device, by name; on a CPU also threads, and what kernels are built for and by."""
     found = {"torch": torch.__version__, "backend": backend}
     if device.type == "cuda":
-        return found | {"device": torch.cuda.get_device_name(device)}
+        return found | {"triton": triton.__version__, "device": torch.cuda.get_device_name(device)}
     if backend == "cpu":
         found |= {"instructions": build.instructions(), "compiler": build.compiler().version}
     return found | {"threads": str(torch.get_num_threads()), "device": _processor()}

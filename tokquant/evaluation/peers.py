@@ -44,8 +44,9 @@ def of_torch(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
     found: Calls = {}
     on_cpu = q.device.type == "cpu"
     for kind in ON_CPU if on_cpu else ON_GPU:
+        keys, values = k.to(kind), v.to(kind)
         for form, rows in _forms(q.to(kind), k, causal).items():
-            call = sdpa(rows, k.to(kind), v.to(kind), features_of(q, k, causal=causal))
+            call = sdpa(rows, keys, values, features_of(q, k, causal=causal))
             if on_cpu:
                 found[f"SDPA {NAMES[kind]}{form}"] = call
             else:
@@ -90,7 +91,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Callable[[], Te
 def _torchao(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call | str:
     """torchao's int8 attention on bytes quantized beforehand, one scale a tensor, as its op takes them.
 
-    The op is only in builds with `USE_CPU_KERNELS=1`, is fused where the processor has AMX, and is causal by a mask.
+    The op is only in builds with `USE_CPU_KERNELS=1`, is fused only where the processor has AMX, and is causal by a mask.
     """
     if why := _lacks("torchao"):
         return why
@@ -104,8 +105,7 @@ def _torchao(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call | str:
     operands = [q, *(x.repeat_interleave(shared, dim=1) for x in (k, v))]
     scales = [x.abs().max().item() / 127 for x in operands]
     codes = [((x / scale).round() + 128).to(torch.uint8) for x, scale in zip(operands, scales, strict=True)]
-    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
-    mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")) if causal else None
+    mask = torch.full((q.shape[2], k.shape[2]), float("-inf")).triu(k.shape[2] - q.shape[2] + 1) if causal else None
     zeros = {f"{name}_zp": 128 for name in "qkvo"}
     steps = {f"{name}_scale": step for name, step in zip("qkvoa", (*scales, scales[2], 1 / 255), strict=True)}
     return partial(torch.ops.torchao.qscaled_dot_product, *codes, attn_mask=mask, **zeros, **steps)
@@ -125,5 +125,10 @@ def _lacks(package: str) -> str:
     try:
         importlib.import_module(package)
     except Exception as error:  # whatever a package of any age says to this torch
-        return f"cannot be imported: {str(error).splitlines()[0]}"
+        return f"cannot be imported: {first_line(error)}"
     return ""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the stack that torch appends."""
+    return (str(error) or type(error).__name__).splitlines()[0]
