@@ -13,11 +13,14 @@ started what is timed before the GPU comes to it."""
 
 
 def interleaved_medians(
-    functions: Sequence[Callable[[], Any]], repeats: int, device: torch.device, between: Callable[[], Any] | None = None
+    functions: Sequence[Callable[[], Any]],
+    repeats: int,
+    device: torch.device,
+    before: Sequence[Callable[[], Any]] | None = None,
 ) -> list[float]:
     """Median milliseconds of each function, taken in turn: by the GPU's own clock where `device` is one, with a cold cache.
 
-    `between` runs before each and is not timed: what empties the caches of a CPU, say.
+    `before` has one for each, which runs before it and is not timed: what empties or fills the caches of a CPU, say.
     """
     for function in functions:
         function()
@@ -25,8 +28,8 @@ def interleaved_medians(
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(max(1, repeats)):
         for place, function in enumerate(functions):
-            if between is not None:
-                between()
+            if before is not None:
+                before[place]()
             times[place].append(once(function))
     return [statistics.median(each) for each in times]
 

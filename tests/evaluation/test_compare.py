@@ -48,7 +48,7 @@ def test_functions_are_timed_in_turn():
     interleaved_medians([lambda: order.append("a"), lambda: order.append("b")], 3, torch.device("cpu"))
     assert order == ["a", "b"] * 4
     order.clear()
-    interleaved_medians([lambda: order.append("a")], 2, torch.device("cpu"), between=lambda: order.append("-"))
+    interleaved_medians([lambda: order.append("a")], 2, torch.device("cpu"), before=[lambda: order.append("-")])
     assert order == ["a", "-", "a", "-", "a"]
 
 

@@ -68,14 +68,27 @@ def test_decoding_counts_the_bytes_of_keys_and_values():
     assert found[MEMORY].rate == pytest.approx(2**20 / found[MEMORY].ms / 1e6)
 
 
-def test_decoding_finds_caches_cold(monkeypatch):
-    order = []
+def test_decoding_finds_caches_cold_or_warm(monkeypatch):
+    asked = []
+
+    def timed(calls, repeats, device, before):
+        asked.append((calls, before))
+        return [1.0] * len(calls)
+
+    monkeypatch.setattr(bench, "interleaved_medians", timed)
+    read = []
     monkeypatch.setattr(
-        bench, "interleaved_medians", lambda calls, repeats, device, between: order.append(between) or [1.0] * len(calls)
+        torch.Tensor, "sum", lambda x, *rest, total=torch.Tensor.sum, **more: read.append(x.numel()) or total(x, *rest, **more)
     )
-    bench.decode(GROUPED, ["int8"], device=CPU)
+    for cold in (True, False):
+        bench.decode(GROUPED, ["int8"], device=CPU, cold=cold)
+        calls, before = asked.pop()
+        assert len(calls) == len(before)
+        read.clear()
+        before[0]()
+        assert (2**20 // 8 in read) == cold
     bench.attention(SHAPE, ["int8"], device=CPU)
-    assert order[0]().item() == 2**20 // 8 and order[1] is None
+    assert asked.pop()[1] is None
 
 
 @pytest.mark.parametrize(("n_q", "n_k", "causal"), [(5, 5, True), (3, 7, True), (7, 3, True), (3, 7, False)])

@@ -48,13 +48,14 @@ def bench(
     causal: Annotated[
         bool | None, typer.Option("--causal/--no-causal", help="As elsewhere; attention is timed both ways if left out.")
     ] = None,
+    cold: Annotated[bool, typer.Option("--cold/--warm", help="To decode: with empty caches, or full ones.")] = True,
     device: options.Device = None,
     repeats: options.Repeats = 15,
     json: options.Json = False,
 ) -> None:
     """Time schemes beside torch's attention: all in turn in one process, ratios of medians to the fastest of torch's.
 
-    Attention is timed on codes and with quantization; decode, with a cold cache, on codes.
+    Attention is timed on codes and with quantization; decode on codes.
     """
     if workload not in WORKLOADS:
         raise ValueError(f"workload: {quote(workload)} is none; use {' or '.join(WORKLOADS)}{nearest(workload, WORKLOADS)}")
@@ -71,8 +72,9 @@ def bench(
         for d in head_dim or chosen.head_dims
         for each in (chosen.causal if causal is None else [causal])
     ]
+    more = {"cold": cold} if workload == "decode" else {}
     found = [
-        chosen.measure(shape, scheme or chosen.schemes, device=where, repeats=repeats)
+        chosen.measure(shape, scheme or chosen.schemes, device=where, repeats=repeats, **more)
         for shape in output.progress(shapes, workload, len(shapes))
     ]
     if json:

@@ -1,7 +1,7 @@
 """Attention beside its peers: all in turn in one process, so that what slows the machine slows every one of them."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -17,8 +17,8 @@ from tokquant.evaluation import peers
 from tokquant.evaluation.machine import machine
 from tokquant.evaluation.peers import Call, first_line
 from tokquant.kernels.cpu.peak import peaks
-from tokquant.kernels.cpu.plan import integers
 from tokquant.schemes import QuantScheme, resolve
+from tokquant.schemes.placement import as_bytes
 from tokquant.timing import SCRATCH_BYTES, interleaved_medians
 
 MEMORY = "reading memory"
@@ -89,6 +89,8 @@ class Provider:
     """Operations, or bytes."""
     units: tuple[str, ...] = ()
     """The measurements of the machine that bound it, each for an equal part of the work."""
+    small: Call | None = None
+    """The same with next to nothing to read."""
 
 
 Providers = dict[str, Provider | str]
@@ -117,7 +119,7 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
     for name, scheme in named.items():
         scales = _scales(scheme, q, k, v)
         codes = quantize(q, k, v, scheme, scales=scales)
-        units = tuple(INTEGERS if integers(scheme, role) else FLOATS for role in "kv")
+        units = tuple(INTEGERS if as_bytes(scheme, role) else FLOATS for role in "kv")
         found[name] = Provider(partial(attend, *codes, scheme, causal=causal), work, units)
         whole = partial(attend, q, k, v, scheme, causal=causal, scales=scales)
         found[f"{name}, with quantization"] = Provider(whole, work)
@@ -127,27 +129,43 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
     return _timed("attention", shape, "GOPS", found, device, repeats)
 
 
-def decode(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: torch.device, repeats: int = 15) -> Table:
-    """Time a query, or a few, in codes too, against codes of K and V that are there already, with a cold cache.
+def decode(
+    shape: Shape, schemes: Sequence[QuantScheme | str], *, device: torch.device, repeats: int = 15, cold: bool = True
+) -> Table:
+    """Time a query, or a few, in codes too, against codes of K and V that are there already.
 
-    Rates are bytes of K and V a second, all that a QuantizedTensor holds, and as a share of what reading memory does. The rest
-    is as for `attention`.
+    Rates are bytes of K and V a second, all that a QuantizedTensor holds, and as a share of what reading memory does. Where
+    `cold`, memory is read before each call until a CPU's caches hold nothing of K and V, as a model's other layers do, and a
+    call with a few keys brings the code back; else the same call runs untimed before each. The rest is as for `attention`.
     """
     named = _named(schemes)
     q, k, v = _tensors(shape, device)
     # causality is nothing to a single query, which is the last
     causal = shape.causal and shape.queries > 1
+    few = q, k[:, :, :16].contiguous(), v[:, :, :16].contiguous()
+    small = peers.of_torch(*few, causal)
     found: Providers = {}
     for name, call in peers.of_torch(q, k, v, causal).items():
         size = 4 if "fp32" in name else 2
-        found[name] = call if isinstance(call, str) else Provider(call, size * (k.numel() + v.numel()), (MEMORY,))
+        read = size * (k.numel() + v.numel())
+        found[name] = call if isinstance(call, str) else Provider(call, read, (MEMORY,), small[name])  # type: ignore[arg-type]
     for name, scheme in named.items():
-        codes = quantize(q, k, v, scheme, scales=_scales(scheme, q, k, v))
-        call = partial(attend, *codes, scheme, causal=causal)
-        found[name] = Provider(call, codes[1].nbytes + codes[2].nbytes, (MEMORY,))
+        scales = _scales(scheme, q, k, v)
+        codes, codes_of_few = (quantize(*x, scheme=scheme, scales=scales) for x in ((q, k, v), few))
+        call, little = (partial(attend, *x, scheme, causal=causal) for x in (codes, codes_of_few))
+        found[name] = Provider(call, codes[1].nbytes + codes[2].nbytes, (MEMORY,), little)
     memory = torch.ones(SCRATCH_BYTES // 8, dtype=torch.int64, device=device)
     found[MEMORY] = Provider(memory.sum, SCRATCH_BYTES)
-    return _timed("decode", shape, "GB/s", found, device, repeats, between=memory.sum)
+    return _timed("decode", shape, "GB/s", found, device, repeats, lambda each: _after(memory.sum if cold else each.call, each))
+
+
+def _after(first: Call, provider: Provider) -> Call:
+    def before() -> None:
+        first()
+        if provider.small is not None:
+            provider.small()
+
+    return before
 
 
 def _timed(
@@ -157,11 +175,12 @@ def _timed(
     providers: Providers,
     device: torch.device,
     repeats: int,
-    between: Call | None = None,
+    before: Callable[[Provider], Call] | None = None,
 ) -> Table:
     failures = {name: each if isinstance(each, str) else _failure(each.call) for name, each in providers.items()}
     running = {name: each for name, each in providers.items() if isinstance(each, Provider) and not failures[name]}
-    medians = interleaved_medians([each.call for each in running.values()], repeats, device, between)
+    untimed = [before(each) for each in running.values()] if before else None
+    medians = interleaved_medians([each.call for each in running.values()], repeats, device, untimed)
     times = dict(zip(running, medians, strict=True))
     rates = {name: each.work / times[name] / 1e6 for name, each in running.items()}
     peer = min((name for name in times if name.startswith("SDPA")), key=times.__getitem__, default=None)
