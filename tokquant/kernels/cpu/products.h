@@ -1,4 +1,5 @@
-// C[R][W] += A[R rows] B[W panels]: R rows of A and W panels of B stay in registers, so each load serves several products.
+// C[R][W] += A[R rows] B[W panels]: R rows of A and W panels of B stay in registers, so each load serves several products. Each is
+// a function of its own: inlined, compilers take registers from these loops for what is around them.
 constexpr int AHEAD = 4096;  // bytes that memory is asked for before they are read: more than hardware looks ahead
 
 #if INTEGERS
@@ -11,7 +12,9 @@ template <int BITS> static inline words plane(words x, int i, const int8_t*) {
 }
 
 template <int BITS, int R, int W, class A, class B>
-static inline void multiply(ints (&c)[R][W], const A* a, int64_t row, const B* b, int64_t panel, int lines) {
+[[gnu::noinline]] static void multiply(ints (&c)[R][W], const A* a, int64_t row, const B* b, int64_t panel, int lines) {
+    ints sum[R][W];
+    std::memcpy(sum, c, sizeof c);
     for (const B* end = b + 64 * lines; b < end; b += 64) {
         words x[W];
         for (int w = 0; w < W; w++) {
@@ -23,19 +26,23 @@ static inline void multiply(ints (&c)[R][W], const A* a, int64_t row, const B* b
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-                for (int w = 0; w < W; w++) c[r][w] = dot(c[r][w], a + r * row, plane<BITS>(x[w], i, b), b);
+                for (int w = 0; w < W; w++) sum[r][w] = dot(sum[r][w], a + r * row, plane<BITS>(x[w], i, b), b);
     }
+    std::memcpy(c, sum, sizeof c);
 }
 #endif
 
 #if FLOATS
 template <int R, int W>
-static inline void multiply(floats (&c)[R][W], const float* a, int64_t row, const float* b, int64_t panel, int steps) {
+[[gnu::noinline]] static void multiply(floats (&c)[R][W], const float* a, int64_t row, const float* b, int64_t panel, int steps) {
+    floats sum[R][W];
+    std::memcpy(sum, c, sizeof c);
     for (const float* end = b + LANES * steps; b < end; a++, b += LANES)
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int w = 0; w < W; w++) c[r][w] += a[r * row] * load(b + w * panel);
+            for (int w = 0; w < W; w++) sum[r][w] += a[r * row] * load(b + w * panel);
+    std::memcpy(c, sum, sizeof c);
 }
 #endif
 
