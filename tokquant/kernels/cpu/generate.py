@@ -12,7 +12,7 @@ from tokquant.kernels.cpu.plan import CpuPlan
 
 HERE = Path(__file__).parent
 
-CONSTANT = re.compile(r"(?P<kind>#define|constexpr \w+) (?P<name>[A-Z]\w*)(?: = | )(?P<value>-?[\w.]+);?(?P<comment>  //.*)?")
+CONSTANT = re.compile(r"(?P<kind>#define|constexpr \w+) (?P<name>[A-Z]\w*)(?: = | )(?P<value>[\w.+-]+);?(?P<comment>  //.*)?")
 CONDITION = re.compile(r"#if ((?:!?[A-Z]\w+)(?: \|\| !?[A-Z]\w+)*)")
 
 

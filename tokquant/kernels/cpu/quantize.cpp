@@ -88,6 +88,7 @@ struct Arguments {
 #endif
 #if OFFSET
     const float* offset;  // [B, H, rows, D]
+    int64_t offset_batch;  // numbers to the next sequence
     int64_t offset_rows;
 #endif
 #if BALANCED
@@ -178,11 +179,13 @@ static inline void butterflies(float* y) {
 }
 #endif
 
-// Tokens `lo` to `hi` of a chunk in their frame. `x` is the chunk's first, which may lie before the tensor's.
-static void turn(const Arguments& a, int64_t plane, int64_t token, const SOURCE* x, int lo, int hi, Scratch& t) {
-    (void)plane, (void)token;
+// Tokens `lo` to `hi` of a chunk in their frame. Its first, the tensor's `token`, may lie before that tensor.
+static void turn(const Arguments& a, int64_t batch, int64_t head, int64_t token, int lo, int hi, Scratch& t) {
+    const SOURCE* x = a.x + batch * a.x_batch + head * a.x_head + token * a.x_row;
+    const int64_t plane = batch * a.heads + head;
+    (void)plane;
 #if OFFSET
-    const float* offset = a.offset + (plane * a.offset_rows + most(token, 0) / OFFSET_TOKENS) * D;
+    const float* offset = a.offset + batch * a.offset_batch + (head * a.offset_rows + most(token, 0) / OFFSET_TOKENS) * D;
 #endif
     for (int i = lo; i < hi; i++) {
         const SOURCE* row = x + i * a.x_row;
@@ -544,8 +547,7 @@ static void put(const Arguments& a, int64_t batch, int64_t head, int64_t token, 
 
 // Tokens of a chunk from `lo` to `hi`, whose first is at place `token` of its sequence, which begins at `first`.
 static void take(const Arguments& a, int64_t batch, int64_t head, int64_t token, int64_t first, int lo, int hi, Scratch& t) {
-    const SOURCE* x = a.x + batch * a.x_batch + head * a.x_head + (token - first) * a.x_row;
-    turn(a, batch * a.heads + head, token - first, x, lo, hi, t);
+    turn(a, batch, head, token - first, lo, hi, t);
 #if SCALED
     const Place at = place_of(a, batch, token);
     SCALE_TYPE* scale = at_scale(a, a.scale, head, at);
@@ -589,11 +591,11 @@ static void span(const Arguments& a) {
         Scratch* t = new Scratch;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < planes * parts; item++) {
-            const int64_t plane = item / parts, batch = plane / a.heads, head = plane % a.heads;
+            const int64_t batch = item / parts / a.heads, head = item / parts % a.heads;
             nothing_yet(*t);
             for (int64_t token = item % parts * PART; token < least(a.n, (item % parts + 1) * PART); token += TOKENS) {
                 const int count = int(least(TOKENS, a.n - token));
-                turn(a, plane, token, a.x + batch * a.x_batch + head * a.x_head + token * a.x_row, 0, count, *t);
+                turn(a, batch, head, token, 0, count, *t);
                 extremes(0, count, *t);
             }
             std::memcpy(highest + item * SCALES, t->highest, sizeof t->highest);

@@ -4,19 +4,16 @@ Each tensor is read once where the tokens of a scale lie in one chunk, twice whe
 factors of balance are torch's, and so is an operand that no kernel takes (`quantize_plan.lacking` says why).
 """
 
-import ctypes
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokquant import blocks
 from tokquant.calibration.scales import LayerScales
-from tokquant.kernels.cpu import build
-from tokquant.kernels.cpu.launch import load
+from tokquant.kernels.cpu.bound import Bound
 from tokquant.kernels.cpu.plan import ALL, stored_type
-from tokquant.kernels.cpu.quantize_plan import Task, lacking, plan
+from tokquant.kernels.cpu.quantize_plan import Task, lacking
 from tokquant.kernels.launch import Operands
 from tokquant.quantize import check_groups, for_query_heads, frames, keys, log2_weight, queries, values
 from tokquant.quantize import quantize_operands as define
@@ -25,8 +22,6 @@ from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
 from tokquant.schemes.scheme import SCALE_TYPES
 from tokquant.tensor import QuantizedTensor, in_blocks, met
 from tokquant.transforms import BLOCK_MEAN, Frame
-
-Fields = dict[str, Any]
 
 
 def quantize_operands(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None = None) -> Operands:
@@ -39,8 +34,8 @@ def quantize_operands(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scal
     kq = run.keys(k, k_frame)
     qq = run.queries(q, q_frame, kq)
     vq = run.values(v, v_frame)
-    if run.lost:
-        # a type does not hold a value; the definition says which
+    if not run.held:
+        # the definition says what does not fit
         define(q, k, v, scheme, scales)
     return qq, kq, vq
 
@@ -51,8 +46,8 @@ class _Run:
     def __init__(self, scheme: QuantScheme, scales: LayerScales | None):
         self.scheme = scheme
         self.scales = scales
-        self.lost = ctypes.c_int32(0)
-        """1 where a type does not hold a value."""
+        self.held = True
+        """Whether every type held its values."""
 
     def keys(self, k: Tensor, frame: Frame) -> QuantizedTensor:
         task = self._task(k, frame, "k")
@@ -64,7 +59,8 @@ class _Run:
         return kq
 
     def queries(self, q: Tensor, frame: Frame, k: QuantizedTensor) -> QuantizedTensor:
-        spec, given, turned = self.scheme.q, {}, frame
+        spec, turned = self.scheme.q, frame
+        given: dict[str, Tensor | None] = {}
         if k.offset is not None:
             given["k_offset"] = for_query_heads(k.offset.float(), q, k)
         if place(self.scheme.k) == "q":
@@ -115,37 +111,21 @@ class _Run:
             **rest,
         )
 
-    def _coded(self, x: Tensor, frame: Frame, task: Task, more: Fields) -> QuantizedTensor:
+    def _coded(self, x: Tensor, frame: Frame, task: Task, more: dict[str, Tensor | None]) -> QuantizedTensor:
         """`x` in `frame` and in codes. What `more` holds is read or filled too."""
-        spec, blocked = task.spec, task.spec.role != "q"
-        x = x if x.stride(3) == 1 else x.contiguous()
-        codes = room(x.shape, task)
-        scale, zero = self._scales(x, task)
-        given = dict(
-            **_of_tensor(x),
-            table=None, pages=0, page=0, first=None,
-            codes=codes, codes_head=codes.stride(1),
-            **_of_scales(scale, zero),
-            offset=frame.offset, offset_rows=0 if frame.offset is None else frame.offset.shape[2],
-            balance=frame.balance, fold=frame.fold, lost=ctypes.addressof(self.lost), **more,
-        )  # fmt: skip
-        for name in ("offset", "balance", "fold", "k_offset", "k_origin"):
-            if given.get(name) is not None:
-                given[name] = given[name].float().contiguous()
-        function, arguments = load(plan(task, build.instructions()))
-        names = [field[0] for field in arguments._fields_]
-        raw = [given[name].data_ptr() if isinstance(given[name], Tensor) else given[name] for name in names]
-        function(ctypes.byref(arguments(*raw)))
+        codes, (scale, zero) = room(x.shape, task), self._scales(x, task)
+        given = {"offset": frame.offset, "balance": frame.balance, "fold": frame.fold, **more}
+        self.held &= Bound(task, codes, scale, zero, more=given)(x)
         return QuantizedTensor(
             codes=codes,
             scale=scale,
             zero=zero,
             frame=frame,
-            spec=spec,
+            spec=task.spec,
             scheme=self.scheme,
             shape=x.shape,
             dtype=x.dtype,
-            layout="blocks" if blocked else "canonical",
+            layout="canonical" if task.spec.role == "q" else "blocks",
         )
 
     def _scales(self, x: Tensor, task: Task) -> tuple[Tensor | None, Tensor | None]:
@@ -155,7 +135,8 @@ class _Run:
             return None, None
         if spec.scale == "static":
             assert self.scales is not None
-            return self.scales.scale(spec, x), self.scales.zero(spec, x)
+            zero = self.scales.zero(spec, x)
+            return self.scales.scale(spec, x).contiguous(), None if zero is None else zero.contiguous()
         scale = torch.empty(spec.granularity.scale_shape(tuple(x.shape)), dtype=SCALE_TYPES[spec.scale_dtype])
         return scale, None if spec.symmetric else torch.empty_like(scale)
 
@@ -173,17 +154,3 @@ def room(shape: torch.Size, task: Task) -> Tensor:
     # a kernel writes what belongs to tokens; beyond the last lie zeros
     full = n % (blocks.LANES if spec.role == "k" else task.tile) == 0
     return (torch.empty if full else torch.zeros)(size, dtype=torch.int32)
-
-
-def _of_tensor(x: Tensor) -> Fields:
-    (b, h, n, _), (batch, head, row, _) = x.shape, x.stride()
-    return dict(
-        batch=b, heads=h, n=n, threads=torch.get_num_threads(), x=x, x_batch=batch, x_head=head, x_row=row
-    )  # fmt: skip
-
-
-def _of_scales(scale: Tensor | None, zero: Tensor | None) -> Fields:
-    if scale is None:
-        return {}
-    batch, head = (0 if size == 1 else step for size, step in zip(scale.shape[:2], scale.stride()[:2], strict=True))
-    return {"scale": scale, "zero": zero, "scale_page": batch, "scale_head": head}
