@@ -24,7 +24,7 @@ def text_of(name, wanted=PLAIN, **given):
 
 
 def test_the_template_has_a_default_for_every_constant_of_a_plan():
-    template = (generate.HERE / generate.TEMPLATE).read_text()
+    template = (generate.HERE / "attention.cpp").read_text()
     written = {m["name"]: m["value"] for m in map(generate.CONSTANT.fullmatch, template.splitlines()) if m}
     assert (
         written.keys()
@@ -37,7 +37,7 @@ def test_the_template_has_a_default_for_every_constant_of_a_plan():
 @pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 def test_the_template_compiles_as_it_stands(tmp_path):
     command = [*build.compiler().command, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
-    subprocess.run([*command, "-Wno-unknown-pragmas", generate.HERE / generate.TEMPLATE], check=True)
+    subprocess.run([*command, "-Wno-unknown-pragmas", generate.HERE / "attention.cpp"], check=True)
 
 
 @pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")

@@ -79,6 +79,9 @@ class Precision:
     cpp_decode: str = ""
     """C++: an expression for the float32 numbers that the patterns in the low bits of `ints code` stand for. Without it they
     are looked up in a table of all, more slowly."""
+    cpp_quantize: str = ""
+    """C++: an expression for the codes of scaled and clamped `floats x`, in the low bits of `ints`: those of `encode`, or of
+    integers the number in two's complement. Without it `encode` quantizes on a CPU."""
     code_zero: int = 0
     """What `triton_encode` subtracts so that unsigned codes fit a signed unit."""
 

@@ -49,6 +49,7 @@ INT2 = register(
         unpack=unpack,
         compute="tl.int8",
         triton_decode=decode_tile,
+        cpp_quantize="nearest_integers(x)",
         triton_quantize=quantize_tile,
     )
 )

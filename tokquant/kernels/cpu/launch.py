@@ -68,7 +68,7 @@ def attention(
 def load(made: CpuPlan) -> tuple[Callable[..., None], type[ctypes.Structure]]:
     """A plan's kernel, and its arguments as the text declares them."""
     text = generate.render(made)
-    function = build.load(made.name, text, made.instructions).attention
+    function = getattr(build.load(made.name, text, made.instructions, made.flags), made.template)
     function.restype = None
     declared = re.search(r"struct Arguments \{\n(.*?)\n\};", text, re.DOTALL)
     assert declared is not None
@@ -97,8 +97,11 @@ def laid_out(x: QuantizedTensor, scheme: QuantScheme) -> Fields:
 
 def _queries(q: QuantizedTensor, scheme: QuantScheme) -> Fields:
     scaled = q.scale is not None and place(q.spec) == "scores"
+    bytes_already = q.codes.dtype == torch.int8
     return {
-        "q": (q.stored_values().to(torch.int8) if as_bytes(scheme, "k") else met(q)).contiguous(),
+        "q": (
+            (q.codes if bytes_already else q.stored_values().to(torch.int8)) if as_bytes(scheme, "k") else met(q)
+        ).contiguous(),
         "q_scale": _of_tokens(q, q.spread(q.scale)) if scaled else None,  # type: ignore[arg-type]
         "q_sum": None if q.code_sum is None else q.code_sum.contiguous(),
         "logit_offset": None if q.logit_offset is None else q.logit_offset.contiguous(),

@@ -40,6 +40,10 @@ class CpuPlan:
     """Functions of the template and what stands in their place: how P is rounded, how codes of K and V are decoded."""
     instructions: str
     """The file with the products of an instruction set."""
+    template: str = "attention"
+    """The file that becomes the kernel, and the function in it."""
+    flags: tuple[str, ...] = ()
+    """What the compiler is told beside the flags that all kernels have."""
 
     def has(self, name: str) -> bool:
         """Whether a constant is 1."""
@@ -127,14 +131,14 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
         "V_COLUMNS": columns(v, head_dim),
         "K_LOWEST": -(2 ** (k_bits - 1)),
         "V_LOWEST": -(2 ** (v.format.bits - 1)),
-        "V_UNIT": _literal(2.0 ** (v_bits - 8)),
+        "V_UNIT": literal(2.0 ** (v_bits - 8)),
         "INPUT_MANTISSA": INPUT_TYPES[dtype][0],
         "INPUT_LEAST": INPUT_TYPES[dtype][1],
         "RANK": wanted.bias_rank,
         "ROTATION": rotation,
-        "ROTATION_NORM": _literal(rotation**-0.5),
-        "LOG2_LARGEST": _literal(math.log2(scheme.p.format.largest or 1)),
-        "LOGIT_BASE": _literal(1.0 if natural else math.log2(math.e)),
+        "ROTATION_NORM": literal(rotation**-0.5),
+        "LOG2_LARGEST": literal(math.log2(scheme.p.format.largest or 1)),
+        "LOGIT_BASE": literal(1.0 if natural else math.log2(math.e)),
     }
     return CpuPlan(
         name="attention_" + "_".join(getattr(scheme, role).precision for role in "qkvp"),
@@ -195,14 +199,14 @@ def _decoder(operand: Operand, dtype: torch.dtype, bits: int) -> str:
         return f"static inline floats {name}(ints code) {{ return {operand.format.cpp_decode}; }}"
     counted = not operand.symmetric and place(operand) == "operand"
     values = blocks.table(operand.format) + (2 ** (operand.format.bits - 1) if counted else 0)
-    numbers = ", ".join(map(_literal, [*values.tolist(), *[0.0] * (16 - len(values))]))
+    numbers = ", ".join(map(literal, [*values.tolist(), *[0.0] * (16 - len(values))]))
     return (
         f"static const float {name}_values[] = {{{numbers}}};\n"
         f"static inline floats {name}(ints code) {{ return looked_up<{bits}>({name}_values, code); }}"
     )
 
 
-def _literal(x: float) -> str:
+def literal(x: float) -> str:
     if not math.isfinite(x):
         return "NAN" if math.isnan(x) else f"{'-' * (x < 0)}INFINITY"
     return f"{torch.tensor(x, dtype=torch.float64).float().item()!r}f"
