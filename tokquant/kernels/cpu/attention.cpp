@@ -75,12 +75,11 @@ constexpr float LOGIT_BASE = 1.442695041f;  // log2(e), or 1 where NATURAL
 
 #include "lanes.h"
 #include "portable.h"
-#include "memory.h"
 #include "products.h"
 
 static inline floats encode_p(floats p) { return nearest(p); }
-static inline floats decode_k(ints code) { return from_half(code); }
-static inline floats decode_v(ints code) { return from_half(code); }
+static inline floats decode_k(ints code) { return decoded_half(code); }
+static inline floats decode_v(ints code) { return decoded_half(code); }
 
 struct Arguments {
     int64_t batch;

@@ -39,5 +39,4 @@ static inline floats looked_up(const float* values, ints code) {
     return (floats)_mm512_permutexvar_ps((__m512i)code, _mm512_loadu_ps(values));
 }
 
-// a half in the low bits of each lane
-static inline floats from_half(ints x) { return (floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x)); }
+static inline floats decoded_half(ints x) { return (floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x)); }

@@ -49,12 +49,43 @@ static inline floats rounded_to(floats x) {
 }
 
 // patterns in the low bits of each lane, as the numbers they stand for
+static inline floats from_half(ints x) {
+    floats y = as_floats((x & 0x7fff) << 13) * 0x1p112f;
+    y = (x & 0x7c00) == 0x7c00 ? as_floats((x & 0x3ff) << 13 | 0x7f800000) : y;
+    return as_floats(as_ints(y) | (x & 0x8000) << 16);
+}
 static inline floats from_bfloat(ints x) { return as_floats(x << 16); }
 static inline floats from_e4m3(ints x) {
     floats y = as_floats((x & 0x7f) << 20) * 0x1p120f;
     y = (x & 0x7f) == 0x7f ? all(NAN) : y;
     return as_floats(as_ints(y) | (x & 0x80) << 24);
 }
+
+// 16 numbers from memory, in whatever type they lie there
+struct half { uint16_t bits; };
+struct e4m3 { uint8_t bits; };
+static inline floats load(const half* at) {
+    uint16_t x __attribute__((vector_size(32)));
+    std::memcpy(&x, at, sizeof x);
+    return from_half(__builtin_convertvector(x, ints));
+}
+static inline floats load(const e4m3* at) {
+    uint8_t x __attribute__((vector_size(16)));
+    std::memcpy(&x, at, sizeof x);
+    return from_e4m3(__builtin_convertvector(x, ints));
+}
+// of which only the first ones exist; zeros beyond
+template <class T>
+static inline floats load(const T* at, int64_t there) {
+    if (there >= LANES) return load(at);
+    T x[LANES] = {};
+    for (int i = 0; i < there; i++) x[i] = at[i];
+    return load(x);
+}
+
+static inline float value(float x) { return x; }
+static inline float value(half x) { return from_half(ints{} + x.bits)[0]; }
+static inline float value(e4m3 x) { return from_e4m3(ints{} + x.bits)[0]; }
 
 // of positive normal numbers, by the series of the area tangent: the rest of it is under 1e-9
 static inline floats log2_of(floats x) {

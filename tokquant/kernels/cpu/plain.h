@@ -34,9 +34,4 @@ static inline floats looked_up(const float* values, ints code) {
     return x;
 }
 
-// a half in the low bits of each lane
-static inline floats from_half(ints x) {
-    floats y = as_floats((x & 0x7fff) << 13) * 0x1p112f;
-    y = (x & 0x7c00) == 0x7c00 ? as_floats((x & 0x3ff) << 13 | 0x7f800000) : y;
-    return as_floats(as_ints(y) | (x & 0x8000) << 16);
-}
+static inline floats decoded_half(ints x) { return from_half(x); }

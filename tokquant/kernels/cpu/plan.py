@@ -193,8 +193,8 @@ def _decoder(operand: Operand, dtype: torch.dtype, bits: int) -> str:
     if bits == 32:
         return f"static inline floats {name}(ints code) {{ return as_floats(code); }}"
     if bits == 16:
-        kind = "half" if stored_type(operand, dtype) == torch.float16 else "bfloat"
-        return f"static inline floats {name}(ints code) {{ return from_{kind}(code); }}"
+        decode = "decoded_half" if stored_type(operand, dtype) == torch.float16 else "from_bfloat"
+        return f"static inline floats {name}(ints code) {{ return {decode}(code); }}"
     if operand.format.cpp_decode:
         return f"static inline floats {name}(ints code) {{ return {operand.format.cpp_decode}; }}"
     counted = not operand.symmetric and place(operand) == "operand"
