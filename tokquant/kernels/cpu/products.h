@@ -1,6 +1,6 @@
 // C[R][W] += A[R rows] B[W panels]: R rows of A and W panels of B stay in registers, so each load serves several products. Each is
 // a function of its own: inlined, compilers take registers from these loops for what is around them.
-constexpr int AHEAD = 4096;  // bytes that memory is asked for before they are read: more than hardware looks ahead
+constexpr int AHEAD = 8192;  // bytes that memory is asked for before they are read: more than hardware looks ahead
 
 #if INTEGERS
 // the i-th byte-wide plane of words: what is unsigned in the low bits, what is signed in the high ones, where its sign belongs
