@@ -490,7 +490,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
             const int columns = (keys + LANES - 1) / LANES;
             // scores
             in_rows(count, [&](auto R, int i) {
-                in_panels(columns, [&](auto W, int64_t at) {
+                in_panels<R.value <= 4 && INTEGER_K && K_BITS == 8 ? 1 : PANELS>(columns, [&](auto W, int64_t at) {
 #if K_UNPACKED
                     for (; k_unpacked < at + W.value; k_unpacked++) unpack_keys(t, k, k_unpacked);
 #endif
@@ -666,7 +666,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 
             // acc = acc * alpha + P V
             in_rows(count, [&](auto R, int i) {
-                in_panels(CHANNELS, [&](auto W, int64_t at) {
+                in_panels<R.value <= 4 && INTEGER_V && V_BITS == 8 ? 1 : PANELS>(CHANNELS, [&](auto W, int64_t at) {
 #if V_UNPACKED
                     for (; v_unpacked < at + W.value; v_unpacked++) unpack_values(t, v, v_unpacked);
 #endif

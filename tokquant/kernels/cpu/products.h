@@ -13,9 +13,9 @@ template <int BITS> static inline words plane(words x, int i, const int8_t*) {
 
 template <int BITS, int R, int W, class A, class B>
 [[gnu::noinline]] static void multiply(ints (&c)[R][W], const A* a, int64_t row, const B* b, int64_t panel, int lines) {
-    ints sum[R][W];
-    std::memcpy(sum, c, sizeof c);
-    for (const B* end = b + 64 * lines; b < end; b += 64) {
+    constexpr int CHAINS = R * W < 8 ? 2 : 1;  // sums of every other line, where few wait for one another
+    ints sum[CHAINS][R][W] = {};
+    const auto line = [&](ints (&sum)[R][W], const A* a, const B* b) {
         words x[W];
         for (int w = 0; w < W; w++) {
             x[w] = load((const uint32_t*)(b + w * panel));
@@ -27,8 +27,15 @@ template <int BITS, int R, int W, class A, class B>
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
                 for (int w = 0; w < W; w++) sum[r][w] = dot(sum[r][w], a + r * row, plane<BITS>(x[w], i, b), b);
-    }
-    std::memcpy(c, sum, sizeof c);
+    };
+    int at = 0;
+    for (; at + CHAINS <= lines; at += CHAINS, a += CHAINS * 32 / BITS, b += CHAINS * 64)
+#pragma GCC unroll 2
+        for (int chain = 0; chain < CHAINS; chain++) line(sum[chain], a + chain * 32 / BITS, b + chain * 64);
+    if (at < lines) line(sum[0], a, b);
+    for (int chain = 0; chain < CHAINS; chain++)
+        for (int r = 0; r < R; r++)
+            for (int w = 0; w < W; w++) c[r][w] += sum[chain][r][w];
 }
 #endif
 
@@ -58,10 +65,10 @@ static inline void in_rows(int rows, F f) {
 }
 
 // `f(Count<W>, first panel)` likewise
-template <class F>
+template <int AT_ONCE = PANELS, class F>
 static inline void in_panels(int panels, F f) {
     int at = 0;
-    for (; panels - at >= PANELS; at += PANELS) f(Count<PANELS>(), at);
+    for (; panels - at >= AT_ONCE; at += AT_ONCE) f(Count<AT_ONCE>(), at);
     for (; at < panels; at++) f(Count<1>(), at);
 }
 
