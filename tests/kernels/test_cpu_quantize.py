@@ -288,7 +288,10 @@ PAGED = {name: preset(name) for name in ("kv-int8", "kv-int4")} | {
 @pytest.mark.parametrize("name", PAGED)
 @pytest.mark.parametrize("role", ["k", "v"])
 def test_tokens_appended_to_pages_are_those_of_a_whole_tensor(name, role):
-    made, page, n, d = PAGED[name], 128, 300, 42 if "odd" in name else 64
+    check_pages(PAGED[name], role, 42 if "odd" in name else 64)
+
+
+def check_pages(made, role, d, page=128, n=300):
     spec = getattr(made, role)
     x = qkv(8, n, d, 2, batch=2)[1]
     rotated = role == "k" and made.rotate == "hadamard"
