@@ -96,7 +96,8 @@ def _words(raw: Tensor, bits: int) -> Tensor:
 
 def _patterns(words: Tensor, bits: int) -> Tensor:
     """The inverse of `_words`, with what lies beyond the ends."""
-    columns = words.mT.flatten(-3, -2).contiguous()
+    # a copy: of a single word a column, `contiguous` keeps the strides that it has here
+    columns = words.mT.flatten(-3, -2).clone(memory_format=torch.contiguous_format)
     if bits >= 8:
         return columns.view({8: torch.uint8, 16: torch.int16, 32: torch.int32}[bits])
     lines = columns.view(torch.uint8).unflatten(-1, (-1, 1, 4))

@@ -143,9 +143,9 @@ def names(role: str = "") -> list[str]:
 
 def get(name: object, role: str = "") -> Precision:
     """The precision of that name. Raises SchemeError with the nearest name if there is none, or not for `role`."""
+    if isinstance(name, str) and name in PRECISIONS and role in PRECISIONS[name].roles:
+        return PRECISIONS[name]
     known = names(role)
     if not isinstance(name, str) or name not in PRECISIONS:
         raise SchemeError(f"no precision {quote(name)}; use one of {', '.join(known)}{nearest(name, known)}")
-    if name not in known:
-        raise SchemeError(f"{role.upper()} cannot be {name}; use one of {', '.join(known)}")
-    return PRECISIONS[name]
+    raise SchemeError(f"{role.upper()} cannot be {name}; use one of {', '.join(known)}")

@@ -318,9 +318,9 @@ static void scales(const Arguments& a, Scratch& t) {
         floats exact = highest == 0 ? all(1) : highest / LARGEST;
 #endif
 #if ASYMMETRIC
-        floats highest = unordered(load(t.highest + i)), lowest = unordered(load(t.lowest + i));
-        const ints odd = (highest != highest) | (lowest != lowest);
-        highest = odd ? all(NAN) : highest, lowest = odd ? all(NAN) : lowest;
+        const floats highest = unordered(load(t.highest + i));
+        floats lowest = unordered(load(t.lowest + i));
+        lowest = highest != highest ? all(NAN) : lowest;
         // past the largest that its type holds there is no zero
         const floats zero = in_scale_type(magnitude(lowest) > SCALE_LARGEST ? all(NAN) : lowest);
         const floats span = highest - zero, step = span / LEVELS;
