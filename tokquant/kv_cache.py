@@ -126,9 +126,10 @@ class KVCache:
         split = self._windows.split(k, v, self._lengths, self._packed, given)
         with self._table.room(self._packed, split.moved):
             if most := split.k.shape[2]:
-                ragged = None if (split.moved == most).all() else self._numbers(split.moved)
-                table, first = self._table.tensor(self.device), self._numbers(self._packed)
-                self._store.write(split.k, split.v, table, first, ragged)
+                moved, rows = split.moved[split.rows], split.rows
+                table, first = self._table.tensor(self.device), self._numbers(self._packed[rows])
+                table = table if len(rows) == batch else table[torch.from_numpy(rows).to(self.device)]
+                self._store.write(split.k, split.v, table, first, None if (moved == most).all() else self._numbers(moved))
         self._windows.put(k, v, split.kept)
         self._lengths += given.astype(np.int32)
         self._packed += split.moved.astype(np.int32)
