@@ -15,9 +15,9 @@ from tokquant.cache_file import Content
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import CacheFileError, SchemeError, UnsupportedError, quote
 from tokquant.inputs import DTYPES, Numbers, check_tensor, sequence_numbers, whole_numbers
-from tokquant.pages import ReferencePages, Store, attention_by_reading
+from tokquant.pages import ReferencePages, Store, attention_by_reading, frame_of
 from tokquant.paging import BlockTable, Pool
-from tokquant.quantize import check_groups
+from tokquant.quantize import in_frame
 from tokquant.reference import Features
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.schemes.appending import check_append_only, unit, windows
@@ -80,9 +80,9 @@ class KVCache:
         self.device, self.dtype, self.scales = torch.empty(0, device=device).device, dtype, scales
         self.backend = _store_of(backend, self.device)
         self._shape = batch, kv_heads, head_dim
-        for spec in (scheme.q, scheme.k, scheme.v):
-            if spec.scaled:
-                check_groups(spec, torch.empty(1, 1, 1, head_dim))
+        token = torch.zeros(1, kv_heads, 1, head_dim, dtype=dtype, device=self.device)
+        for spec in (scheme.k, scheme.v):  # groups and scales of other sizes say so now
+            in_frame(token, frame_of(token, spec, scheme, scales), spec, scales)
         ends = windows(scheme)
         pages = batch if capacity is None else -(-capacity // ends.page)
         self._store: Store = STORES[self.backend](
