@@ -13,7 +13,7 @@ from tokquant import cache_file
 from tokquant.attention import Backend, check_scales, choose_backend
 from tokquant.cache_file import Content
 from tokquant.calibration.scales import LayerScales
-from tokquant.errors import CacheFileError, SchemeError, UnsupportedError, quote
+from tokquant.errors import CacheFileError, ScalesError, SchemeError, UnsupportedError, quote
 from tokquant.inputs import DTYPES, Numbers, check_tensor, sequence_numbers, whole_numbers
 from tokquant.pages import ReferencePages, Store, attention_by_reading, frame_of
 from tokquant.paging import BlockTable, Pool
@@ -299,7 +299,9 @@ class KVCache:
                 scales=LayerScales(str(path), content.scales, content.scheme) if content.scales else None,
                 backend=backend,
             )
-        except SchemeError as error:
+        except UnsupportedError:
+            raise
+        except (SchemeError, ScalesError, RuntimeError, MemoryError) as error:
             raise CacheFileError(f"{path}: {error}") from None
         packed = np.array([0 if k is None else k.shape[2] for k, *_ in content.sequences], np.int32)
         with cache._table.room(cache._packed, packed):
