@@ -362,7 +362,7 @@ def test_what_no_sequence_has_is_refused_and_changes_nothing(call, message):
     [
         (dict(cache="kv-int4"), TypeError, "cache: a str; give a tokquant.KVCache"),
         (dict(q=[1]), TypeError, "q: a list"),
-        (dict(q=torch.ones(1, H, 1, D)), ValueError, r"q: shape \[1, 2, 1, 32\] .*give \[2, a multiple of 2, queries, 32\]"),
+        (dict(q=torch.ones(1, H, 1, D)), ValueError, r"q: shape \[1, 2, 1, 32\] .*give \[2, a multiple of 2, tokens, 32\]"),
         (dict(q=torch.ones(2, 3, 1, D)), ValueError, r"q: shape \[2, 3, 1, 32\]"),
         (dict(q=torch.ones(2, H, 1, D).half()), TypeError, "q: torch.float16, and the cache is of torch.float32"),
         (dict(q=torch.ones(2, H, 1, D, device="meta")), ValueError, "q: on meta"),

@@ -65,8 +65,8 @@ def write(path: str | os.PathLike, content: Content) -> None:
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
-def read(path: str | os.PathLike) -> Content:
-    """Read what `write` wrote, and check all of it. Raises CacheFileError naming the file and what is wrong."""
+def read(path: str | os.PathLike, device: torch.device) -> Content:
+    """Read what `write` wrote, check all of it, and put it there. Raises CacheFileError naming the file and what is wrong."""
     tensors, metadata = read_tensors(path, CacheFileError)
     if "tokquant.cache" not in metadata:
         raise CacheFileError(f"{path}: holds no KV cache; it was not written by KVCache.save")
@@ -75,7 +75,7 @@ def read(path: str | os.PathLike) -> Content:
             f"{path}: format {quote(metadata['tokquant.cache'])} is not {FORMAT!r}; this version cannot read it"
         )
     try:
-        content = _content(tensors, metadata)
+        content = _content(tensors, metadata, device)
     except (SchemeError, ScalesError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CacheFileError(f"{path}: {error}") from None
     if metadata.get("tokquant.sha256") != checksum(tensors):
@@ -83,7 +83,7 @@ def read(path: str | os.PathLike) -> Content:
     return content
 
 
-def _content(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Content:
+def _content(tensors: dict[str, Tensor], metadata: dict[str, str], device: torch.device) -> Content:
     scheme = QuantScheme(**json.loads(metadata.get("tokquant.scheme", "")))
     check_append_only(scheme)
     shape = json.loads(metadata.get("tokquant.shape", ""))
@@ -109,6 +109,7 @@ def _content(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Content:
         expected |= {f"{b}.window.{role}": ((1, heads, ends, d), TYPES[dtype]) for role in "kv"}
     _check_tensors(tensors, expected)
 
+    tensors = {name: value.to(device) for name, value in tensors.items()}
     sequences: list[Sequence] = []
     for b, (packed, _) in enumerate(tokens):
         pair = [_operand(tensors, b, spec, scheme, layer, (1, heads, packed, d), TYPES[dtype]) for spec in operands]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokquant.errors import quote
-from tokquant.inputs import Numbers, check_tensor, features_of, whole_numbers
+from tokquant.inputs import Numbers, check_beside_cache, features_of, whole_numbers
 from tokquant.kv_cache import KVCache
 
 
@@ -43,15 +43,8 @@ def decode(
     """
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache: a {type(cache).__name__}; give a tokquant.KVCache")
-    check_tensor("q", q)
-    (b, heads, n_q, d), kv_heads = q.shape, cache.kv_heads
-    if (b, d) != (cache.batch, cache.head_dim) or heads % kv_heads:
-        wanted = f"[{cache.batch}, a multiple of {kv_heads}, queries, {cache.head_dim}]"
-        raise ValueError(f"q: shape {list(q.shape)} does not fit the cache; give {wanted}")
-    if q.dtype != cache.dtype:
-        raise TypeError(f"q: {q.dtype}, and the cache is of {cache.dtype}")
-    if q.device != cache.device:
-        raise ValueError(f"q: on {q.device}, and the cache on {cache.device}")
+    check_beside_cache("q", q, (cache.batch, cache.kv_heads, cache.head_dim), cache.dtype, cache.device, queries=True)
+    b, n_q = q.shape[0], q.shape[2]
     if backend not in ("auto", "reference", cache.backend):
         raise ValueError(f"backend: {quote(backend)}; the cache is kept by {cache.backend}: use auto, that, or reference")
     features = features_of(q, q, causal=True, scale=scale, window=window, softcap=softcap, sinks=sinks)

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from tokquant.attention import Backend, check_scales, choose_backend
 from tokquant.cache_file import Content
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import CacheFileError, ScalesError, SchemeError, UnsupportedError, quote
-from tokquant.inputs import DTYPES, Numbers, check_tensor, sequence_numbers, whole_numbers
+from tokquant.inputs import DTYPES, Numbers, check_beside_cache, sequence_numbers, whole_numbers
 from tokquant.pages import ReferencePages, Store, attention_by_reading, frame_of
 from tokquant.paging import BlockTable, Pool
 from tokquant.quantize import in_frame
@@ -98,7 +98,7 @@ class KVCache:
         self._windows = Windows(self._shape, ends.sink, ends.recent, unit(scheme), dtype, self.device)
         self._table = BlockTable(Pool(self._store, ends.page, pages, fixed=capacity is not None), batch)
         self._lengths, self._packed = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
-        self._room = 0  # tokens that every sequence can append to a page of its own
+        self._own = self._waits = 0
 
     # ------------------------------------------------------------------ tokens
 
@@ -112,15 +112,23 @@ class KVCache:
 
         Raises: TypeError, ValueError and RuntimeError for what does not fit; CacheFullError. The cache is then as it was.
         """
-        self._check(k, v)
-        batch, n = k.shape[0], k.shape[2]
+        for name, x in (("k", k), ("v", v)):
+            check_beside_cache(name, x, self._shape, self.dtype, self.device)
+        if k.shape != v.shape:
+            raise ValueError(f"v: shape {list(v.shape)} is not that of k, {list(k.shape)}")
         if positions is not None:
             self._check_positions(positions)
-        if counts is None and n <= self._room and not self._windows.slots:
+        batch, n = k.shape[0], k.shape[2]
+        if counts is None and n <= self._own:
             self._store.write(k, v, self._table.tensor(self.device), self._numbers(self._packed))
-            self._room -= n
+            self._own -= n
             self._lengths += n
             self._packed += n
+            return
+        if counts is None and n == 1 and self._waits:
+            self._windows.push(k, v, self._lengths)
+            self._waits -= 1
+            self._lengths += 1
             return
         given = np.full(batch, n) if counts is None else whole_numbers("counts", counts, batch, n)
         split = self._windows.split(k, v, self._lengths, self._packed, given)
@@ -133,7 +141,7 @@ class KVCache:
         self._windows.put(k, v, split.kept)
         self._lengths += given.astype(np.int32)
         self._packed += split.moved.astype(np.int32)
-        self._room = self._table.left(self._packed)
+        self._foresee()
 
     def truncate(self, lengths: Numbers) -> None:
         """Drop the newest tokens: keep `lengths`, one or a number a sequence.
@@ -154,7 +162,7 @@ class KVCache:
                 self._packed[b] = packed
                 self._table.cut(b, packed)
             self._lengths[b] = wanted[b]
-        self._room = self._table.left(self._packed)
+        self._foresee()
 
     def evict(self, sequences: Numbers) -> None:
         """Empty these sequences and free their pages; others can begin in their places."""
@@ -173,7 +181,7 @@ class KVCache:
         forked._shape = len(chosen), *self._shape[1:]
         forked._table, forked._windows = self._table.fork(chosen), self._windows.fork(chosen)
         forked._lengths, forked._packed = self._lengths[chosen], self._packed[chosen]
-        self._room = forked._room = 0
+        self._own = forked._own = 0
         return forked
 
     # ------------------------------------------------------------------ what it holds
@@ -212,11 +220,7 @@ class KVCache:
     def memory(self) -> Memory:
         """Bytes now taken. A page that several sequences hold counts once; their caches share one pool."""
         pool = self._table.pool
-        used: dict[int, int] = {}  # page -> its tokens
-        for row, held, tokens in zip(self._table.numbers, self._table.held, self._packed.tolist(), strict=True):
-            for place, number in enumerate(row[:held].tolist()):
-                used[number] = max(used.get(number, 0), min(pool.page, tokens - place * pool.page))
-        packed = self._store.nbytes * sum(used.values()) // (len(pool.holders) * pool.page)
+        packed = self._store.nbytes * self._table.tokens(self._packed) // (len(pool.holders) * pool.page)
         return Memory(packed=packed, slack=self._store.nbytes - packed, windows=self._windows.nbytes)
 
     @property
@@ -286,7 +290,7 @@ class KVCache:
         Raises CacheFileError, naming the file and what is wrong: a file that is cut short, changed or of something else.
         CacheFullError where `capacity` is too small.
         """
-        content = cache_file.read(path)
+        content = cache_file.read(path, torch.device(device))
         try:
             cache = cls(
                 content.scheme,
@@ -307,33 +311,26 @@ class KVCache:
         with cache._table.room(cache._packed, packed):
             for b, (k, v, window_k, window_v) in enumerate(content.sequences):
                 if k is not None and v is not None:
-                    cache._store.store(cache._table.tensor(cache.device)[b], 0, _to(k, cache.device), _to(v, cache.device))
-                cache._windows.fill(b, int(packed[b]), window_k.to(cache.device), window_v.to(cache.device))
+                    cache._store.store(cache._table.tensor(cache.device)[b], 0, k, v)
+                cache._windows.fill(b, int(packed[b]), window_k, window_v)
                 cache._lengths[b] = packed[b] + window_k.shape[2]
         cache._packed = packed
         return cache
 
     # ------------------------------------------------------------------ checks
 
-    def _check(self, k: Tensor, v: Tensor) -> None:
-        for name, x in (("k", k), ("v", v)):
-            check_tensor(name, x)
-            shape = x.shape
-            if (shape[0], shape[1], shape[3]) != self._shape:
-                batch, heads, d = self._shape
-                raise ValueError(f"{name}: shape {list(shape)} does not fit the cache; give [{batch}, {heads}, tokens, {d}]")
-            if x.dtype != self.dtype:
-                raise TypeError(f"{name}: {x.dtype}, and the cache is of {self.dtype}")
-            if x.device != self.device:
-                raise ValueError(f"{name}: on {x.device}, and the cache on {self.device}")
-        if k.shape != v.shape:
-            raise ValueError(f"v: shape {list(v.shape)} is not that of k, {list(k.shape)}")
-
     def _check_positions(self, positions: Numbers) -> None:
         given = whole_numbers("positions", positions, self.batch, 2**31 - 1)
         if (wrong := np.nonzero(given != self._lengths)[0]).size:
             b = wrong[0]
             raise ValueError(f"positions: {given[b]} for sequence {b}, whose next token is at {self._lengths[b]}")
+
+    def _foresee(self) -> None:
+        """How many tokens go on as the last one did: every sequence into a page of its own, or into its ring."""
+        self._own, self._waits = self._table.left(self._packed), 0
+        if self._windows.slots:
+            self._waits = self._windows.left(self._lengths, self._packed)
+            self._own = self._own if self._windows.passes(self._lengths) else 0
 
     def _numbers(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x.astype(np.int32, copy=False)).to(self.device)
@@ -351,8 +348,3 @@ def _store_of(backend: str, device: torch.device) -> str:
     if backend != "auto":
         raise UnsupportedError(f"backend: {quote(backend)} keeps no pages; use auto or one of {', '.join(STORES)}")
     return "reference"
-
-
-def _to(x: QuantizedTensor, device: torch.device) -> QuantizedTensor:
-    scale, zero = (None if each is None else each.to(device) for each in (x.scale, x.zero))
-    return replace(x, codes=x.codes.to(device), scale=scale, zero=zero)
