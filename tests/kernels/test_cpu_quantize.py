@@ -38,7 +38,7 @@ def kept_builds(tmp_path_factory, monkeypatch):
 
 
 def differing(q, k, v, made, scales=None):
-    """The fields in which the kernels' operands are not those of the definition, laid out for a CPU; or what attention reads."""
+    """The fields in which kernels and definition differ, laid out for a CPU; or what attention reads."""
     expected = launch.packed(quantize_operands(q, k, v, made, scales), made)
     operands = kernels.quantize_operands(q, k, v, made, scales)
     found = [f"{name} of {one}" for one, other in zip(expected, operands, strict=True) for name in differences(one, other)]
