@@ -38,10 +38,12 @@ def kept_builds(tmp_path_factory, monkeypatch):
 
 
 def differing(q, k, v, made, scales=None):
-    """The fields in which the kernels' operands are not those of the definition, laid out for a CPU."""
+    """The fields in which kernels and definition differ, laid out for a CPU; or what attention reads."""
     expected = launch.packed(quantize_operands(q, k, v, made, scales), made)
-    found = zip(expected, kernels.quantize_operands(q, k, v, made, scales), strict=True)
-    return [f"{name} of {one}" for one, other in found for name in differences(one, other)]
+    operands = kernels.quantize_operands(q, k, v, made, scales)
+    found = [f"{name} of {one}" for one, other in zip(expected, operands, strict=True) for name in differences(one, other)]
+    read = [launch.laid_out(x, made)["q"] for x in (expected[0], operands[0])]
+    return found if same(*read) else [*found, "what attention reads of q"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,11 @@
 // From float32 to the codes of narrower types, to the nearest, half to even.
 
+typedef uint8_t bytes __attribute__((vector_size(16)));
+typedef uint16_t pairs __attribute__((vector_size(32)));
+
 struct bfloat { uint16_t bits; };
 static inline floats load(const bfloat* at) {
-    uint16_t x __attribute__((vector_size(32)));
+    pairs x;
     std::memcpy(&x, at, sizeof x);
     return from_bfloat(__builtin_convertvector(x, ints));
 }

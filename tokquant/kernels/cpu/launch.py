@@ -24,6 +24,9 @@ from tokquant.tensor import QuantizedTensor, in_blocks, met
 Fields = dict[str, Tensor | int | None]
 TYPES = {"int64_t": ctypes.c_int64, "float": ctypes.c_float}
 
+READ: WeakKeyDictionary[QuantizedTensor, Tensor] = WeakKeyDictionary()
+"""What products read of Q's codes, where quantization made it with them."""
+
 _laid_out: WeakKeyDictionary[QuantizedTensor, Fields] = WeakKeyDictionary()
 
 
@@ -97,16 +100,21 @@ def laid_out(x: QuantizedTensor, scheme: QuantScheme) -> Fields:
 
 def _queries(q: QuantizedTensor, scheme: QuantScheme) -> Fields:
     scaled = q.scale is not None and place(q.spec) == "scores"
-    bytes_already = q.codes.dtype == torch.int8
     return {
-        "q": (
-            (q.codes if bytes_already else q.stored_values().to(torch.int8)) if as_bytes(scheme, "k") else met(q)
-        ).contiguous(),
+        "q": _read(q, scheme).contiguous(),
         "q_scale": _of_tokens(q, q.spread(q.scale)) if scaled else None,  # type: ignore[arg-type]
         "q_sum": None if q.code_sum is None else q.code_sum.contiguous(),
         "logit_offset": None if q.logit_offset is None else q.logit_offset.contiguous(),
         "q_mean": q.offset.float() if q.spec.smooth == "block_mean" else None,  # type: ignore[union-attr]
     }
+
+
+def _read(q: QuantizedTensor, scheme: QuantScheme) -> Tensor:
+    if q in READ:
+        return READ[q]
+    if as_bytes(scheme, "k"):
+        return q.codes if q.codes.dtype == torch.int8 else q.stored_values().to(torch.int8)
+    return met(q)
 
 
 def _keys(k: QuantizedTensor, scheme: QuantScheme) -> Fields:

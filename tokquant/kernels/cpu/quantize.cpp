@@ -31,6 +31,8 @@
 #define CHECKED_CODES 0  // the 16-bit one of codes among them
 #define COUNTED 1  // codes are counted from the lowest
 #define CODE_SUM 0  // Q: over channels
+#define MET_BYTES 0  // Q: what products read beside codes that lie closer,
+#define MET_FLOATS 0
 #define TILE_SUMS 0  // V: over each tile
 #define SIGNED_SCALE 0  // V per token: below zero where all codes are zero
 constexpr int D = 64;  // head_dim
@@ -105,6 +107,12 @@ struct Arguments {
 #endif
 #if LOGITS
     float* logit_offset;  // [B, H, N]
+#endif
+#if MET_BYTES
+    int8_t* met;  // [B, H, N, D]
+#endif
+#if MET_FLOATS
+    float* met;  // [B, H, N, D]
 #endif
 #if CODE_SUM
     float* code_sum;  // [B, H, N]
@@ -393,6 +401,8 @@ static inline ints code_of(const Arguments& a, const Scratch& t, int i, int d) {
 // what a code of 16 channels stands for, where it is an integer
 static inline ints number(ints code) { return code << (32 - BITS) >> (32 - BITS); }
 
+static inline floats decode(ints code) { return to_floats(number(code)); }
+
 // as it lies in memory: nothing beyond the last channel
 static inline ints pattern(ints code, int d) {
 #if COUNTED
@@ -413,13 +423,19 @@ static inline void line_of(const Arguments& a, const Scratch& t, int i, uint8_t*
 #if CODE_SUM
         sum += D - d >= LANES ? number(code) : (counted_from(d) < D ? number(code) : ints{});
 #endif
-        typedef uint8_t narrow8 __attribute__((vector_size(16)));
-        typedef uint16_t narrow16 __attribute__((vector_size(32)));
-        const narrow8 one = __builtin_convertvector(x, narrow8);
-        const narrow16 two = __builtin_convertvector(x, narrow16);
+        const bytes one = __builtin_convertvector(x, bytes);
+        const pairs two = __builtin_convertvector(x, pairs);
         if (BYTES == 1) std::memcpy(to + d, &one, sizeof one);
         if (BYTES == 2) std::memcpy(to + 2 * d, &two, sizeof two);
         if (BYTES == 4) std::memcpy(to + 4 * d, &x, sizeof x);
+#if MET_BYTES
+        const bytes read = __builtin_convertvector(number(code), bytes);
+        std::memcpy(a.met + row * D + d, &read, least(D - d, LANES));
+#endif
+#if MET_FLOATS
+        const floats read = decode(code);
+        std::memcpy(a.met + row * D + d, &read, least(D - d, LANES) * sizeof(float));
+#endif
     }
 #if CODE_SUM
     int32_t each[LANES], total = 0;

@@ -5,6 +5,7 @@ factors of balance are torch's, and so is an operand that no kernel takes (`quan
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from tokquant import blocks
 from tokquant.calibration.scales import LayerScales
 from tokquant.kernels.cpu.bound import Bound
+from tokquant.kernels.cpu.launch import READ
 from tokquant.kernels.cpu.plan import ALL, stored_type
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
 from tokquant.kernels.launch import Operands
@@ -70,16 +72,31 @@ class _Run:
                 given["k_origin"] = for_query_heads(k.origin, q, k)
         # the sum of integers is one in any order
         sums = needs_query_sums(self.scheme) and spec.format.kind == "int" and place(spec) == "scores"
-        task = self._task(q, turned, "q", k_offset="k_offset" in given, k_origin="k_origin" in given, code_sum=sums)
-        if (not spec.scaled and not turned.turns) or lacking(task):
+        task = self._task(
+            q,
+            turned,
+            "q",
+            k_offset="k_offset" in given,
+            k_origin="k_origin" in given,
+            code_sum=sums,
+            met=Task.read_of(self.scheme),
+        )
+        # floats that nothing is done to stay the tensor that they are in
+        own = not spec.scaled and not turned.turns and stored_type(spec, q.dtype) == q.dtype
+        if own or lacking(task):
             return replace(queries(q, frame, k, self.scheme, self.scales), scheme=self.scheme)
         column = (*q.shape[:3], 1)
         logit_offset = torch.empty(column) if given else None
         code_sum = torch.empty(column) if sums else None
-        qq = self._coded(q, turned, task, {**given, "logit_offset": logit_offset, "code_sum": code_sum})
+        met_as = {"": None, "bytes": torch.int8, "floats": torch.float32}[task.met]
+        read = torch.empty(q.shape, dtype=met_as) if met_as else None
+        qq = self._coded(q, turned, task, {**given, "logit_offset": logit_offset, "code_sum": code_sum, "met": read})
         if needs_query_sums(self.scheme) and not sums:
             code_sum = met(qq).sum(dim=-1, keepdim=True)
-        return replace(qq, logit_offset=logit_offset, code_sum=code_sum)
+        qq = replace(qq, logit_offset=logit_offset, code_sum=code_sum)
+        if read is not None:
+            READ[qq] = read
+        return qq
 
     def values(self, v: Tensor, frame: Frame) -> QuantizedTensor:
         b, h, n, d = v.shape
@@ -95,7 +112,7 @@ class _Run:
         scale = signed.abs()
         return replace(vq, scale=scale.to(SCALE_TYPES[task.spec.scale_dtype]), log2_weight=log2_weight(scale, signed < 0))
 
-    def _task(self, x: Tensor, frame: Frame, role: str, **rest: bool) -> Task:
+    def _task(self, x: Tensor, frame: Frame, role: str, **rest: Any) -> Task:
         spec = getattr(self.scheme, role)
         if spec.scaled:
             check_groups(spec, x)

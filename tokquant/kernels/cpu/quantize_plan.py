@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -41,6 +41,8 @@ class Task:
     """Q: its product with K's offset is wanted,"""
     k_origin: bool = False
     """with what K's codes of 0 stand for,"""
+    met: Literal["", "bytes", "floats"] = ""
+    """Q: as what products read it, where that is not its codes,"""
     code_sum: bool = False
     """and the sum of its codes; V: their sums over each tile."""
 
@@ -57,6 +59,15 @@ class Task:
             weighted=place(spec) == "p" and spec.role == "v",
             **rest,
         )
+
+    @staticmethod
+    def read_of(scheme: QuantScheme) -> Literal["", "bytes", "floats"]:
+        """As what products read Q, where a kernel makes that with the codes."""
+        q = scheme.q
+        if as_bytes(scheme, "k"):
+            return "bytes" if q.format.kind == "int" and q.format.packed > 1 else ""
+        known = q.format.kind == "int" or bool(q.format.cpp_decode)
+        return "floats" if known and place(q) != "operand" else ""
 
     @property
     def bits(self) -> int:
@@ -118,6 +129,8 @@ def plan(task: Task, instructions: str) -> CpuPlan:
         # packed integers of Q lie as the precision stores them, which counts them so
         "COUNTED": integers and (task.as_bytes if spec.role == "k" else spec.role == "q" and packed),
         "CODE_SUM": spec.role == "q" and task.code_sum,
+        "MET_BYTES": task.met == "bytes",
+        "MET_FLOATS": task.met == "floats",
         "TILE_SUMS": spec.role == "v" and task.code_sum,
         "SIGNED_SCALE": task.weighted and dynamic,
     }
@@ -147,7 +160,10 @@ def plan(task: Task, instructions: str) -> CpuPlan:
         name=f"quantize_{spec.role}_{spec.precision}",
         title=_title(task),
         constants=tuple((name, str(value)) for name, value in constants.items()),
-        fragments=(("encode", f"static inline ints encode(floats x) {{ return {_written(task).cpp_quantize}; }}"),),
+        fragments=(
+            ("encode", f"static inline ints encode(floats x) {{ return {_written(task).cpp_quantize}; }}"),
+            ("decode", f"static inline floats decode(ints code) {{ return {_decoded(task)}; }}"),
+        ),
         instructions=instructions,
         template="quantize",
         # torch rounds a product before it adds
@@ -163,6 +179,12 @@ def _written(task: Task) -> precisions.Precision:
     precision = task.spec.format
     own = precision.bits == 16 and not task.spec.scaled and task.dtype != torch.float32
     return precisions.get(FLOAT_NAMES[task.dtype]) if own else precision
+
+
+def _decoded(task: Task) -> str:
+    """C++: what a code stands for."""
+    precision = _written(task)
+    return "to_floats(number(code))" if precision.kind == "int" else precision.cpp_decode
 
 
 def _title(task: Task) -> str:
