@@ -15,6 +15,7 @@ from tokquant.cache_file import Content
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import CacheFileError, ScalesError, SchemeError, UnsupportedError, quote
 from tokquant.inputs import DTYPES, Numbers, check_beside_cache, sequence_numbers, whole_numbers
+from tokquant.kernels.cpu.pages import CpuPages
 from tokquant.pages import ReferencePages, Store, attention_by_reading, frame_of
 from tokquant.paging import BlockTable, Pool
 from tokquant.quantize import in_frame
@@ -24,7 +25,7 @@ from tokquant.schemes.appending import check_append_only, unit, windows
 from tokquant.tensor import QuantizedTensor
 from tokquant.windows import Windows
 
-STORES: dict[str, Any] = {"reference": ReferencePages}
+STORES: dict[str, Any] = {"cpu": CpuPages, "reference": ReferencePages}
 """What keeps pages, by backend; each is made and used as `ReferencePages` is."""
 
 
@@ -78,23 +79,14 @@ class KVCache:
         check_append_only(scheme)
         check_scales(scheme, scales)
         self.device, self.dtype, self.scales = torch.empty(0, device=device).device, dtype, scales
-        self.backend = _store_of(backend, self.device)
         self._shape = batch, kv_heads, head_dim
         token = torch.zeros(1, kv_heads, 1, head_dim, dtype=dtype, device=self.device)
         for spec in (scheme.k, scheme.v):  # groups and scales of other sizes say so now
             in_frame(token, frame_of(token, spec, scheme, scales), spec, scales)
         ends = windows(scheme)
         pages = batch if capacity is None else -(-capacity // ends.page)
-        self._store: Store = STORES[self.backend](
-            scheme,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            device=self.device,
-            pages=pages,
-            page=ends.page,
-            scales=scales,
-        )
+        sizes: dict[str, Any] = dict(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, device=self.device, pages=pages)
+        self.backend, self._store = _store_of(backend, scheme, page=ends.page, scales=scales, **sizes)
         self._windows = Windows(self._shape, ends.sink, ends.recent, unit(scheme), dtype, self.device)
         self._table = BlockTable(Pool(self._store, ends.page, pages, fixed=capacity is not None), batch)
         self._lengths, self._packed = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
@@ -341,10 +333,15 @@ class KVCache:
         return self._store.read(row, end - first)
 
 
-def _store_of(backend: str, device: torch.device) -> str:
-    chosen = choose_backend(backend, device)
+def _store_of(backend: str, scheme: QuantScheme, **sizes: Any) -> tuple[str, Store]:
+    """A store and the backend that it is of. `auto` takes the reference where its first choice does not keep such pages."""
+    chosen = choose_backend(backend, sizes["device"])
     if chosen in STORES:
-        return chosen
-    if backend != "auto":
+        try:
+            return chosen, STORES[chosen](scheme, **sizes)
+        except UnsupportedError:
+            if backend != "auto":
+                raise
+    elif backend != "auto":
         raise UnsupportedError(f"backend: {quote(backend)} keeps no pages; use auto or one of {', '.join(STORES)}")
-    return "reference"
+    return "reference", ReferencePages(scheme, **sizes)

@@ -60,11 +60,16 @@ def attention(
     for x in (q, k, v):
         given |= laid_out(x, scheme)
     given |= _of_features(features)
+    run(made, given)
+    return out.to(q.dtype), lse
+
+
+def run(made: CpuPlan, given: dict[str, Any]) -> None:
+    """Call a plan's kernel with tensors and numbers by the names in its text."""
     function, arguments = load(made)
     names = [field[0] for field in arguments._fields_]
     values = [given[name].data_ptr() if isinstance(given[name], Tensor) else given[name] for name in names]
     function(ctypes.byref(arguments(*values)))
-    return out.to(q.dtype), lse
 
 
 @lru_cache(maxsize=256)
@@ -125,12 +130,12 @@ def _keys(k: QuantizedTensor, scheme: QuantScheme) -> Fields:
 
 def _values(v: QuantizedTensor, scheme: QuantScheme) -> Fields:
     v = _in_blocks(v, scheme)
-    mean = None if v.offset is None else _of_channels(v, v.offset)
+    mean = None if v.offset is None else of_channels(v, v.offset)
     fields: Fields = {"v": v.codes, "v_head": v.codes.stride(1), "v_mean": mean}
     if place(v.spec) != "output":
         return fields | _scales(v)
-    origin = None if v.origin is None else _of_channels(v, v.origin)
-    return fields | {"v_scale": _of_channels(v, v.scale), "v_zero": origin}  # type: ignore[arg-type]
+    origin = None if v.origin is None else of_channels(v, v.origin)
+    return fields | {"v_scale": of_channels(v, v.scale), "v_zero": origin}  # type: ignore[arg-type]
 
 
 def _scales(x: QuantizedTensor) -> Fields:
@@ -157,7 +162,7 @@ def _of_tokens(x: QuantizedTensor, each: Tensor) -> Tensor:
     return each.expand(*x.shape[:3], 1).contiguous()
 
 
-def _of_channels(x: QuantizedTensor, each: Tensor) -> Tensor:
+def of_channels(x: QuantizedTensor, each: Tensor) -> Tensor:
     """`[B | 1, H | 1, 1, D | 1] -> [B, H, D]` float32, with D rounded up to whole panels."""
     each = each.float().expand(*x.shape[:2], 1, x.shape[3])
     return torch.nn.functional.pad(each, (0, -x.shape[3] % LANES)).contiguous()

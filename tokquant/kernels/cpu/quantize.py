@@ -17,8 +17,9 @@ from tokquant.kernels.cpu.launch import READ
 from tokquant.kernels.cpu.plan import ALL, stored_type
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
 from tokquant.kernels.launch import Operands
-from tokquant.quantize import check_groups, for_query_heads, frames, keys, log2_weight, queries, values
+from tokquant.quantize import check_groups, for_query_heads, frames, keys, log2_weight, values
 from tokquant.quantize import quantize_operands as define
+from tokquant.quantize import queries as define_queries
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
 from tokquant.schemes.scheme import SCALE_TYPES
@@ -40,6 +41,15 @@ def quantize_operands(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scal
         # the definition says what does not fit
         define(q, k, v, scheme, scales)
     return qq, kq, vq
+
+
+def queries(
+    q: Tensor, frame: Frame, k: QuantizedTensor, scheme: QuantScheme, scales: LayerScales | None = None
+) -> QuantizedTensor:
+    """As `tokquant.quantize.queries`, by a kernel."""
+    run = _Run(scheme, scales)
+    qq = run.queries(q, frame, k)
+    return qq if run.held else define_queries(q, frame, k, scheme, scales)
 
 
 class _Run:
@@ -84,7 +94,7 @@ class _Run:
         # floats that nothing is done to stay the tensor that they are in
         own = not spec.scaled and not turned.turns and stored_type(spec, q.dtype) == q.dtype
         if own or lacking(task):
-            return replace(queries(q, frame, k, self.scheme, self.scales), scheme=self.scheme)
+            return replace(define_queries(q, frame, k, self.scheme, self.scales), scheme=self.scheme)
         column = (*q.shape[:3], 1)
         logit_offset = torch.empty(column) if given else None
         code_sum = torch.empty(column) if sums else None
