@@ -43,7 +43,7 @@ PARTS = (
 # of each kind of plan: the module of its template, the kernel, and the arguments it takes
 TEMPLATES = {
     Plan: (template, template.attention, (operands.Operand, operands.Rows, operands.Features)),
-    QuantizePlan: (quantize, quantize.quantize, (operands.Source, operands.Turned, operands.Coded)),
+    QuantizePlan: (quantize, quantize.quantize, (operands.Source, operands.Turned, operands.Coded, operands.Table)),
 }
 
 

@@ -16,7 +16,7 @@ from tokquant.kernels import generate, launch, targets
 from tokquant.kernels.plan import WHOLE
 from tokquant.kernels.products import takes_tokens_last
 from tokquant.kernels.quantize_plan import LONGEST, QuantizePlan, Task, in_one_tile, lacking, plan
-from tokquant.kernels.triton.operands import Coded, Source, Turned
+from tokquant.kernels.triton.operands import Coded, Source, Table, Turned
 from tokquant.quantize import (
     asymmetric_scale,
     check_groups,
@@ -236,4 +236,4 @@ def prepare(plan: QuantizePlan, x: Tensor, given: Turned, made: Coded) -> tuple[
     if made.codes is not None and made.codes.element_size() == 1:
         made = made._replace(codes=made.codes.view(torch.uint8))
     given = Turned(*(None if each is None else each.contiguous() for each in given))
-    return (-(-n // plan.tokens), h, b), (Source(x, *x.stride()), given, made, n, plan.tokens)
+    return (-(-n // plan.tokens), h, b), (Source(x, *x.stride()), given, made, Table(), n, plan.tokens)
