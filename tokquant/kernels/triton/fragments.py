@@ -129,3 +129,63 @@ def running_maximum(largest, m):
 def tile_maximum(largest, m):
     # row_block: the row's maximum in this tile, at most 2^64 below the one so far so that nothing overflows
     return tl.maximum(largest, m - 64)
+
+
+# --------------------------------------------------------------------------- log2_scale: of V's scales per token, in decoding
+
+
+@triton.jit
+def log2_of_normal(x):
+    return tl.log2(x)
+
+
+@triton.jit
+def log2_of_normal_ptx(x):
+    # a scale is never subnormal, so nothing need be done for those
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+# --------------------------------------------------------------------------- page_of, place_in_page: of a tile's tokens
+
+
+@triton.jit
+def one_page(table, start, j, inside, PAGE: tl.constexpr, EDGE: tl.constexpr):
+    # a tile lies in one page
+    return tl.load(table + start // PAGE).to(tl.int64)
+
+
+@triton.jit
+def many_pages(table, start, j, inside, PAGE: tl.constexpr, EDGE: tl.constexpr):
+    # a tile spans pages, so that every token has its own
+    if EDGE:
+        page = tl.load(table + j // PAGE, mask=inside, other=0)
+    else:
+        page = tl.load(table + j // PAGE)
+    return page.to(tl.int64)
+
+
+@triton.jit
+def within_page(start, n, PAGE: tl.constexpr):
+    return start % PAGE + n
+
+
+@triton.jit
+def across_pages(start, n, PAGE: tl.constexpr):
+    return (start + n) % PAGE
+
+
+# --------------------------------------------------------------------------- spread_k, spread_v: scales over a decoded tile [N, D]
+
+
+@triton.jit
+def of_channels(x, scale, CHANNELS: tl.constexpr, PLANES: tl.constexpr):
+    # scales [N / n, D], in the order of the tile's channels
+    tokens = x.shape[0] // scale.shape[0]
+    return tl.broadcast_to(scale[:, None, :], (scale.shape[0], tokens, x.shape[1])).reshape(x.shape[0], x.shape[1])
+
+
+@triton.jit
+def of_groups(x, scale, CHANNELS: tl.constexpr, PLANES: tl.constexpr):
+    # scales [N, D / g]; the tile has first one channel of every stored element, then another
+    groups, here = scale.shape[1], CHANNELS // PLANES
+    return tl.broadcast_to(scale[:, None, :, None], (x.shape[0], PLANES, groups, here)).reshape(x.shape[0], x.shape[1])
