@@ -4,10 +4,12 @@ from tokquant import bias
 from tokquant.attention import attention, quantize
 from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import LayerScales, Scales
-from tokquant.errors import ScalesError, SchemeError, UnsupportedError
+from tokquant.decode import decode
+from tokquant.errors import CacheFileError, CacheFullError, ScalesError, SchemeError, UnsupportedError
 from tokquant.evaluation.compare import Comparison, compare
 from tokquant.export import load_scales, save_scales
 from tokquant.kernels.compile import Kernel, compile
+from tokquant.kv_cache import KVCache
 from tokquant.precisions import Precision, register
 from tokquant.schemes import Granularity, QuantScheme, preset
 from tokquant.tensor import QuantizedTensor
@@ -17,9 +19,12 @@ from tokquant.varlen import attention_varlen
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheFileError",
+    "CacheFullError",
     "Calibrator",
     "Comparison",
     "Granularity",
+    "KVCache",
     "Kernel",
     "LayerScales",
     "Precision",
@@ -34,6 +39,7 @@ __all__ = [
     "bias",
     "compare",
     "compile",
+    "decode",
     "load_scales",
     "preset",
     "quantize",

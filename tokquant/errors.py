@@ -19,6 +19,14 @@ class ScalesError(ValueError):
     """Calibrated scales, or a file of them, that cannot be used. Names the scale and its layer."""
 
 
+class CacheFullError(RuntimeError):
+    """A KV cache without room for what was to be appended; it is as it was before."""
+
+
+class CacheFileError(ValueError):
+    """A file of a KV cache that cannot be used. Names the file and what is wrong with it."""
+
+
 class UnsupportedError(NotImplementedError):
     """What no kernel of the chosen target can do."""
 

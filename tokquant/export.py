@@ -33,24 +33,14 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
         "format": "pt",
         "tokquant.format": FORMAT,
         "tokquant.scheme": json.dumps(scales.scheme.model_dump(mode="json"), sort_keys=True),
-        "tokquant.sha256": _checksum(tensors),
+        "tokquant.sha256": checksum(tensors),
     }
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
 def load_scales(path: str | os.PathLike) -> Scales:
     """Read what `save_scales` wrote. Raises ScalesError naming what is wrong: the file, its metadata, or a scale."""
-    path = Path(path)
-    if path.is_dir():
-        raise ScalesError(f"{path}: Is a directory")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except OSError as error:
-        raise ScalesError(f"{path}: {error.strerror or error}") from None
-    except safetensors.SafetensorError as error:
-        raise ScalesError(f"{path}: not a safetensors file, or not a whole one ({error})") from None
+    tensors, metadata = read_tensors(path, ScalesError)
     if "tokquant.scheme" not in metadata:
         raise ScalesError(f"{path}: has no tokquant scheme in its metadata; it was not written by save_scales")
     if metadata.get("tokquant.format") != FORMAT:
@@ -70,12 +60,27 @@ def load_scales(path: str | os.PathLike) -> Scales:
         scales = Scales(scheme, layers)
     except ScalesError as error:
         raise ScalesError(f"{path}: {error}") from None
-    if metadata.get("tokquant.sha256") != _checksum(tensors):
+    if metadata.get("tokquant.sha256") != checksum(tensors):
         raise ScalesError(f"{path}: the scales are not those that were written (checksum differs)")
     return scales
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
+def read_tensors(path: str | os.PathLike, error_type: type[Exception]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a safetensors file. Raises `error_type`, naming the file, where there is no whole one."""
+    path = Path(path)
+    if path.is_dir():
+        raise error_type(f"{path}: Is a directory")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
+    except OSError as error:
+        raise error_type(f"{path}: {error.strerror or error}") from None
+    except safetensors.SafetensorError as error:
+        raise error_type(f"{path}: not a safetensors file, or not a whole one ({error})") from None
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].contiguous().cpu()

@@ -3,7 +3,9 @@
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,23 +16,31 @@ from tokquant.tensor import QuantizedTensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+Numbers = int | Sequence[int] | Tensor
+"""A whole number for all sequences, or one for each."""
+
 
 def check_tensors(q: object, k: object, v: object) -> None:
     """Raise TypeError, ValueError or RuntimeError unless these are Q, K and V that can be attended."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: a {type(x).__name__}; give a torch.Tensor [B, H, N, D]")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name}: a tensor of layout {x.layout}; give a dense one")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name}: {x.dtype} is not supported; use float16, bfloat16 or float32")
-        if x.ndim != 4:
-            raise ValueError(f"{name}: shape {list(x.shape)} has {x.ndim} dimensions; give [batch, heads, tokens, head_dim]")
-        if 0 in x.shape:
-            raise ValueError(f"{name}: shape {list(x.shape)} is empty; give at least one of batch, heads, tokens and head_dim")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{name}: requires grad, and quantized attention has no backward; call it under torch.no_grad()")
+        check_tensor(name, x)
     check_together(q, k, v)  # type: ignore[arg-type]
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Raise TypeError, ValueError or RuntimeError unless this is a tensor that can be quantized."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: a {type(x).__name__}; give a torch.Tensor [B, H, N, D]")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: a tensor of layout {x.layout}; give a dense one")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: {x.dtype} is not supported; use float16, bfloat16 or float32")
+    if x.ndim != 4:
+        raise ValueError(f"{name}: shape {list(x.shape)} has {x.ndim} dimensions; give [batch, heads, tokens, head_dim]")
+    if 0 in x.shape:
+        raise ValueError(f"{name}: shape {list(x.shape)} is empty; give at least one of batch, heads, tokens and head_dim")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: requires grad, and quantized attention has no backward; call it under torch.no_grad()")
 
 
 def check_together(q: Tensor | QuantizedTensor, k: Tensor | QuantizedTensor, v: Tensor | QuantizedTensor) -> None:
@@ -47,6 +57,35 @@ def check_together(q: Tensor | QuantizedTensor, k: Tensor | QuantizedTensor, v: 
         raise ValueError(f"k: head_dim {k.shape[3]} is not that of q, {q.shape[3]}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"k: {k.shape[1]} heads do not divide the {q.shape[1]} of q")
+
+
+def whole_numbers(name: str, given: Numbers, size: int, most: int | np.ndarray) -> np.ndarray:
+    """One whole number for each of `size` sequences, from 0 to `most`. Raises ValueError."""
+    numbers = _integers(given)
+    if numbers is None or numbers.shape not in ((), (size,)):
+        raise ValueError(f"{name}: {quote(given)}; give a whole number, or {size}, one for each sequence")
+    numbers, limits = np.broadcast_to(numbers, (size,)).astype(np.int64), np.broadcast_to(most, (size,))
+    if (wrong := np.nonzero((numbers < 0) | (numbers > limits))[0]).size:
+        raise ValueError(f"{name}: {numbers[wrong[0]]} for sequence {wrong[0]}; give 0 to {limits[wrong[0]]}")
+    return numbers
+
+
+def sequence_numbers(given: Numbers, size: int) -> np.ndarray:
+    """Numbers of some of `size` sequences, in any order and as often as one likes. Raises ValueError."""
+    numbers = _integers(given)
+    if numbers is None or numbers.ndim > 1 or not numbers.size:
+        raise ValueError(f"sequences: {quote(given)}; give numbers of sequences, such as [0, 0, 1]")
+    if ((numbers < 0) | (numbers >= size)).any():
+        raise ValueError(f"sequences: {quote(given)}; there are sequences 0 to {size - 1}")
+    return np.atleast_1d(numbers).astype(np.int64)
+
+
+def _integers(given: object) -> np.ndarray | None:
+    try:
+        numbers = np.asarray(given.tolist() if isinstance(given, Tensor) else given)
+    except (TypeError, ValueError):
+        return None
+    return numbers if numbers.dtype.kind in "iu" else None
 
 
 def features_of(

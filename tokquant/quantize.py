@@ -58,7 +58,7 @@ def quantize_operands(
 
 def keys(k: Tensor, frame: Frame, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
     """K in codes, with its companion where Q loses block means."""
-    kq = _in_frame(k, frame, scheme.k, scales)
+    kq = in_frame(k, frame, scheme.k, scales)
     return replace(kq, companion=_less_offset(k, frame) if scheme.q.smooth == "block_mean" else None)
 
 
@@ -76,14 +76,18 @@ def queries(
             zero_logit = (frame.apply(q) * for_query_heads(k.origin, q, k)).sum(dim=-1, keepdim=True)
             logit_offset = zero_logit if logit_offset is None else logit_offset + zero_logit
         frame = frame.with_fold(for_query_heads(k.scale.float(), q, k))
-    qq = replace(_in_frame(q, frame, scheme.q, scales), logit_offset=logit_offset)
+    qq = replace(in_frame(q, frame, scheme.q, scales), logit_offset=logit_offset)
     # S = s_q (c_q . (c_k s_k + origin_k)) takes the sum of Q's values as the product meets them
     return replace(qq, code_sum=met(qq).sum(dim=-1, keepdim=True)) if needs_query_sums(scheme) else qq
 
 
 def values(v: Tensor, frame: Frame, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
-    """V in codes, with their sums in each key tile where P is unsigned, and P's weights where V is scaled per token."""
-    vq = _in_frame(v, frame, scheme.v, scales)
+    """V in codes, with what `with_sums` adds."""
+    return with_sums(in_frame(v, frame, scheme.v, scales), scheme)
+
+
+def with_sums(vq: QuantizedTensor, scheme: QuantScheme) -> QuantizedTensor:
+    """V's codes with their sums in each key tile where P is unsigned, and P's weights where V is scaled per token."""
     code_sum = tile_sums(vq.stored_values(), scheme.key_tile) if needs_code_sums(scheme) else None
     if place(scheme.v) == "p":
         nothing = (vq.code_values() == 0).all(dim=-1, keepdim=True)
@@ -91,7 +95,8 @@ def values(v: Tensor, frame: Frame, scheme: QuantScheme, scales: LayerScales | N
     return replace(vq, code_sum=code_sum)
 
 
-def _in_frame(x: Tensor, frame: Frame, spec: Operand, scales: LayerScales | None) -> QuantizedTensor:
+def in_frame(x: Tensor, frame: Frame, spec: Operand, scales: LayerScales | None = None) -> QuantizedTensor:
+    """Codes of `x` `[B, H, N, D]` alone, taken in this frame."""
     # floats that nothing is done to stay the tensor that they are in
     untouched = not spec.scaled and not frame.turns
     return replace(encode(x if untouched else frame.apply(x), x.dtype, spec, scales), frame=frame)

@@ -98,11 +98,11 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, features: Features) -> tuple[Tensor,
             total = torch.logaddexp(total, features.sinks.double()[:, None])
         nothing = lse[:, :, rows] == -math.inf
         p = torch.exp(s - total.masked_fill(nothing, 0.0)[..., None])
-        out[:, :, rows] = _matmul_kept(p, v)
+        out[:, :, rows] = matmul_kept(p, v)
     return out, lse
 
 
-def _matmul_kept(p: Tensor, v: Tensor) -> Tensor:
+def matmul_kept(p: Tensor, v: Tensor) -> Tensor:
     """p @ v where a weight of zero takes nothing of v, be it infinite or not a number."""
     finite = v.isfinite()
     if bool(finite.all()):
@@ -118,16 +118,21 @@ def integer_scores(q: QuantizedTensor, k: QuantizedTensor) -> Tensor:
 
 
 def attention(
-    q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, scheme: QuantScheme, features: Features
+    q: QuantizedTensor,
+    k: QuantizedTensor,
+    v: QuantizedTensor,
+    scheme: QuantScheme,
+    features: Features,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The emulation: out `[B, H_q, N_q, D]` in q's type, LSE `[B, H_q, N_q]` float32."""
+    """The emulation: out `[B, H_q, N_q, D]` in `dtype` (q's where None), LSE `[B, H_q, N_q]` float32."""
     (b, heads, n_q), n_k = q.shape[:3], k.shape[2]
     emulation = _Emulation(q, k, v, scheme, features)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
     lse = torch.empty(b, heads, n_q, dtype=torch.float32, device=q.device)
     for rows in _row_chunks(n_q, b * heads * min(n_k, scheme.key_tile)):
         result, sums = emulation.rows(rows)
-        out[:, :, rows], lse[:, :, rows] = result.to(q.dtype), sums
+        out[:, :, rows], lse[:, :, rows] = result.to(out.dtype), sums
     return out, lse
 
 
@@ -204,7 +209,7 @@ class _Emulation:
             acc = acc * alpha + product
             if self.v_origin is not None:
                 zero = self.v_origin.expand(-1, -1, n_k, -1)[:, :, keys]
-                zeros = zeros * alpha + _matmul_kept(p, self._for_heads(zero))
+                zeros = zeros * alpha + matmul_kept(p, self._for_heads(zero))
         return self.finish(rows, acc, zeros, r, l)
 
     def logits(self, rows: slice, keys: slice) -> Tensor:
@@ -271,7 +276,7 @@ class _Emulation:
         v = self.v_values[:, :, keys]
         # float32 holds every sum of 256 products of unsigned bytes
         exact = torch.float32 if v.shape[2] <= 256 else torch.float64
-        product = _matmul_kept(_grouped(p, v.shape[1]).to(exact), v.to(exact))
+        product = matmul_kept(_grouped(p, v.shape[1]).to(exact), v.to(exact))
         return product.float().reshape(*p.shape[:3], v.shape[3])
 
     def _of_keys(self, x: Tensor | None, keys: slice) -> Tensor:

@@ -1,0 +1,161 @@
+"""KV caches to and from safetensors: canonical codes, which any backend reads, with scheme and scales beside them."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tokquant.calibration.scales import LayerScales, needed
+from tokquant.errors import CacheFileError, ScalesError, SchemeError, quote
+from tokquant.export import checksum, read_tensors
+from tokquant.files import write_atomically
+from tokquant.inputs import DTYPES
+from tokquant.pages import growing, operand, sizes
+from tokquant.schemes import Operand, QuantScheme
+from tokquant.schemes.appending import check_append_only, unit, windows
+from tokquant.tensor import QuantizedTensor
+
+FORMAT = "1"
+TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+LARGEST = 2**20
+"""Heads and channels that a file may claim."""
+
+Sequence = tuple[QuantizedTensor | None, QuantizedTensor | None, Tensor, Tensor]
+"""K and V packed `[1, H_kv, n, D]`, None where nothing is, and those of the windows."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file holds."""
+
+    scheme: QuantScheme
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    scales: Mapping[str, Tensor]
+    sequences: list[Sequence]
+
+
+def write(path: str | os.PathLike, content: Content) -> None:
+    """Write a cache as `<b>.k.codes`, `<b>.k.scale`, `<b>.window.k` ..., atomically; the rest is in the metadata."""
+    tensors = {f"scales.{name}": value for name, value in content.scales.items()}
+    for b, (k, v, *ends) in enumerate(content.sequences):
+        for x in (k, v):
+            if x is not None:
+                tensors |= {f"{b}.{x.spec.role}.{name}": part for name, part in growing(x).items()}
+        tensors |= {f"{b}.window.{name}": x for name, x in zip("kv", ends, strict=True)}
+    tensors = {name: value.cpu().contiguous().clone() for name, value in tensors.items()}
+    shape = {
+        "kv_heads": content.kv_heads,
+        "head_dim": content.head_dim,
+        "dtype": str(content.dtype).removeprefix("torch."),
+        "tokens": [[0 if k is None else k.shape[2], ends.shape[2]] for k, _, ends, _ in content.sequences],
+    }
+    metadata = {
+        "format": "pt",
+        "tokquant.cache": FORMAT,
+        "tokquant.scheme": json.dumps(content.scheme.model_dump(mode="json"), sort_keys=True),
+        "tokquant.shape": json.dumps(shape),
+        "tokquant.sha256": checksum(tensors),
+    }
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def read(path: str | os.PathLike) -> Content:
+    """Read what `write` wrote, and check all of it. Raises CacheFileError naming the file and what is wrong."""
+    tensors, metadata = read_tensors(path, CacheFileError)
+    if "tokquant.cache" not in metadata:
+        raise CacheFileError(f"{path}: holds no KV cache; it was not written by KVCache.save")
+    if metadata["tokquant.cache"] != FORMAT:
+        raise CacheFileError(
+            f"{path}: format {quote(metadata['tokquant.cache'])} is not {FORMAT!r}; this version cannot read it"
+        )
+    try:
+        content = _content(tensors, metadata)
+    except (SchemeError, ScalesError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CacheFileError(f"{path}: {error}") from None
+    if metadata.get("tokquant.sha256") != checksum(tensors):
+        raise CacheFileError(f"{path}: the codes are not those that were written (checksum differs)")
+    return content
+
+
+def _content(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Content:
+    scheme = QuantScheme(**json.loads(metadata.get("tokquant.scheme", "")))
+    check_append_only(scheme)
+    shape = json.loads(metadata.get("tokquant.shape", ""))
+    heads, d, dtype, tokens = (shape[name] for name in ("kv_heads", "head_dim", "dtype", "tokens"))
+    for name, value in (("kv_heads", heads), ("head_dim", d)):
+        if type(value) is not int or not 0 < value <= LARGEST:
+            raise ValueError(f"{name}: {quote(value)} is not a whole number from 1 to {LARGEST}")
+    if dtype not in TYPES:
+        raise ValueError(f"dtype: {quote(dtype)}; it is one of {', '.join(TYPES)}")
+    if not isinstance(tokens, list) or not tokens:
+        raise ValueError(f"tokens: {quote(tokens)} is not a pair of numbers for each sequence")
+    scales = {name: tensors[f"scales.{name}"] for name in needed(scheme) if f"scales.{name}" in tensors}
+    layer = LayerScales("scales", scales, scheme)
+    for b, pair in enumerate(tokens):
+        _check_tokens(b, pair, scheme)
+
+    operands = scheme.k, scheme.v
+    expected = {f"scales.{name}": (tuple(value.shape), value.dtype) for name, value in scales.items()}
+    for b, (packed, ends) in enumerate(tokens):
+        for spec in operands if packed else ():
+            grown = sizes(spec, (1, heads, packed, d), TYPES[dtype])
+            expected |= {f"{b}.{spec.role}.{name}": size for name, size in grown.items()}
+        expected |= {f"{b}.window.{role}": ((1, heads, ends, d), TYPES[dtype]) for role in "kv"}
+    _check_tensors(tensors, expected)
+
+    sequences: list[Sequence] = []
+    for b, (packed, _) in enumerate(tokens):
+        pair = [_operand(tensors, b, spec, scheme, layer, (1, heads, packed, d), TYPES[dtype]) for spec in operands]
+        sequences.append((*pair, tensors[f"{b}.window.k"], tensors[f"{b}.window.v"]))
+    return Content(scheme, heads, d, TYPES[dtype], scales, sequences)
+
+
+def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    """Raise ValueError unless there are just these tensors, of these shapes and types."""
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise ValueError(f"{quote(name)} is missing")
+        if name not in expected:
+            raise ValueError(f"{quote(name)} does not belong to a cache of this scheme")
+        found = (tuple(tensors[name].shape), tensors[name].dtype)
+        if found != expected[name]:
+            written, right = (f"{list(shape)} of {kind}" for shape, kind in (found, expected[name]))
+            raise ValueError(f"{quote(name)} is {written}; a cache of these sizes has {right}")
+
+
+def _operand(
+    tensors: dict[str, Tensor],
+    b: int,
+    spec: Operand,
+    scheme: QuantScheme,
+    scales: LayerScales,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> QuantizedTensor | None:
+    """K or V of a sequence, None where nothing is packed. Raises ValueError for codes and scales that none has."""
+    if not shape[2]:
+        return None
+    parts = {name: tensors[f"{b}.{spec.role}.{name}"] for name in sizes(spec, shape, dtype)}
+    if "scale" in parts and bool((parts["scale"].float() <= 0).any()):
+        raise ValueError(f"'{b}.{spec.role}.scale' holds a scale that is not above zero")
+    x = operand(parts, spec, scheme, scales, shape, dtype)
+    largest = spec.format.largest
+    if spec.format.kind == "int" and spec.symmetric and largest and bool((x.stored_values().abs() > largest).any()):
+        raise ValueError(f"'{b}.{spec.role}.codes' holds a code beyond {largest:g}")
+    return x
+
+
+def _check_tokens(b: int, pair: object, scheme: QuantScheme) -> None:
+    """Raise ValueError unless a sequence can have so many tokens packed, and so many in its windows."""
+    ends, together = windows(scheme), unit(scheme)
+    if not isinstance(pair, list) or len(pair) != 2 or any(type(n) is not int or not 0 <= n < 2**31 for n in pair):
+        raise ValueError(f"tokens: {quote(pair)} of sequence {b} is not a pair of numbers")
+    packed, newest = pair[0], pair[1] - min(sum(pair), ends.sink)
+    if packed % together or newest < 0 or newest > ends.recent + together - 1:
+        raise ValueError(f"tokens: {quote(pair)} of sequence {b} is no state of a cache with {ends} and blocks of {together}")

@@ -1,0 +1,93 @@
+"""The public door for attention to a KV cache: it checks, asks for the parts, and merges them."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokquant.errors import quote
+from tokquant.inputs import Numbers, check_tensor, features_of, whole_numbers
+from tokquant.kv_cache import KVCache
+
+
+def decode(
+    q: Tensor,
+    cache: KVCache,
+    *,
+    counts: Numbers | None = None,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention of the newest tokens' queries to all that a cache holds, on its codes.
+
+    For chunked prefill append a chunk's keys and values first, then give all its queries: each sees the cache and what came
+    before it in the chunk.
+
+    Args:
+        q: `[B, H_q, n_q, D]` in the cache's type, H_q a multiple of its heads. The last query belongs to the last token.
+        counts: queries of each sequence, where they differ as in `append`: its first ones, the rest is not looked at.
+        scale, softcap, sinks: as for `attention`.
+        window: (left, right) as for `attention`; no query sees later keys.
+        return_lse: also return the natural log of the sum of exp(scores), without sinks.
+        backend: `auto` or the cache's own, or `reference` to check that one: the emulation on the same codes.
+
+    Returns: `[B, H_q, n_q, D]` in q's type; with `return_lse` also `[B, H_q, n_q]` float32. What is packed and what the
+    16-bit windows hold are attended to apart and merged in float32. A query that is none gets 0 and an LSE of -inf.
+
+    Raises: TypeError, ValueError and RuntimeError for what does not fit; UnsupportedError where the backend lacks a feature.
+    """
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache: a {type(cache).__name__}; give a tokquant.KVCache")
+    check_tensor("q", q)
+    (b, heads, n_q, d), kv_heads = q.shape, cache.kv_heads
+    if (b, d) != (cache.batch, cache.head_dim) or heads % kv_heads:
+        wanted = f"[{cache.batch}, a multiple of {kv_heads}, queries, {cache.head_dim}]"
+        raise ValueError(f"q: shape {list(q.shape)} does not fit the cache; give {wanted}")
+    if q.dtype != cache.dtype:
+        raise TypeError(f"q: {q.dtype}, and the cache is of {cache.dtype}")
+    if q.device != cache.device:
+        raise ValueError(f"q: on {q.device}, and the cache on {cache.device}")
+    if backend not in ("auto", "reference", cache.backend):
+        raise ValueError(f"backend: {quote(backend)}; the cache is kept by {cache.backend}: use auto, that, or reference")
+    features = features_of(q, q, causal=True, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    given = np.full(b, n_q) if counts is None else whole_numbers("counts", counts, b, n_q)
+    if (beyond := np.nonzero(given > cache.lengths)[0]).size:
+        text = f"q: {given[beyond[0]]} queries for sequence {beyond[0]}, which has {cache.lengths[beyond[0]]} tokens"
+        raise ValueError(f"{text}; append their keys first, or say how many are queries with counts")
+
+    turns = None
+    if (given < n_q).any():
+        # the last query belongs to the last token: turned so that what is none comes first
+        turns = torch.from_numpy((np.arange(n_q) - (n_q - given[:, None])) % n_q).to(q.device)
+        q = _turned(q, turns)
+    own = cache.backend if backend == "auto" else backend
+    out, lse = _merged(cache.parts(q, replace(features, sinks=None), own), q, sinks)
+    if turns is not None:
+        none = torch.from_numpy(np.arange(n_q) < (n_q - given)[:, None]).to(q.device)[:, None]
+        out, lse = out.masked_fill(none[..., None], 0.0), lse.masked_fill(none, -torch.inf)
+        back = turns.argsort(dim=1)
+        out, lse = _turned(out, back), _turned(lse, back)
+    out = out.to(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def _merged(parts: list[tuple[Tensor, Tensor]], q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The parts' outputs, each by its share of the softmax; sinks take theirs once."""
+    if not parts:
+        return torch.zeros(q.shape, device=q.device), torch.full(q.shape[:3], -torch.inf, device=q.device)
+    if len(parts) == 1 and sinks is None:
+        return parts[0]
+    lse = torch.stack([each for _, each in parts]).logsumexp(dim=0)
+    total = lse if sinks is None else torch.logaddexp(lse, sinks.float()[:, None])
+    total = torch.where(lse == -torch.inf, 0.0, total)
+    return torch.stack([out * torch.exp(each - total)[..., None] for out, each in parts]).sum(dim=0), lse
+
+
+def _turned(x: Tensor, order: Tensor) -> Tensor:
+    """`[B, H, n, ...]` with the rows of each sequence in another order `[B, n]`."""
+    return x[torch.arange(len(x), device=x.device)[:, None], :, order].transpose(1, 2)

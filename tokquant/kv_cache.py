@@ -1,0 +1,355 @@
+"""KVCache: the keys and values of sequences that grow, in the codes of a scheme."""
+
+import copy
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokquant import cache_file
+from tokquant.attention import Backend, check_scales, choose_backend
+from tokquant.cache_file import Content
+from tokquant.calibration.scales import LayerScales
+from tokquant.errors import CacheFileError, SchemeError, UnsupportedError, quote
+from tokquant.inputs import DTYPES, Numbers, check_tensor, sequence_numbers, whole_numbers
+from tokquant.pages import ReferencePages, Store, attention_by_reading
+from tokquant.paging import BlockTable, Pool
+from tokquant.quantize import check_groups
+from tokquant.reference import Features
+from tokquant.schemes import QuantScheme, resolve
+from tokquant.schemes.appending import check_append_only, unit, windows
+from tokquant.tensor import QuantizedTensor
+from tokquant.windows import Windows
+
+STORES: dict[str, Any] = {"reference": ReferencePages}
+"""What keeps pages, by backend; each is made and used as `ReferencePages` is."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a cache: `packed` holds tokens in codes, `slack` is room in pages, `windows` the tokens in 16 bits."""
+
+    packed: int
+    slack: int
+    windows: int
+
+
+class KVCache:
+    """Keys and values of `batch` sequences that grow, packed in a scheme's codes page by page, `tokquant.decode` reads them.
+
+    A sequence is, from its oldest token: `sink` tokens in 16 bits, what is packed, and in 16 bits the `recent` newest and what
+    does not fill a block yet, as the scheme's `cache` says. Codes are bit for bit those of quantizing all at once.
+
+    Args:
+        scheme: a QuantScheme, a preset's name or a path. No part of it may see later tokens.
+        batch, kv_heads, head_dim: sizes of what is appended, `[batch, kv_heads, n, head_dim]`.
+        dtype: of what is appended: float16, bfloat16 or float32 (whose windows are in 32 bits).
+        capacity: tokens that pages are made for, once, for all sequences together; None lets them grow. Every sequence
+            leaves part of its last page empty.
+        scales: one layer's calibrated scales, for a scheme with static parts.
+        backend: what keeps and reads the pages: as for `attention`.
+
+    Raises: SchemeError for a scheme that sees later tokens; ScalesError, TypeError, ValueError as `attention`;
+    UnsupportedError for a backend that keeps no pages.
+    """
+
+    def __init__(
+        self,
+        scheme: QuantScheme | str,
+        *,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str = "cpu",
+        capacity: int | None = None,
+        scales: LayerScales | None = None,
+        backend: Backend = "auto",
+    ):
+        self.scheme = scheme = resolve(scheme)
+        for name, value in (("batch", batch), ("kv_heads", kv_heads), ("head_dim", head_dim), ("capacity", capacity)):
+            if not (value is None and name == "capacity") and (type(value) is not int or not 0 < value < 2**31):
+                raise ValueError(f"{name}: {quote(value)} is not a whole number from 1")
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype: {quote(dtype)}; use torch.float16, torch.bfloat16 or torch.float32")
+        check_append_only(scheme)
+        check_scales(scheme, scales)
+        self.device, self.dtype, self.scales = torch.empty(0, device=device).device, dtype, scales
+        self.backend = _store_of(backend, self.device)
+        self._shape = batch, kv_heads, head_dim
+        for spec in (scheme.q, scheme.k, scheme.v):
+            if spec.scaled:
+                check_groups(spec, torch.empty(1, 1, 1, head_dim))
+        ends = windows(scheme)
+        pages = batch if capacity is None else -(-capacity // ends.page)
+        self._store: Store = STORES[self.backend](
+            scheme,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=self.device,
+            pages=pages,
+            page=ends.page,
+            scales=scales,
+        )
+        self._windows = Windows(self._shape, ends.sink, ends.recent, unit(scheme), dtype, self.device)
+        self._table = BlockTable(Pool(self._store, ends.page, pages, fixed=capacity is not None), batch)
+        self._lengths, self._packed = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
+        self._room = 0  # tokens that every sequence can append to a page of its own
+
+    # ------------------------------------------------------------------ tokens
+
+    def append(self, k: Tensor, v: Tensor, *, counts: Numbers | None = None, positions: Numbers | None = None) -> None:
+        """Add tokens `[batch, kv_heads, n, head_dim]` to the ends of the sequences.
+
+        Args:
+            counts: how many of the n each sequence takes, its first ones; all where None.
+            positions: where the caller believes the first of them to be, one or a number a sequence. Others than `lengths`
+                are refused: a token lost, or given twice.
+
+        Raises: TypeError, ValueError and RuntimeError for what does not fit; CacheFullError. The cache is then as it was.
+        """
+        self._check(k, v)
+        batch, n = k.shape[0], k.shape[2]
+        if positions is not None:
+            self._check_positions(positions)
+        if counts is None and n <= self._room and not self._windows.slots:
+            self._store.write(k, v, self._table.tensor(self.device), self._numbers(self._packed))
+            self._room -= n
+            self._lengths += n
+            self._packed += n
+            return
+        given = np.full(batch, n) if counts is None else whole_numbers("counts", counts, batch, n)
+        split = self._windows.split(k, v, self._lengths, self._packed, given)
+        with self._table.room(self._packed, split.moved):
+            if most := split.k.shape[2]:
+                ragged = None if (split.moved == most).all() else self._numbers(split.moved)
+                table, first = self._table.tensor(self.device), self._numbers(self._packed)
+                self._store.write(split.k, split.v, table, first, ragged)
+        self._windows.put(k, v, split.kept)
+        self._lengths += given.astype(np.int32)
+        self._packed += split.moved.astype(np.int32)
+        self._room = self._table.left(self._packed)
+
+    def truncate(self, lengths: Numbers) -> None:
+        """Drop the newest tokens: keep `lengths`, one or a number a sequence.
+
+        Where that cuts a block that shares scales, the tokens before the cut go back to 16 bits, as what their codes say,
+        and are packed again when the block is full. Raises ValueError for more than there is.
+        """
+        wanted = whole_numbers("lengths", lengths, self.batch, self._lengths)
+        sink, together = self._windows.sink, self._windows.unit
+        for b in np.nonzero(wanted < self._lengths)[0].tolist():
+            left = max(int(wanted[b]) - sink, 0)
+            packed = left // together * together
+            if packed < self._packed[b]:
+                if left > packed:
+                    k, v = self._read(b, packed // self.page * self.page, packed + together)
+                    cut = slice(packed % self.page, packed % self.page + left - packed)
+                    self._windows.restore(b, packed, k.dequantize()[:, :, cut], v.dequantize()[:, :, cut])
+                self._packed[b] = packed
+                self._table.cut(b, packed)
+            self._lengths[b] = wanted[b]
+        self._room = self._table.left(self._packed)
+
+    def evict(self, sequences: Numbers) -> None:
+        """Empty these sequences and free their pages; others can begin in their places."""
+        lengths = self._lengths.copy()
+        lengths[sequence_numbers(sequences, self.batch)] = 0
+        self.truncate(lengths.tolist())
+
+    def fork(self, sequences: Numbers) -> "KVCache":
+        """A cache whose sequence i goes on from sequence `sequences[i]` of this one, any number of them in any order.
+
+        Pages are shared, and copied when one of their holders appends to them; 16-bit windows are copied at once. Both caches
+        go on by themselves, and a page is free when no cache holds it.
+        """
+        chosen = sequence_numbers(sequences, self.batch)
+        forked = copy.copy(self)
+        forked._shape = len(chosen), *self._shape[1:]
+        forked._table, forked._windows = self._table.fork(chosen), self._windows.fork(chosen)
+        forked._lengths, forked._packed = self._lengths[chosen], self._packed[chosen]
+        self._room = forked._room = 0
+        return forked
+
+    # ------------------------------------------------------------------ what it holds
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self._shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of K and V."""
+        return self._shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self._shape[2]
+
+    @property
+    def page(self) -> int:
+        """Tokens a page."""
+        return self._table.pool.page
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, windows included."""
+        return self._lengths.tolist()
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits of codes, scales and zeros for a value in a full page; windows and slack are in `memory`."""
+        return self._store.bits_per_value
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes now taken. A page that several sequences hold counts once; their caches share one pool."""
+        pool = self._table.pool
+        used: dict[int, int] = {}  # page -> its tokens
+        for row, held, tokens in zip(self._table.numbers, self._table.held, self._packed.tolist(), strict=True):
+            for place, number in enumerate(row[:held].tolist()):
+                used[number] = max(used.get(number, 0), min(pool.page, tokens - place * pool.page))
+        packed = self._store.nbytes * sum(used.values()) // (len(pool.holders) * pool.page)
+        return Memory(packed=packed, slack=self._store.nbytes - packed, windows=self._windows.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages and windows."""
+        return self._store.nbytes + self._windows.nbytes
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._table.pool.free)
+
+    def codes(self, sequence: int) -> tuple[QuantizedTensor, QuantizedTensor]:
+        """K and V of a sequence's packed tokens `[1, kv_heads, n, head_dim]`."""
+        [b] = sequence_numbers(sequence, self.batch)
+        return self._read(int(b), 0, int(self._packed[b]))
+
+    def windows(self, sequence: int) -> tuple[Tensor, Tensor]:
+        """K and V of a sequence's tokens in 16 bits `[1, kv_heads, n, head_dim]`: first the sink, then the newest."""
+        [b] = sequence_numbers(sequence, self.batch)
+        return self._windows.tokens(int(b), int(self._lengths[b]), int(self._packed[b]))
+
+    def __repr__(self) -> str:
+        tokens, (batch, heads, d) = int(self._lengths.sum()), self._shape
+        what = f"{batch} sequences, {tokens} tokens of {heads} heads of {d} channels"
+        return f"KVCache({self.scheme.name!r}, {what}, {self.bits_per_value:g} bits a value, {self.backend} on {self.device})"
+
+    # ------------------------------------------------------------------ attention
+
+    def parts(self, q: Tensor, features: Features, backend: str) -> list[tuple[Tensor, Tensor]]:
+        """Attention to what is packed and to the windows, for `decode` to merge: out and natural LSE of each, float32."""
+        parts, newer = [], self._lengths - self._packed - np.minimum(self._lengths, self._windows.sink)
+        if self._packed.any():
+            table, lengths = self._table.tensor(self.device), self._numbers(self._packed)
+            offset = self._numbers(newer) if newer.any() else None
+            if backend == self.backend:
+                parts.append(self._store.attention(q, table, lengths, features, offset=offset))
+            else:
+                parts.append(attention_by_reading(self._store, self.scheme, self.scales, q, table, lengths, features, offset))
+        if self._windows.slots and (self._lengths > self._packed).any():
+            parts.append(self._windows.attention(q, self._lengths, self._packed, features))
+        return parts
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all sequences to a safetensors file, atomically: canonical codes, so that any backend reads them, the scheme
+        and its scales. Sequences that share pages are written in full. Raises OSError as the file system does."""
+        sequences = []
+        for b in range(self.batch):
+            k, v = self.codes(b) if self._packed[b] else (None, None)
+            sequences.append((k, v, *self.windows(b)))
+        scales = {} if self.scales is None else self.scales.tensors
+        cache_file.write(path, Content(self.scheme, self.kv_heads, self.head_dim, self.dtype, scales, sequences))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        *,
+        device: torch.device | str = "cpu",
+        capacity: int | None = None,
+        backend: Backend = "auto",
+    ) -> "KVCache":
+        """A cache as `save` wrote it, on any device and backend; `capacity` as for a new one.
+
+        Raises CacheFileError, naming the file and what is wrong: a file that is cut short, changed or of something else.
+        CacheFullError where `capacity` is too small.
+        """
+        content = cache_file.read(path)
+        try:
+            cache = cls(
+                content.scheme,
+                batch=len(content.sequences),
+                kv_heads=content.kv_heads,
+                head_dim=content.head_dim,
+                dtype=content.dtype,
+                device=device,
+                capacity=capacity,
+                scales=LayerScales(str(path), content.scales, content.scheme) if content.scales else None,
+                backend=backend,
+            )
+        except SchemeError as error:
+            raise CacheFileError(f"{path}: {error}") from None
+        packed = np.array([0 if k is None else k.shape[2] for k, *_ in content.sequences], np.int32)
+        with cache._table.room(cache._packed, packed):
+            for b, (k, v, window_k, window_v) in enumerate(content.sequences):
+                if k is not None and v is not None:
+                    cache._store.store(cache._table.tensor(cache.device)[b], 0, _to(k, cache.device), _to(v, cache.device))
+                cache._windows.fill(b, int(packed[b]), window_k.to(cache.device), window_v.to(cache.device))
+                cache._lengths[b] = packed[b] + window_k.shape[2]
+        cache._packed = packed
+        return cache
+
+    # ------------------------------------------------------------------ checks
+
+    def _check(self, k: Tensor, v: Tensor) -> None:
+        for name, x in (("k", k), ("v", v)):
+            check_tensor(name, x)
+            shape = x.shape
+            if (shape[0], shape[1], shape[3]) != self._shape:
+                batch, heads, d = self._shape
+                raise ValueError(f"{name}: shape {list(shape)} does not fit the cache; give [{batch}, {heads}, tokens, {d}]")
+            if x.dtype != self.dtype:
+                raise TypeError(f"{name}: {x.dtype}, and the cache is of {self.dtype}")
+            if x.device != self.device:
+                raise ValueError(f"{name}: on {x.device}, and the cache on {self.device}")
+        if k.shape != v.shape:
+            raise ValueError(f"v: shape {list(v.shape)} is not that of k, {list(k.shape)}")
+
+    def _check_positions(self, positions: Numbers) -> None:
+        given = whole_numbers("positions", positions, self.batch, 2**31 - 1)
+        if (wrong := np.nonzero(given != self._lengths)[0]).size:
+            b = wrong[0]
+            raise ValueError(f"positions: {given[b]} for sequence {b}, whose next token is at {self._lengths[b]}")
+
+    def _numbers(self, x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x.astype(np.int32, copy=False)).to(self.device)
+
+    def _read(self, b: int, first: int, end: int) -> tuple[QuantizedTensor, QuantizedTensor]:
+        # a row of the table from any page on is that of a sequence
+        row = self._table.tensor(self.device)[b, first // self.page :]
+        return self._store.read(row, end - first)
+
+
+def _store_of(backend: str, device: torch.device) -> str:
+    chosen = choose_backend(backend, device)
+    if chosen in STORES:
+        return chosen
+    if backend != "auto":
+        raise UnsupportedError(f"backend: {quote(backend)} keeps no pages; use auto or one of {', '.join(STORES)}")
+    return "reference"
+
+
+def _to(x: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    scale, zero = (None if each is None else each.to(device) for each in (x.scale, x.zero))
+    return replace(x, codes=x.codes.to(device), scale=scale, zero=zero)

@@ -1,0 +1,128 @@
+"""The 16-bit ends of a KV cache: the first tokens of each sequence, and the newest in a ring."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokquant.reference import Features, matmul_kept
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where tokens go that were appended: some to pages, the others into slots of the windows."""
+
+    k: Tensor
+    """`[B, H_kv, M, D]`: what is packed, those of the ring first."""
+    v: Tensor
+    moved: np.ndarray
+    """Tokens of it that count, for each sequence `[B]`."""
+    kept: tuple[np.ndarray, np.ndarray, np.ndarray]
+    """For each new token that stays: its sequence, its place among the new ones, its slot."""
+
+
+class Windows:
+    """K and V of the first `sink` tokens of each sequence, and of the newest ones that are not packed.
+
+    Slots are `sink` in front, then a ring: token t after the sink lies in slot `sink + t % ring`. Tokens are packed `unit` at
+    a time, as soon as `recent` of them stay.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], sink: int, recent: int, unit: int, dtype: torch.dtype, device: torch.device
+    ):
+        batch, heads, head_dim = shape
+        self.sink, self.recent, self.unit, self.ring = sink, recent, unit, recent + unit - 1
+        self.slots = sink + self.ring
+        self.k = torch.zeros(batch, heads, self.slots, head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both buffers."""
+        return 2 * self.k.numel() * self.k.element_size()
+
+    def split(self, k: Tensor, v: Tensor, lengths: np.ndarray, packed: np.ndarray, counts: np.ndarray) -> Split:
+        """Where the first `counts[b]` of these tokens `[B, H_kv, n, D]` go, for sequences of such lengths."""
+        sink = self.sink
+        end = np.maximum(lengths + counts - sink, 0)  # of the tokens after the sink
+        waiting = end - packed
+        moved = np.where(waiting >= self.recent + self.unit, (waiting - self.recent) // self.unit * self.unit, 0)
+
+        token = lengths[:, None] + np.arange(k.shape[2])
+        place = token - sink
+        stays = (token < (lengths + counts)[:, None]) & ((place < 0) | (place >= (packed + moved)[:, None]))
+        rows, tokens = np.nonzero(stays)
+        kept = token[rows, tokens]
+        kept = np.where(kept < sink, kept, self._slot(kept - sink))
+
+        first = packed + sink - lengths  # of what is packed, among the new tokens; below 0 in the ring
+        most = int(moved.max())
+        if (first == first[0]).all() and first[0] >= 0:
+            moving = slice(int(first[0]), int(first[0]) + most)
+            return Split(k[:, :, moving], v[:, :, moving], moved, (rows, tokens, kept))
+        step = np.arange(most)
+        new = first[:, None] + step
+        place = np.where(new < 0, self._slot(packed[:, None] + step), self.slots + new)
+        source = torch.from_numpy(np.where(step < moved[:, None], place, 0)).to(k.device)
+        every = torch.arange(k.shape[0], device=k.device)[:, None]
+        k, v = (torch.cat(pair, dim=2)[every, :, source].transpose(1, 2) for pair in ((self.k, k), (self.v, v)))
+        return Split(k, v, moved, (rows, tokens, kept))
+
+    def put(self, k: Tensor, v: Tensor, kept: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+        """Write the tokens that stay."""
+        if len(kept[0]):
+            rows, tokens, slots = (torch.from_numpy(each).to(k.device) for each in kept)
+            self.k[rows, :, slots] = k[rows, :, tokens]
+            self.v[rows, :, slots] = v[rows, :, tokens]
+
+    def restore(self, sequence: int, packed: int, k: Tensor, v: Tensor) -> None:
+        """Write tokens `[1, H_kv, n, D]` that follow `packed` ones, of those after the sink."""
+        slots = torch.from_numpy(self._slot(packed + np.arange(k.shape[2]))).to(k.device)
+        self.k[sequence, :, slots], self.v[sequence, :, slots] = k[0], v[0]
+
+    def fill(self, sequence: int, packed: int, k: Tensor, v: Tensor) -> None:
+        """Write all that is here of a sequence, as `tokens` gives it."""
+        first = min(self.sink, k.shape[2])
+        self.k[sequence, :, :first], self.v[sequence, :, :first] = k[0, :, :first], v[0, :, :first]
+        self.restore(sequence, packed, k[:, :, first:], v[:, :, first:])
+
+    def tokens(self, sequence: int, length: int, packed: int) -> tuple[Tensor, Tensor]:
+        """What is here of a sequence, in its order: K and V `[1, H_kv, n, D]`."""
+        ends = np.arange(min(length, self.sink)), self._slot(np.arange(packed, max(length - self.sink, packed)))
+        slots = torch.from_numpy(np.concatenate(ends)).to(self.k.device)
+        return self.k[sequence : sequence + 1, :, slots], self.v[sequence : sequence + 1, :, slots]
+
+    def fork(self, sequences: np.ndarray) -> "Windows":
+        """A copy of these sequences' windows."""
+        forked = object.__new__(Windows)
+        forked.__dict__.update(self.__dict__)
+        rows = torch.from_numpy(sequences).to(self.k.device)
+        forked.k, forked.v = self.k[rows], self.v[rows]
+        return forked
+
+    def attention(self, q: Tensor, lengths: np.ndarray, packed: np.ndarray, features: Features) -> tuple[Tensor, Tensor]:
+        """Attention to what is here: out `[B, H_q, n_q, D]` and natural LSE, float32; query i is at `lengths - n_q + i`."""
+        (b, heads, n_q, d), kv_heads = q.shape, self.k.shape[1]
+        slot = np.arange(self.ring)
+        newest = self.sink + packed[:, None] + (slot - packed[:, None]) % max(self.ring, 1)
+        position = np.concatenate([np.broadcast_to(np.arange(self.sink), (b, self.sink)), newest], axis=1)
+        position = np.where(position < lengths[:, None], position, -1)[:, None, None]  # [B, 1, 1, slots]
+        query = (lengths[:, None] + np.arange(-n_q, 0))[:, None, :, None]  # [B, 1, n_q, 1]
+        attends = (position >= 0) & (position <= query)
+        left, _ = features.reach()
+        if left is not None:
+            attends &= position >= query - left
+
+        grouped = q.float().reshape(b, kv_heads, -1, d)
+        s = (grouped @ self.k.float().mT).reshape(b, heads, n_q, -1) * features.scale
+        if features.softcap is not None:
+            s = features.softcap * torch.tanh(s / features.softcap)
+        s = torch.where(torch.from_numpy(attends).to(q.device), s, -torch.inf)
+        lse = s.logsumexp(dim=-1)
+        p = torch.exp(s - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+        return matmul_kept(p.reshape(b, kv_heads, -1, self.slots), self.v.float()).reshape(q.shape), lse
+
+    def _slot(self, place: np.ndarray) -> np.ndarray:
+        return self.sink + place % max(self.ring, 1)
