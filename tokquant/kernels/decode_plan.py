@@ -12,8 +12,9 @@ from tokquant.kernels import targets
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.plan import WHOLE, Plan, Wanted, plan
 from tokquant.kernels.quantize_plan import LONGEST
-from tokquant.kernels.triton import fragments
+from tokquant.kernels.triton import fragments, scales
 from tokquant.schemes import Operand, QuantScheme
+from tokquant.schemes.appending import check_append_only
 from tokquant.schemes.placement import place
 
 LANES = 32
@@ -30,28 +31,16 @@ class DecodePlan(Plan):
     """The plan of a kernel that attends to pages."""
 
 
-def check_growing(scheme: QuantScheme, page: int) -> None:
-    """Raise UnsupportedError unless codes of `scheme` stay what they are as tokens are appended to pages of `page` tokens."""
+def check_pages(scheme: QuantScheme, page: int) -> None:
+    """Raise SchemeError or UnsupportedError unless codes of `scheme` can be appended to pages of `page` tokens by a kernel."""
+    check_append_only(scheme)
     for operand in (scheme.k, scheme.v):
         kind, size = operand.granularity.kind, operand.granularity.size or 1
-        if operand.smooth == "mean":
+        if operand.scaled and kind in ("block", "channel_block") and size > min(page, LONGEST):
             raise UnsupportedError(
-                f"{operand.role}.smooth: a mean over all tokens changes as a cache grows; use smooth: static, or none"
+                f"{operand.role}.granularity: {kind} {size} is more than a kernel appends at once to pages of {page} tokens; "
+                f"use {{{kind}: {min(page, LONGEST)}}}, or backend='reference'"
             )
-        if not operand.scaled:
-            continue
-        if operand.scale == "dynamic" and kind in ("head", "channel", "tensor"):
-            raise UnsupportedError(
-                f"{operand.role}.granularity: a dynamic scale a {kind} changes as a cache grows; use scale: static, or "
-                "granularity token, group, block or channel_block"
-            )
-        if kind in ("block", "channel_block") and size > min(page, LONGEST):
-            raise UnsupportedError(
-                f"{operand.role}.granularity: {kind} {size} does not lie in a page of {page} tokens; "
-                f"use {kind} {min(page, LONGEST)}" + (", or larger pages" if page < size <= LONGEST else "")
-            )
-    if scheme.q.smooth == "block_mean":
-        raise UnsupportedError("q.smooth: block_mean needs the keys in 16 bits, which a cache does not hold; use none")
 
 
 @lru_cache(maxsize=256)
@@ -65,6 +54,7 @@ def decode_plan(
     wanted: Wanted = Wanted(),
     rows: Literal[16, 32, 64] = 16,
     one_run: bool = True,
+    newer: bool = False,
     interpreted: bool = False,
     target: targets.Target = targets.DEFAULT,
 ) -> DecodePlan:
@@ -73,10 +63,11 @@ def decode_plan(
     Args:
         rows: of a tile: queries times the heads of Q that share one of K and V.
         one_run: whether a program goes over all keys, so that nothing is merged.
+        newer: whether there are keys elsewhere that follow those in pages.
 
     Raises UnsupportedError for what no such kernel does.
     """
-    check_growing(scheme, page)
+    check_pages(scheme, page)
     base = plan(
         scheme,
         head_dim=head_dim,
@@ -125,11 +116,13 @@ def decode_plan(
         "CODE_ZERO": scheme.p.format.code_zero,
         "SINKS": wanted.sinks and one_run,
         "ONE_RUN": one_run,
+        "NEWER": newer,
     }
     for role, operand in (("K", k), ("V", v)):
         rows_of_page, pairs, columns = sides_shape(operand, head_dim, page)
         tokens, channels = operand.granularity.cover(WHOLE, head_dim) if operand.scaled else (1, head_dim)
         made |= {
+            f"{role}_HAS_SCALE": operand.scaled and at[role.lower()] != "q",
             f"{role}_SIDE": pairs * columns,
             f"{role}_SIDES": rows_of_page * pairs * columns,
             f"{role}_COLUMNS": columns,
@@ -150,6 +143,7 @@ def decode_plan(
         "lay_k": fragments.as_they_are if k.format.packed == 1 else _lay(together),
         "lay_v": fragments.as_they_are if v.format.packed == 1 else fragments.in_planes,
         "order_p": fragments.in_groups if tokens_last else fragments.in_order,
+        "order_v": scales.in_groups_of_16 if tokens_last else scales.in_order,
         "page_of": fragments.many_pages if spans else fragments.one_page,
         "place_in_page": fragments.across_pages if spans else fragments.within_page,
     }

@@ -101,7 +101,7 @@ def _launch(plan: Plan | QuantizePlan) -> str:
     if isinstance(plan, DecodePlan):
         return (
             "Grid: (cdiv(n_q * heads of q to one of k, BLOCK_M) * runs, heads of k, batch); `run` keys each, whole tiles of\n"
-            f"BLOCK_N {plan.config.block_n}. `ahead` keys are newer than those in pages. `scale` is the softmax's own, as D**-0.5.\n\n"
+            f"BLOCK_N {plan.config.block_n}. `scale` is the softmax's own, as D**-0.5.\n\n"
         )
     tiles = " or ".join(str(tile) for tile in sorted({config.block_n for config in plan.candidates}))
     words = [f"Grid: (cdiv(n_q, BLOCK_M), heads of q, batch). BLOCK_N: {tiles}. `scale` is the softmax's own, as D**-0.5."]

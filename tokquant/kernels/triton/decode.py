@@ -18,6 +18,7 @@ from tokquant.kernels.triton.fragments import one_page as page_of
 from tokquant.kernels.triton.fragments import tile_maximum as row_reference
 from tokquant.kernels.triton.fragments import within_page as place_in_page
 from tokquant.kernels.triton.parts import hadamard, load_row, load_tile, sum_in_lanes, tanh
+from tokquant.kernels.triton.scales import in_groups_of_16 as order_v
 from tokquant.precisions.base import tl, triton
 from tokquant.precisions.int8 import decode_tile as decode_k
 from tokquant.precisions.int8 import decode_tile as decode_q
@@ -103,6 +104,7 @@ V_MEAN = tl.constexpr(False)
 UNSIGNED_P = tl.constexpr(False)
 CODE_ZERO = tl.constexpr(0)  # what unsigned codes of P are lowered by
 CLEAR_CHANNELS = tl.constexpr(False)
+NEWER = tl.constexpr(False)  # whether there are newer keys than those in pages
 LEFT = tl.constexpr(False)
 RIGHT = tl.constexpr(False)
 SOFTCAP = tl.constexpr(False)
@@ -115,7 +117,7 @@ ONE_RUN = tl.constexpr(True)  # of keys, so that nothing is merged
 
 
 @triton.jit
-def decode(Q, K, V, T, Out, Lse, F, scale, n_q, ahead, run, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     batch = tl.program_id(2).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     heads = tl.num_programs(1) * SHARED_HEADS
@@ -134,7 +136,9 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, ahead, run, BLOCK_M: tl.constexp
     out_at = Out + result[:, None] * D + column[None, :]
     table = T.table + batch * T.row
     n_k = tl.load(T.lengths + batch)
-    ahead += n_k - n_q  # query i stands at key i + ahead
+    ahead = n_k - n_q  # query i stands at key i + ahead
+    if NEWER:
+        ahead += tl.load(T.newer + batch)
 
     # keys [begin, end) of this run are seen by some of these queries, and tiles in [whole, edge) by all: those need no mask
     begin = split * run
@@ -234,15 +238,15 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, ahead, run, BLOCK_M: tl.constexp
                 k_side_at += place_in_page(start, k_step, PAGE) // K_GROUP * K_SIDE
                 at = k_side_at[:, None] + k_part[None, :]
                 k_scale = load_tile(at, token < n_k, k_part < K_COLUMNS, phase != 1 or PADDED).to(tl.float32)
-                k = (k.to(tl.float32) + K_HALF) * spread_k(k, k_scale, K_CHANNELS, K_PLANES)
+                k = (k.to(tl.float32) + K_HALF) * spread_k(k_scale, BLOCK_N, K_STEP, D_TILE, K_CHANNELS, K_PLANES)
                 if K_ZERO_DECODED:
                     k_zero = load_tile(at + K_COLUMNS, token < n_k, k_part < K_COLUMNS, phase != 1 or PADDED)
-                    k += spread_k(k, k_zero.to(tl.float32), K_CHANNELS, K_PLANES)
+                    k += spread_k(k_zero.to(tl.float32), BLOCK_N, K_STEP, D_TILE, K_CHANNELS, K_PLANES)
                 k = k.to(OWN_TYPE)
             s = product_k(q, tl.trans(k.to(K_TYPE)))
             c = q_scale
             if K_SIDE_OF_TILE:
-                c *= tl.load(k_sides + page * K.sides_page + start % PAGE // K_GROUP * K_SIDE).to(tl.float32)
+                c *= tl.load(k_sides + page * K.sides_page + tl.cast(start, tl.int32) % PAGE // K_GROUP * K_SIDE).to(tl.float32)
             if K_SIDE_OF_TOKEN:
                 k_side_at = k_sides + page * K.sides_page + place // K_GROUP * K_SIDE
                 s = s.to(tl.float32) * load_row(k_side_at, inside, phase != 1).to(tl.float32)[None, :]
@@ -299,13 +303,15 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, ahead, run, BLOCK_M: tl.constexp
             counted = count(p, codes)
             if V_PER_TOKEN:
                 counted *= weight_out[None, :]
-            l = sum_in_lanes(counted, l * alpha[:, None])
+            l = sum_in_lanes(counted, l * alpha[:, None], BLOCK_M, BLOCK_N, LANES)
             if V_PAIR_OF_TOKEN:
-                zeros = sum_in_lanes(p * (v_zero * weight_out + V_HALF)[None, :], zeros * alpha[:, None])
+                of_zeros = p * (v_zero * weight_out + V_HALF)[None, :]
+                zeros = sum_in_lanes(of_zeros, zeros * alpha[:, None], BLOCK_M, BLOCK_N, LANES)
 
             v_at = v_codes + page * V.page + place * V_ROW
-            v_inside = v_column * V_PACKED < D
-            v = load_tile(v_at[:, None] + (v_column * V_COLUMN)[None, :], inside, v_inside, phase != 1 or PADDED)
+            v_inside = start + order_v(n, 1) < n_k
+            v_at = v_at[:, None] + (v_column * V_COLUMN)[None, :]
+            v = load_tile(v_at, v_inside, v_column * V_PACKED < D, phase != 1 or PADDED)
             v = lay_v(decode_v(v)).to(V_VIA)
             if V_DECODED:
                 token = start + v_step
@@ -313,10 +319,10 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, ahead, run, BLOCK_M: tl.constexp
                 v_side_at += place_in_page(start, v_step, PAGE) // V_GROUP * V_SIDE
                 at = v_side_at[:, None] + v_part[None, :]
                 v_scale = load_tile(at, token < n_k, v_part < V_COLUMNS, phase != 1 or PADDED).to(tl.float32)
-                v = (v.to(tl.float32) + V_HALF) * spread_v(v, v_scale, V_CHANNELS, V_PLANES)
+                v = (v.to(tl.float32) + V_HALF) * spread_v(v_scale, BLOCK_N, V_STEP, D_TILE, V_CHANNELS, V_PLANES)
                 if V_ZERO_DECODED:
                     v_zero = load_tile(at + V_COLUMNS, token < n_k, v_part < V_COLUMNS, phase != 1 or PADDED)
-                    v += spread_v(v, v_zero.to(tl.float32), V_CHANNELS, V_PLANES)
+                    v += spread_v(v_zero.to(tl.float32), BLOCK_N, V_STEP, D_TILE, V_CHANNELS, V_PLANES)
                 v = v.to(OWN_TYPE)
             v = v.to(V_TYPE)
             pv = product_v(order_p(codes.to(P_TYPE), BLOCK_M, BLOCK_N), v).to(tl.float32)
@@ -324,7 +330,7 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, ahead, run, BLOCK_M: tl.constexp
                 # what the product of codes that fit a signed unit lacks
                 pv += (CODE_ZERO * tl.sum(v.to(tl.int32), 0)).to(tl.float32)[None, :]
             if V_PER_TILE:
-                v_side_at = v_sides + page * V.sides_page + start % PAGE // V_GROUP * V_SIDE + v_channel * V_PER_CHANNEL
+                v_side_at = v_sides + page * V.sides_page + tl.cast(start, tl.int32) % PAGE // V_GROUP * V_SIDE + v_channel * V_PER_CHANNEL
                 v_scale = tl.load(v_side_at, mask=v_channel < D, other=0.0).to(tl.float32)
                 pv *= (v_scale * V_UNIT)[None, :]
             if V_TILE_ZERO:

@@ -166,7 +166,7 @@ def many_pages(table, start, j, inside, PAGE: tl.constexpr, EDGE: tl.constexpr):
 
 @triton.jit
 def within_page(start, n, PAGE: tl.constexpr):
-    return start % PAGE + n
+    return tl.cast(start, tl.int32) % PAGE + n
 
 
 @triton.jit
@@ -174,18 +174,17 @@ def across_pages(start, n, PAGE: tl.constexpr):
     return (start + n) % PAGE
 
 
-# --------------------------------------------------------------------------- spread_k, spread_v: scales over a decoded tile [N, D]
+# --------------------------------------------------------------------------- spread_k, spread_v: scales over a tile [N, D]
 
 
 @triton.jit
-def of_channels(x, scale, CHANNELS: tl.constexpr, PLANES: tl.constexpr):
+def of_channels(scale, N: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, PLANES: tl.constexpr):
     # scales [N / n, D], in the order of the tile's channels
-    tokens = x.shape[0] // scale.shape[0]
-    return tl.broadcast_to(scale[:, None, :], (scale.shape[0], tokens, x.shape[1])).reshape(x.shape[0], x.shape[1])
+    return tl.broadcast_to(scale[:, None, :], (N // STEP, STEP, D)).reshape(N, D)
 
 
 @triton.jit
-def of_groups(x, scale, CHANNELS: tl.constexpr, PLANES: tl.constexpr):
-    # scales [N, D / g]; the tile has first one channel of every stored element, then another
-    groups, here = scale.shape[1], CHANNELS // PLANES
-    return tl.broadcast_to(scale[:, None, :, None], (x.shape[0], PLANES, groups, here)).reshape(x.shape[0], x.shape[1])
+def of_groups(scale, N: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, PLANES: tl.constexpr):
+    # scales [N, D / g], where the tile has first one channel of every stored element, then another
+    wide = tl.broadcast_to(scale[:, None, :, None], (N, PLANES, D // CHANNELS, CHANNELS // PLANES))
+    return wide.reshape(N, D)

@@ -79,6 +79,7 @@ class Table(NamedTuple):
     row: Any = None  # its stride
     lengths: Any = None  # [B] int32: tokens of each sequence; where tokens are appended, those before them
     counts: Any = None  # [B] int32: how many are appended
+    newer: Any = None  # [B] int32: how many follow elsewhere
 
 
 class Pages(NamedTuple):

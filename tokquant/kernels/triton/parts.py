@@ -67,6 +67,6 @@ def group_max(x, there, T: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
-def sum_in_lanes(x, sums):
+def sum_in_lanes(x, sums, M: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr):
     # sums [M, LANES] and those of x [M, N]: lanes that no two threads share are added up once, after the loop
-    return sums + tl.sum(x.reshape(x.shape[0], x.shape[1] // sums.shape[1], sums.shape[1]), 1)
+    return sums + tl.sum(x.reshape(M, N // LANES, LANES), 1)
