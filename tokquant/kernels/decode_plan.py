@@ -112,6 +112,7 @@ def decode_plan(
         "K_PAIR_OF_TOKEN": at["k"] == "scores" and not k.symmetric,
         "V_SIDE_OF_TOKEN": at["v"] == "p" and v.symmetric,
         "V_PAIR_OF_TOKEN": at["v"] == "p" and not v.symmetric,
+        "V_CLEARED": base.products[3] != "tl.int8",
         "V_PER_CHANNEL": constants["V_COLUMN"],
         "CODE_ZERO": scheme.p.format.code_zero,
         "SINKS": wanted.sinks and one_run,
@@ -145,7 +146,7 @@ def decode_plan(
         "order_p": fragments.in_groups if tokens_last else fragments.in_order,
         "order_v": scales.in_groups_of_16 if tokens_last else scales.in_order,
         "page_of": fragments.many_pages if spans else fragments.one_page,
-        "place_in_page": fragments.across_pages if spans else fragments.within_page,
+        "tokens_at": fragments.across_pages if spans else fragments.within_page,
     }
     if at["v"] == "p":
         holes["log2_scale"] = fragments.log2_of_normal_ptx if nvidia else fragments.log2_of_normal

@@ -218,9 +218,7 @@ def merged(parts: Tensor, lses: Tensor, sinks: Tensor | None = None) -> tuple[Te
     out, lse = torch.empty_like(parts[0]), torch.empty_like(lses[0])
     rows = b * heads * n_q
     padded = 1 << (d - 1).bit_length()
-    merge[(rows,)](
-        parts, lses, sinks, out, lse, runs, rows, n_q, heads, D=d, D_TILE=padded, SINKS=sinks is not None, BLOCK=16
-    )
+    merge[(rows,)](parts, lses, sinks, out, lse, runs, rows, n_q, heads, D=d, D_TILE=padded, SINKS=sinks is not None, BLOCK=16)
     return out, lse
 
 
@@ -323,7 +321,9 @@ class _Pool:
         if sides is not None:
             scale, zero = sides[..., 0, :], None if spec.symmetric else sides[..., 1, :]
             page = 0 if self.static else sides.stride(0)
-            made = made._replace(scale=scale, zero=zero, scale_batch=page, scale_head=sides.stride(1), scale_row=sides.stride(2))
+            made = made._replace(
+                scale=scale, zero=zero, scale_batch=page, scale_head=sides.stride(1), scale_row=sides.stride(2)
+            )
         given = Turned(offset=None if frame.offset is None else frame.offset.contiguous())
         # n tokens that begin anywhere lie in one tile more, but for a single one
         grid = ((n + plan.tokens - 2) // plan.tokens + 1, heads, b)

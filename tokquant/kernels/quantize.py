@@ -58,9 +58,7 @@ def quantize_operands(
     return operands if vq.layout == "tokens_last" else launch.packed(operands, scheme)
 
 
-def quantize_queries(
-    q: Tensor, k: QuantizedTensor, scheme: QuantScheme, scales: LayerScales | None = None
-) -> QuantizedTensor:
+def quantize_queries(q: Tensor, k: QuantizedTensor, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
     """Q in codes, for keys in codes of which only what all share is looked at. Nothing is waited for: a value that its type
     does not hold becomes an infinity."""
     with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():

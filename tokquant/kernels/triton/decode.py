@@ -16,7 +16,7 @@ from tokquant.kernels.triton.fragments import of_channels as spread_k
 from tokquant.kernels.triton.fragments import of_groups as spread_v
 from tokquant.kernels.triton.fragments import one_page as page_of
 from tokquant.kernels.triton.fragments import tile_maximum as row_reference
-from tokquant.kernels.triton.fragments import within_page as place_in_page
+from tokquant.kernels.triton.fragments import within_page as tokens_at
 from tokquant.kernels.triton.parts import hadamard, load_row, load_tile, sum_in_lanes, tanh
 from tokquant.kernels.triton.scales import in_groups_of_16 as order_v
 from tokquant.precisions.base import tl, triton
@@ -96,6 +96,7 @@ V_ON_OUTPUT = tl.constexpr(False)  # or the output
 V_TILE_ZERO = tl.constexpr(False)
 V_OUTPUT_ZERO = tl.constexpr(False)
 V_PER_CHANNEL = tl.constexpr(0)  # 1 where V has a scale per channel
+V_CLEARED = tl.constexpr(False)  # whether what lies beyond the last key could be no number
 V_IN_PLANES = tl.constexpr(False)
 V_ROTATED = tl.constexpr(False)
 V_STAGES = tl.constexpr(0)  # of the butterflies that undo it
@@ -227,15 +228,14 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
             j = start + n
             inside = j < n_k
             page = page_of(table, start, j, inside, PAGE, phase != 1)
-            place = place_in_page(start, n, PAGE)
 
-            k_at = k_codes + page * K.page + place * K_WIDTH
-            k = load_tile(k_at[:, None] + k_column[None, :], inside, k_column * K_PACKED < D, phase != 1 or PADDED)
+            k_at = tokens_at(k_codes + page * K.page, start, n, PAGE, 1, K_WIDTH)
+            k = load_tile(k_at[:, None] + k_column[None, :], inside, k_column * K_PACKED < D, PADDED)
             k = lay_k(decode_k(k)).to(K_VIA)
             if K_DECODED:
                 token = start + k_step
-                k_side_at = k_sides + page_of(table, start, token, token < n_k, PAGE, phase != 1) * K.sides_page
-                k_side_at += place_in_page(start, k_step, PAGE) // K_GROUP * K_SIDE
+                k_page = page_of(table, start, token, token < n_k, PAGE, phase != 1)
+                k_side_at = tokens_at(k_sides + k_page * K.sides_page, start, k_step, PAGE, K_GROUP, K_SIDE)
                 at = k_side_at[:, None] + k_part[None, :]
                 k_scale = load_tile(at, token < n_k, k_part < K_COLUMNS, phase != 1 or PADDED).to(tl.float32)
                 k = (k.to(tl.float32) + K_HALF) * spread_k(k_scale, BLOCK_N, K_STEP, D_TILE, K_CHANNELS, K_PLANES)
@@ -248,12 +248,11 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
             if K_SIDE_OF_TILE:
                 c *= tl.load(k_sides + page * K.sides_page + tl.cast(start, tl.int32) % PAGE // K_GROUP * K_SIDE).to(tl.float32)
             if K_SIDE_OF_TOKEN:
-                k_side_at = k_sides + page * K.sides_page + place // K_GROUP * K_SIDE
-                s = s.to(tl.float32) * load_row(k_side_at, inside, phase != 1).to(tl.float32)[None, :]
+                k_side_at = tokens_at(k_sides + page * K.sides_page, start, n, PAGE, K_GROUP, K_SIDE)
+                s = s.to(tl.float32) * tl.load(k_side_at).to(tl.float32)[None, :]
             if K_PAIR_OF_TOKEN:
-                k_side_at = k_sides + page * K.sides_page + place // K_GROUP * K_SIDE
-                k_pair = load_tile(k_side_at[:, None] + pair[None, :], inside, pair < 2, phase != 1)
-                k_scale, k_zero = tl.split(k_pair.to(tl.float32))
+                k_side_at = tokens_at(k_sides + page * K.sides_page, start, n, PAGE, K_GROUP, K_SIDE)
+                k_scale, k_zero = tl.split(tl.load(k_side_at[:, None] + pair[None, :]).to(tl.float32))
                 # the zero of the stored codes
                 s = s.to(tl.float32) * k_scale[None, :] + q_sum[:, None] * (k_zero + K_HALF * k_scale)[None, :]
             if SOFTCAP:
@@ -264,12 +263,13 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
                 # log2(e) comes last, where the row's maximum is subtracted
                 c = tl.full([BLOCK_M], 1.4426950408889634, tl.float32)
             if V_SIDE_OF_TOKEN:
-                v_side_at = v_sides + page * V.sides_page + place * V_SIDE
-                v_scale = load_row(v_side_at, inside, phase != 1).to(tl.float32)
+                v_side_at = tokens_at(v_sides + page * V.sides_page, start, n, PAGE, V_GROUP, V_SIDE)
+                v_scale = tl.load(v_side_at).to(tl.float32)
             if V_PAIR_OF_TOKEN:
-                v_side_at = v_sides + page * V.sides_page + place * V_SIDE
-                v_pair = load_tile(v_side_at[:, None] + pair[None, :], inside, pair < 2, phase != 1)
-                v_scale, v_zero = tl.split(v_pair.to(tl.float32))
+                v_side_at = tokens_at(v_sides + page * V.sides_page, start, n, PAGE, V_GROUP, V_SIDE)
+                v_scale, v_zero = tl.split(tl.load(v_side_at[:, None] + pair[None, :]).to(tl.float32))
+                if phase != 1:
+                    v_zero = tl.where(inside, v_zero, 0.0)
             if V_PER_TOKEN:
                 # V's scale joins the exponent, so that P is rounded with its weight; l takes the weight out again
                 if phase != 1:
@@ -308,15 +308,15 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
                 of_zeros = p * (v_zero * weight_out + V_HALF)[None, :]
                 zeros = sum_in_lanes(of_zeros, zeros * alpha[:, None], BLOCK_M, BLOCK_N, LANES)
 
-            v_at = v_codes + page * V.page + place * V_ROW
+            v_at = tokens_at(v_codes + page * V.page, start, n, PAGE, 1, V_ROW)
             v_inside = start + order_v(n, 1) < n_k
             v_at = v_at[:, None] + (v_column * V_COLUMN)[None, :]
-            v = load_tile(v_at, v_inside, v_column * V_PACKED < D, phase != 1 or PADDED)
+            v = load_tile(v_at, v_inside, v_column * V_PACKED < D, (phase != 1 and V_CLEARED) or PADDED)
             v = lay_v(decode_v(v)).to(V_VIA)
             if V_DECODED:
                 token = start + v_step
-                v_side_at = v_sides + page_of(table, start, token, token < n_k, PAGE, phase != 1) * V.sides_page
-                v_side_at += place_in_page(start, v_step, PAGE) // V_GROUP * V_SIDE
+                v_page = page_of(table, start, token, token < n_k, PAGE, phase != 1)
+                v_side_at = tokens_at(v_sides + v_page * V.sides_page, start, v_step, PAGE, V_GROUP, V_SIDE)
                 at = v_side_at[:, None] + v_part[None, :]
                 v_scale = load_tile(at, token < n_k, v_part < V_COLUMNS, phase != 1 or PADDED).to(tl.float32)
                 v = (v.to(tl.float32) + V_HALF) * spread_v(v_scale, BLOCK_N, V_STEP, D_TILE, V_CHANNELS, V_PLANES)
@@ -330,7 +330,12 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
                 # what the product of codes that fit a signed unit lacks
                 pv += (CODE_ZERO * tl.sum(v.to(tl.int32), 0)).to(tl.float32)[None, :]
             if V_PER_TILE:
-                v_side_at = v_sides + page * V.sides_page + tl.cast(start, tl.int32) % PAGE // V_GROUP * V_SIDE + v_channel * V_PER_CHANNEL
+                v_side_at = (
+                    v_sides
+                    + page * V.sides_page
+                    + tl.cast(start, tl.int32) % PAGE // V_GROUP * V_SIDE
+                    + v_channel * V_PER_CHANNEL
+                )
                 v_scale = tl.load(v_side_at, mask=v_channel < D, other=0.0).to(tl.float32)
                 pv *= (v_scale * V_UNIT)[None, :]
             if V_TILE_ZERO:

@@ -145,7 +145,7 @@ def log2_of_normal_ptx(x):
     return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
-# --------------------------------------------------------------------------- page_of, place_in_page: of a tile's tokens
+# --------------------------------------------------------------------------- page_of, tokens_at: where a tile's tokens lie
 
 
 @triton.jit
@@ -165,13 +165,14 @@ def many_pages(table, start, j, inside, PAGE: tl.constexpr, EDGE: tl.constexpr):
 
 
 @triton.jit
-def within_page(start, n, PAGE: tl.constexpr):
-    return tl.cast(start, tl.int32) % PAGE + n
+def within_page(page_at, start, n, PAGE: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr):
+    # what each GROUP tokens from `start` on have in a page, STEP apart: of a pointer's parts, all but the sum is loop-invariant
+    return page_at + tl.cast(start, tl.int32) % PAGE // GROUP * STEP + n // GROUP * STEP
 
 
 @triton.jit
-def across_pages(start, n, PAGE: tl.constexpr):
-    return (start + n) % PAGE
+def across_pages(page_at, start, n, PAGE: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr):
+    return page_at + (start + n) % PAGE // GROUP * STEP
 
 
 # --------------------------------------------------------------------------- spread_k, spread_v: scales over a tile [N, D]
