@@ -21,7 +21,7 @@ LANES = 32
 """Sums over keys that no two threads share, of four warps side by side."""
 
 Table = tuple[tuple[int, int], ...]
-FEW_ROWS: Table = ((2, 3), (4, 3), (2, 2), (4, 2), (1, 3))
+FEW_ROWS: Table = ((2, 3), (4, 3), (2, 2), (4, 2))
 """Warps and stages where at most 32 rows meet a tile of keys: less is read by each of several warps than by one wide one."""
 MANY_ROWS: Table = ((4, 2), (4, 3), (8, 2), (4, 1))
 

@@ -227,14 +227,14 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
         for start in range(low, high, BLOCK_N):
             j = start + n
             inside = j < n_k
-            page = page_of(table, start, j, inside, PAGE, phase != 1)
+            page = page_of(table, start, j, n_k, PAGE, phase != 1)
 
             k_at = tokens_at(k_codes + page * K.page, start, n, PAGE, 1, K_WIDTH)
             k = load_tile(k_at[:, None] + k_column[None, :], inside, k_column * K_PACKED < D, PADDED)
             k = lay_k(decode_k(k)).to(K_VIA)
             if K_DECODED:
                 token = start + k_step
-                k_page = page_of(table, start, token, token < n_k, PAGE, phase != 1)
+                k_page = page_of(table, start, token, n_k, PAGE, phase != 1)
                 k_side_at = tokens_at(k_sides + k_page * K.sides_page, start, k_step, PAGE, K_GROUP, K_SIDE)
                 at = k_side_at[:, None] + k_part[None, :]
                 k_scale = load_tile(at, token < n_k, k_part < K_COLUMNS, phase != 1 or PADDED).to(tl.float32)
@@ -315,7 +315,7 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
             v = lay_v(decode_v(v)).to(V_VIA)
             if V_DECODED:
                 token = start + v_step
-                v_page = page_of(table, start, token, token < n_k, PAGE, phase != 1)
+                v_page = page_of(table, start, token, n_k, PAGE, phase != 1)
                 v_side_at = tokens_at(v_sides + v_page * V.sides_page, start, v_step, PAGE, V_GROUP, V_SIDE)
                 at = v_side_at[:, None] + v_part[None, :]
                 v_scale = load_tile(at, token < n_k, v_part < V_COLUMNS, phase != 1 or PADDED).to(tl.float32)
@@ -328,7 +328,7 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
             pv = product_v(order_p(codes.to(P_TYPE), BLOCK_M, BLOCK_N), v).to(tl.float32)
             if UNSIGNED_P:
                 # what the product of codes that fit a signed unit lacks
-                pv += (CODE_ZERO * tl.sum(v.to(tl.int32), 0)).to(tl.float32)[None, :]
+                pv += (tl.sum(v.to(tl.int32), 0) * CODE_ZERO).to(tl.float32)[None, :]
             if V_PER_TILE:
                 v_side_at = (
                     v_sides

@@ -149,16 +149,16 @@ def log2_of_normal_ptx(x):
 
 
 @triton.jit
-def one_page(table, start, j, inside, PAGE: tl.constexpr, EDGE: tl.constexpr):
+def one_page(table, start, j, n_k, PAGE: tl.constexpr, EDGE: tl.constexpr):
     # a tile lies in one page
     return tl.load(table + start // PAGE).to(tl.int64)
 
 
 @triton.jit
-def many_pages(table, start, j, inside, PAGE: tl.constexpr, EDGE: tl.constexpr):
-    # a tile spans pages, so that every token has its own
+def many_pages(table, start, j, n_k, PAGE: tl.constexpr, EDGE: tl.constexpr):
+    # a tile spans pages, so that every token has its own; V's tokens change places in groups of 16
     if EDGE:
-        page = tl.load(table + j // PAGE, mask=inside, other=0)
+        page = tl.load(table + j // PAGE, mask=j // 16 * 16 < n_k, other=0)
     else:
         page = tl.load(table + j // PAGE)
     return page.to(tl.int64)
