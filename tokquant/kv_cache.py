@@ -13,11 +13,11 @@ from tokquant import cache_file
 from tokquant.attention import Backend, check_scales, choose_backend
 from tokquant.cache_file import Content
 from tokquant.calibration.scales import LayerScales
-from tokquant.errors import CacheFileError, SchemeError, UnsupportedError, quote
+from tokquant.errors import CacheFileError, ScalesError, SchemeError, UnsupportedError, quote
 from tokquant.inputs import DTYPES, Numbers, check_tensor, sequence_numbers, whole_numbers
-from tokquant.pages import ReferencePages, Store, attention_by_reading
+from tokquant.pages import ReferencePages, Store, attention_by_reading, frame_of
 from tokquant.paging import BlockTable, Pool
-from tokquant.quantize import check_groups
+from tokquant.quantize import in_frame
 from tokquant.reference import Features
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.schemes.appending import check_append_only, unit, windows
@@ -80,9 +80,9 @@ class KVCache:
         self.device, self.dtype, self.scales = torch.empty(0, device=device).device, dtype, scales
         self.backend = _store_of(backend, self.device)
         self._shape = batch, kv_heads, head_dim
-        for spec in (scheme.q, scheme.k, scheme.v):
-            if spec.scaled:
-                check_groups(spec, torch.empty(1, 1, 1, head_dim))
+        token = torch.zeros(1, kv_heads, 1, head_dim, dtype=dtype, device=self.device)
+        for spec in (scheme.k, scheme.v):  # groups and scales of other sizes say so now
+            in_frame(token, frame_of(token, spec, scheme, scales), spec, scales)
         ends = windows(scheme)
         pages = batch if capacity is None else -(-capacity // ends.page)
         self._store: Store = STORES[self.backend](
@@ -126,9 +126,10 @@ class KVCache:
         split = self._windows.split(k, v, self._lengths, self._packed, given)
         with self._table.room(self._packed, split.moved):
             if most := split.k.shape[2]:
-                ragged = None if (split.moved == most).all() else self._numbers(split.moved)
-                table, first = self._table.tensor(self.device), self._numbers(self._packed)
-                self._store.write(split.k, split.v, table, first, ragged)
+                moved, rows = split.moved[split.rows], split.rows
+                table, first = self._table.tensor(self.device), self._numbers(self._packed[rows])
+                table = table if len(rows) == batch else table[torch.from_numpy(rows).to(self.device)]
+                self._store.write(split.k, split.v, table, first, None if (moved == most).all() else self._numbers(moved))
         self._windows.put(k, v, split.kept)
         self._lengths += given.astype(np.int32)
         self._packed += split.moved.astype(np.int32)
@@ -298,7 +299,9 @@ class KVCache:
                 scales=LayerScales(str(path), content.scales, content.scheme) if content.scales else None,
                 backend=backend,
             )
-        except SchemeError as error:
+        except UnsupportedError:
+            raise
+        except (SchemeError, ScalesError, RuntimeError, MemoryError) as error:
             raise CacheFileError(f"{path}: {error}") from None
         packed = np.array([0 if k is None else k.shape[2] for k, *_ in content.sequences], np.int32)
         with cache._table.room(cache._packed, packed):

@@ -104,9 +104,10 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, features: Features) -> tuple[Tensor,
 
 def matmul_kept(p: Tensor, v: Tensor) -> Tensor:
     """p @ v where a weight of zero takes nothing of v, be it infinite or not a number."""
+    product = p @ v
+    if bool(product.isfinite().all()):
+        return product
     finite = v.isfinite()
-    if bool(finite.all()):
-        return p @ v
     reached = (p != 0).to(v.dtype) @ (~finite).to(v.dtype) > 0
     return torch.where(reached, float("nan"), p @ torch.where(finite, v, 0.0))
 

@@ -13,11 +13,13 @@ from tokquant.reference import Features, matmul_kept
 class Split:
     """Where tokens go that were appended: some to pages, the others into slots of the windows."""
 
-    k: Tensor
-    """`[B, H_kv, M, D]`: what is packed, those of the ring first."""
-    v: Tensor
     moved: np.ndarray
-    """Tokens of it that count, for each sequence `[B]`."""
+    """Tokens that are packed, for each sequence `[B]`."""
+    rows: np.ndarray
+    """The sequences of which some are."""
+    k: Tensor
+    """Those tokens `[rows, H_kv, most that move, D]`, the ones that waited in the ring first."""
+    v: Tensor
     kept: tuple[np.ndarray, np.ndarray, np.ndarray]
     """For each new token that stays: its sequence, its place among the new ones, its slot."""
 
@@ -54,32 +56,30 @@ class Windows:
         place = token - sink
         stays = (token < (lengths + counts)[:, None]) & ((place < 0) | (place >= (packed + moved)[:, None]))
         rows, tokens = np.nonzero(stays)
-        kept = token[rows, tokens]
-        kept = np.where(kept < sink, kept, self._slot(kept - sink))
+        slots = np.where(token < sink, token, self._slot(place))[rows, tokens]
+        kept = (rows, tokens, slots)
 
-        first = packed + sink - lengths  # of what is packed, among the new tokens; below 0 in the ring
-        most = int(moved.max())
-        if (first == first[0]).all() and first[0] >= 0:
-            moving = slice(int(first[0]), int(first[0]) + most)
-            return Split(k[:, :, moving], v[:, :, moving], moved, (rows, tokens, kept))
-        step = np.arange(most)
-        new = first[:, None] + step
-        place = np.where(new < 0, self._slot(packed[:, None] + step), self.slots + new)
-        source = torch.from_numpy(np.where(step < moved[:, None], place, 0)).to(k.device)
-        every = torch.arange(k.shape[0], device=k.device)[:, None]
-        k, v = (torch.cat(pair, dim=2)[every, :, source].transpose(1, 2) for pair in ((self.k, k), (self.v, v)))
-        return Split(k, v, moved, (rows, tokens, kept))
+        rows, step = np.nonzero(moved)[0], np.arange(moved.max())
+        source = (packed + sink - lengths)[rows, None] + step  # among the new tokens; below 0 in the ring
+        if not len(rows):
+            return Split(moved, rows, k[:0, :, :0], v[:0, :, :0], kept)
+        if len(rows) == len(moved) and source[0, 0] >= 0 and (source[:, 0] == source[0, 0]).all():
+            moving = slice(source[0, 0], source[0, 0] + len(step))
+            return Split(moved, rows, k[:, :, moving], v[:, :, moving], kept)
+        slots = self._slot(packed[rows, None] + step)
+        k, v = (_joined(*each, rows, slots, source) for each in ((self.k, k), (self.v, v)))
+        return Split(moved, rows, k, v, kept)
 
     def put(self, k: Tensor, v: Tensor, kept: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
         """Write the tokens that stay."""
         if len(kept[0]):
-            rows, tokens, slots = (torch.from_numpy(each).to(k.device) for each in kept)
+            rows, tokens, slots = (_at(each, k) for each in kept)
             self.k[rows, :, slots] = k[rows, :, tokens]
             self.v[rows, :, slots] = v[rows, :, tokens]
 
     def restore(self, sequence: int, packed: int, k: Tensor, v: Tensor) -> None:
         """Write tokens `[1, H_kv, n, D]` that follow `packed` ones, of those after the sink."""
-        slots = torch.from_numpy(self._slot(packed + np.arange(k.shape[2]))).to(k.device)
+        slots = _at(self._slot(packed + np.arange(k.shape[2])), k)
         self.k[sequence, :, slots], self.v[sequence, :, slots] = k[0], v[0]
 
     def fill(self, sequence: int, packed: int, k: Tensor, v: Tensor) -> None:
@@ -91,14 +91,14 @@ class Windows:
     def tokens(self, sequence: int, length: int, packed: int) -> tuple[Tensor, Tensor]:
         """What is here of a sequence, in its order: K and V `[1, H_kv, n, D]`."""
         ends = np.arange(min(length, self.sink)), self._slot(np.arange(packed, max(length - self.sink, packed)))
-        slots = torch.from_numpy(np.concatenate(ends)).to(self.k.device)
+        slots = _at(np.concatenate(ends), self.k)
         return self.k[sequence : sequence + 1, :, slots], self.v[sequence : sequence + 1, :, slots]
 
     def fork(self, sequences: np.ndarray) -> "Windows":
         """A copy of these sequences' windows."""
         forked = object.__new__(Windows)
         forked.__dict__.update(self.__dict__)
-        rows = torch.from_numpy(sequences).to(self.k.device)
+        rows = _at(sequences, self.k)
         forked.k, forked.v = self.k[rows], self.v[rows]
         return forked
 
@@ -119,10 +119,23 @@ class Windows:
         s = (grouped @ self.k.float().mT).reshape(b, heads, n_q, -1) * features.scale
         if features.softcap is not None:
             s = features.softcap * torch.tanh(s / features.softcap)
-        s = torch.where(torch.from_numpy(attends).to(q.device), s, -torch.inf)
+        s = torch.where(_at(attends, q), s, -torch.inf)
         lse = s.logsumexp(dim=-1)
         p = torch.exp(s - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
         return matmul_kept(p.reshape(b, kv_heads, -1, self.slots), self.v.float()).reshape(q.shape), lse
 
     def _slot(self, place: np.ndarray) -> np.ndarray:
         return self.sink + place % max(self.ring, 1)
+
+
+def _joined(window: Tensor, x: Tensor, rows: np.ndarray, slots: np.ndarray, source: np.ndarray) -> Tensor:
+    """Tokens `source` of these rows of `x` `[B, H, n, D]`, and where that is below 0 the window's slots: `[rows, H, M, D]`."""
+    found = x[_at(rows[:, None], x), :, _at(np.clip(source, 0, x.shape[2] - 1), x)]  # [rows, M, H, D]
+    row, step = np.nonzero(source < 0)
+    if len(row):
+        found[_at(row, x), _at(step, x)] = window[_at(rows[row], x), :, _at(slots[row, step], x)]
+    return found.transpose(1, 2)
+
+
+def _at(index: np.ndarray, x: Tensor) -> Tensor:
+    return torch.from_numpy(index).to(x.device)
