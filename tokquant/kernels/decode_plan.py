@@ -15,7 +15,6 @@ from tokquant.kernels.quantize_plan import LONGEST
 from tokquant.kernels.triton import fragments, scales
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.appending import check_append_only
-from tokquant.schemes.placement import place
 
 LANES = 32
 """Sums over keys that no two threads share, of four warps side by side."""
@@ -24,6 +23,9 @@ Table = tuple[tuple[int, int], ...]
 FEW_ROWS: Table = ((2, 3), (4, 3), (2, 2), (4, 2))
 """Warps and stages where at most 32 rows meet a tile of keys: less is read by each of several warps than by one wide one."""
 MANY_ROWS: Table = ((4, 2), (4, 3), (8, 2), (4, 1))
+
+
+PLAIN = Wanted()
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,7 +53,7 @@ def decode_plan(
     dtype: torch.dtype,
     page: int,
     shared_heads: int = 1,
-    wanted: Wanted = Wanted(),
+    wanted: Wanted = PLAIN,
     rows: Literal[16, 32, 64] = 16,
     one_run: bool = True,
     newer: bool = False,
@@ -82,10 +84,6 @@ def decode_plan(
     constants: dict[str, Any] = dict(base.constants)
     padded = int(constants["D_TILE"])
     tile = _key_tile(scheme, page)
-    if at["v"] == "tile" and tile > page:
-        raise UnsupportedError(
-            f"v.granularity: a tile of {tile} keys spans pages of {page}, and each tile has a scale; use pages of {tile}"
-        )
     together = k.format.packed if q.format.packed in (1, k.format.packed) else 1
     tokens_last = eight_bits(base)
     k_unit, v_unit = _unit(k, base.products[1]), _unit(v, base.products[3])

@@ -23,7 +23,7 @@ from tokquant.kernels import generate, launch, quantize_plan, targets
 from tokquant.kernels.decode_plan import DecodePlan, check_pages, decode_plan, eight_bits, sides_shape
 from tokquant.kernels.plan import WHOLE, Wanted
 from tokquant.kernels.quantize import quantize_queries
-from tokquant.kernels.quantize_plan import LONGEST, Task
+from tokquant.kernels.quantize_plan import Task
 from tokquant.kernels.triton.merge import merge
 from tokquant.kernels.triton.operands import Coded, Pages, Source, Table, Turned
 from tokquant.pages import operand
@@ -127,7 +127,8 @@ class TritonPages:
         launch.check(q.device, features)
         if features.mask is not None or features.bias is not None:
             raise UnsupportedError("mask, bias: no kernel reads them beside pages; use causal and window")
-        (b, heads, n_q, d), shared = q.shape, q.shape[1] // self.kv_heads
+        b, heads, n_q, _ = q.shape
+        shared = heads // self.kv_heads
         wanted, given = launch.asked(features, True)
         longest = table.shape[1] * self.page if longest is None else longest
         made = self._plan(wanted, shared, n_q, newer=offset is not None)

@@ -1,4 +1,4 @@
-"""Attention on keys and values in pages with its holes filled for int8 per token: a kernel that runs, and the text of every other.
+"""Attention to keys and values in pages, its holes filled for int8 per token: a kernel that runs, and the text of every other.
 
 One program takes some queries of the heads that share a head of K and V, as rows of one tile, and a run of keys; `merge` puts
 the runs together. The arithmetic is that of `template`, and so are the names.
@@ -17,7 +17,7 @@ from tokquant.kernels.triton.fragments import of_groups as spread_v
 from tokquant.kernels.triton.fragments import one_page as page_of
 from tokquant.kernels.triton.fragments import tile_maximum as row_reference
 from tokquant.kernels.triton.fragments import within_page as tokens_at
-from tokquant.kernels.triton.parts import hadamard, load_row, load_tile, sum_in_lanes, tanh
+from tokquant.kernels.triton.parts import hadamard, load_tile, sum_in_lanes, tanh
 from tokquant.kernels.triton.scales import in_groups_of_16 as order_v
 from tokquant.precisions.base import tl, triton
 from tokquant.precisions.int8 import decode_tile as decode_k
