@@ -15,7 +15,7 @@ from tokquant.errors import SchemeError
 from tokquant.kernels import generate, quantize_plan, targets
 from tokquant.kernels import quantize as kernels
 from tokquant.kernels.triton import quantize as template
-from tokquant.kernels.triton.operands import Coded, Source, Turned
+from tokquant.kernels.triton.operands import Coded, Source, Table, Turned
 from tokquant.precisions import PRECISIONS, register
 from tokquant.quantize import encode
 from tokquant.schemes import preset, preset_names
@@ -210,7 +210,7 @@ def test_the_template_runs_as_it_stands():
     q = qkv(100, d=64)[0]
     codes, scale = torch.full(q.shape, 99, dtype=torch.uint8), torch.full((1, 2, 100, 1), math.nan)
     made = Coded(codes=codes, scale=scale, scale_batch=200, scale_head=100, scale_row=1)
-    template.quantize[(2, 2, 1)](Source(q, *q.stride()), Turned(), made, 100, TOKENS=64)
+    template.quantize[(2, 2, 1)](Source(q, *q.stride()), Turned(), made, Table(), 100, TOKENS=64)
     expected = encode(q, q.dtype, scheme("int8").q)
     assert codes.view(torch.int8).equal(expected.codes) and scale.equal(expected.scale)
 

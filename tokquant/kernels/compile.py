@@ -9,26 +9,15 @@ import torch
 from tokquant.errors import UnsupportedError, quote
 from tokquant.kernels import generate, launch, targets
 from tokquant.kernels.candidates import Config
+from tokquant.kernels.decode_plan import DecodePlan, decode_plan
 from tokquant.kernels.plan import Plan, Wanted, plan
 from tokquant.kernels.products import FLOAT_NAMES, takes_tokens_last
 from tokquant.kernels.resources import Resources, measure
-from tokquant.kernels.roofline import Prediction, predict
+from tokquant.kernels.roofline import Bandwidth, Prediction, bandwidth, predict
+from tokquant.kernels.signature import arguments
 from tokquant.kernels.targets import Target
-from tokquant.kernels.triton.operands import Features, Operand, Rows
 from tokquant.schemes import QuantScheme, resolve
-from tokquant.schemes.placement import lowers_logits, place
-from tokquant.transforms import sixteen_bit
-
-POINTERS = {
-    torch.int8: "*i8",
-    torch.uint8: "*u8",
-    torch.float8_e4m3fn: "*fp8e4nv",
-    torch.float8_e5m2: "*fp8e5",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-}
-SCALE_POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "fp8_e4m3": "*fp8e4nv"}
+from tokquant.schemes.appending import windows
 
 
 @dataclass(frozen=True)
@@ -78,6 +67,13 @@ class Kernel:
         """What the main loop should take, by a model. Raises as `asm`."""
         return predict(self.resources, self.plan, self.head_dim, self.target)
 
+    @property
+    def bandwidth(self) -> Bandwidth:
+        """How fast a decoding kernel should read keys and values, by a model. Raises as `asm`, ValueError for another."""
+        if not isinstance(self.plan, DecodePlan):
+            raise ValueError("bandwidth: this kernel does not read pages; compile it with decode=True")
+        return bandwidth(self.resources, self.scheme, self.config, self.head_dim, self.target)
+
 
 def compile(
     scheme: QuantScheme | str,
@@ -93,6 +89,7 @@ def compile(
     bias: Literal["none", "alibi", "key_vector", "lowrank", "dense"] = "none",
     bias_rank: int = 16,
     shared_heads: int = 1,
+    decode: bool = False,
     dtype: torch.dtype = torch.float16,
     target: str = "sm_90",
 ) -> Kernel:
@@ -102,6 +99,7 @@ def compile(
         causal, window, mask, softcap, sinks, return_lse, varlen: the features it is to have.
         bias: its kind; factors of low rank have `bias_rank` columns of 16 bits.
         shared_heads: heads of Q to one of K and V.
+        decode: the kernel that reads a KV cache in pages of the scheme's size: always causal and with LSE, for one query.
         dtype: of the tensors.
 
     Raises SchemeError, ValueError for a target that is none, UnsupportedError where scheme and target do not go together.
@@ -114,7 +112,9 @@ def compile(
         raise ValueError(f"head_dim: {quote(head_dim)} is not a whole number from 1")
     if type(shared_heads) is not int or shared_heads < 1:
         raise ValueError(f"shared_heads: {quote(shared_heads)} is not a whole number from 1")
-    flags = dict(causal=causal, window=window, softcap=softcap, sinks=sinks, return_lse=return_lse, varlen=varlen)
+    flags = dict(
+        causal=causal, window=window, softcap=softcap, sinks=sinks, return_lse=return_lse, varlen=varlen, decode=decode
+    )
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: {quote(flag)} is not a bool: whether the kernel has it")
@@ -137,6 +137,23 @@ def compile(
         bias="past_alibi" if bias == "alibi" and causal else bias,
         bias_rank=bias_rank,
     )
+    if decode and (mask != "none" or bias != "none" or varlen):
+        raise UnsupportedError(
+            "decode: a kernel that reads pages has no mask, no bias, and sequences of their own lengths always"
+        )
+    if decode:
+        rows = 16 if shared_heads <= 16 else 32 if shared_heads <= 32 else 64
+        of_pages = decode_plan(
+            scheme,
+            head_dim=head_dim,
+            dtype=dtype,
+            page=windows(scheme).page,
+            shared_heads=shared_heads,
+            wanted=replace(wanted, right=True),
+            rows=rows,
+            target=chosen,
+        )
+        return Kernel.of(of_pages, scheme, head_dim, dtype, chosen, replace(wanted, right=True))
     made = plan(
         scheme,
         head_dim=head_dim,
@@ -154,31 +171,10 @@ def _compile(kernel: Kernel) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    config, wanted = kernel.config, kernel.wanted
-    mask = {"none": None, "boolean": "*u8", "additive": "*fp32"}[wanted.mask]
-    strides = ("i64", "i64", "i64", "i64") if mask else (None,) * 4
-    arguments: dict[str, Any] = {
-        **{role.upper(): _signature(kernel, role) for role in "qkv"},
-        "Out": Rows(POINTERS[kernel.dtype], "i64", "i64", "i32"),
-        "Lse": "*fp32" if wanted.lse else None,
-        "F": Features(
-            "i32" if wanted.left else None,
-            "i32" if wanted.right else None,
-            "fp32" if wanted.softcap else None,
-            "*fp32" if wanted.sinks else None,
-            mask,
-            *strides,
-            *["*i32" if wanted.varlen else None] * 2,
-            **_bias(kernel),
-        ),
-        "scale": "fp32",
-        "n_q": "i32",
-        "n_k": "i32",
-    }
     signature: dict[str, Any] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes = {}
-    for position, (name, value) in enumerate(arguments.items()):
+    for position, (name, value) in enumerate(arguments(kernel).items()):
         parts = list(value) if isinstance(value, tuple) else [value]
         for index, part in enumerate(parts):
             path = (position, index) if isinstance(value, tuple) else (position,)
@@ -189,46 +185,9 @@ def _compile(kernel: Kernel) -> Any:
                 # as at a launch on tensors of even strides; without it loads are scalar
                 attributes[path] = [["tt.divisibility", 16]]
         signature[name] = type(value)(*parts) if isinstance(value, tuple) else parts[0]
-    for name, number in (("BLOCK_M", config.block_m), ("BLOCK_N", config.block_n)):
+    for name, number in (("BLOCK_M", kernel.config.block_m), ("BLOCK_N", kernel.config.block_n)):
         constexprs[(len(signature),)] = number
         signature[name] = "constexpr"
     source = ASTSource(fn=generate.load(kernel.plan), signature=signature, constexprs=constexprs, attrs=attributes)
     target = GPUTarget(kernel.target.backend, kernel.target.arch, kernel.target.lanes)
-    return triton.compile(source, target=target, options=config.options())
-
-
-def _bias(kernel: Kernel) -> dict[str, str]:
-    """The fields of the kernel's features that hold its bias."""
-    kind, factors = kernel.wanted.bias, POINTERS[sixteen_bit(kernel.dtype)]
-    fields = {} if kind == "none" else {"bias": factors if kind == "lowrank" else "*fp32"}
-    dimensions = {"key_vector": 2, "lowrank": 3, "dense": 4}.get(kind, 0)
-    fields |= {f"bias_{dimension}": "i64" for dimension in ("batch", "head", "row", "column")[:dimensions]}
-    if kind == "lowrank":
-        fields |= {"k_factors": factors, **{f"k_factors_{dimension}": "i64" for dimension in ("batch", "head", "row")}}
-    return fields
-
-
-def _signature(kernel: Kernel, role: str) -> Operand:
-    operand, at = getattr(kernel.scheme, role), place(getattr(kernel.scheme, role))
-    own = operand.format.bits == 16 and kernel.dtype != torch.float32
-    scale = SCALE_POINTERS[operand.scale_dtype] if operand.scaled else None
-    constants = dict(kernel.plan.constants)
-    offset = sixteen_bit(kernel.dtype) if operand.smooth != "none" and role != "k" else None
-    return Operand(
-        codes=POINTERS[kernel.dtype if own else operand.format.stored],
-        batch="i64",
-        head="i64",
-        row="i32",
-        scale=scale,
-        zero=None if operand.symmetric else scale if at == "operand" else "*fp32",
-        scale_batch="i32" if scale else None,
-        scale_head="i32" if scale else None,
-        scale_row="i32" if scale else None,
-        offset=POINTERS[offset] if offset else None,
-        code_sum="*fp32" if role == "q" and constants["K_ZERO"] == "True" else None,
-        correction="*fp32" if role == "v" and constants["UNSIGNED_P"] == "True" else None,
-        log2_weight="*fp32" if at == "p" else None,
-        inverse_weight="*fp32" if at == "p" else None,
-        logit_offset="*fp32" if role == "q" and lowers_logits(kernel.scheme) else None,
-        companion=POINTERS[kernel.dtype] if role == "k" and kernel.scheme.q.smooth == "block_mean" else None,
-    )
+    return triton.compile(source, target=target, options=kernel.config.options())

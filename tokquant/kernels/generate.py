@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tokquant.kernels import store
+from tokquant.kernels.decode_plan import DecodePlan
 from tokquant.kernels.plan import Plan
 from tokquant.kernels.quantize_plan import QuantizePlan
-from tokquant.kernels.triton import operands, parts, quantize, template
+from tokquant.kernels.triton import decode, operands, parts, quantize, template
 
 HEADER = '''"""{title}.
 
@@ -38,12 +39,14 @@ PARTS = (
     parts.tanh,
     parts.hadamard,
     parts.group_max,
+    parts.sum_in_lanes,
 )
 
 # of each kind of plan: the module of its template, the kernel, and the arguments it takes
 TEMPLATES = {
     Plan: (template, template.attention, (operands.Operand, operands.Rows, operands.Features)),
-    QuantizePlan: (quantize, quantize.quantize, (operands.Source, operands.Turned, operands.Coded)),
+    DecodePlan: (decode, decode.decode, (operands.Operand, operands.Pages, operands.Table, operands.Features)),
+    QuantizePlan: (quantize, quantize.quantize, (operands.Source, operands.Turned, operands.Coded, operands.Table)),
 }
 
 
@@ -95,6 +98,11 @@ def _launch(plan: Plan | QuantizePlan) -> str:
     """What is to be known to launch the kernel by hand."""
     if isinstance(plan, QuantizePlan):
         return ""
+    if isinstance(plan, DecodePlan):
+        return (
+            "Grid: (cdiv(n_q * heads of q to one of k, BLOCK_M) * runs, heads of k, batch); `run` keys each, whole tiles of\n"
+            f"BLOCK_N {plan.config.block_n}. `scale` is the softmax's own, as D**-0.5.\n\n"
+        )
     tiles = " or ".join(str(tile) for tile in sorted({config.block_n for config in plan.candidates}))
     words = [f"Grid: (cdiv(n_q, BLOCK_M), heads of q, batch). BLOCK_N: {tiles}. `scale` is the softmax's own, as D**-0.5."]
     if dict(plan.constants)["TOKENS_LAST"] == "True":

@@ -16,7 +16,7 @@ from tokquant.kernels import generate, launch, targets
 from tokquant.kernels.plan import WHOLE
 from tokquant.kernels.products import takes_tokens_last
 from tokquant.kernels.quantize_plan import LONGEST, QuantizePlan, Task, in_one_tile, lacking, plan
-from tokquant.kernels.triton.operands import Coded, Source, Turned
+from tokquant.kernels.triton.operands import Coded, Source, Table, Turned
 from tokquant.quantize import (
     asymmetric_scale,
     check_groups,
@@ -56,6 +56,14 @@ def quantize_operands(
         qq, kq, vq = define(q, k, v, scheme, scales)
     operands = replace(qq, scheme=scheme), replace(kq, scheme=scheme), replace(vq, scheme=scheme)
     return operands if vq.layout == "tokens_last" else launch.packed(operands, scheme)
+
+
+def quantize_queries(q: Tensor, k: QuantizedTensor, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
+    """Q in codes, for keys in codes of which only what all share is looked at. Nothing is waited for: a value that its type
+    does not hold becomes an infinity."""
+    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+        qq = _Run(scheme, scales).queries(q, Frame(rotated=scheme.rotate == "hadamard"), k)
+    return replace(qq, scheme=scheme)
 
 
 class _Run:
@@ -236,4 +244,4 @@ def prepare(plan: QuantizePlan, x: Tensor, given: Turned, made: Coded) -> tuple[
     if made.codes is not None and made.codes.element_size() == 1:
         made = made._replace(codes=made.codes.view(torch.uint8))
     given = Turned(*(None if each is None else each.contiguous() for each in given))
-    return (-(-n // plan.tokens), h, b), (Source(x, *x.stride()), given, made, n, plan.tokens)
+    return (-(-n // plan.tokens), h, b), (Source(x, *x.stride()), given, made, Table(), n, plan.tokens)

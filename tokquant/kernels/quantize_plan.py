@@ -68,6 +68,12 @@ class Task:
     weighted: bool = False
     """V: and which tokens hold anything."""
     tokens_last: bool = False
+    page: int = 0
+    """Tokens of a page, where the codes go into pages; V of pages with `tokens_last` has no two tokens in an element."""
+    few: bool = False
+    """Whether there are at most 16 new tokens, so that no program takes more than that."""
+    counted: bool = False
+    """Whether sequences have different numbers of new tokens."""
     interpreted: bool = False
 
 
@@ -109,7 +115,10 @@ def plan(task: Task) -> QuantizePlan:
     group_tokens, group_channels = spec.granularity.cover(WHOLE, d) if spec.scaled else (1, d)
     # stores along the tokens want many of them
     tokens = min(LONGEST, (16384 if task.tokens_last else 8192) // padded)
+    if task.page:
+        tokens = min(tokens, 16 if task.few else task.page)
     tokens = max(tokens, group_tokens if task.step == "both" else 1, min(task.sum_tokens, LONGEST))
+    over_tokens = task.tokens_last and not task.page
     codes, scaled = task.step != "extremes", spec.scaled
     own = precisions.get(FLOAT_NAMES[task.dtype])
     stores = own if not scaled and precision.bits == 16 and task.dtype != torch.float32 else precision
@@ -151,18 +160,28 @@ def plan(task: Task) -> QuantizePlan:
         "CHECK_FP16": codes and stores.stored == torch.float16,
         "PACKED": stores.packed,
         "WIDTH": -(-d // stores.packed),
-        "RAGGED": d % stores.packed != 0,
+        "RAGGED": d % stores.packed != 0 and not over_tokens,
         "LAST": 2 ** (d % stores.packed * 8 // stores.packed) - 1,
         "BYTES": stores.stored.itemsize == 1,
-        "CANONICAL": not task.tokens_last,
-        "TOKENS_LAST": task.tokens_last,
+        "CANONICAL": not task.tokens_last and not task.page,
+        "TOKENS_LAST": over_tokens,
+        "PAGED": task.page > 0,
+        "PAGE": task.page,
+        "PAGE_GROUPS": max(1, task.page // group_tokens),
+        "COUNTED": task.counted,
+        "ROW": 1 if task.tokens_last else -(-d // stores.packed),
+        "COLUMN": task.page if task.tokens_last else 1,
         "VALUES": task.code_sum or task.sum_tokens > 0 or task.weighted,
         "CODE_SUM": task.code_sum,
         "TILE_SUMS": task.sum_tokens > 0,
         "SUM_TOKENS": min(task.sum_tokens, tokens),
         "WEIGHTED": task.weighted,
+        "WEIGHT_APART": task.weighted and not task.page,
+        "WEIGHT_IN_SIGN": task.weighted and task.page > 0,
+        "SCALE_STORED": not (task.weighted and task.page > 0),
     }
-    holes = {"order_tokens": scales.in_groups if task.tokens_last else scales.in_order}
+    order_tokens = scales.in_groups if over_tokens else scales.in_groups_of_16 if task.tokens_last else scales.in_order
+    holes = {"order_tokens": order_tokens}
     if codes:
         holes["encode"] = _encode(stores, task.interpreted)
     if constants["COMPANION"]:
@@ -197,5 +216,5 @@ def _title(task: Task) -> str:
     steps += ["times K's scale"] * task.folded
     made = "extremes of tiles" if task.step == "extremes" else str(task.spec)
     source = f"{task.spec.role} {TRITON_TYPES[task.dtype].removeprefix('tl.')}"
-    layout = ["tokens side by side"] * task.tokens_last
+    layout = ["tokens side by side"] * task.tokens_last + [f"into pages of {task.page}"] * (task.page > 0)
     return ", ".join([f"{source} to {made}", f"head_dim {task.head_dim}", *steps, *layout])

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from tokquant.kernels.candidates import Config
 from tokquant.kernels.plan import Plan
 from tokquant.kernels.resources import Resources
 from tokquant.kernels.targets import Target
+from tokquant.schemes import QuantScheme
 
 RATES = {"tl.int8": "int8", "tl.float8e4nv": "fp8", "tl.float8e5": "fp8", "tl.float32": "fp32"}
 
@@ -47,5 +49,41 @@ def predict(resources: Resources, plan: Plan, head_dim: int, target: Target) -> 
         instructions=instructions,
         roofline_tops=tops(max(products, exponentials)),
         serial_tops=tops(products + max(exponentials, instructions)),
+        card=target.card,
+    )
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """How fast a decoding kernel should go through keys and values, on the target's card; 1e12 bytes a second."""
+
+    instructions_per_value: float
+    """Instructions of a thread in the loop over whole tiles for each value of K and V."""
+    bits_per_value: float
+    """Of codes, scales and zeros."""
+    issued: float
+    """What the schedulers' rate allows."""
+    memory: float
+    """What the card's memory allows, by its datasheet."""
+    card: str
+
+    @property
+    def predicted(self) -> float:
+        """The smaller of the two."""
+        return min(self.issued, self.memory)
+
+
+def bandwidth(resources: Resources, scheme: QuantScheme, config: Config, head_dim: int, target: Target) -> Bandwidth:
+    """The model for long sequences: instructions against memory, nothing else. Latencies and spills are not in it."""
+    bits = scheme.bits_per_value(head_dim)
+    # a tile's scores come from as many keys, and as many values, of head_dim channels
+    instructions = resources.instructions_per_score * config.block_m / (2 * head_dim)
+    a_value = (bits["k"] + bits["v"]) / 2
+    values = target.multiprocessors * target.gigahertz * target.issued / instructions / 1e3  # 1e12 a second
+    return Bandwidth(
+        instructions_per_value=instructions,
+        bits_per_value=a_value,
+        issued=values * a_value / 8,
+        memory=target.terabytes,
         card=target.card,
     )

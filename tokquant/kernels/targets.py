@@ -29,6 +29,8 @@ class Target:
     card: str
     multiprocessors: int
     gigahertz: float
+    terabytes: float
+    """1e12 bytes of memory a second."""
     rates: MappingProxyType[str, int] = field(hash=False)
     """Multiplications and additions a clock of a multiprocessor: `int8`, `fp8`, `fp16` of tensor cores, `fp32` of cores."""
     exponentials: int = 16
@@ -47,31 +49,31 @@ TARGETS = {
     for target in (
         Target(
             name="sm_80", arch=80, shared_bytes=164 * _KB, warps=64, fp8=False,
-            card="A100 SXM", multiprocessors=108, gigahertz=1.41, rates=_rates(4096, 0, 2048, 128),
+            card="A100 SXM", multiprocessors=108, gigahertz=1.41, terabytes=2.04, rates=_rates(4096, 0, 2048, 128),
         ),
         Target(
             name="sm_86", arch=86, shared_bytes=100 * _KB, warps=48, fp8=False,
-            card="RTX 3090", multiprocessors=82, gigahertz=1.70, rates=_rates(2048, 0, 512),
+            card="RTX 3090", multiprocessors=82, gigahertz=1.70, terabytes=0.936, rates=_rates(2048, 0, 512),
         ),
         Target(
             name="sm_89", arch=89, shared_bytes=100 * _KB, warps=48,
-            card="L40S", multiprocessors=142, gigahertz=2.52, rates=_rates(2048, 2048, 1024),
+            card="L40S", multiprocessors=142, gigahertz=2.52, terabytes=0.864, rates=_rates(2048, 2048, 1024),
         ),
         Target(
             name="sm_90", arch=90, shared_bytes=228 * _KB, warps=64,
-            card="H100 SXM", multiprocessors=132, gigahertz=1.83, rates=_rates(8192, 8192, 4096),
+            card="H100 SXM", multiprocessors=132, gigahertz=1.83, terabytes=3.35, rates=_rates(8192, 8192, 4096),
         ),
         Target(
             name="sm_100", arch=100, shared_bytes=228 * _KB, warps=64,
-            card="B200", multiprocessors=148, gigahertz=1.85, rates=_rates(16384, 16384, 8192),
+            card="B200", multiprocessors=148, gigahertz=1.85, terabytes=8.0, rates=_rates(16384, 16384, 8192),
         ),
         Target(
             name="sm_120", arch=120, shared_bytes=100 * _KB, warps=48,
-            card="RTX 5090", multiprocessors=170, gigahertz=2.41, rates=_rates(2048, 1024, 512),
+            card="RTX 5090", multiprocessors=170, gigahertz=2.41, terabytes=1.79, rates=_rates(2048, 1024, 512),
         ),
         Target(
             name="gfx942", backend="hip", arch="gfx942", lanes=64, registers=131072, shared_bytes=64 * _KB, warps=32, fp8=False,
-            card="MI300X", multiprocessors=304, gigahertz=2.10, rates=_rates(4096, 4096, 2048),
+            card="MI300X", multiprocessors=304, gigahertz=2.10, terabytes=5.3, rates=_rates(4096, 4096, 2048),
             issued=64,
         ),
     )

@@ -64,6 +64,11 @@ class Precision:
     stacks them. How they are then laid side by side is the kernel's choice."""
     triton_decode_ptx: Any = None
     """What stands in for `triton_decode` on NVIDIA GPUs, with the same values in fewer instructions: it may use inline PTX."""
+    triton_decode_high: Any = None
+    """For integers of fewer than 8 bits, the same with every code in the highest bits of its byte: int8, the values times
+    2^(8 - bits). Taken where a scale can undo that, as it needs fewer instructions."""
+    triton_decode_high_ptx: Any = None
+    """What stands in for `triton_decode_high` on NVIDIA GPUs."""
     triton_encode: Any = None
     """`@triton.jit`: float32 P in units of its codes -> P as the product takes it. Needed for role p."""
     triton_encode_interpreted: Any = None

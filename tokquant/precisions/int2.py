@@ -26,6 +26,37 @@ def decode_tile(tile):
 
 
 @triton.jit
+def decode_tile_high(tile):
+    # a byte holds code + 2: with the sign's bit turned round, its two highest bits alone are 64 times the code
+    even = tl.join(tile << 6, (tile << 2) & 0xC0)
+    odd = tl.join((tile << 4) & 0xC0, tile & 0xC0)
+    return (tl.join(even, odd).reshape(tile.shape[0], tile.shape[1], 4) ^ 0x80).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def decode_tile_high_ptx(tile):
+    # (a & 0xC0C0C0C0) ^ 0x80808080 of four bytes is one instruction
+    first, second, third, fourth = tl.inline_asm_elementwise(
+        """{
+        .reg .b32 t;
+        shl.b32 t, $4, 6;
+        lop3.b32 $0, t, 0xC0C0C0C0, 0x80808080, 0x6A;
+        shl.b32 t, $4, 4;
+        lop3.b32 $1, t, 0xC0C0C0C0, 0x80808080, 0x6A;
+        shl.b32 t, $4, 2;
+        lop3.b32 $2, t, 0xC0C0C0C0, 0x80808080, 0x6A;
+        lop3.b32 $3, $4, 0xC0C0C0C0, 0x80808080, 0x6A;
+        }""",
+        "=r,=r,=r,=r,r",
+        [tile],
+        dtype=(tl.int8, tl.int8, tl.int8, tl.int8),
+        is_pure=True,
+        pack=4,
+    )
+    return tl.join(tl.join(first, third), tl.join(second, fourth)).reshape(tile.shape[0], tile.shape[1], 4)
+
+
+@triton.jit
 def quantize_tile(x):
     # 1.5 * 2^23 + 2: the low bits of the sum are the nearest integer, half to even, and 2; a NaN has no code
     code = (tl.where(x == x, x, 0.0) + 12582914.0).to(tl.int32, bitcast=True) & 3
@@ -51,5 +82,7 @@ INT2 = register(
         triton_decode=decode_tile,
         cpp_quantize="nearest_integers(x)",
         triton_quantize=quantize_tile,
+        triton_decode_high=decode_tile_high,
+        triton_decode_high_ptx=decode_tile_high_ptx,
     )
 )

@@ -129,3 +129,63 @@ def running_maximum(largest, m):
 def tile_maximum(largest, m):
     # row_block: the row's maximum in this tile, at most 2^64 below the one so far so that nothing overflows
     return tl.maximum(largest, m - 64)
+
+
+# --------------------------------------------------------------------------- log2_scale: of V's scales per token, in decoding
+
+
+@triton.jit
+def log2_of_normal(x):
+    return tl.log2(x)
+
+
+@triton.jit
+def log2_of_normal_ptx(x):
+    # a scale is never subnormal, so nothing need be done for those
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+# --------------------------------------------------------------------------- page_of, tokens_at: where a tile's tokens lie
+
+
+@triton.jit
+def one_page(table, start, j, n_k, PAGE: tl.constexpr, EDGE: tl.constexpr):
+    # a tile lies in one page
+    return tl.load(table + start // PAGE).to(tl.int64)
+
+
+@triton.jit
+def many_pages(table, start, j, n_k, PAGE: tl.constexpr, EDGE: tl.constexpr):
+    # a tile spans pages, so that every token has its own; V's tokens change places in groups of 16
+    if EDGE:
+        page = tl.load(table + j // PAGE, mask=j // 16 * 16 < n_k, other=0)
+    else:
+        page = tl.load(table + j // PAGE)
+    return page.to(tl.int64)
+
+
+@triton.jit
+def within_page(page_at, start, n, PAGE: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr):
+    # what each GROUP tokens from `start` on have in a page, STEP apart: of a pointer's parts, all but the sum is loop-invariant
+    return page_at + tl.cast(start, tl.int32) % PAGE // GROUP * STEP + n // GROUP * STEP
+
+
+@triton.jit
+def across_pages(page_at, start, n, PAGE: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr):
+    return page_at + (start + n) % PAGE // GROUP * STEP
+
+
+# --------------------------------------------------------------------------- spread_k, spread_v: scales over a tile [N, D]
+
+
+@triton.jit
+def of_channels(scale, N: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, PLANES: tl.constexpr):
+    # scales [N / n, D], in the order of the tile's channels
+    return tl.broadcast_to(scale[:, None, :], (N // STEP, STEP, D)).reshape(N, D)
+
+
+@triton.jit
+def of_groups(scale, N: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, PLANES: tl.constexpr):
+    # scales [N, D / g], where the tile has first one channel of every stored element, then another
+    wide = tl.broadcast_to(scale[:, None, :, None], (N, PLANES, D // CHANNELS, CHANNELS // PLANES))
+    return wide.reshape(N, D)

@@ -72,6 +72,26 @@ class Coded(NamedTuple):
     lost: Any = None  # set to 1 where a type does not hold a value
 
 
+class Table(NamedTuple):
+    """Where the tokens of sequences lie in pages."""
+
+    table: Any = None  # [B, pages] int32: the page of each PAGE tokens
+    row: Any = None  # its stride
+    lengths: Any = None  # [B] int32: tokens of each sequence; where tokens are appended, those before them
+    counts: Any = None  # [B] int32: how many are appended
+    newer: Any = None  # [B] int32: how many follow elsewhere
+
+
+class Pages(NamedTuple):
+    """Codes, scales and zeros of K or V in pages `[pages, H, ...]`, contiguous but for the stride of a page."""
+
+    codes: Any  # K [tokens, W], and V for products of 16 bits; V for those of 8 bits [W, tokens], permuted in groups of 16
+    page: Any
+    sides: Any  # scales and, where there are zeros, zeros: [rows, 1 or 2, columns]; below zero: a token of V that is all zeros
+    sides_page: Any  # zero where they are static
+    offset: Any  # V: static [H, D], 16 bit
+
+
 class Features(NamedTuple):
     """What was asked for beside the operands."""
 

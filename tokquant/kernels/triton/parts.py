@@ -64,3 +64,9 @@ def group_max(x, there, T: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, 
     order = tl.where(there, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)
     top = tl.max(tl.max(order.reshape(T // TOKENS, TOKENS, D // CHANNELS, CHANNELS), 3), 1)
     return (top ^ ((top >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def sum_in_lanes(x, sums, M: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr):
+    # sums [M, LANES] and those of x [M, N]: lanes that no two threads share are added up once, after the loop
+    return sums + tl.sum(x.reshape(M, N // LANES, LANES), 1)

@@ -51,29 +51,51 @@ RAGGED = tl.constexpr(False)  # the last one of a token is not full
 LAST = tl.constexpr(255)  # bits of that
 BYTES = tl.constexpr(True)
 CANONICAL = tl.constexpr(True)  # [N, D], or
-TOKENS_LAST = tl.constexpr(False)  # [D, N] with N padded to whole groups of 16 elements
+TOKENS_LAST = tl.constexpr(False)  # [D, N] with N padded to whole groups of 16 elements, or
+PAGED = tl.constexpr(False)  # in pages, from any token on
+PAGE = tl.constexpr(128)  # tokens of a page
+PAGE_GROUPS = tl.constexpr(128)  # rows of scales of a page
+COUNTED = tl.constexpr(False)  # whether sequences append different numbers of tokens
+ROW = tl.constexpr(64)  # elements of a page from one token to the next,
+COLUMN = tl.constexpr(1)  # and from one element of a token to the next
 VALUES = tl.constexpr(False)  # of the stored codes, for
 CODE_SUM = tl.constexpr(False)  # Q: their sum over channels
 TILE_SUMS = tl.constexpr(False)  # V: over each SUM_TOKENS tokens
 SUM_TOKENS = tl.constexpr(64)
 WEIGHTED = tl.constexpr(False)  # V per token: whether any is not zero
+WEIGHT_APART = tl.constexpr(False)  # as a tensor of its own,
+WEIGHT_IN_SIGN = tl.constexpr(False)  # or in the sign of the scale: below zero where all codes are
+SCALE_STORED = tl.constexpr(True)  # as it is
 
 
 @triton.jit
-def quantize(X, F, Y, n, TOKENS: tl.constexpr):
+def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
     batch = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     plane = batch * tl.num_programs(1) + head
+    home = batch  # whose scales are written
     first = tl.program_id(0) * TOKENS
     place = tl.arange(0, TOKENS)
+    if PAGED:
+        # tiles are parts of pages: the first may begin before the first new token
+        start = tl.load(T.lengths + batch)
+        if COUNTED:
+            n = tl.load(T.counts + batch)
+        n += start
+        first += start // TOKENS * TOKENS
+        home = tl.load(T.table + batch * T.row + first // PAGE, mask=first < n, other=0).to(tl.int64)
     i = first + order_tokens(place, PACKED)
     here = i < n
+    if PAGED:
+        here = here & (i >= start)
     row = plane * n + i
     column = tl.arange(0, D_TILE)
     held = column < D
     there = here[:, None] & held[None, :]
 
     x_at = X.data + batch * X.batch + head * X.head
+    if PAGED:
+        x_at -= start.to(tl.int64) * X.row
     x_at += i.to(tl.int64)[:, None] * X.row + column.to(tl.int64)[None, :] * X.column
     x = tl.load(x_at, mask=there, other=0.0).to(tl.float32)
     y = x
@@ -103,9 +125,12 @@ def quantize(X, F, Y, n, TOKENS: tl.constexpr):
         # [groups of tokens, groups of channels]
         group = (first + order_tokens(tl.arange(0, TOKENS // GROUP_TOKENS) * GROUP_TOKENS, PACKED)) // SCALE_TOKENS
         part = tl.arange(0, D_TILE // GROUP_CHANNELS)
-        scale_at = batch * Y.scale_batch + head * Y.scale_head
-        scale_at += group.to(tl.int64)[:, None] * Y.scale_row + part[None, :]
         kept = (group * SCALE_TOKENS < n)[:, None] & (part < SCALE_COLUMNS)[None, :]
+        if PAGED:
+            kept = kept & ((group + 1) * SCALE_TOKENS > start)[:, None]
+            group = group % PAGE_GROUPS
+        scale_at = home * Y.scale_batch + head * Y.scale_head
+        scale_at += group.to(tl.int64)[:, None] * Y.scale_row + part[None, :]
     if EXTREMES:
         if SYMMETRIC:
             highest = group_max(tl.abs(y), there, TOKENS, GROUP_TOKENS, D_TILE, GROUP_CHANNELS)
@@ -138,7 +163,8 @@ def quantize(X, F, Y, n, TOKENS: tl.constexpr):
             if ASYMMETRIC:
                 lost = holds & (tl.abs(lowest) < float("inf")) & ~(scale < float("inf"))
             tl.store(Y.lost, 1, mask=tl.max(tl.max(lost.to(tl.int32), 1), 0) > 0)
-        tl.store(Y.scale + scale_at, encode_scale(scale), mask=kept)
+        if SCALE_STORED:
+            tl.store(Y.scale + scale_at, encode_scale(scale), mask=kept)
         if ASYMMETRIC:
             tl.store(Y.zero + scale_at, stored_zero, mask=kept)
     if SCALE_GIVEN:
@@ -174,11 +200,17 @@ def quantize(X, F, Y, n, TOKENS: tl.constexpr):
             values = tl.where(there, values.reshape(TOKENS, D_TILE), 0.0)
         if BYTES:
             stored = stored.to(tl.uint8, bitcast=True)
+        if RAGGED:
+            last = tl.arange(0, D_TILE // PACKED) == WIDTH - 1
+            stored = tl.where(last[None, :], stored & LAST, stored)
         if CANONICAL:
             element = tl.arange(0, D_TILE // PACKED)
-            if RAGGED:
-                stored = tl.where((element == WIDTH - 1)[None, :], stored & LAST, stored)
             code_at = Y.codes + row[:, None] * WIDTH + element[None, :]
+            tl.store(code_at, stored, mask=here[:, None] & (element < WIDTH)[None, :])
+        if PAGED:
+            element = tl.arange(0, D_TILE // PACKED)
+            code_at = Y.codes + (home * tl.num_programs(1) + head) * (PAGE * WIDTH)
+            code_at += (first % PAGE + place)[:, None] * ROW + element[None, :] * COLUMN
             tl.store(code_at, stored, mask=here[:, None] & (element < WIDTH)[None, :])
         if TOKENS_LAST:
             elements = tl.cdiv(n, 16 * PACKED) * 16
@@ -194,4 +226,9 @@ def quantize(X, F, Y, n, TOKENS: tl.constexpr):
             tl.store(sum_at, sums, mask=(tile * SUM_TOKENS < n)[:, None] & held[None, :])
         if WEIGHTED:
             something = tl.max((there & (values + HALF != 0.0)).to(tl.int32), 1)
+        if WEIGHT_APART:
             tl.store(Y.something + row, something.to(tl.int8), mask=here)
+        if WEIGHT_IN_SIGN:
+            # a token that is not a number has codes of zero too, and its scale to say so
+            weightless = (something == 0)[:, None] & (scale < float("inf"))
+            tl.store(Y.scale + scale_at, encode_scale(tl.where(weightless, -scale, scale)), mask=kept)

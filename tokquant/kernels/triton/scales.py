@@ -19,6 +19,13 @@ def in_groups(place, PACKED: tl.constexpr):
     return place // (16 * PACKED) * (16 * PACKED) + place % PACKED * 16 + column
 
 
+@triton.jit
+def in_groups_of_16(place, PACKED: tl.constexpr):
+    # the same where an element holds channels of one token
+    column = place % 16
+    return place // 16 * 16 + (((column & 2) << 2) | ((column & 12) >> 1) | (column & 1))
+
+
 # --------------------------------------------------------------------------- round_scale: before it is cast to scale_dtype
 
 

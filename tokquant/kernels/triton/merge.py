@@ -1,0 +1,36 @@
+"""Attention over runs of keys, put together by their LSE."""
+
+from tokquant.precisions.base import tl, triton
+
+
+@triton.jit
+def merge(
+    Parts, Lses, Sinks, Out, Lse, runs, rows, n_q, heads, D: tl.constexpr, D_TILE: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    # Parts [runs, rows, D] and Lses [runs, rows] float32; a row is a query of a head; Sinks [heads], natural
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, D_TILE)
+    held = column < D
+    top = float("-inf")
+    for start in range(0, runs, BLOCK):
+        part = start + tl.arange(0, BLOCK)
+        top = tl.maximum(top, tl.max(tl.load(Lses + part * rows + row, mask=part < runs, other=float("-inf")), 0))
+    reference = tl.where(top == float("-inf"), 0.0, top)
+    total = 0.0
+    acc = tl.zeros([D_TILE], tl.float32)
+    for start in range(0, runs, BLOCK):
+        part = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        lse = tl.load(Lses + part * rows + row, mask=part < runs, other=float("-inf"))
+        weight = tl.exp(lse - reference)
+        total += tl.sum(weight, 0)
+        # a run that has nothing for this row is not read
+        has = (weight > 0.0)[:, None] & held[None, :]
+        o = tl.load(Parts + (part * rows + row)[:, None] * D + column[None, :], mask=has, other=0.0)
+        acc += tl.sum(o * weight[:, None], 0)
+    keys = total
+    if SINKS:
+        total += tl.exp(tl.load(Sinks + row // n_q % heads).to(tl.float32) - reference)
+    out = acc / tl.where(keys == 0.0, 1.0, total)
+    tl.store(Out + row * D + column, out, mask=held)
+    tl.store(Lse + row, reference + tl.log(keys))
