@@ -59,7 +59,7 @@ def attention(
     )  # fmt: skip
     for x in (q, k, v):
         given |= laid_out(x, scheme)
-    given |= _of_features(features)
+    given |= of_features(features)
     run(made, given)
     return out.to(q.dtype), lse
 
@@ -168,7 +168,7 @@ def of_channels(x: QuantizedTensor, each: Tensor) -> Tensor:
     return torch.nn.functional.pad(each, (0, -x.shape[3] % LANES)).contiguous()
 
 
-def _of_features(features: Features) -> dict[str, Any]:
+def of_features(features: Features) -> dict[str, Any]:
     """Masks, sinks and bias, by the names in a kernel's text."""
     given: dict[str, Any] = {}
     if features.mask is not None:

@@ -13,7 +13,7 @@ from tokquant.errors import UnsupportedError
 from tokquant.kernels import launch as shared
 from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu.bound import Bound
-from tokquant.kernels.cpu.launch import laid_out, of_channels, run
+from tokquant.kernels.cpu.launch import laid_out, of_channels, of_features, run
 from tokquant.kernels.cpu.plan import ALL, plan, stored_type
 from tokquant.kernels.cpu.quantize import queries
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
@@ -64,8 +64,19 @@ class CpuPages:
                     panels.write(x[b : b + 1, :, :n], table[b : b + 1], first[b : b + 1])
 
     def attention(
-        self, q: Tensor, table: Tensor, lengths: Tensor, features: Features, *, offset: Tensor | None = None
+        self,
+        q: Tensor,
+        table: Tensor,
+        lengths: Tensor,
+        features: Features,
+        *,
+        offset: Tensor | None = None,
+        longest: int | None = None,
+        deterministic: bool = False,
     ) -> tuple[Tensor, Tensor]:
+        """As `Store.attention`; results depend neither on threads nor on the batch."""
+        if features.mask is not None or features.bias is not None:
+            raise UnsupportedError("mask, bias: a cache's kernels have none; use window, or tokquant.attention on tensors")
         (b, heads, n_q, d), kv_heads = q.shape, self._k.shape[1]
         if n_q == 1 and features.reach()[1] == 0:
             # nothing is later than the last query
@@ -73,12 +84,14 @@ class CpuPages:
         wanted, _ = shared.asked(features, True)
         made = plan(self.scheme, head_dim=d, dtype=q.dtype, wanted=wanted, instructions=build.instructions())
         out, lse = torch.empty(q.shape, dtype=torch.float32), torch.empty(q.shape[:3], dtype=torch.float32)
+        n_k = int(lengths.max()) if longest is None else longest
         given: dict[str, Any] = dict(
-            batch=b, heads=heads, kv_heads=kv_heads, n_q=n_q, n_k=int(lengths.max()), threads=torch.get_num_threads(),
-            out=out, lse=lse, table=table, pages=table.shape[1], page=self.page, lengths=lengths, newer=offset,
+            batch=b, heads=heads, kv_heads=kv_heads, n_q=n_q, n_k=n_k, threads=torch.get_num_threads(), out=out, lse=lse,
+            table=table, pages=table.shape[1], page=self.page, lengths=lengths, newer=offset,
             left=features.reach()[0], right=features.reach()[1], scale=features.scale, softcap=features.softcap,
         )  # fmt: skip
-        given |= laid_out(queries(q, self._frame, self._k.any_token(b), self.scheme, self.scales), self.scheme)
+        qq = queries(q, self._frame, self._k.any_token(b), self.scheme, self.scales)
+        given |= of_features(features) | laid_out(qq, self.scheme)
         given |= self._k.fields | self._v.fields | self._v.of_sequences(b)
         run(made, given)
         return out, lse
