@@ -325,11 +325,19 @@ struct Scratch {
 
 #include "unpack.h"
 
-// A tile of keys: where its codes are. What else the rows read of it is put into `t`.
+// Where a tile of keys lies.
 struct Tile {
-    const Keys* k;
-    const Values* v;
+    int64_t page;
+    int64_t inner;  // tokens before it in the page
+    const uint32_t* k;
+    const uint32_t* v;
 };
+
+static inline Tile tile_at(const Arguments& a, int64_t batch, int64_t kv_head, int64_t start) {
+    const int64_t page = a.table ? a.table[batch * a.pages + start / a.page] : batch;
+    const int64_t inner = a.table ? start % a.page : start, kv = page * a.kv_heads + kv_head;
+    return {page, inner, a.k + kv * a.k_head + inner / LANES * K_PANEL, a.v + kv * a.v_head + inner / TILE * CHANNELS * V_PANEL};
+}
 
 #if K_SCALED
 // one a key, zeros beyond the last
@@ -348,10 +356,10 @@ static inline void of_channels(float* to, const V_SCALE_TYPE* from) {
 }
 #endif
 
-static inline Tile tile_of(const Arguments& a, int64_t batch, int64_t kv_head, int64_t start, int count, Scratch& t) {
-    const int64_t page = a.table ? a.table[batch * a.pages + start / a.page] : batch;
-    const int64_t inner = a.table ? start % a.page : start, kv = page * a.kv_heads + kv_head;
-    (void)t, (void)count;
+// What else rows read of it is put into `t`.
+static inline void spread_scales(const Arguments& a, const Tile& tile, int64_t kv_head, int count, Scratch& t) {
+    const auto [page, inner, k, v] = tile;
+    (void)a, (void)page, (void)inner, (void)k, (void)v, (void)kv_head, (void)count, (void)t;
 
 #if K_SCALED || K_DECODED
     const int64_t k_at = page * a.k_scale_page + kv_head * a.k_scale_head + inner / K_SCALE_TOKENS * K_COLUMNS;
@@ -403,11 +411,6 @@ static inline Tile tile_of(const Arguments& a, int64_t batch, int64_t kv_head, i
 #if V_DECODED_ZERO
     spread(t.v_zero, a.v_zero + v_at, count * int64_t(V_COLUMNS), TILE * V_COLUMNS);
 #endif
-
-    return {
-        (const Keys*)(a.k + kv * a.k_head + inner / LANES * K_PANEL),
-        (const Values*)(a.v + kv * a.v_head + inner / TILE * CHANNELS * V_PANEL),
-    };
 }
 
 // Rows of a head of K from `first` on, over keys from `from` to `to`: what they are in `t`.
@@ -447,18 +450,26 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 #if LEFT
     begin = most(begin, most(0, lowest - a.left) / TILE * TILE);
 #endif
+    Tile next = begin < end ? tile_at(a, batch, kv_head, begin) : Tile();
     for (int64_t start = begin; start < end; start += TILE) {
         const int there = int(least(TILE, n_k - start));
-        Tile tile = tile_of(a, batch, kv_head, start, there, t);
+        const Tile tile = next;
+        if (start + TILE < end) next = tile_at(a, batch, kv_head, start + TILE);
+        // memory is asked for the next tile while this one is computed: hardware does not know where it lies
+        const int64_t k_ahead = (const char*)next.k - (const char*)tile.k, v_ahead = (const char*)next.v - (const char*)tile.v;
+        (void)k_ahead, (void)v_ahead;
+        spread_scales(a, tile, kv_head, there, t);
 #if K_UNPACKED
-        const uint32_t* k = (const uint32_t*)tile.k;
         int k_unpacked = 0;  // panels: the first rows that come to them unpack them
-        tile.k = t.k;
+        const Keys* k = t.k;
+#else
+        const Keys* k = (const Keys*)tile.k;
 #endif
 #if V_UNPACKED
-        const uint32_t* v = (const uint32_t*)tile.v;
         int v_unpacked = 0;
-        tile.v = t.v;
+        const Values* v = t.v;
+#else
+        const Values* v = (const Values*)tile.v;
 #endif
 #if BLOCK_MEANS
         in_panels((least(TILE, end - start) + LANES - 1) / LANES, [&](auto W, int64_t at) {
@@ -492,16 +503,16 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
             in_rows(count, [&](auto R, int i) {
                 in_panels<R.value <= 4 && INTEGER_K && K_BITS == 8 ? 1 : PANELS>(columns, [&](auto W, int64_t at) {
 #if K_UNPACKED
-                    for (; k_unpacked < at + W.value; k_unpacked++) unpack_keys(t, k, k_unpacked);
+                    for (; k_unpacked < at + W.value; k_unpacked++) unpack_keys(t, tile.k, k_unpacked, k_ahead);
 #endif
 #if INTEGER_K
                     ints c[R.value][W.value];
                     for (int r = 0; r < R.value; r++)
                         for (int w = 0; w < W.value; w++) c[r][w] = ints{} + t.start[g + i + r];
-                    multiply<K_BITS, R.value, W.value>(c, t.q[g + i], K_DEPTH, tile.k + at * 4 * K_PANEL, 4 * K_PANEL, K_WORDS);
+                    multiply<K_BITS, R.value, W.value>(c, t.q[g + i], K_DEPTH, k + at * 4 * K_PANEL, 4 * K_PANEL, K_WORDS, k_ahead);
 #else
                     floats c[R.value][W.value] = {};
-                    multiply<R.value, W.value>(c, q + (g + i) * D, D, tile.k + at * D * LANES, D * LANES, D);
+                    multiply<R.value, W.value>(c, q + (g + i) * D, D, k + at * D * LANES, D * LANES, D);
 #endif
                     for (int r = 0; r < R.value; r++)
                         for (int w = 0; w < W.value; w++) store(&t.s[i + r][(at + w) * LANES], to_floats(c[r][w]));
@@ -668,14 +679,15 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
             in_rows(count, [&](auto R, int i) {
                 in_panels<R.value <= 4 && INTEGER_V && V_BITS == 8 ? 1 : PANELS>(CHANNELS, [&](auto W, int64_t at) {
 #if V_UNPACKED
-                    for (; v_unpacked < at + W.value; v_unpacked++) unpack_values(t, v, v_unpacked);
+                    for (; v_unpacked < at + W.value; v_unpacked++) unpack_values(t, tile.v, v_unpacked, v_ahead);
 #endif
 #if INTEGER_V
                     ints c[R.value][W.value] = {};
-                    multiply<V_BITS, R.value, W.value>(c, t.p[i], TILE, tile.v + at * 4 * V_PANEL, 4 * V_PANEL, (keys * V_BITS + 31) / 32);
+                    multiply<V_BITS, R.value, W.value>(c, t.p[i], TILE, v + at * 4 * V_PANEL, 4 * V_PANEL, (keys * V_BITS + 31) / 32,
+                                                       v_ahead);
 #else
                     floats c[R.value][W.value] = {};
-                    multiply<R.value, W.value>(c, t.p[i], TILE, tile.v + at * LANES * TILE, LANES * TILE, keys);
+                    multiply<R.value, W.value>(c, t.p[i], TILE, v + at * LANES * TILE, LANES * TILE, keys);
 #endif
                     for (int r = 0; r < R.value; r++)
                         for (int w = 0; w < W.value; w++) {
@@ -685,7 +697,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
                             product *= V_UNIT;
 #endif
 #if !INTEGER_V
-                            product = kept(product, t.p[i + r], tile.v + (at + w) * LANES * TILE, keys);
+                            product = kept(product, t.p[i + r], v + (at + w) * LANES * TILE, keys);
 #endif
 #if V_PER_TILE
                             if (largest[i + r] == NOTHING) continue;

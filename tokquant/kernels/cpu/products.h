@@ -1,7 +1,5 @@
 // C[R][W] += A[R rows] B[W panels]: R rows of A and W panels of B stay in registers, so each load serves several products. Each is
 // a function of its own: inlined, compilers take registers from these loops for what is around them.
-constexpr int AHEAD = 8192;  // bytes that memory is asked for before they are read: more than hardware looks ahead
-
 #if INTEGERS
 // the i-th byte-wide plane of words: what is unsigned in the low bits, what is signed in the high ones, where its sign belongs
 template <int BITS> static inline words plane(words x, int i, const uint8_t*) {
@@ -12,14 +10,14 @@ template <int BITS> static inline words plane(words x, int i, const int8_t*) {
 }
 
 template <int BITS, int R, int W, class A, class B>
-[[gnu::noinline]] static void multiply(ints (&c)[R][W], const A* a, int64_t row, const B* b, int64_t panel, int lines) {
+[[gnu::noinline]] static void multiply(ints (&c)[R][W], const A* a, int64_t row, const B* b, int64_t panel, int lines, int64_t ahead) {
     constexpr int CHAINS = R * W < 8 ? 2 : 1;  // sums of every other line, where few wait for one another
     ints sum[CHAINS][R][W] = {};
     const auto line = [&](ints (&sum)[R][W], const A* a, const B* b) {
         words x[W];
         for (int w = 0; w < W; w++) {
             x[w] = load((const uint32_t*)(b + w * panel));
-            __builtin_prefetch(b + w * panel + AHEAD, 0, 2);
+            __builtin_prefetch(b + w * panel + ahead, 0, 2);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < 8 / BITS; i++, a += 4)

@@ -26,7 +26,7 @@ static inline floats as_input(floats x) {
 
 #if K_UNPACKED
 // a panel of a tile: [words][16] -> [D][16]
-static void unpack_keys(Scratch& t, const uint32_t* tile, int panel) {
+static void unpack_keys(Scratch& t, const uint32_t* tile, int panel, int64_t ahead) {
     const uint32_t* from = tile + panel * K_PANEL;
     float* to = t.k + panel * D * LANES;
 #if K_DECODED
@@ -42,7 +42,7 @@ static void unpack_keys(Scratch& t, const uint32_t* tile, int panel) {
 #endif
     for (int w = 0; w < K_WORDS; w++, from += LANES) {
         const words x = load(from);
-        __builtin_prefetch((const char*)from + AHEAD, 0, 2);
+        __builtin_prefetch((const char*)from + ahead, 0, 2);
 #pragma GCC unroll 16
         for (int i = 0; i < 32 / K_BITS; i++) {
             const int d = w * (32 / K_BITS) + i;
@@ -59,12 +59,12 @@ static void unpack_keys(Scratch& t, const uint32_t* tile, int panel) {
 
 #if V_UNPACKED
 // a panel of a tile: [words][16] -> [TILE][16]
-static void unpack_values(Scratch& t, const uint32_t* tile, int panel) {
+static void unpack_values(Scratch& t, const uint32_t* tile, int panel, int64_t ahead) {
     const uint32_t* from = tile + panel * V_PANEL;
     float* to = t.v + panel * TILE * LANES;
     for (int w = 0; w < V_WORDS; w++, from += LANES) {
         const words x = load(from);
-        __builtin_prefetch((const char*)from + AHEAD, 0, 2);
+        __builtin_prefetch((const char*)from + ahead, 0, 2);
 #pragma GCC unroll 16
         for (int i = 0; i < 32 / V_BITS; i++) {
             const int token = w * (32 / V_BITS) + i;
