@@ -254,8 +254,9 @@ def test_a_precision_without_a_fragment_is_quantized_by_torch_for_its_operand_al
         del PRECISIONS[five.name]
 
 
-def test_a_large_head_dim_is_quantized():
-    assert differing(*qkv(3, 20, 1100, 1), preset("int8")) == []
+@pytest.mark.parametrize("d", [1, 1100])
+def test_extreme_head_dims_are_quantized(d):
+    assert differing(*qkv(3, 20, d, 1), preset("int8")) == []
 
 
 @pytest.mark.parametrize("instructions", build.compiler().instructions[1:] if build.available() else [])

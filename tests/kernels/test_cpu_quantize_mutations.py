@@ -27,8 +27,8 @@ EACH = "for (int d = 0; d < WIDE; d += LANES) store(to + d, load(to + d)"
 # name: scheme, what stands in the kernel, what takes its place
 MUTATIONS = {
     "the clamp lost": (k("int8 tensor static"), "y > LARGEST ? all(LARGEST)", "y > 2 * LARGEST ? all(LARGEST)"),
-    "rounding cut": (k("int8"), "x == x ? x : 0", "x == x ? x - 0.5f : 0"),
-    "NaN with a code": (k("int8 static head"), "x == x ? x : 0", "x"),
+    "rounding cut": (k("int8"), "x == x ? x : all(0)", "x == x ? x - 0.5f : all(0)"),
+    "NaN with a code": (k("int8 static head"), "x == x ? x : all(0)", "x"),
     "a division by the reciprocal": (k("int8"), "y = y / over(t.scale, i, d)", "y = y * (1.f / over(t.scale, i, d))"),
     "the mean not subtracted": (k("int8 mean"), "y = y - load(offset", "y = y - 0 * load(offset"),
     "a group of zeros with a scale of zero": (k("int8"), "highest == 0 ? all(1)", "highest == 0 ? all(0)"),

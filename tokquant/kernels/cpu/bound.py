@@ -17,7 +17,7 @@ READ = ("offset", "balance", "fold", "k_offset", "k_origin")
 
 
 class Bound:
-    """A kernel with everything filled in but the tokens.
+    """A kernel with everything filled in but the tokens. Calls of one must not run at the same time.
 
     Args:
         task: what the kernel does; `lacking` has nothing against it.
@@ -25,7 +25,7 @@ class Bound:
             says, contiguous from the second dimension on. With pages, the first dimension is pages.
         scale, zero: in the scale's type, `[B, H, rows, columns]`, 1 in place of a dimension that shares them. V per token has
             a minus sign where all codes are zero.
-        page: tokens of a page, a multiple of 16 and of V's tile; 0 where there are none.
+        page: tokens of a page, a multiple of 16, of V's tile and of blocks that share a scale; 0 where there are none.
         more: other tensors that the kernel's text names: `offset [B | 1, H, rows, D]`; `balance`, `fold`, `k_offset` and
             `k_origin [B, H, 1, D]`; and what it fills: `logit_offset [B, H, N, 1]`, and `code_sum` like that or, of V, for
             each tile `[B, H, tiles, D]` int32.

@@ -118,7 +118,7 @@ struct Arguments {
     float* code_sum;  // [B, H, N]
 #endif
 #if TILE_SUMS
-    int32_t* code_sum;  // [B, H, tiles, D], or nothing
+    int32_t* code_sum;  // [B, H, tiles, D], of sequences that begin at 0
 #endif
 #if CHECKED
     int32_t* lost;  // set to 1 where a type does not hold a value
@@ -551,8 +551,8 @@ static void put(const Arguments& a, int64_t batch, int64_t head, int64_t token, 
     else
         put_all<false>(a, to, base, lo, hi, t);
 #if TILE_SUMS
-    const int64_t end = token + LANES, last = a.n;
-    if (a.code_sum && (end % TILE == 0 || end >= last)) {
+    const int64_t end = token + LANES;
+    if (end % TILE == 0 || end >= a.n) {
         const int64_t tiles = (a.n + TILE - 1) / TILE, row = (batch * a.heads + head) * tiles + token / TILE;
         std::memcpy(a.code_sum + row * D, t.sum, D * sizeof(int32_t));
         std::memset(t.sum, 0, sizeof t.sum);
