@@ -100,8 +100,10 @@ struct Arguments {
     const float* q;  // values [B, H, N_q, D]
 #endif
     const uint32_t* k;  // in panels
-    int64_t k_head;  // words to the next head
+    int64_t k_page;  // words to the next page,
+    int64_t k_head;  // and to the next head
     const uint32_t* v;  // in panels, a tile after another
+    int64_t v_page;
     int64_t v_head;
     float* out;  // [B, H, N_q, D]
 #if WITH_LSE
@@ -335,8 +337,13 @@ struct Tile {
 
 static inline Tile tile_at(const Arguments& a, int64_t batch, int64_t kv_head, int64_t start) {
     const int64_t page = a.table ? a.table[batch * a.pages + start / a.page] : batch;
-    const int64_t inner = a.table ? start % a.page : start, kv = page * a.kv_heads + kv_head;
-    return {page, inner, a.k + kv * a.k_head + inner / LANES * K_PANEL, a.v + kv * a.v_head + inner / TILE * CHANNELS * V_PANEL};
+    const int64_t inner = a.table ? start % a.page : start;
+    return {
+        page,
+        inner,
+        a.k + page * a.k_page + kv_head * a.k_head + inner / LANES * K_PANEL,
+        a.v + page * a.v_page + kv_head * a.v_head + inner / TILE * CHANNELS * V_PANEL,
+    };
 }
 
 #if K_SCALED

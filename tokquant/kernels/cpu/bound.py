@@ -17,15 +17,15 @@ READ = ("offset", "balance", "fold", "k_offset", "k_origin")
 
 
 class Bound:
-    """A kernel with everything filled in but the tokens.
+    """A kernel with everything filled in but the tokens. Calls of one must not run at the same time.
 
     Args:
         task: what the kernel does; `lacking` has nothing against it.
         codes: Q `[B, H, N, bytes]`; K `[B, H, panels, words, 16]` and V `[B, H, tiles, panels, words, 16]` as `tokquant.blocks`
-            says, contiguous from the second dimension on. With pages, the first dimension is pages.
+            says, contiguous from the third dimension on. With pages, the first dimension is pages.
         scale, zero: in the scale's type, `[B, H, rows, columns]`, 1 in place of a dimension that shares them. V per token has
             a minus sign where all codes are zero.
-        page: tokens of a page, a multiple of 16 and of V's tile; 0 where there are none.
+        page: tokens of a page, a multiple of 16, of V's tile and of blocks that share a scale; 0 where there are none.
         more: other tensors that the kernel's text names: `offset [B | 1, H, rows, D]`; `balance`, `fold`, `k_offset` and
             `k_origin [B, H, 1, D]`; and what it fills: `logit_offset [B, H, N, 1]`, and `code_sum` like that or, of V, for
             each tile `[B, H, tiles, D]` int32.
@@ -45,7 +45,9 @@ class Bound:
         self._lost = ctypes.c_int32(0)
         read = {name: x.float().contiguous() for name in READ if (x := more.get(name)) is not None}
         offset = read.get("offset")
-        values: dict[str, Any] = dict(codes=codes, codes_head=codes.stride(1), scale=scale, zero=zero, page=page) | {
+        values: dict[str, Any] = dict(
+            codes=codes, codes_page=codes.stride(0), codes_head=codes.stride(1), scale=scale, zero=zero, page=page
+        ) | {
             **more,
             **read,
         }

@@ -37,7 +37,7 @@ static inline floats swapped(floats x) {
 }
 
 // in the low bits: the nearest integer in two's complement. A NaN has none: its group's scale says so
-static inline ints nearest_integers(floats x) { return as_ints((x == x ? x : 0) + SHIFT); }
+static inline ints nearest_integers(floats x) { return as_ints((x == x ? x : all(0)) + SHIFT); }
 
 // a float of so many bits of mantissa, whose numbers below 2^LEAST are subnormal; its exponents are counted from 1 - LEAST
 template <int MANTISSA, int LEAST>

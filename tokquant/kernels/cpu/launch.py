@@ -125,13 +125,13 @@ def _read(q: QuantizedTensor, scheme: QuantScheme) -> Tensor:
 def _keys(k: QuantizedTensor, scheme: QuantScheme) -> Fields:
     k = _in_blocks(k, scheme)
     companion = None if k.companion is None else panels(k.companion)
-    return {"k": k.codes, "k_head": k.codes.stride(1), "companion": companion, **_scales(k)}
+    return {"k": k.codes, "k_page": k.codes.stride(0), "k_head": k.codes.stride(1), "companion": companion, **_scales(k)}
 
 
 def _values(v: QuantizedTensor, scheme: QuantScheme) -> Fields:
     v = _in_blocks(v, scheme)
     mean = None if v.offset is None else of_channels(v, v.offset)
-    fields: Fields = {"v": v.codes, "v_head": v.codes.stride(1), "v_mean": mean}
+    fields: Fields = {"v": v.codes, "v_page": v.codes.stride(0), "v_head": v.codes.stride(1), "v_mean": mean}
     if place(v.spec) != "output":
         return fields | _scales(v)
     origin = None if v.origin is None else of_channels(v, v.origin)

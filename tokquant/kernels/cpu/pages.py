@@ -144,9 +144,12 @@ class _Panels:
             codes = (page // self.scheme.key_tile, panels, self.scheme.key_tile // words, blocks.LANES)  # type: ignore[assignment]
         found["codes"] = ((pages, heads, *codes), torch.int32)
         for name, (size, kind) in found.items():
-            larger = torch.zeros(size, dtype=torch.uint8 if kind.itemsize == 1 else kind).view(kind)
+            # the pages of a head one after another: those of a sequence mostly are neighbours, which memory likes
+            size = (size[1], size[0], *size[2:])
+            larger = torch.zeros(size, dtype=torch.uint8 if kind.itemsize == 1 else kind).view(kind).transpose(0, 1)
             if name in self.parts:
-                larger.view(torch.uint8)[: len(self.parts[name])] = self.parts[name].view(torch.uint8)
+                old = self.parts[name]
+                larger.view(_bytes(old))[: len(old)] = old.view(_bytes(old))
             self.parts[name] = larger
         for name in ("bound", "fields"):
             self.__dict__.pop(name, None)  # what has pointers to the old ones
@@ -182,7 +185,7 @@ class _Panels:
     def fields(self) -> dict[str, Any]:
         """What an attention kernel reads here, by the names in its text."""
         role, codes, scales = self.spec.role, self.parts["codes"], self.parts | self.given
-        found: dict[str, Any] = {role: codes, f"{role}_head": codes.stride(1)}
+        found: dict[str, Any] = {role: codes, f"{role}_page": codes.stride(0), f"{role}_head": codes.stride(1)}
         if (scale := scales.get("scale")) is not None:
             page, head = (0 if size == 1 else step for size, step in zip(scale.shape[:2], scale.stride()[:2], strict=True))
             zero = scales.get("zero")

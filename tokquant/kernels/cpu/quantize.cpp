@@ -78,7 +78,8 @@ struct Arguments {
 #endif
 #if KEYS || VALUES
     uint32_t* codes;  // panels; only what belongs to these tokens is written
-    int64_t codes_head;  // words to the next head
+    int64_t codes_page;  // words to the next page,
+    int64_t codes_head;  // and to the next head
 #endif
 #if SCALED
     SCALE_TYPE* scale;
@@ -118,7 +119,7 @@ struct Arguments {
     float* code_sum;  // [B, H, N]
 #endif
 #if TILE_SUMS
-    int32_t* code_sum;  // [B, H, tiles, D], or nothing
+    int32_t* code_sum;  // [B, H, tiles, D], of sequences that begin at 0
 #endif
 #if CHECKED
     int32_t* lost;  // set to 1 where a type does not hold a value
@@ -483,7 +484,7 @@ static inline uint32_t word_of(const uint8_t* line, int w) {
 
 static void put(const Arguments& a, int64_t batch, int64_t head, int64_t token, int base, int lo, int hi, Scratch& t) {
     const Place at = place_of(a, batch, token);
-    uint32_t* to = a.codes + (at.page * a.heads + head) * a.codes_head + at.inner / LANES * (WORDS * LANES);
+    uint32_t* to = a.codes + at.page * a.codes_page + head * a.codes_head + at.inner / LANES * (WORDS * LANES);
     for (int i = lo; i < hi; i++) line_of(a, t, base + i, t.line[i], 0);
     if (hi - lo == LANES) {
         for (int w = 0; w < WORDS; w++)
@@ -544,15 +545,15 @@ static void put_all(const Arguments& a, uint32_t* to, int base, int lo, int hi, 
 
 static void put(const Arguments& a, int64_t batch, int64_t head, int64_t token, int base, int lo, int hi, Scratch& t) {
     const Place at = place_of(a, batch, token);
-    uint32_t* to = a.codes + (at.page * a.heads + head) * a.codes_head + at.inner / TILE * (CHANNELS * WORDS * LANES);
+    uint32_t* to = a.codes + at.page * a.codes_page + head * a.codes_head + at.inner / TILE * (CHANNELS * WORDS * LANES);
     to += at.inner % TILE / CODES * LANES;
     if (hi - lo == LANES)
         put_all<true>(a, to, base, lo, hi, t);
     else
         put_all<false>(a, to, base, lo, hi, t);
 #if TILE_SUMS
-    const int64_t end = token + LANES, last = a.n;
-    if (a.code_sum && (end % TILE == 0 || end >= last)) {
+    const int64_t end = token + LANES;
+    if (end % TILE == 0 || end >= a.n) {
         const int64_t tiles = (a.n + TILE - 1) / TILE, row = (batch * a.heads + head) * tiles + token / TILE;
         std::memcpy(a.code_sum + row * D, t.sum, D * sizeof(int32_t));
         std::memset(t.sum, 0, sizeof t.sum);

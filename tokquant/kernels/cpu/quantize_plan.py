@@ -84,6 +84,8 @@ def lacking(task: Task) -> str | None:
     integers = precision.kind == "int"
     if not integers and (task.as_bytes or task.code_sum):
         return f"{spec.role}: codes of {spec.precision} are multiplied as bytes, but are no integers"
+    if task.head_dim == 1:
+        return f"{spec.role}: head_dim 1, where a token is a channel"
     if task.bits < 2:
         return f"{spec.role}: codes of {spec.precision} have less than two bits"
     if task.bits != 8 * stored_type(spec, task.dtype).itemsize // precision.packed:
