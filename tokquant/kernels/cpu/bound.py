@@ -1,7 +1,7 @@
 """The only place that starts a CPU kernel that quantizes, bound to where codes go: a call says no more than what comes."""
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -62,6 +62,11 @@ class Bound:
         if "lost" in names:
             self._arguments.lost = ctypes.addressof(self._lost)
         self._reference = ctypes.byref(self._arguments)
+
+    def fills(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether all of these are what a call writes or reads, and no copies of it."""
+        own = {x.data_ptr() for x in self._kept.values() if isinstance(x, Tensor)}
+        return all(x.data_ptr() in own for x in tensors)
 
     def __call__(self, x: Tensor, table: Tensor | None = None, first: Tensor | None = None) -> bool:
         """Quantize `x` `[B, H, N, D]`. Returns whether every type held its values; where not, the definition says which.

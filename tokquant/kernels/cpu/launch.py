@@ -60,16 +60,29 @@ def attention(
     for x in (q, k, v):
         given |= laid_out(x, scheme)
     given |= of_features(features)
-    run(made, given)
+    Call(made, given)()
     return out.to(q.dtype), lse
 
 
-def run(made: CpuPlan, given: dict[str, Any]) -> None:
-    """Call a plan's kernel with tensors and numbers by the names in its text."""
-    function, arguments = load(made)
-    names = [field[0] for field in arguments._fields_]
-    values = [given[name].data_ptr() if isinstance(given[name], Tensor) else given[name] for name in names]
-    function(ctypes.byref(arguments(*values)))
+class Call:
+    """A plan's kernel with tensors and numbers by the names in its text, of which some may change from call to call."""
+
+    def __init__(self, made: CpuPlan, given: dict[str, Any]):
+        self._function, arguments = load(made)
+        self._names = {field[0] for field in arguments._fields_}
+        self._kept = {name: given[name] for name in self._names}  # what the kernel has pointers to
+        self._arguments = arguments(**{name: _raw(value) for name, value in self._kept.items()})
+
+    def __call__(self, **changed: Any) -> None:
+        for name, value in changed.items():
+            if name in self._names:
+                self._kept[name] = value
+                setattr(self._arguments, name, _raw(value))
+        self._function(ctypes.byref(self._arguments))
+
+
+def _raw(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 @lru_cache(maxsize=256)

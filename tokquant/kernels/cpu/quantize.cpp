@@ -343,7 +343,7 @@ static void scales(const Arguments& a, Scratch& t) {
 #if ASYMMETRIC
         lost |= (finite(lowest) & ~finite(zero)) | (finite(highest) & finite(zero) & ~finite(span));
 #endif
-        // of what is no group nothing is finite
+        // lanes of no group lose nothing
         if (largest_of(lost & 1)) lose(a);
 #endif
         store(t.scale + i, scale < SCALE_SMALLEST ? all(SCALE_SMALLEST) : scale);
@@ -409,7 +409,7 @@ static inline ints pattern(ints code, int d) {
 #if COUNTED
     code ^= 1 << (BITS - 1);
 #endif
-    return D - d >= LANES || BITS == 32 ? code : (counted_from(d) < D ? code : ints{});
+    return D - d >= LANES ? code : (counted_from(d) < D ? code : ints{});
 }
 
 #if QUERIES || KEYS

@@ -45,11 +45,11 @@ def quantize_operands(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scal
 
 def queries(
     q: Tensor, frame: Frame, k: QuantizedTensor, scheme: QuantScheme, scales: LayerScales | None = None
-) -> QuantizedTensor:
-    """As `tokquant.quantize.queries`, by a kernel."""
+) -> tuple[QuantizedTensor, Bound | None]:
+    """As `tokquant.quantize.queries`, by a kernel, and that kernel, bound to what was made: it can be filled again."""
     run = _Run(scheme, scales)
     qq = run.queries(q, frame, k)
-    return qq if run.held else define_queries(q, frame, k, scheme, scales)
+    return (qq, run.bound) if run.held else (define_queries(q, frame, k, scheme, scales), None)
 
 
 class _Run:
@@ -60,6 +60,8 @@ class _Run:
         self.scales = scales
         self.held = True
         """Whether every type held its values."""
+        self.bound: Bound | None = None
+        """The last kernel that ran."""
 
     def keys(self, k: Tensor, frame: Frame) -> QuantizedTensor:
         task = self._task(k, frame, "k")
@@ -142,7 +144,8 @@ class _Run:
         """`x` in `frame` and in codes. What `more` holds is read or filled too."""
         codes, (scale, zero) = room(x.shape, task), self._scales(x, task)
         given = {"offset": frame.offset, "balance": frame.balance, "fold": frame.fold, **more}
-        self.held &= Bound(task, codes, scale, zero, more=given)(x)
+        self.bound = Bound(task, codes, scale, zero, more=given)
+        self.held &= self.bound(x)
         return QuantizedTensor(
             codes=codes,
             scale=scale,
