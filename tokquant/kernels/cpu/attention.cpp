@@ -16,7 +16,6 @@
 #define V_DECODED 0
 #define K_DECODED_ZERO 0  // and zeros,
 #define V_DECODED_ZERO 0
-#define ROUNDED_TO_INPUT 0  // to the 16-bit type that the operand came in
 #define Q_SCALED 1  // a scale a query
 #define K_SCALED 1  // a scale on the scores:
 #define K_UNIFORM 0  // one for a tile,
@@ -65,8 +64,6 @@ constexpr int V_COLUMNS = 64;
 constexpr int K_LOWEST = -128;  // the code that the smallest pattern stands for
 constexpr int V_LOWEST = -128;
 constexpr float V_UNIT = 1.0f;  // of products: bytes of V with fewer bits hold them in the highest
-constexpr int INPUT_MANTISSA = 10;  // bits of it, in the 16-bit type
-constexpr int INPUT_LEAST = -14;  // and its least exponent
 constexpr int RANK = 16;  // of the bias
 constexpr int ROTATION = 64;  // the largest power of two that divides D
 constexpr float ROTATION_NORM = 0.125f;
@@ -80,6 +77,7 @@ constexpr float LOGIT_BASE = 1.442695041f;  // log2(e), or 1 where NATURAL
 static inline floats encode_p(floats p) { return nearest(p); }
 static inline floats decode_k(ints code) { return decoded_half(code); }
 static inline floats decode_v(ints code) { return decoded_half(code); }
+static inline floats as_input(floats x) { return rounded_half(x); }
 
 struct Arguments {
     int64_t batch;

@@ -39,4 +39,5 @@ static inline floats looked_up(const float* values, ints code) {
     return (floats)_mm512_permutexvar_ps((__m512i)code, _mm512_loadu_ps(values));
 }
 
+static inline floats rounded_half(floats x) { return (floats)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, 0)); }
 static inline floats decoded_half(ints x) { return (floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x)); }

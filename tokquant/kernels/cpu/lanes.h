@@ -40,12 +40,10 @@ static inline floats rounded(floats x) {
     return (x + shift) - shift;
 }
 
-// what is nearest in a type with so many bits of mantissa, half to even, and its least exponent and largest number
-template <int MANTISSA, int LEAST>
-static inline floats rounded_to(floats x) {
-    floats size = rounded<MANTISSA, LEAST>(magnitude(x));
-    if (MANTISSA == 10) size = magnitude(x) >= 65520.f ? all(INFINITY) : size;
-    return as_floats(as_ints(size) | (as_ints(x) & int32_t(0x80000000)));
+// what is nearest in bfloat16, half to even
+static inline floats rounded_bfloat(floats x) {
+    const ints bits = as_ints(x);
+    return as_floats(((bits + 0x7fff + (bits >> 16 & 1)) >> 16) << 16);
 }
 
 // patterns in the low bits of each lane, as the numbers they stand for

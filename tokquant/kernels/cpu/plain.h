@@ -35,3 +35,7 @@ static inline floats looked_up(const float* values, ints code) {
 }
 
 static inline floats decoded_half(ints x) { return from_half(x); }
+static inline floats rounded_half(floats x) {
+    const floats size = rounded<10, -14>(magnitude(x));
+    return as_floats(as_ints(magnitude(x) >= 65520.f ? all(INFINITY) : size) | (as_ints(x) & int32_t(0x80000000)));
+}

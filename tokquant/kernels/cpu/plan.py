@@ -24,8 +24,8 @@ CHUNK = 2048
 ALL = 2**30
 """Tokens that share a scale where all do."""
 CPP_TYPES = {"fp32": "float", "fp16": "half", "fp8_e4m3": "e4m3"}
-INPUT_TYPES = {torch.float16: (10, -14), torch.bfloat16: (7, -126), torch.float32: (23, -126)}
-"""Bits of mantissa, and the least exponent."""
+ROUNDED = {torch.float16: "rounded_half(x)", torch.bfloat16: "rounded_bfloat(x)", torch.float32: "x"}
+"""C++: x as an input's type holds it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,6 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
         "V_DECODED": at["v"] == "operand",
         "K_DECODED_ZERO": at["k"] == "operand" and not k.symmetric,
         "V_DECODED_ZERO": at["v"] == "operand" and not v.symmetric,
-        "ROUNDED_TO_INPUT": dtype != torch.float32,
         "K_SCALED": k_each,
         "K_UNIFORM": k_each and uniform,
         "K_EACH": k_each and not uniform,
@@ -132,8 +131,6 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
         "K_LOWEST": -(2 ** (k_bits - 1)),
         "V_LOWEST": -(2 ** (v.format.bits - 1)),
         "V_UNIT": literal(2.0 ** (v_bits - 8)),
-        "INPUT_MANTISSA": INPUT_TYPES[dtype][0],
-        "INPUT_LEAST": INPUT_TYPES[dtype][1],
         "RANK": wanted.bias_rank,
         "ROTATION": rotation,
         "ROTATION_NORM": literal(rotation**-0.5),
@@ -149,6 +146,7 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
                 "encode_p": encoder.cpp_encode,
                 "decode_k": _decoder(k, dtype, k_bits),
                 "decode_v": _decoder(v, dtype, v_bits),
+                "as_input": f"static inline floats as_input(floats x) {{ return {ROUNDED[dtype]}; }}",
             }.items()
         ),
         instructions=instructions,

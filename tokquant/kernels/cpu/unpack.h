@@ -13,17 +13,6 @@ static inline void spread(float* to, const T* from, int64_t there, int size) {
     for (int i = 0; i < size; i += LANES) store(to + i, i < there ? load(from + i, there - i) : all(0));
 }
 
-#if K_DECODED || V_DECODED
-// a decoded operand is rounded to the input's own type
-static inline floats as_input(floats x) {
-#if ROUNDED_TO_INPUT
-    return rounded_to<INPUT_MANTISSA, INPUT_LEAST>(x);
-#else
-    return x;
-#endif
-}
-#endif
-
 #if K_UNPACKED
 // a panel of a tile: [words][16] -> [D][16]
 static void unpack_keys(Scratch& t, const uint32_t* tile, int panel, int64_t ahead) {
