@@ -85,6 +85,8 @@ class Walk:
         counts = [min(n_q, n, own) for n, own in zip(counts or [n_q] * cache.batch, cache.lengths, strict=True)]
         n_q, given = max(*counts, 1), self.chance.choice(FEATURES)
         q = torch.randn(cache.batch, 2 * HEADS, n_q, D)
+        for b, n in enumerate(counts):
+            q[b, :, n:] = torch.nan
         sinks = given.get("sinks")
         out, lse = tq.decode(q, cache, counts=counts, return_lse=True, **given)
         for b, n in enumerate(counts):
@@ -99,7 +101,7 @@ class Walk:
         """Codes and windows are those of quantizing all at once, bit for bit, and pages are held as often as counted."""
         for cache, plain in self.pairs:
             assert cache.lengths == [len(own) for own in plain.sequences]
-            assert cache._table.held.tolist() == [-(-own.packed // cache.page) for own in plain.sequences]
+            assert cache._held.table.held.tolist() == [-(-own.packed // cache.page) for own in plain.sequences]
             for b, own in enumerate(plain.sequences):
                 for found, expected in zip(cache.windows(b), plain.ends(b), strict=True):
                     assert torch.equal(found, expected)
@@ -109,8 +111,8 @@ class Walk:
                         for part in ("codes", "scale", "zero", "code_sum", "log2_weight"):
                             one, other = getattr(found, part), getattr(expected, part)
                             assert (one is None and other is None) or torch.equal(one, other), part
-        for pool in {cache._table.pool for cache, _ in self.pairs}:
-            tables = [cache._table for cache, _ in self.pairs if cache._table.pool is pool]
+        for pool in {cache._held.table.pool for cache, _ in self.pairs}:
+            tables = [cache._held.table for cache, _ in self.pairs if cache._held.table.pool is pool]
             rows = [row[:held] for table in tables for row, held in zip(table.numbers, table.held, strict=True)]
             counted = np.bincount(np.concatenate(rows), minlength=len(pool.holders))
             assert counted.tolist() == pool.holders.tolist() and sorted(pool.free) == np.nonzero(counted == 0)[0].tolist()
