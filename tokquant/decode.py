@@ -53,15 +53,15 @@ def decode(
         text = f"q: {given[beyond[0]]} queries for sequence {beyond[0]}, which has {cache.lengths[beyond[0]]} tokens"
         raise ValueError(f"{text}; append their keys first, or say how many are queries with counts")
 
-    turns = None
+    none = turns = None
     if (given < n_q).any():
         # the last query belongs to the last token: turned so that what is none comes first
         turns = torch.from_numpy((np.arange(n_q) - (n_q - given[:, None])) % n_q).to(q.device)
-        q = _turned(q, turns)
+        none = torch.from_numpy(np.arange(n_q) < (n_q - given)[:, None]).to(q.device)[:, None]
+        q = _turned(q, turns).masked_fill(none[..., None], 0)
     own = cache.backend if backend == "auto" else backend
     out, lse = _merged(cache.parts(q, replace(features, sinks=None), own), q, sinks)
-    if turns is not None:
-        none = torch.from_numpy(np.arange(n_q) < (n_q - given)[:, None]).to(q.device)[:, None]
+    if turns is not None and none is not None:
         out, lse = out.masked_fill(none[..., None], 0.0), lse.masked_fill(none, -torch.inf)
         back = turns.argsort(dim=1)
         out, lse = _turned(out, back), _turned(lse, back)

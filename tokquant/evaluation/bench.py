@@ -13,10 +13,13 @@ from tokquant.attention import attention as attend
 from tokquant.attention import choose_backend, quantize
 from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import LayerScales, needed
+from tokquant.decode import decode as decode_cache
+from tokquant.errors import SchemeError
 from tokquant.evaluation import peers
 from tokquant.evaluation.machine import machine
 from tokquant.evaluation.peers import Call, first_line
 from tokquant.kernels.cpu.peak import peaks
+from tokquant.kv_cache import KVCache
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.schemes.placement import as_bytes
 from tokquant.timing import SCRATCH_BYTES, interleaved_medians
@@ -91,6 +94,8 @@ class Provider:
     """The measurements of the machine that bound it, each for an equal part of the work."""
     small: Call | None = None
     """The same with next to nothing to read."""
+    compared: bool = True
+    """Whether it does what the peer does."""
 
 
 Providers = dict[str, Provider | str]
@@ -125,14 +130,14 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
         found[f"{name}, with quantization"] = Provider(whole, work)
     if choose_backend("auto", device) == "cpu":
         for kind, (call, operations) in peaks(torch.get_num_threads()).items():
-            found[INTEGERS if kind == "integers" else FLOATS] = Provider(call, operations)
+            found[INTEGERS if kind == "integers" else FLOATS] = Provider(call, operations, compared=False)
     return _timed("attention", shape, "GOPS", found, device, repeats)
 
 
 def decode(
     shape: Shape, schemes: Sequence[QuantScheme | str], *, device: torch.device, repeats: int = 15, cold: bool = True
 ) -> Table:
-    """Time a query, or a few, in codes too, against codes of K and V that are there already.
+    """Time a query, or a few, in codes too, against codes of K and V that are there already, and against a KVCache of them.
 
     Rates are bytes of K and V a second, all that a QuantizedTensor holds, and as a share of what reading memory does. Where
     `cold`, memory is read before each call until a CPU's caches hold nothing of K and V, as a model's other layers do, and a
@@ -154,9 +159,34 @@ def decode(
         codes, codes_of_few = (quantize(*x, scheme=scheme, scales=scales) for x in ((q, k, v), few))
         call, little = (partial(attend, *x, scheme, causal=causal) for x in (codes, codes_of_few))
         found[name] = Provider(call, codes[1].nbytes + codes[2].nbytes, (MEMORY,), little)
+        found |= _cached(name, scheme, scales, q, (k, v), few[1:])
     memory = torch.ones(SCRATCH_BYTES // 8, dtype=torch.int64, device=device)
-    found[MEMORY] = Provider(memory.sum, SCRATCH_BYTES)
+    found[MEMORY] = Provider(memory.sum, SCRATCH_BYTES, compared=False)
     return _timed("decode", shape, "GB/s", found, device, repeats, lambda each: _after(memory.sum if cold else each.call, each))
+
+
+def _cached(
+    name: str, scheme: QuantScheme, scales: LayerScales | None, q: Tensor, whole: tuple[Tensor, ...], few: tuple[Tensor, ...]
+) -> Providers:
+    """A step of decoding with a KVCache: what Q meets, Q quantized inside, and one more token."""
+    (batch, heads, _, head_dim), caches = whole[0].shape, []
+    for k, v in (whole, few):
+        try:
+            cache = KVCache(
+                scheme, batch=batch, kv_heads=heads, head_dim=head_dim, dtype=q.dtype, device=q.device, scales=scales
+            )
+        except SchemeError as error:
+            return {f"{name}, KVCache": first_line(error)}
+        cache.append(k, v)
+        caches.append(cache)
+    step, little = (partial(decode_cache, q, cache) for cache in caches)
+    grown, token = caches[0].fork(range(batch)), [x[:, :, :1].contiguous() for x in whole]
+    grown.append(*token)  # into a page of its own
+    size = caches[0].memory.packed + caches[0].memory.windows
+    return {
+        f"{name}, KVCache": Provider(step, size, (MEMORY,), little),
+        f"{name}, one token appended": Provider(partial(grown.append, *token), size / whole[0].shape[2], compared=False),
+    }
 
 
 def _after(first: Call, provider: Provider) -> Call:
@@ -189,7 +219,7 @@ def _timed(
         if name not in times:
             return Row(name, note=failures[name])
         units = running[name].units
-        ratio = times[peer] / times[name] if peer and name not in (MEMORY, INTEGERS, FLOATS) else None
+        ratio = times[peer] / times[name] if peer and running[name].compared else None
         bounded = units and all(unit in rates for unit in units)
         share = sum(rates[name] / rates[unit] for unit in units) / len(units) if bounded else None
         return Row(name, times[name], ratio, rates[name], share)
