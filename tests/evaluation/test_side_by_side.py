@@ -59,7 +59,9 @@ def test_decoding_counts_the_bytes_of_keys_and_values():
     table = bench.decode(GROUPED, ["kv-int4", "kv-fp8"], device=CPU, repeats=2)
     found = rows(table)
     torches = [f"SDPA {kind} {form}" for kind in ("fp32", "bf16") for form in ("gqa", "folded")]
-    assert list(found) == [*torches, "kv-int4", "kv-fp8", MEMORY] and table.peer in torches
+    ours = [f"{name}{what}" for name in ("kv-int4", "kv-fp8") for what in ("", ", KVCache", ", one token appended")]
+    assert list(found) == [*torches, *ours, MEMORY] and table.peer in torches
+    assert found["kv-int4, KVCache"].ratio and found["kv-int4, one token appended"].ratio is None
     _, k, v = tq.quantize(*qkv(1, 96, 32, heads=4, kv_heads=2), "kv-int4")
     sizes = {"SDPA fp32 gqa": 2 * 2 * 96 * 32 * 4, "SDPA bf16 folded": 2 * 2 * 96 * 32 * 2, "kv-int4": k.nbytes + v.nbytes}
     for name, size in sizes.items():

@@ -89,7 +89,7 @@ class Provider:
 
     call: Call
     work: float
-    """Operations, or bytes."""
+    """Operations, or bytes; 0 where neither says anything."""
     units: tuple[str, ...] = ()
     """The measurements of the machine that bound it, each for an equal part of the work."""
     small: Call | None = None
@@ -185,7 +185,7 @@ def _cached(
     size = caches[0].memory.packed + caches[0].memory.windows
     return {
         f"{name}, KVCache": Provider(step, size, (MEMORY,), little),
-        f"{name}, one token appended": Provider(partial(grown.append, *token), size / whole[0].shape[2], compared=False),
+        f"{name}, one token appended": Provider(partial(grown.append, *token), 0, compared=False),
     }
 
 
@@ -212,7 +212,7 @@ def _timed(
     untimed = [before(each) for each in running.values()] if before else None
     medians = interleaved_medians([each.call for each in running.values()], repeats, device, untimed)
     times = dict(zip(running, medians, strict=True))
-    rates = {name: each.work / times[name] / 1e6 for name, each in running.items()}
+    rates = {name: each.work / times[name] / 1e6 for name, each in running.items() if each.work}
     peer = min((name for name in times if name.startswith("SDPA")), key=times.__getitem__, default=None)
 
     def row(name: str) -> Row:
@@ -222,7 +222,7 @@ def _timed(
         ratio = times[peer] / times[name] if peer and running[name].compared else None
         bounded = units and all(unit in rates for unit in units)
         share = sum(rates[name] / rates[unit] for unit in units) / len(units) if bounded else None
-        return Row(name, times[name], ratio, rates[name], share)
+        return Row(name, times[name], ratio, rates.get(name), share)
 
     facts = machine(device, choose_backend("auto", device))
     return Table(workload, shape, peer, unit, [row(name) for name in providers], facts)
