@@ -28,7 +28,7 @@ def refused(error, *parts, call=tokquant.attention, **changes):
     start = time.perf_counter()
     with pytest.raises(error) as raised:
         call(**arguments)
-    assert time.perf_counter() - start < 20, "what takes longest is that kernels are built first"
+    assert time.perf_counter() - start < 1
     assert all(part in str(raised.value) for part in parts), str(raised.value)
     assert type(raised.value) is error
 

@@ -1,10 +1,6 @@
-"""What stands in for a GPU where a launch is to be compiled without one, and for kernels that a test is not about."""
+"""What stands in for a GPU where a launch is to be compiled without one."""
 
 import pytest
-
-from tokquant.kernels.cpu import launch
-from tokquant.kernels.cpu import quantize as cpu_kernels
-from tokquant.quantize import quantize_operands
 
 
 class AbsentGpu:
@@ -34,9 +30,3 @@ def absent_gpu(request):
     driver.set_active(AbsentGpu(getattr(request, "param", 90)))
     yield
     driver.set_active(None)
-
-
-@pytest.fixture
-def quantized_by_torch(monkeypatch):
-    """C++ kernels that quantize give the same, are tested by themselves, and each would have to be built."""
-    monkeypatch.setattr(cpu_kernels, "quantize_operands", lambda *given: launch.packed(quantize_operands(*given), given[3]))

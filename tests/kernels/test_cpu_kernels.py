@@ -9,10 +9,7 @@ from tokquant.inputs import features_of
 from tokquant.kernels.cpu import build, launch
 from tokquant.reference import integer_scores, oracle
 
-pytestmark = [
-    pytest.mark.skipif(not build.available(), reason="needs a C++ compiler"),
-    pytest.mark.usefixtures("quantized_by_torch"),
-]
+pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 
 MORE = SCHEMES | {
     "unsigned p on 16-bit v": scheme("int8", "int8", "fp16", "uint8 row_block:64"),

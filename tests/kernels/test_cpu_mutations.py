@@ -8,10 +8,7 @@ import tokquant as tq
 from tokquant.kernels.cpu import build, generate, launch
 from tokquant.schemes import preset
 
-pytestmark = [
-    pytest.mark.skipif(not build.available(), reason="needs a C++ compiler"),
-    pytest.mark.usefixtures("quantized_by_torch"),
-]
+pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 
 ODD = ((37, 301, 48, 2, 2, 1), {})
 CAUSAL = ((90, 330, 32, 4, 2, 2), {"causal": True})

@@ -32,6 +32,11 @@ FLOATS = [torch.float16, torch.bfloat16, torch.float32]
 
 
 @pytest.fixture(autouse=True)
+def quantized_by_torch():
+    """Here by kernels."""
+
+
+@pytest.fixture(autouse=True)
 def kept_builds(tmp_path_factory, monkeypatch):
     """Libraries are kept from test to test."""
     folder = tmp_path_factory.getbasetemp() / "builds"

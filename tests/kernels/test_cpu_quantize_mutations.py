@@ -65,6 +65,11 @@ CHOSEN = [pytest.param(name, marks=[] if place % 3 == 0 else pytest.mark.slow) f
 
 
 @pytest.fixture(autouse=True)
+def quantized_by_torch():
+    """Here by kernels."""
+
+
+@pytest.fixture(autouse=True)
 def kept_builds(tmp_path_factory, monkeypatch):
     """Libraries are kept from test to test: what is not changed is not built again."""
     folder = tmp_path_factory.getbasetemp() / "builds"
