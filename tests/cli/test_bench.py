@@ -41,7 +41,9 @@ def test_decode_is_one_query_for_heads_that_share_keys(tokquant):
     [table] = json.loads(out)
     shape = table["shape"]
     assert (shape["heads"], shape["kv_heads"], shape["queries"], shape["causal"]) == (32, 8, 1, False)
-    assert [row["provider"] for row in table["rows"]][-3:] == ["kv-int8", "fp8", "reading memory"]
+    rows = {row["provider"]: row for row in table["rows"]}
+    assert {"kv-int8", "kv-int8, KVCache", "kv-int8, one token appended", "fp8", "reading memory"} <= rows.keys()
+    assert "a dynamic scale a head" in rows["fp8, KVCache"]["note"]
 
 
 def test_more_queries_and_a_scheme_of_ones_own(tokquant, tmp_path):
@@ -52,7 +54,8 @@ def test_more_queries_and_a_scheme_of_ones_own(tokquant, tmp_path):
     assert code == 0, err
     [table] = json.loads(out)
     assert table["shape"] == dict(batch=2, heads=4, kv_heads=2, queries=3, tokens=64, head_dim=32, causal=True)
-    assert [row["provider"] for row in table["rows"]] == ["SDPA fp32 gqa", "SDPA bf16 gqa", str(path), "reading memory"]
+    own = [str(path), f"{path}, KVCache"]
+    assert [row["provider"] for row in table["rows"]] == ["SDPA fp32 gqa", "SDPA bf16 gqa", *own, "reading memory"]
 
 
 def test_a_table_has_the_reasons_and_the_machine(tokquant, monkeypatch):
