@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tokquant import kv_cache
 from tokquant.kernels.cpu import launch
 from tokquant.plugins import load
 from tokquant.quantize import quantize_operands
@@ -56,3 +57,9 @@ def quantized_by_torch(monkeypatch):
         return launch.packed(quantize_operands(q, k, v, scheme, scales), scheme)
 
     monkeypatch.setattr("tokquant.kernels.cpu.quantize.quantize_operands", by_torch)
+
+
+@pytest.fixture(autouse=True)
+def kept_by_torch(monkeypatch):
+    """So are the pages of a KV cache."""
+    monkeypatch.delitem(kv_cache.STORES, "cpu")

@@ -23,11 +23,14 @@ FEATURES = [
 class Walk:
     """Caches beside the plain ones that they must equal; all of them share one pool until one is loaded from a file."""
 
+    tolerance = 1e-5
+    backend = "auto"
+
     def __init__(self, s, seed, path):
         self.chance, self.path, self.scheme, self.scales = random.Random(seed), path, s, scales_for(s)
         self.capacity = 600
         sizes = dict(batch=2, kv_heads=HEADS, head_dim=D, dtype=torch.float32, capacity=self.capacity)
-        cache = tq.KVCache(s, **sizes, scales=self.scales)
+        cache = tq.KVCache(s, **sizes, scales=self.scales, backend=self.backend)
         self.pairs = [(cache, PlainCache(s, self.scales, 2))]
         self.refused = 0
 
@@ -79,7 +82,7 @@ class Walk:
 
     def save(self, at, cache, plain):
         cache.save(self.path)
-        self.pairs[at] = tq.KVCache.load(self.path, capacity=self.capacity), plain
+        self.pairs[at] = tq.KVCache.load(self.path, capacity=self.capacity, backend=self.backend), plain
 
     def decode(self, at, cache, plain, n_q=1, counts=None):
         counts = [min(n_q, n, own) for n, own in zip(counts or [n_q] * cache.batch, cache.lengths, strict=True)]
@@ -94,7 +97,7 @@ class Walk:
             if n:
                 asked = features(**{name: value for name, value in given.items() if name != "sinks"})
                 expected, expected_lse = plain.decode(b, q[b : b + 1, :, :n], asked, sinks)
-                torch.testing.assert_close(out[b, :, :n].double(), expected[0], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(out[b, :, :n].double(), expected[0], rtol=self.tolerance, atol=self.tolerance)
                 torch.testing.assert_close(lse[b, :, :n].double(), expected_lse[0].double(), rtol=1e-5, atol=1e-5)
 
     def check(self):

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 from paged import differs, filled
+from plain_cache import SCHEMES as KEPT
 from quantized import differences
+from test_kv_cache_walk import Walk
 from test_pages import BLOCKS, FEATURES, SCHEMES, dtype_of
 
 import tokquant as tq
+from tokquant import kv_cache
 from tokquant.kernels.cpu import build
-from tokquant.kernels.cpu import pages as module
 from tokquant.kernels.cpu.pages import CpuPages
 from tokquant.pages import ReferencePages
 from tokquant.reference import Features
@@ -18,6 +20,14 @@ from tokquant.reference import Features
 pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 
 KIND = dict(kinds=(CpuPages,))
+
+
+@pytest.fixture(autouse=True)
+def kept_by_torch(monkeypatch):
+    """Not here."""
+    monkeypatch.setitem(kv_cache.STORES, "cpu", CpuPages)
+
+
 WRITTEN = [pytest.param(name, marks=[] if name.startswith(("kv-", "fireq", "blocks", "static ch")) else pytest.mark.slow)
            for name in SCHEMES]  # fmt: skip
 
@@ -159,4 +169,16 @@ def test_pages_of_fewer_tokens_than_a_tile_are_refused_and_auto_takes_the_refere
     case = filled(SCHEMES["kv-int8"], (20,), d=32, **KIND)
     with pytest.raises(tq.UnsupportedError, match="mask, bias"):
         case.attend(Features(scale=1.0, mask=torch.ones(1, 4, 1, 20, dtype=torch.bool)))
-    assert module.CpuPages is CpuPages
+
+
+class WalkOnCpu(Walk):
+    tolerance = 0.03  # a code of P may fall on the other side of a tie
+    backend = "cpu"
+
+
+@pytest.mark.parametrize("name", ["kv-int4", "KIVI in 2 bits, no windows", "FireQ's precisions"])
+def test_whatever_happens_to_a_cache_on_these_pages_it_equals_a_plain_one(name, tmp_path):
+    walk = WalkOnCpu(KEPT[name], 0, tmp_path / "cache.safetensors")
+    for _ in range(40):
+        walk.step()
+        walk.check()
