@@ -109,7 +109,7 @@ class Sequences:
             table, lengths = self.table.tensor(self.device), self._tensor(self.packed)
             offset = self._tensor(newer) if newer.any() else None
             if by_reading is None:
-                parts.append(self.store.attention(q, table, lengths, features, offset=offset))
+                parts.append(self.store.attention(q, table, lengths, features, offset=offset, longest=int(self.packed.max())))
             else:
                 parts.append(attention_by_reading(self.store, *by_reading, q, table, lengths, features, offset))
         if self.windows.slots and (self.lengths > self.packed).any():
