@@ -294,7 +294,7 @@ struct Scratch {
 #endif
 #if K_DECODED
     alignas(64) float k_scale[K_ROWS * K_COLUMNS + LANES];
-    alignas(64) float k_zero[K_ROWS * K_COLUMNS + LANES] = {};
+    alignas(64) float k_zero[K_ROWS * K_COLUMNS + LANES];
 #endif
 #if V_PER_TOKEN
     alignas(64) float log2_weight[TILE];
@@ -313,7 +313,7 @@ struct Scratch {
 #endif
 #if V_DECODED
     alignas(64) float v_scale[TILE * V_COLUMNS + LANES];
-    alignas(64) float v_zero[TILE * V_COLUMNS + LANES] = {};
+    alignas(64) float v_zero[TILE * V_COLUMNS + LANES];
 #endif
 #if BLOCK_MEANS
     alignas(64) float means[TILE];
