@@ -1,5 +1,7 @@
 """Generated C++ kernels, against the emulation and against float64 on the same codes."""
 
+import ctypes
+
 import pytest
 import torch
 from factories import CASES, SCHEMES, bounds, exact_operands, fits, nan_filled, qkv, scheme
@@ -34,6 +36,15 @@ def kept_builds(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.getbasetemp() / "builds"
     folder.mkdir(exist_ok=True)
     monkeypatch.setenv("TOKQUANT_CACHE_DIR", str(folder))
+
+
+@pytest.fixture(autouse=True)
+def used_memory():
+    """Memory that kernels ask for holds numbers, large ones, as it does in a process that has run for a while; of glibc."""
+    perturb, mallopt = -6, getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
+    mallopt(perturb, 1)
+    yield
+    mallopt(perturb, 0)
 
 
 def differs(operands, s, given, monkeypatch):

@@ -294,6 +294,8 @@ struct Scratch {
 #endif
 #if K_DECODED
     alignas(64) float k_scale[K_ROWS * K_COLUMNS + LANES];
+#endif
+#if K_DECODED_ZERO
     alignas(64) float k_zero[K_ROWS * K_COLUMNS + LANES];
 #endif
 #if V_PER_TOKEN
@@ -313,6 +315,8 @@ struct Scratch {
 #endif
 #if V_DECODED
     alignas(64) float v_scale[TILE * V_COLUMNS + LANES];
+#endif
+#if V_DECODED_ZERO
     alignas(64) float v_zero[TILE * V_COLUMNS + LANES];
 #endif
 #if BLOCK_MEANS

@@ -13,21 +13,29 @@ static inline void spread(float* to, const T* from, int64_t there, int size) {
     for (int i = 0; i < size; i += LANES) store(to + i, i < there ? load(from + i, there - i) : all(0));
 }
 
+#if K_DECODED
+// a tile's scales or zeros of a panel's tokens, for each group of channels
+static inline void of_panel(floats (&to)[K_COLUMNS], const float* tile, int panel) {
+    const int row = panel * LANES / K_SCALE_TOKENS;
+    for (int c = 0; c < K_COLUMNS; c++) {
+        to[c] = all(tile[row * K_COLUMNS + c]);
+        for (int i = 0; i < LANES && K_SCALE_TOKENS == 1; i++) to[c][i] = tile[(row + i) * K_COLUMNS + c];
+    }
+}
+#endif
+
 #if K_UNPACKED
 // a panel of a tile: [words][16] -> [D][16]
 static void unpack_keys(Scratch& t, const uint32_t* tile, int panel, int64_t ahead) {
     const uint32_t* from = tile + panel * K_PANEL;
     float* to = t.k + panel * D * LANES;
 #if K_DECODED
-    floats scale[K_COLUMNS], zero[K_COLUMNS];
-    for (int c = 0; c < K_COLUMNS; c++) {
-        const int row = panel * LANES / K_SCALE_TOKENS;
-        scale[c] = all(t.k_scale[row * K_COLUMNS + c]), zero[c] = all(t.k_zero[row * K_COLUMNS + c]);
-        for (int i = 0; i < LANES && K_SCALE_TOKENS == 1; i++) {
-            scale[c][i] = t.k_scale[(row + i) * K_COLUMNS + c];
-            zero[c][i] = t.k_zero[(row + i) * K_COLUMNS + c];
-        }
-    }
+    floats scale[K_COLUMNS];
+    of_panel(scale, t.k_scale, panel);
+#endif
+#if K_DECODED_ZERO
+    floats zero[K_COLUMNS];
+    of_panel(zero, t.k_zero, panel);
 #endif
     for (int w = 0; w < K_WORDS; w++, from += LANES) {
         const words x = load(from);
@@ -38,7 +46,13 @@ static void unpack_keys(Scratch& t, const uint32_t* tile, int panel, int64_t ahe
             if (d >= D) break;
             floats y = decode_k(code_of<K_BITS>(x, i));
 #if K_DECODED
-            y = as_input(y * scale[d * K_COLUMNS / D] + zero[d * K_COLUMNS / D]);
+            y *= scale[d * K_COLUMNS / D];
+#endif
+#if K_DECODED_ZERO
+            y += zero[d * K_COLUMNS / D];
+#endif
+#if K_DECODED
+            y = as_input(y);
 #endif
             store(to + d * LANES, y);
         }
@@ -60,7 +74,13 @@ static void unpack_values(Scratch& t, const uint32_t* tile, int panel, int64_t a
             floats y = decode_v(code_of<V_BITS>(x, i));
 #if V_DECODED
             const int at = token * V_COLUMNS + panel * LANES * V_COLUMNS / D;
-            y = as_input(y * t.v_scale[at] + t.v_zero[at]);
+            y *= t.v_scale[at];
+#endif
+#if V_DECODED_ZERO
+            y += t.v_zero[at];
+#endif
+#if V_DECODED
+            y = as_input(y);
 #endif
             store(to + token * LANES, y);
         }
