@@ -79,7 +79,8 @@ class Walk:
 
     def save(self, at, cache, plain):
         cache.save(self.path)
-        self.pairs[at] = tq.KVCache.load(self.path, capacity=self.capacity), plain
+        # sequences that shared pages do no more, so they may need more of them
+        self.pairs[at] = tq.KVCache.load(self.path), plain
 
     def decode(self, at, cache, plain, n_q=1, counts=None):
         counts = [min(n_q, n, own) for n, own in zip(counts or [n_q] * cache.batch, cache.lengths, strict=True)]
