@@ -82,7 +82,8 @@ class Walk:
 
     def save(self, at, cache, plain):
         cache.save(self.path)
-        self.pairs[at] = tq.KVCache.load(self.path, capacity=self.capacity, backend=self.backend), plain
+        # sequences that shared pages do no more, so they may need more of them
+        self.pairs[at] = tq.KVCache.load(self.path, backend=self.backend), plain
 
     def decode(self, at, cache, plain, n_q=1, counts=None):
         counts = [min(n_q, n, own) for n, own in zip(counts or [n_q] * cache.batch, cache.lengths, strict=True)]

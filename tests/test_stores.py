@@ -22,6 +22,11 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def kept_by_torch():
+    """Not here."""
+
+
 def store_of(backend, s, pages=6):
     scales = scales_for(s, H, D)
     page = s.cache.page if s.cache else 128
