@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -20,10 +20,13 @@ LANES = 32
 """Sums over keys that no two threads share, of four warps side by side."""
 
 Table = tuple[tuple[int, int], ...]
-FEW_ROWS: Table = ((2, 3), (4, 3), (2, 2), (4, 2))
-"""Warps and stages where at most 32 rows meet a tile of keys: less is read by each of several warps than by one wide one."""
-MANY_ROWS: Table = ((4, 2), (4, 3), (8, 2), (4, 1))
+"""Warps and stages."""
 
+INTEGERS: Table = ((2, 3), (4, 3), (2, 2), (4, 2))
+"""Where at most 16 rows meet integers: the fewer warps, the fewer read the same and wait for one another's maxima."""
+FLOATS: Table = ((4, 3), (4, 2), (8, 3), (2, 2))
+"""Operands in 16 bits, or more rows, fill the registers of two warps."""
+MANY_ROWS: Table = ((4, 2), (4, 3), (8, 2), (4, 1))
 
 PLAIN = Wanted()
 
@@ -54,7 +57,7 @@ def decode_plan(
     page: int,
     shared_heads: int = 1,
     wanted: Wanted = PLAIN,
-    rows: Literal[16, 32, 64] = 16,
+    rows: int = 1,
     one_run: bool = True,
     newer: bool = False,
     interpreted: bool = False,
@@ -63,7 +66,7 @@ def decode_plan(
     """The plan of a kernel for pages of `page` tokens; LSE is always returned.
 
     Args:
-        rows: of a tile: queries times the heads of Q that share one of K and V.
+        rows: queries times the heads of Q that share one of K and V.
         one_run: whether a program goes over all keys, so that nothing is merged.
         newer: whether there are keys elsewhere that follow those in pages.
 
@@ -158,7 +161,7 @@ def decode_plan(
         holes=tuple(holes.items()),
         constants=tuple(constants.items()),
         products=base.products,
-        candidates=_candidates(base, rows, tile, padded, target),
+        candidates=_candidates(base, 16 if rows <= 16 else 32 if rows <= 32 else 64, tile, padded, target),
         places=base.places,
     )
 
@@ -207,6 +210,8 @@ def _candidates(base: Plan, rows: int, tile: int, padded: int, target: targets.T
     """Launches whose tiles fit shared memory by an estimate from above, which leaves out that packed codes are smaller."""
     sizes = {"tl.int8": 1, "tl.float8e4nv": 1, "tl.float8e5": 1, "tl.float32": 4}
     bytes_of_key = padded * sum(sizes.get(base.products[index], 2) for index in (1, 3))
-    every = [Config(rows, tile, warps, stages) for warps, stages in (MANY_ROWS if rows > 32 else FEW_ROWS)]
+    integers = base.products[1] == base.products[3] == "tl.int8" and padded <= 128 and rows <= 16
+    table = MANY_ROWS if rows > 32 else INTEGERS if integers else FLOATS
+    every = [Config(rows, tile, warps, stages) for warps, stages in table]
     fitting = [config for config in every if config.num_stages * tile * bytes_of_key <= target.shared_bytes - 1024]
     return tuple(fitting or [replace(config, num_stages=1) for config in every[:2]])

@@ -330,12 +330,8 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
                 # what the product of codes that fit a signed unit lacks
                 pv += (tl.sum(v.to(tl.int32), 0) * CODE_ZERO).to(tl.float32)[None, :]
             if V_PER_TILE:
-                v_side_at = (
-                    v_sides
-                    + page * V.sides_page
-                    + tl.cast(start, tl.int32) % PAGE // V_GROUP * V_SIDE
-                    + v_channel * V_PER_CHANNEL
-                )
+                v_block = tl.cast(start, tl.int32) % PAGE // V_GROUP
+                v_side_at = v_sides + page * V.sides_page + v_block * V_SIDE + v_channel * V_PER_CHANNEL
                 v_scale = tl.load(v_side_at, mask=v_channel < D, other=0.0).to(tl.float32)
                 pv *= (v_scale * V_UNIT)[None, :]
             if V_TILE_ZERO:
