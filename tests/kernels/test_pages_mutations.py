@@ -19,6 +19,8 @@ from tokquant.schemes import preset
 INT4, INT8, KIVI = (preset(name) for name in ("kv-int4", "kv-int8", "kv-int4-kivi"))
 UNSIGNED = scheme("int8", "int8 block:32", "int4 block:64", "uint8 row_block:32")
 CAUSAL = {"causal": True}
+WINDOW = CAUSAL | {"window": (50, None)}
+BLOCKS = {"lengths": (192, 64)}
 
 # scheme, features, shape, what stands in the kernel that reads, what takes its place
 READING = {
@@ -29,8 +31,8 @@ READING = {
     "queries of other heads": (INT8, {}, {"n_q": 5}, "+ index % SHARED_HEADS", "+ index % SHARED_HEADS * 0"),
     "causal off by one": (INT8, CAUSAL, {"n_q": 5}, "(ahead + F.right))", "(ahead + F.right + 1))"),
     "keys beyond the end kept": (INT8, {}, {}, "keep = inside[None, :]", "keep = (j >= 0)[None, :]"),
-    "newer keys forgotten": (INT8, CAUSAL | {"window": (50, None)}, {"offset": 30}, "ahead += tl.load(T.newer", "ahead += 0 * tl.load(T.newer"),
-    "a window open to the left": (INT8, CAUSAL | {"window": (50, None)}, {}, "(ahead - F.left))", "(ahead - F.left - 9))"),
+    "newer keys forgotten": (INT8, WINDOW, {"offset": 30}, "ahead += tl.load(T.newer", "ahead += 0 * tl.load(T.newer"),
+    "a window open to the left": (INT8, WINDOW, {}, "(ahead - F.left))", "(ahead - F.left - 9))"),
     "K's channels in their own order": (INT4, {}, {}, "    q_column = k_channel", "    q_column = column"),
     "V's channels in planes": (INT4, {}, {}, "o = o.reshape(BLOCK_M, V_PLANES", "_ = o.reshape(BLOCK_M, V_PLANES"),
     "P not permuted as V is": (INT8, {}, {}, ".permute(0, 1, 3, 2, 4)", ".permute(0, 1, 2, 3, 4)"),
@@ -41,12 +43,16 @@ READING = {
     "zeros of K forgotten": (INT4, {}, {}, "(k_zero + K_HALF * k_scale)", "(k_zero + k_scale)"),
     "no rescaling of the normalizer": (INT8, {}, {}, "l * alpha[:, None], BLOCK_M", "l, BLOCK_M"),
     "no rescaling of the zeros": (INT4, {}, {}, "zeros * alpha[:, None], BLOCK_M", "zeros, BLOCK_M"),
-    "unsigned P not corrected": (UNSIGNED, {}, {"lengths": (192, 64)}, "* CODE_ZERO)", "* 0)"),
-    "V's scale of another tile": (UNSIGNED, {}, {"lengths": (192, 64)}, "v_block = tl.cast(start, tl.int32)", "v_block = 0 * tl.cast(start, tl.int32)"),
-    "K's scale of another block": (UNSIGNED, {}, {"lengths": (192, 64)}, "% PAGE // K_GROUP", "% PAGE // 64"),
-    "scales of other channels": (KIVI, {}, {"lengths": (192, 64)}, "    k_part = k_channel", "    k_part = column"),
-    "scales of other groups": (KIVI, {}, {"lengths": (192, 64)}, "(N, PLANES, D // CHANNELS, CHANNELS // PLANES)", "(N, CHANNELS // PLANES, D // CHANNELS, PLANES)"),
-    "zeros of other groups": (KIVI, {}, {"lengths": (192, 64)}, "at + V_COLUMNS", "at + V_COLUMNS - 1"),
+    "unsigned P not corrected": (UNSIGNED, {}, BLOCKS, "* CODE_ZERO)", "* 0)"),
+    "V's scale of another tile": (UNSIGNED, {}, BLOCKS, "v_block = tl.cast(start", "v_block = 0 * tl.cast(start"),
+    "K's scale of another block": (UNSIGNED, {}, BLOCKS, "% PAGE // K_GROUP", "% PAGE // 64"),
+    "scales of other channels": (KIVI, {}, BLOCKS, "    k_part = k_channel", "    k_part = column"),
+    "scales of other groups": (
+        KIVI, {}, BLOCKS,
+        "(N, PLANES, D // CHANNELS, CHANNELS // PLANES)",
+        "(N, CHANNELS // PLANES, D // CHANNELS, PLANES)",
+    ),
+    "zeros of other groups": (KIVI, {}, BLOCKS, "at + V_COLUMNS", "at + V_COLUMNS - 1"),
     "another run's keys": (INT8, {}, {"deterministic": True}, "begin = split * run", "begin = 0 * split"),
 }  # fmt: skip
 
@@ -75,11 +81,6 @@ def test_a_seeded_fault_in_reading_is_seen(name, monkeypatch):
 WRITING = {
     "from the beginning of a tile": (INT8, "first += start // TOKENS * TOKENS", "first += 0 * start"),
     "what was there overwritten": (INT8, "here = here & (i >= start)", "here = here & (i >= 0)"),
-    "the tokens of another place": (
-        INT8,
-        "x_at -= start.to(tl.int64) * X.row",
-        "x_at -= (start // 2 * 2).to(tl.int64) * X.row",
-    ),
     "the page of another tile": (INT8, "first // PAGE, mask=first < n", "0, mask=first < n"),
     "V's tokens not permuted": (INT8, "((column & 2) << 2) | ((column & 12) >> 1) | (column & 1)", "column"),
     "a scale in another page": (INT4, "scale_at = home * Y.scale_batch", "scale_at = 0 * home"),

@@ -15,6 +15,7 @@ from tokquant.kernels.quantize_plan import LONGEST
 from tokquant.kernels.triton import fragments, scales
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.appending import check_append_only
+from tokquant.schemes.placement import place
 
 LANES = 32
 """Sums over keys that no two threads share, of four warps side by side."""
@@ -124,6 +125,7 @@ def decode_plan(
         rows_of_page, pairs, columns = sides_shape(operand, head_dim, page)
         tokens, channels = operand.granularity.cover(WHOLE, head_dim) if operand.scaled else (1, head_dim)
         made |= {
+            f"{role}_VIA": "tl.float32" if at[role.lower()] == "operand" else constants[f"{role}_VIA"],
             f"{role}_HAS_SCALE": operand.scaled and at[role.lower()] != "q",
             f"{role}_SIDE": pairs * columns,
             f"{role}_SIDES": rows_of_page * pairs * columns,
@@ -152,6 +154,7 @@ def decode_plan(
     if at["v"] == "p":
         holes["log2_scale"] = fragments.log2_of_normal_ptx if nvidia else fragments.log2_of_normal
     for role, operand in (("k", k), ("v", v)):
+        holes[f"widen_{role}"] = _widen(operand, constants[f"{role.upper()}_VIA"], nvidia)
         if at[role] == "operand":
             by_channel = operand.granularity.cover(WHOLE, head_dim)[1] == 1
             holes[f"spread_{role}"] = fragments.of_channels if by_channel else fragments.of_groups
@@ -183,10 +186,12 @@ def sides_shape(operand: Operand, head_dim: int, page: int) -> tuple[int, int, i
 
 
 def _key_tile(scheme: QuantScheme, page: int) -> int:
-    """Keys of a tile: fixed by row_block, and else no more than a page has."""
+    """Keys of a tile: fixed by row_block, and else no more than a page has, or than registers hold of decoded ones."""
     if scheme.p.granularity.size:
         return scheme.key_tile
-    return min(scheme.key_tile, max(32, page))
+    # P without a scale does not care for the tile
+    decoded = "operand" in (place(scheme.k), place(scheme.v)) and scheme.p.format.largest is None
+    return min(scheme.key_tile, max(32, page), 64 if decoded else 128)
 
 
 def _unit(operand: Operand, product: str) -> float:
@@ -200,6 +205,11 @@ def _decode(operand: Operand, unit: float, usual: Any, nvidia: bool) -> Any:
         return usual
     precision = operand.format
     return (nvidia and precision.triton_decode_high_ptx) or precision.triton_decode_high
+
+
+def _widen(operand: Operand, kind: str, nvidia: bool) -> Any:
+    from_bytes = nvidia and operand.format.compute == "tl.int8" and kind == "tl.float16"
+    return fragments.to_float16_ptx if from_bytes else fragments.by_cast
 
 
 def _lay(planes: int) -> Any:
