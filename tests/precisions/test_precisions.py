@@ -160,6 +160,17 @@ def test_the_triton_decode_is_unpack_then_decode_for_every_finite_pattern(precis
     assert torch.equal(out, precision.decode(precision.unpack(stored, d)))
 
 
+@pytest.mark.parametrize(
+    "precision", [p for p in packed_integers if p.triton_decode_high], ids=lambda precision: precision.name
+)
+def test_codes_in_the_highest_bits_are_the_codes_times_a_power_of_two(precision):
+    stored = patterns(precision).reshape(-1, 16)
+    n, d = stored.shape[0], 16 * precision.packed
+    out = torch.full((n, d), float("nan"))
+    through_decode[(1,)](stored, out, precision.triton_decode_high, n, 16, d)
+    assert torch.equal(out, precision.decode(precision.unpack(stored, d)) * 2 ** (8 - precision.bits))
+
+
 def run_encode(p, precision):
     fragment = precision.triton_encode_interpreted or precision.triton_encode
     padded = torch.nn.functional.pad(p, (0, triton.next_power_of_2(len(p)) - len(p)))

@@ -11,6 +11,7 @@ from tokquant.cli import options, output
 from tokquant.kernels import launch
 from tokquant.kernels.compile import Kernel
 from tokquant.kernels.compile import compile as compile_kernel
+from tokquant.kernels.decode_plan import DecodePlan
 from tokquant.kernels.targets import TARGETS
 from tokquant.kernels.tuning import prune
 
@@ -21,6 +22,8 @@ def compile(
     target: Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")] = "sm_90",
     causal: options.Causal = False,
     dtype: options.Dtype = "fp16",
+    decode: Annotated[bool, typer.Option("--decode", help="The kernel that reads a KV cache, for one new token.")] = False,
+    shared_heads: Annotated[int, typer.Option("--shared-heads", min=1, help="Heads of Q to one of K and V.")] = 1,
     candidates: Annotated[
         bool, typer.Option("--candidates", help="Compare every launch that tuning may choose, best prediction first.")
     ] = False,
@@ -30,7 +33,15 @@ def compile(
 
     Rates are predicted from instructions and datasheets; nothing is measured.
     """
-    kernel = compile_kernel(scheme, head_dim=head_dim, causal=causal, target=target, dtype=options.dtype_of(dtype))
+    kernel = compile_kernel(
+        scheme,
+        head_dim=head_dim,
+        causal=causal,
+        shared_heads=shared_heads,
+        decode=decode,
+        target=target,
+        dtype=options.dtype_of(dtype),
+    )
     if candidates:
         return _compare(kernel, json)
     resources, predicted = kernel.resources, kernel.prediction
@@ -56,7 +67,9 @@ def compile(
         "blocks a multiprocessor": str(resources.blocks_per_multiprocessor),
         "instructions a score": f"{resources.instructions_per_score:.2f} in the loop over whole tiles",
         "tensor-core instructions": ", ".join(f"{count} {name}" for name, count in resources.tensor_core.items()) or "none",
-        "predicted": f"{predicted.serial_tops:.0f} TOPS on {predicted.card} if softmax and products wait for one another, "
+        "predicted": _bandwidth(kernel)
+        if decode
+        else f"{predicted.serial_tops:.0f} TOPS on {predicted.card} if softmax and products wait for one another, "
         f"{100 * predicted.share:.0f} % of the roofline of {predicted.roofline_tops:.0f}",
         **kernel.plan.explain(),
     }
@@ -65,12 +78,23 @@ def compile(
     output.console().print(table)
 
 
+def _bandwidth(kernel: Kernel) -> str:
+    found = kernel.bandwidth
+    return (
+        f"{found.predicted:.2f} TB/s of keys and values at {found.bits_per_value:g} bits on {found.card}: instructions, "
+        f"{found.instructions_per_value:.2f} a value, allow {found.issued:.2f}, its memory {found.memory:g}"
+    )
+
+
 def _report(kernel: Kernel) -> dict:
-    return {
+    report = {
         "config": asdict(kernel.config),
         "resources": asdict(kernel.resources),
         "prediction": {**asdict(kernel.prediction), "share": kernel.prediction.share},
     }
+    if isinstance(kernel.plan, DecodePlan):
+        report["bandwidth"] = {**asdict(kernel.bandwidth), "predicted": kernel.bandwidth.predicted}
+    return report
 
 
 def _compare(kernel: Kernel, json: bool) -> None:

@@ -137,23 +137,21 @@ def compile(
         bias="past_alibi" if bias == "alibi" and causal else bias,
         bias_rank=bias_rank,
     )
-    if decode and (mask != "none" or bias != "none" or varlen):
-        raise UnsupportedError(
-            "decode: a kernel that reads pages has no mask, no bias, and sequences of their own lengths always"
-        )
     if decode:
-        rows = 16 if shared_heads <= 16 else 32 if shared_heads <= 32 else 64
+        if mask != "none" or bias != "none" or varlen:
+            raise UnsupportedError("decode: a kernel that reads pages has no mask and no bias, and lengths of its own anyway")
+        wanted = replace(wanted, right=True, lse=True)
         of_pages = decode_plan(
             scheme,
             head_dim=head_dim,
             dtype=dtype,
             page=windows(scheme).page,
             shared_heads=shared_heads,
-            wanted=replace(wanted, right=True),
-            rows=rows,
+            wanted=wanted,
+            rows=shared_heads,
             target=chosen,
         )
-        return Kernel.of(of_pages, scheme, head_dim, dtype, chosen, replace(wanted, right=True))
+        return Kernel.of(of_pages, scheme, head_dim, dtype, chosen, wanted)
     made = plan(
         scheme,
         head_dim=head_dim,

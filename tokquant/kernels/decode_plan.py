@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -15,15 +15,19 @@ from tokquant.kernels.quantize_plan import LONGEST
 from tokquant.kernels.triton import fragments, scales
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.appending import check_append_only
+from tokquant.schemes.placement import place
 
 LANES = 32
 """Sums over keys that no two threads share, of four warps side by side."""
 
 Table = tuple[tuple[int, int], ...]
-FEW_ROWS: Table = ((2, 3), (4, 3), (2, 2), (4, 2))
-"""Warps and stages where at most 32 rows meet a tile of keys: less is read by each of several warps than by one wide one."""
-MANY_ROWS: Table = ((4, 2), (4, 3), (8, 2), (4, 1))
+"""Warps and stages."""
 
+INTEGERS: Table = ((2, 3), (4, 3), (2, 2), (4, 2))
+"""Where at most 16 rows meet integers: the fewer warps, the fewer read the same and wait for one another's maxima."""
+FLOATS: Table = ((4, 3), (4, 2), (8, 3), (2, 2))
+"""Operands in 16 bits, or more rows, fill the registers of two warps."""
+MANY_ROWS: Table = ((4, 2), (4, 3), (8, 2), (4, 1))
 
 PLAIN = Wanted()
 
@@ -54,7 +58,7 @@ def decode_plan(
     page: int,
     shared_heads: int = 1,
     wanted: Wanted = PLAIN,
-    rows: Literal[16, 32, 64] = 16,
+    rows: int = 1,
     one_run: bool = True,
     newer: bool = False,
     interpreted: bool = False,
@@ -63,7 +67,7 @@ def decode_plan(
     """The plan of a kernel for pages of `page` tokens; LSE is always returned.
 
     Args:
-        rows: of a tile: queries times the heads of Q that share one of K and V.
+        rows: queries times the heads of Q that share one of K and V.
         one_run: whether a program goes over all keys, so that nothing is merged.
         newer: whether there are keys elsewhere that follow those in pages.
 
@@ -121,6 +125,7 @@ def decode_plan(
         rows_of_page, pairs, columns = sides_shape(operand, head_dim, page)
         tokens, channels = operand.granularity.cover(WHOLE, head_dim) if operand.scaled else (1, head_dim)
         made |= {
+            f"{role}_VIA": "tl.float32" if at[role.lower()] == "operand" else constants[f"{role}_VIA"],
             f"{role}_HAS_SCALE": operand.scaled and at[role.lower()] != "q",
             f"{role}_SIDE": pairs * columns,
             f"{role}_SIDES": rows_of_page * pairs * columns,
@@ -149,6 +154,7 @@ def decode_plan(
     if at["v"] == "p":
         holes["log2_scale"] = fragments.log2_of_normal_ptx if nvidia else fragments.log2_of_normal
     for role, operand in (("k", k), ("v", v)):
+        holes[f"widen_{role}"] = _widen(operand, constants[f"{role.upper()}_VIA"], nvidia)
         if at[role] == "operand":
             by_channel = operand.granularity.cover(WHOLE, head_dim)[1] == 1
             holes[f"spread_{role}"] = fragments.of_channels if by_channel else fragments.of_groups
@@ -158,7 +164,7 @@ def decode_plan(
         holes=tuple(holes.items()),
         constants=tuple(constants.items()),
         products=base.products,
-        candidates=_candidates(base, rows, tile, padded, target),
+        candidates=_candidates(base, 16 if rows <= 16 else 32 if rows <= 32 else 64, tile, padded, target),
         places=base.places,
     )
 
@@ -180,10 +186,12 @@ def sides_shape(operand: Operand, head_dim: int, page: int) -> tuple[int, int, i
 
 
 def _key_tile(scheme: QuantScheme, page: int) -> int:
-    """Keys of a tile: fixed by row_block, and else no more than a page has."""
+    """Keys of a tile: fixed by row_block, and else no more than a page has, or than registers hold of decoded ones."""
     if scheme.p.granularity.size:
         return scheme.key_tile
-    return min(scheme.key_tile, max(32, page))
+    # P without a scale does not care for the tile
+    decoded = "operand" in (place(scheme.k), place(scheme.v)) and scheme.p.format.largest is None
+    return min(scheme.key_tile, max(32, page), 64 if decoded else 128)
 
 
 def _unit(operand: Operand, product: str) -> float:
@@ -199,6 +207,11 @@ def _decode(operand: Operand, unit: float, usual: Any, nvidia: bool) -> Any:
     return (nvidia and precision.triton_decode_high_ptx) or precision.triton_decode_high
 
 
+def _widen(operand: Operand, kind: str, nvidia: bool) -> Any:
+    from_bytes = nvidia and operand.format.compute == "tl.int8" and kind == "tl.float16"
+    return fragments.to_float16_ptx if from_bytes else fragments.by_cast
+
+
 def _lay(planes: int) -> Any:
     return fragments.in_planes if planes > 1 else fragments.side_by_side
 
@@ -207,6 +220,8 @@ def _candidates(base: Plan, rows: int, tile: int, padded: int, target: targets.T
     """Launches whose tiles fit shared memory by an estimate from above, which leaves out that packed codes are smaller."""
     sizes = {"tl.int8": 1, "tl.float8e4nv": 1, "tl.float8e5": 1, "tl.float32": 4}
     bytes_of_key = padded * sum(sizes.get(base.products[index], 2) for index in (1, 3))
-    every = [Config(rows, tile, warps, stages) for warps, stages in (MANY_ROWS if rows > 32 else FEW_ROWS)]
+    integers = base.products[1] == base.products[3] == "tl.int8" and padded <= 128 and rows <= 16
+    table = MANY_ROWS if rows > 32 else INTEGERS if integers else FLOATS
+    every = [Config(rows, tile, warps, stages) for warps, stages in table]
     fitting = [config for config in every if config.num_stages * tile * bytes_of_key <= target.shared_bytes - 1024]
     return tuple(fitting or [replace(config, num_stages=1) for config in every[:2]])

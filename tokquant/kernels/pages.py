@@ -189,7 +189,6 @@ class TritonPages:
     def _plan(
         self, wanted: Wanted, shared_heads: int, n_q: int = 1, *, newer: bool = False, one_run: bool = True
     ) -> DecodePlan:
-        rows = n_q * shared_heads
         plan = decode_plan(
             self.scheme,
             head_dim=self.head_dim,
@@ -197,7 +196,7 @@ class TritonPages:
             page=self.page,
             shared_heads=shared_heads,
             wanted=wanted,
-            rows=16 if rows <= 16 else 32 if rows <= 32 else 64,
+            rows=64 if n_q * shared_heads > 32 else 32 if n_q * shared_heads > 16 else 16,
             one_run=one_run,
             newer=newer,
             interpreted=self._target is None,
@@ -218,8 +217,10 @@ def merged(parts: Tensor, lses: Tensor, sinks: Tensor | None = None) -> tuple[Te
     runs, b, heads, n_q, d = parts.shape
     out, lse = torch.empty_like(parts[0]), torch.empty_like(lses[0])
     rows = b * heads * n_q
-    padded = 1 << (d - 1).bit_length()
-    merge[(rows,)](parts, lses, sinks, out, lse, runs, rows, n_q, heads, D=d, D_TILE=padded, SINKS=sinks is not None, BLOCK=16)
+    sizes = dict(D=d, D_TILE=1 << (d - 1).bit_length(), SINKS=sinks is not None, BLOCK=16)
+    merge[(rows,)](
+        parts, lses, sinks, out, lse, runs, rows, n_q, heads, **sizes, num_warps=4, num_stages=2, enable_fp_fusion=True
+    )
     return out, lse
 
 

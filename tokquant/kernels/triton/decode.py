@@ -7,6 +7,8 @@ the runs together. The arithmetic is that of `template`, and so are the names.
 from tokquant.kernels.triton.fragments import as_they_are as lay_k
 from tokquant.kernels.triton.fragments import as_they_are as lay_q
 from tokquant.kernels.triton.fragments import as_they_are as lay_v
+from tokquant.kernels.triton.fragments import by_cast as widen_k
+from tokquant.kernels.triton.fragments import by_cast as widen_v
 from tokquant.kernels.triton.fragments import exact as count
 from tokquant.kernels.triton.fragments import in_groups as order_p
 from tokquant.kernels.triton.fragments import integer_product as product_k
@@ -231,14 +233,14 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
 
             k_at = tokens_at(k_codes + page * K.page, start, n, PAGE, 1, K_WIDTH)
             k = load_tile(k_at[:, None] + k_column[None, :], inside, k_column * K_PACKED < D, PADDED)
-            k = lay_k(decode_k(k)).to(K_VIA)
+            k = widen_k(lay_k(decode_k(k)), K_VIA)
             if K_DECODED:
                 token = start + k_step
                 k_page = page_of(table, start, token, n_k, PAGE, phase != 1)
                 k_side_at = tokens_at(k_sides + k_page * K.sides_page, start, k_step, PAGE, K_GROUP, K_SIDE)
                 at = k_side_at[:, None] + k_part[None, :]
                 k_scale = load_tile(at, token < n_k, k_part < K_COLUMNS, phase != 1 or PADDED).to(tl.float32)
-                k = (k.to(tl.float32) + K_HALF) * spread_k(k_scale, BLOCK_N, K_STEP, D_TILE, K_CHANNELS, K_PLANES)
+                k = (k + K_HALF) * spread_k(k_scale, BLOCK_N, K_STEP, D_TILE, K_CHANNELS, K_PLANES)
                 if K_ZERO_DECODED:
                     k_zero = load_tile(at + K_COLUMNS, token < n_k, k_part < K_COLUMNS, phase != 1 or PADDED)
                     k += spread_k(k_zero.to(tl.float32), BLOCK_N, K_STEP, D_TILE, K_CHANNELS, K_PLANES)
@@ -312,14 +314,14 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
             v_inside = start + order_v(n, 1) < n_k
             v_at = v_at[:, None] + (v_column * V_COLUMN)[None, :]
             v = load_tile(v_at, v_inside, v_column * V_PACKED < D, (phase != 1 and V_CLEARED) or PADDED)
-            v = lay_v(decode_v(v)).to(V_VIA)
+            v = widen_v(lay_v(decode_v(v)), V_VIA)
             if V_DECODED:
                 token = start + v_step
                 v_page = page_of(table, start, token, n_k, PAGE, phase != 1)
                 v_side_at = tokens_at(v_sides + v_page * V.sides_page, start, v_step, PAGE, V_GROUP, V_SIDE)
                 at = v_side_at[:, None] + v_part[None, :]
                 v_scale = load_tile(at, token < n_k, v_part < V_COLUMNS, phase != 1 or PADDED).to(tl.float32)
-                v = (v.to(tl.float32) + V_HALF) * spread_v(v_scale, BLOCK_N, V_STEP, D_TILE, V_CHANNELS, V_PLANES)
+                v = (v + V_HALF) * spread_v(v_scale, BLOCK_N, V_STEP, D_TILE, V_CHANNELS, V_PLANES)
                 if V_ZERO_DECODED:
                     v_zero = load_tile(at + V_COLUMNS, token < n_k, v_part < V_COLUMNS, phase != 1 or PADDED)
                     v += spread_v(v_zero.to(tl.float32), BLOCK_N, V_STEP, D_TILE, V_CHANNELS, V_PLANES)
@@ -330,12 +332,8 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
                 # what the product of codes that fit a signed unit lacks
                 pv += (tl.sum(v.to(tl.int32), 0) * CODE_ZERO).to(tl.float32)[None, :]
             if V_PER_TILE:
-                v_side_at = (
-                    v_sides
-                    + page * V.sides_page
-                    + tl.cast(start, tl.int32) % PAGE // V_GROUP * V_SIDE
-                    + v_channel * V_PER_CHANNEL
-                )
+                v_block = tl.cast(start, tl.int32) % PAGE // V_GROUP
+                v_side_at = v_sides + page * V.sides_page + v_block * V_SIDE + v_channel * V_PER_CHANNEL
                 v_scale = tl.load(v_side_at, mask=v_channel < D, other=0.0).to(tl.float32)
                 pv *= (v_scale * V_UNIT)[None, :]
             if V_TILE_ZERO:

@@ -131,6 +131,35 @@ def tile_maximum(largest, m):
     return tl.maximum(largest, m - 64)
 
 
+# --------------------------------------------------------------------------- widen_k, widen_v: decoded values to another type
+
+
+@triton.jit
+def by_cast(x, TYPE: tl.constexpr):
+    return x.to(TYPE)
+
+
+@triton.jit
+def to_float16_ptx(x, TYPE: tl.constexpr):
+    # from int8: a byte under the exponent of 2^10 is that much more, and no conversion; 128 more, so that it has no sign
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 t, k;
+        mov.b32 k, 0x64806480;
+        xor.b32 t, $2, 0x80808080;
+        prmt.b32 $0, t, 0x64646464, 0x4140;
+        prmt.b32 $1, t, 0x64646464, 0x4342;
+        sub.f16x2 $0, $0, k;
+        sub.f16x2 $1, $1, k;
+        }""",
+        "=r,=r,r",
+        [x],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=4,
+    )
+
+
 # --------------------------------------------------------------------------- log2_scale: of V's scales per token, in decoding
 
 
