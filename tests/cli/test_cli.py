@@ -224,6 +224,17 @@ def test_doctor_says_what_runs_here(tokquant):
     assert code == 0 and "cache folder" in out
 
 
+def test_doctor_says_of_compiler_and_instruction_set_each_what_is_wrong_with_it(tokquant, monkeypatch):
+    monkeypatch.setenv("TOKQUANT_CPU_INSTRUCTIONS", "avx")
+    found = json.loads(tokquant("doctor", "--json")[1])
+    assert "'avx' is none; use one of" in found["cpu_instructions"] or "C++ compiler" in found["cpu_compiler"]
+    assert "'avx' is none" not in found["cpu_compiler"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = json.loads(tokquant("doctor", "--json")[1])
+    assert "CXX='no-such-compiler' cannot be run" in found["cpu_compiler"]
+    assert found["cpu_instructions"] == "none without a compiler"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
