@@ -16,6 +16,7 @@ from tokquant.calibration.scales import LayerScales
 from tokquant.errors import CacheFileError, ScalesError, SchemeError, UnsupportedError, quote
 from tokquant.inputs import DTYPES, Numbers, check_beside_cache, sequence_numbers, whole_numbers
 from tokquant.kernels.cpu.pages import CpuPages
+from tokquant.kernels.pages import TritonPages
 from tokquant.pages import ReferencePages, Store, frame_of
 from tokquant.paging import BlockTable, Pool
 from tokquant.quantize import in_frame
@@ -26,7 +27,7 @@ from tokquant.sequences import Sequences
 from tokquant.tensor import QuantizedTensor
 from tokquant.windows import Windows
 
-STORES: dict[str, Any] = {"cpu": CpuPages, "reference": ReferencePages}
+STORES: dict[str, Any] = {"triton": TritonPages, "cpu": CpuPages, "reference": ReferencePages}
 """What keeps pages, by backend; each is made and used as `ReferencePages` is."""
 
 
