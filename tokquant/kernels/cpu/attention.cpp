@@ -79,7 +79,7 @@ static inline floats decode_k(ints code) { return decoded_half(code); }
 static inline floats decode_v(ints code) { return decoded_half(code); }
 static inline floats as_input(floats x) { return rounded_half(x); }
 
-#include "arguments.h"
+#include "attention_arguments.h"
 
 constexpr int K_WORDS = (D * K_BITS + 31) / 32;  // of a panel
 constexpr int V_WORDS = TILE * V_BITS / 32;
@@ -107,15 +107,15 @@ typedef float Values;
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-#include "scratch.h"
+#include "attention_scratch.h"
 
-#include "unpack.h"
+#include "attention_unpack.h"
 
-#include "tile.h"
+#include "attention_tile.h"
 
-#include "attend.h"
+#include "attention_loop.h"
 
-#include "finish.h"
+#include "attention_finish.h"
 
 // Blocks of rows of a head of K, which the heads of Q that share it have together: of one head, or all rows of a few.
 extern "C" void attention(const Arguments* a) {
