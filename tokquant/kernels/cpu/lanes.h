@@ -42,8 +42,8 @@ static inline floats rounded(floats x) {
 
 // what is nearest in bfloat16, half to even
 static inline floats rounded_bfloat(floats x) {
-    const ints bits = as_ints(x);
-    return as_floats(((bits + 0x7fff + (bits >> 16 & 1)) >> 16) << 16);
+    const words bits = (words)as_ints(x);
+    return as_floats((ints)((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u));
 }
 
 // patterns in the low bits of each lane, as the numbers they stand for
