@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from factories import nan_filled
 from paged import differs, filled
 from plain_cache import SCHEMES as KEPT
 from quantized import differences
@@ -159,6 +160,14 @@ def test_a_cache_on_these_pages_decodes_as_one_in_torch_does(name):
             cache.append(k, v)
         outs.append(tq.decode(q, cache, window=(140, None), sinks=torch.zeros(2)))
     assert (outs[0] - outs[1]).abs().max() < 0.01
+
+
+def test_sequences_of_which_none_has_a_token_come_out_as_nothing(monkeypatch):
+    case = filled(SCHEMES["kv-int8"], (20, 20), d=32, **KIND)
+    case.lengths.zero_()
+    monkeypatch.setattr(module.torch, "empty", nan_filled)  # what is not written would show
+    out, lse = case.attend(Features(scale=1.0))
+    assert bool((out == 0).all()) and bool((lse == -math.inf).all())
 
 
 def test_pages_of_fewer_tokens_than_a_tile_are_refused_and_auto_takes_the_reference():

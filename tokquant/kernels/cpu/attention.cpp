@@ -124,7 +124,7 @@ extern "C" void attention(const Arguments* a) {
     const int64_t of_head = (a->n_q + BLOCK - 1) / BLOCK;
     const int64_t blocks = of_head > 1 ? shared * of_head : (shared + few - 1) / few;
     // where they are so few, keys are divided too: never by how many threads there are, so that results do not depend on it
-    const int64_t chunks = blocks == 1 ? (a->n_k + CHUNK - 1) / CHUNK : 1, heads = a->batch * a->kv_heads;
+    const int64_t chunks = blocks == 1 ? most(1, (a->n_k + CHUNK - 1) / CHUNK) : 1, heads = a->batch * a->kv_heads;
     float* kept = chunks > 1 ? new float[heads * chunks * total * KEPT] : nullptr;
 #pragma omp parallel num_threads(int(a->threads))
     {

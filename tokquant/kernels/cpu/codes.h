@@ -42,9 +42,9 @@ static inline ints nearest_integers(floats x) { return as_ints((x == x ? x : all
 // a float of so many bits of mantissa, whose numbers below 2^LEAST are subnormal; its exponents are counted from 1 - LEAST
 template <int MANTISSA, int LEAST>
 static inline ints narrow(floats x) {
-    constexpr int CUT = 23 - MANTISSA;
-    const ints bits = as_ints(magnitude(x));
-    ints normal = ((bits + ((1 << (CUT - 1)) - 1) + (bits >> CUT & 1)) >> CUT) - ((126 + LEAST) << MANTISSA);
+    constexpr uint32_t CUT = 23 - MANTISSA;
+    const words bits = (words)as_ints(magnitude(x));  // unsigned: what rounds a NaN's may pass the largest
+    ints normal = (ints)((bits + ((1u << (CUT - 1)) - 1) + (bits >> CUT & 1u)) >> CUT) - ((126 + LEAST) << MANTISSA);
     if (LEAST > -126) {
         const floats shift = all(1.5f * __builtin_ldexpf(1, 23 + LEAST - MANTISSA));
         normal = magnitude(x) < __builtin_ldexpf(1, LEAST) ? as_ints(magnitude(x) + shift) - as_ints(shift) : normal;
