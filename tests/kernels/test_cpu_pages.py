@@ -165,7 +165,7 @@ def test_a_cache_on_these_pages_decodes_as_one_in_torch_does(name):
 def test_sequences_of_which_none_has_a_token_come_out_as_nothing(monkeypatch):
     case = filled(SCHEMES["kv-int8"], (20, 20), d=32, **KIND)
     case.lengths.zero_()
-    monkeypatch.setattr(module.torch, "empty", nan_filled)  # what is not written would show
+    monkeypatch.setattr(torch, "empty", nan_filled)  # what is not written would show
     out, lse = case.attend(Features(scale=1.0))
     assert bool((out == 0).all()) and bool((lse == -math.inf).all())
 
