@@ -47,7 +47,7 @@ MUTATIONS = {
     "not counted from the lowest": (scheme("int8", "int8"), "code ^= 1 << (BITS - 1);", "code += 1 << (BITS - 3);"),
     "sums of all tiles": (v("int8", "uint8 row_block:32"), "std::memset(t.sum, 0, sizeof t.sum);\n    }", "}"),
     "a token of nothing that weighs": (v("int8"), "= !any", "= false"),
-    "half to even lost": (k("fp8_e4m3 head static"), "+ (bits >> CUT & 1)", "+ 1"),
+    "half to even lost": (k("fp8_e4m3 head static"), "+ (bits >> CUT & 1u)", "+ 1"),
     "subnormals cut": (k("fp8_e4m3 head static"), "magnitude(x) + shift", "magnitude(x) * 0.9f + shift"),
     "the block mean of other queries": (scheme("int8 block_mean"), "most(token, 0) / OFFSET_TOKENS", "0"),
     "the offset of another head": (k("int8 mean"), "(head * a.offset_rows", "(0 * a.offset_rows"),

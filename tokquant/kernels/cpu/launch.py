@@ -41,7 +41,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention on codes by the scheme's C++ kernel: out `[B, H_q, N_q, D]` in q's type, LSE `[B, H_q, N_q]` float32 or None.
 
-    Every row is one thread's, so results depend neither on the number of threads nor on the batch.
+    Work is divided by the shapes of one sequence alone: results depend neither on the number of threads nor on the batch.
 
     Raises UnsupportedError where there is no compiler, and for what no kernel does.
     """
