@@ -10,7 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tokquant import kv_cache
+from tokquant.kernels.cpu import launch
 from tokquant.plugins import load
+from tokquant.quantize import quantize_operands
 
 for plugin in filter(None, os.environ.get("TOKQUANT_PLUGINS", "").split(os.pathsep)):
     load(Path(plugin))
@@ -44,3 +47,19 @@ def seeded():
 def cache_folder(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("TOKQUANT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def quantized_by_torch(monkeypatch):
+    """On a CPU too, for C++ kernels that quantize would be built for every test; those that are about them override this."""
+
+    def by_torch(q, k, v, scheme, scales=None):
+        return launch.packed(quantize_operands(q, k, v, scheme, scales), scheme)
+
+    monkeypatch.setattr("tokquant.kernels.cpu.quantize.quantize_operands", by_torch)
+
+
+@pytest.fixture(autouse=True)
+def kept_by_torch(monkeypatch):
+    """So are the pages of a KV cache."""
+    monkeypatch.delitem(kv_cache.STORES, "cpu")

@@ -20,6 +20,8 @@ from tokquant.schemes import preset, preset_names
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text()
+SHORT = {"compare": ["--repeats", "1"], "bench": ["--repeats", "1", "--tokens", "64", "--head-dim", "32"]}
+"""Words that make a command short."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -41,7 +43,8 @@ def test_commands_of_the_readme_exit_well(tmp_path, monkeypatch, capsys):
     assert len(commands) >= 5
     # compiling cannot share a process with the interpreter, and tuning needs a GPU; their own tests run them
     for command in (command for command in commands if " compile " not in command and " tune " not in command):
-        monkeypatch.setattr("sys.argv", [*shlex.split(command), *(["--repeats", "1"] if "compare" in command else [])])
+        short = next((words for name, words in SHORT.items() if f"tokquant {name}" in command), [])
+        monkeypatch.setattr("sys.argv", [*shlex.split(command), *short])
         with pytest.raises(SystemExit) as stop:
             cli.main()
             raise SystemExit(0)

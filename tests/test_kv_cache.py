@@ -35,7 +35,7 @@ def state(cache):
     known = [cache.lengths, cache.free_pages, cache.memory]
     for b in range(cache.batch):
         known += [x.tolist() for x in cache.windows(b)]
-        known += [codes.dequantize().tolist() for codes in cache.codes(b)] if cache._packed[b] else []
+        known += [codes.dequantize().tolist() for codes in cache.codes(b)] if cache._held.packed[b] else []
     return known
 
 
@@ -104,7 +104,7 @@ def test_a_hundred_thousand_tokens_in_mixed_chunks_are_those_of_one_shot(name, m
         size = [1, 1, 2, 7, 33, 250, 1500][int(torch.randint(7, (), generator=generator))]
         chunks.append(min(size, n - sum(chunks)))
     append_in(cache, k, v, chunks)
-    packed = int(cache._packed[0])
+    packed = int(cache._held.packed[0])
     expected = quantize_operands(k[:, :, :packed], k[:, :, :packed], v[:, :, :packed], cache.scheme)[1:]
     for found, right in zip(cache.codes(0), expected, strict=True):
         for part in ("codes", "scale", "zero"):
@@ -180,11 +180,11 @@ def test_a_token_takes_the_bits_that_the_scheme_says(s, bits):
     memory = cache.memory
     assert memory.packed == 10 * cache.page * 2 * 2 * 128 * bits / 8
     assert memory.packed + memory.slack + memory.windows == cache.nbytes
-    assert memory.windows == 2 * 2 * 2 * 128 * cache._windows.slots
+    assert memory.windows == 2 * 2 * 2 * 128 * cache._held.windows.slots
 
 
 def windows_of(cache):
-    return cache._windows.sink + cache._windows.recent
+    return cache._held.windows.sink + cache._held.windows.recent
 
 
 def test_slack_is_what_pages_have_room_for():
@@ -362,7 +362,7 @@ def test_what_no_sequence_has_is_refused_and_changes_nothing(call, message):
     [
         (dict(cache="kv-int4"), TypeError, "cache: a str; give a tokquant.KVCache"),
         (dict(q=[1]), TypeError, "q: a list"),
-        (dict(q=torch.ones(1, H, 1, D)), ValueError, r"q: shape \[1, 2, 1, 32\] .*give \[2, a multiple of 2, queries, 32\]"),
+        (dict(q=torch.ones(1, H, 1, D)), ValueError, r"q: shape \[1, 2, 1, 32\] .*give \[2, a multiple of 2, tokens, 32\]"),
         (dict(q=torch.ones(2, 3, 1, D)), ValueError, r"q: shape \[2, 3, 1, 32\]"),
         (dict(q=torch.ones(2, H, 1, D).half()), TypeError, "q: torch.float16, and the cache is of torch.float32"),
         (dict(q=torch.ones(2, H, 1, D, device="meta")), ValueError, "q: on meta"),

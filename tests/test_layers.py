@@ -18,7 +18,7 @@ LAYERS = [
     ("inputs",),
     ("calibration", "export"),
     ("paging", "windows", "pages"),
-    ("cache_file",),
+    ("sequences", "cache_file"),
     ("kernels",),
     ("attention",),
     ("kv_cache", "tune", "varlen"),

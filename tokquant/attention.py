@@ -15,6 +15,7 @@ from tokquant.kernels import launch
 from tokquant.kernels import quantize as kernels
 from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu import launch as cpu
+from tokquant.kernels.cpu import quantize as cpu_kernels
 from tokquant.quantize import quantize_operands
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.tensor import QuantizedTensor
@@ -49,6 +50,8 @@ def quantize(
     q, k, v = q.detach(), k.detach(), v.detach()
     if chosen == "triton" and launch.available(q.device):
         return kernels.quantize_operands(q, k, v, scheme, scales)
+    if chosen == "cpu" and q.device.type == "cpu" and build.available():
+        return cpu_kernels.quantize_operands(q, k, v, scheme, scales)
     operands = quantize_operands(q, k, v, scheme, scales)
     packed = PACKED.get(chosen)
     return packed(operands, scheme) if packed else operands

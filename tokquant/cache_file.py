@@ -2,15 +2,15 @@
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from tokquant.calibration.scales import LayerScales, needed
-from tokquant.errors import CacheFileError, ScalesError, SchemeError, quote
+from tokquant.errors import CacheFileError, quote
 from tokquant.export import checksum, read_tensors
 from tokquant.files import write_atomically
 from tokquant.inputs import DTYPES
@@ -36,13 +36,13 @@ class Content:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    scales: Mapping[str, Tensor]
+    scales: LayerScales | None
     sequences: list[Sequence]
 
 
 def write(path: str | os.PathLike, content: Content) -> None:
     """Write a cache as `<b>.k.codes`, `<b>.k.scale`, `<b>.window.k` ..., atomically; the rest is in the metadata."""
-    tensors = {f"scales.{name}": value for name, value in content.scales.items()}
+    tensors = {f"scales.{name}": value for name, value in content.scales.tensors.items()} if content.scales else {}
     for b, (k, v, *ends) in enumerate(content.sequences):
         for x in (k, v):
             if x is not None:
@@ -65,8 +65,8 @@ def write(path: str | os.PathLike, content: Content) -> None:
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
-def read(path: str | os.PathLike) -> Content:
-    """Read what `write` wrote, and check all of it. Raises CacheFileError naming the file and what is wrong."""
+def read(path: str | os.PathLike, device: torch.device) -> Content:
+    """Read what `write` wrote, check all of it, and put it there. Raises CacheFileError naming the file and what is wrong."""
     tensors, metadata = read_tensors(path, CacheFileError)
     if "tokquant.cache" not in metadata:
         raise CacheFileError(f"{path}: holds no KV cache; it was not written by KVCache.save")
@@ -75,26 +75,27 @@ def read(path: str | os.PathLike) -> Content:
             f"{path}: format {quote(metadata['tokquant.cache'])} is not {FORMAT!r}; this version cannot read it"
         )
     try:
-        content = _content(tensors, metadata)
-    except (SchemeError, ScalesError, ValueError, TypeError, KeyError, RecursionError) as error:
+        content = _content(tensors, metadata, device)
+    except (ValueError, TypeError, RecursionError) as error:
         raise CacheFileError(f"{path}: {error}") from None
     if metadata.get("tokquant.sha256") != checksum(tensors):
         raise CacheFileError(f"{path}: the codes are not those that were written (checksum differs)")
     return content
 
 
-def _content(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Content:
-    scheme = QuantScheme(**json.loads(metadata.get("tokquant.scheme", "")))
+def _content(tensors: dict[str, Tensor], metadata: dict[str, str], device: torch.device) -> Content:
+    scheme = QuantScheme(**_document(metadata, "tokquant.scheme"))
     check_append_only(scheme)
-    shape = json.loads(metadata.get("tokquant.shape", ""))
-    heads, d, dtype, tokens = (shape[name] for name in ("kv_heads", "head_dim", "dtype", "tokens"))
+    shape: Any = _document(metadata, "tokquant.shape")
+    heads, d, dtype, tokens = map(shape.get, ("kv_heads", "head_dim", "dtype", "tokens"))
     for name, value in (("kv_heads", heads), ("head_dim", d)):
         if type(value) is not int or not 0 < value <= LARGEST:
             raise ValueError(f"{name}: {quote(value)} is not a whole number from 1 to {LARGEST}")
-    if dtype not in TYPES:
+    if not isinstance(dtype, str) or dtype not in TYPES:
         raise ValueError(f"dtype: {quote(dtype)}; it is one of {', '.join(TYPES)}")
     if not isinstance(tokens, list) or not tokens:
         raise ValueError(f"tokens: {quote(tokens)} is not a pair of numbers for each sequence")
+    kind = TYPES[dtype]
     scales = {name: tensors[f"scales.{name}"] for name in needed(scheme) if f"scales.{name}" in tensors}
     layer = LayerScales("scales", scales, scheme)
     for b, pair in enumerate(tokens):
@@ -104,16 +105,27 @@ def _content(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Content:
     expected = {f"scales.{name}": (tuple(value.shape), value.dtype) for name, value in scales.items()}
     for b, (packed, ends) in enumerate(tokens):
         for spec in operands if packed else ():
-            grown = sizes(spec, (1, heads, packed, d), TYPES[dtype])
+            grown = sizes(spec, (1, heads, packed, d), kind)
             expected |= {f"{b}.{spec.role}.{name}": size for name, size in grown.items()}
-        expected |= {f"{b}.window.{role}": ((1, heads, ends, d), TYPES[dtype]) for role in "kv"}
+        expected |= {f"{b}.window.{role}": ((1, heads, ends, d), kind) for role in "kv"}
     _check_tensors(tensors, expected)
 
+    tensors = {name: value.to(device) for name, value in tensors.items()}
     sequences: list[Sequence] = []
     for b, (packed, _) in enumerate(tokens):
-        pair = [_operand(tensors, b, spec, scheme, layer, (1, heads, packed, d), TYPES[dtype]) for spec in operands]
+        pair = [_operand(tensors, b, spec, scheme, layer, (1, heads, packed, d), kind) for spec in operands]
         sequences.append((*pair, tensors[f"{b}.window.k"], tensors[f"{b}.window.v"]))
-    return Content(scheme, heads, d, TYPES[dtype], scales, sequences)
+    return Content(scheme, heads, d, kind, layer if scales else None, sequences)
+
+
+def _document(metadata: dict[str, str], name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(metadata.get(name, ""))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its {name} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"its {name} cannot be read: {quote(found)} is no mapping")
+    return found
 
 
 def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokquant.errors import quote
-from tokquant.inputs import Numbers, check_tensor, features_of, whole_numbers
+from tokquant.inputs import Numbers, check_beside_cache, features_of, whole_numbers
 from tokquant.kv_cache import KVCache
 
 
@@ -43,15 +43,8 @@ def decode(
     """
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache: a {type(cache).__name__}; give a tokquant.KVCache")
-    check_tensor("q", q)
-    (b, heads, n_q, d), kv_heads = q.shape, cache.kv_heads
-    if (b, d) != (cache.batch, cache.head_dim) or heads % kv_heads:
-        wanted = f"[{cache.batch}, a multiple of {kv_heads}, queries, {cache.head_dim}]"
-        raise ValueError(f"q: shape {list(q.shape)} does not fit the cache; give {wanted}")
-    if q.dtype != cache.dtype:
-        raise TypeError(f"q: {q.dtype}, and the cache is of {cache.dtype}")
-    if q.device != cache.device:
-        raise ValueError(f"q: on {q.device}, and the cache on {cache.device}")
+    check_beside_cache("q", q, (cache.batch, cache.kv_heads, cache.head_dim), cache.dtype, cache.device, queries=True)
+    b, n_q = q.shape[0], q.shape[2]
     if backend not in ("auto", "reference", cache.backend):
         raise ValueError(f"backend: {quote(backend)}; the cache is kept by {cache.backend}: use auto, that, or reference")
     features = features_of(q, q, causal=True, scale=scale, window=window, softcap=softcap, sinks=sinks)
@@ -60,15 +53,15 @@ def decode(
         text = f"q: {given[beyond[0]]} queries for sequence {beyond[0]}, which has {cache.lengths[beyond[0]]} tokens"
         raise ValueError(f"{text}; append their keys first, or say how many are queries with counts")
 
-    turns = None
+    none = turns = None
     if (given < n_q).any():
         # the last query belongs to the last token: turned so that what is none comes first
         turns = torch.from_numpy((np.arange(n_q) - (n_q - given[:, None])) % n_q).to(q.device)
-        q = _turned(q, turns)
+        none = torch.from_numpy(np.arange(n_q) < (n_q - given)[:, None]).to(q.device)[:, None]
+        q = _turned(q, turns).masked_fill(none[..., None], 0)
     own = cache.backend if backend == "auto" else backend
     out, lse = _merged(cache.parts(q, replace(features, sinks=None), own), q, sinks)
-    if turns is not None:
-        none = torch.from_numpy(np.arange(n_q) < (n_q - given)[:, None]).to(q.device)[:, None]
+    if turns is not None and none is not None:
         out, lse = out.masked_fill(none[..., None], 0.0), lse.masked_fill(none, -torch.inf)
         back = turns.argsort(dim=1)
         out, lse = _turned(out, back), _turned(lse, back)

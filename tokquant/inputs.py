@@ -43,6 +43,25 @@ def check_tensor(name: str, x: object) -> None:
         raise RuntimeError(f"{name}: requires grad, and quantized attention has no backward; call it under torch.no_grad()")
 
 
+def check_beside_cache(
+    name: str, x: object, sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.device, queries: bool = False
+) -> None:
+    """Raise TypeError, ValueError or RuntimeError unless this fits a cache of `[batch, heads, tokens, head_dim]`.
+
+    Queries may have a multiple of its heads.
+    """
+    check_tensor(name, x)
+    assert isinstance(x, Tensor)
+    (batch, heads, d), shape = sizes, x.shape
+    if shape[0] != batch or shape[3] != d or (shape[1] % heads if queries else shape[1] != heads):
+        wanted = f"[{batch}, {'a multiple of ' if queries else ''}{heads}, tokens, {d}]"
+        raise ValueError(f"{name}: shape {list(shape)} does not fit the cache; give {wanted}")
+    if x.dtype != dtype:
+        raise TypeError(f"{name}: {x.dtype}, and the cache is of {dtype}")
+    if x.device != device:
+        raise ValueError(f"{name}: on {x.device}, and the cache on {device}")
+
+
 def check_together(q: Tensor | QuantizedTensor, k: Tensor | QuantizedTensor, v: Tensor | QuantizedTensor) -> None:
     """Raise TypeError or ValueError unless types, devices and shapes of Q, K and V fit one another."""
     if not q.dtype == k.dtype == v.dtype:

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,20 @@ from tokquant.attention import Backend, check_scales, choose_backend
 from tokquant.cache_file import Content
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import CacheFileError, ScalesError, SchemeError, UnsupportedError, quote
-from tokquant.inputs import DTYPES, Numbers, check_tensor, sequence_numbers, whole_numbers
-from tokquant.pages import ReferencePages, Store, attention_by_reading, frame_of
+from tokquant.inputs import DTYPES, Numbers, check_beside_cache, sequence_numbers, whole_numbers
+from tokquant.kernels.cpu.pages import CpuPages
+from tokquant.kernels.pages import TritonPages
+from tokquant.pages import ReferencePages, Store, frame_of
 from tokquant.paging import BlockTable, Pool
 from tokquant.quantize import in_frame
 from tokquant.reference import Features
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.schemes.appending import check_append_only, unit, windows
+from tokquant.sequences import Sequences
 from tokquant.tensor import QuantizedTensor
 from tokquant.windows import Windows
 
-STORES: dict[str, Any] = {"reference": ReferencePages}
+STORES: dict[str, Any] = {"triton": TritonPages, "cpu": CpuPages, "reference": ReferencePages}
 """What keeps pages, by backend; each is made and used as `ReferencePages` is."""
 
 
@@ -78,27 +81,17 @@ class KVCache:
         check_append_only(scheme)
         check_scales(scheme, scales)
         self.device, self.dtype, self.scales = torch.empty(0, device=device).device, dtype, scales
-        self.backend = _store_of(backend, self.device)
         self._shape = batch, kv_heads, head_dim
         token = torch.zeros(1, kv_heads, 1, head_dim, dtype=dtype, device=self.device)
         for spec in (scheme.k, scheme.v):  # groups and scales of other sizes say so now
             in_frame(token, frame_of(token, spec, scheme, scales), spec, scales)
         ends = windows(scheme)
         pages = batch if capacity is None else -(-capacity // ends.page)
-        self._store: Store = STORES[self.backend](
-            scheme,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            device=self.device,
-            pages=pages,
-            page=ends.page,
-            scales=scales,
-        )
-        self._windows = Windows(self._shape, ends.sink, ends.recent, unit(scheme), dtype, self.device)
-        self._table = BlockTable(Pool(self._store, ends.page, pages, fixed=capacity is not None), batch)
-        self._lengths, self._packed = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
-        self._room = 0  # tokens that every sequence can append to a page of its own
+        sizes: dict[str, Any] = dict(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, device=self.device, pages=pages)
+        self.backend, store = _store_of(backend, scheme, page=ends.page, scales=scales, **sizes)
+        table = BlockTable(Pool(store, ends.page, pages, fixed=capacity is not None), batch)
+        ends_in_16_bits = Windows(self._shape, ends.sink, ends.recent, unit(scheme), dtype, self.device)
+        self._held = Sequences(store, table, ends_in_16_bits, self.device)
 
     # ------------------------------------------------------------------ tokens
 
@@ -112,28 +105,13 @@ class KVCache:
 
         Raises: TypeError, ValueError and RuntimeError for what does not fit; CacheFullError. The cache is then as it was.
         """
-        self._check(k, v)
-        batch, n = k.shape[0], k.shape[2]
+        for name, x in (("k", k), ("v", v)):
+            check_beside_cache(name, x, self._shape, self.dtype, self.device)
+        if k.shape != v.shape:
+            raise ValueError(f"v: shape {list(v.shape)} is not that of k, {list(k.shape)}")
         if positions is not None:
             self._check_positions(positions)
-        if counts is None and n <= self._room and not self._windows.slots:
-            self._store.write(k, v, self._table.tensor(self.device), self._numbers(self._packed))
-            self._room -= n
-            self._lengths += n
-            self._packed += n
-            return
-        given = np.full(batch, n) if counts is None else whole_numbers("counts", counts, batch, n)
-        split = self._windows.split(k, v, self._lengths, self._packed, given)
-        with self._table.room(self._packed, split.moved):
-            if most := split.k.shape[2]:
-                moved, rows = split.moved[split.rows], split.rows
-                table, first = self._table.tensor(self.device), self._numbers(self._packed[rows])
-                table = table if len(rows) == batch else table[torch.from_numpy(rows).to(self.device)]
-                self._store.write(split.k, split.v, table, first, None if (moved == most).all() else self._numbers(moved))
-        self._windows.put(k, v, split.kept)
-        self._lengths += given.astype(np.int32)
-        self._packed += split.moved.astype(np.int32)
-        self._room = self._table.left(self._packed)
+        self._held.append(k, v, None if counts is None else whole_numbers("counts", counts, k.shape[0], k.shape[2]))
 
     def truncate(self, lengths: Numbers) -> None:
         """Drop the newest tokens: keep `lengths`, one or a number a sequence.
@@ -141,26 +119,13 @@ class KVCache:
         Where that cuts a block that shares scales, the tokens before the cut go back to 16 bits, as what their codes say,
         and are packed again when the block is full. Raises ValueError for more than there is.
         """
-        wanted = whole_numbers("lengths", lengths, self.batch, self._lengths)
-        sink, together = self._windows.sink, self._windows.unit
-        for b in np.nonzero(wanted < self._lengths)[0].tolist():
-            left = max(int(wanted[b]) - sink, 0)
-            packed = left // together * together
-            if packed < self._packed[b]:
-                if left > packed:
-                    k, v = self._read(b, packed // self.page * self.page, packed + together)
-                    cut = slice(packed % self.page, packed % self.page + left - packed)
-                    self._windows.restore(b, packed, k.dequantize()[:, :, cut], v.dequantize()[:, :, cut])
-                self._packed[b] = packed
-                self._table.cut(b, packed)
-            self._lengths[b] = wanted[b]
-        self._room = self._table.left(self._packed)
+        self._held.truncate(whole_numbers("lengths", lengths, self.batch, self._held.lengths))
 
     def evict(self, sequences: Numbers) -> None:
         """Empty these sequences and free their pages; others can begin in their places."""
-        lengths = self._lengths.copy()
+        lengths = self._held.lengths.copy()
         lengths[sequence_numbers(sequences, self.batch)] = 0
-        self.truncate(lengths.tolist())
+        self._held.truncate(lengths)
 
     def fork(self, sequences: Numbers) -> "KVCache":
         """A cache whose sequence i goes on from sequence `sequences[i]` of this one, any number of them in any order.
@@ -171,9 +136,7 @@ class KVCache:
         chosen = sequence_numbers(sequences, self.batch)
         forked = copy.copy(self)
         forked._shape = len(chosen), *self._shape[1:]
-        forked._table, forked._windows = self._table.fork(chosen), self._windows.fork(chosen)
-        forked._lengths, forked._packed = self._lengths[chosen], self._packed[chosen]
-        self._room = forked._room = 0
+        forked._held = self._held.fork(chosen)
         return forked
 
     # ------------------------------------------------------------------ what it holds
@@ -196,51 +159,47 @@ class KVCache:
     @property
     def page(self) -> int:
         """Tokens a page."""
-        return self._table.pool.page
+        return self._held.table.pool.page
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each sequence, windows included."""
-        return self._lengths.tolist()
+        return self._held.lengths.tolist()
 
     @property
     def bits_per_value(self) -> float:
         """Bits of codes, scales and zeros for a value in a full page; windows and slack are in `memory`."""
-        return self._store.bits_per_value
+        return self._held.store.bits_per_value
 
     @property
     def memory(self) -> Memory:
         """Bytes now taken. A page that several sequences hold counts once; their caches share one pool."""
-        pool = self._table.pool
-        used: dict[int, int] = {}  # page -> its tokens
-        for row, held, tokens in zip(self._table.numbers, self._table.held, self._packed.tolist(), strict=True):
-            for place, number in enumerate(row[:held].tolist()):
-                used[number] = max(used.get(number, 0), min(pool.page, tokens - place * pool.page))
-        packed = self._store.nbytes * sum(used.values()) // (len(pool.holders) * pool.page)
-        return Memory(packed=packed, slack=self._store.nbytes - packed, windows=self._windows.nbytes)
+        table, nbytes = self._held.table, self._held.store.nbytes
+        packed = nbytes * table.tokens(self._held.packed) // (len(table.pool.holders) * self.page)
+        return Memory(packed=packed, slack=nbytes - packed, windows=self._held.windows.nbytes)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pages and windows."""
-        return self._store.nbytes + self._windows.nbytes
+        return self._held.store.nbytes + self._held.windows.nbytes
 
     @property
     def free_pages(self) -> int:
         """Pages that nobody holds."""
-        return len(self._table.pool.free)
+        return len(self._held.table.pool.free)
 
     def codes(self, sequence: int) -> tuple[QuantizedTensor, QuantizedTensor]:
         """K and V of a sequence's packed tokens `[1, kv_heads, n, head_dim]`."""
         [b] = sequence_numbers(sequence, self.batch)
-        return self._read(int(b), 0, int(self._packed[b]))
+        return self._held.read(int(b), 0, int(self._held.packed[b]))
 
     def windows(self, sequence: int) -> tuple[Tensor, Tensor]:
         """K and V of a sequence's tokens in 16 bits `[1, kv_heads, n, head_dim]`: first the sink, then the newest."""
         [b] = sequence_numbers(sequence, self.batch)
-        return self._windows.tokens(int(b), int(self._lengths[b]), int(self._packed[b]))
+        return self._held.ends(int(b))
 
     def __repr__(self) -> str:
-        tokens, (batch, heads, d) = int(self._lengths.sum()), self._shape
+        tokens, (batch, heads, d) = sum(self.lengths), self._shape
         what = f"{batch} sequences, {tokens} tokens of {heads} heads of {d} channels"
         return f"KVCache({self.scheme.name!r}, {what}, {self.bits_per_value:g} bits a value, {self.backend} on {self.device})"
 
@@ -248,17 +207,7 @@ class KVCache:
 
     def parts(self, q: Tensor, features: Features, backend: str) -> list[tuple[Tensor, Tensor]]:
         """Attention to what is packed and to the windows, for `decode` to merge: out and natural LSE of each, float32."""
-        parts, newer = [], self._lengths - self._packed - np.minimum(self._lengths, self._windows.sink)
-        if self._packed.any():
-            table, lengths = self._table.tensor(self.device), self._numbers(self._packed)
-            offset = self._numbers(newer) if newer.any() else None
-            if backend == self.backend:
-                parts.append(self._store.attention(q, table, lengths, features, offset=offset))
-            else:
-                parts.append(attention_by_reading(self._store, self.scheme, self.scales, q, table, lengths, features, offset))
-        if self._windows.slots and (self._lengths > self._packed).any():
-            parts.append(self._windows.attention(q, self._lengths, self._packed, features))
-        return parts
+        return self._held.attention(q, features, None if backend == self.backend else (self.scheme, self.scales))
 
     # ------------------------------------------------------------------ files
 
@@ -267,10 +216,9 @@ class KVCache:
         and its scales. Sequences that share pages are written in full. Raises OSError as the file system does."""
         sequences = []
         for b in range(self.batch):
-            k, v = self.codes(b) if self._packed[b] else (None, None)
+            k, v = self.codes(b) if self._held.packed[b] else (None, None)
             sequences.append((k, v, *self.windows(b)))
-        scales = {} if self.scales is None else self.scales.tensors
-        cache_file.write(path, Content(self.scheme, self.kv_heads, self.head_dim, self.dtype, scales, sequences))
+        cache_file.write(path, Content(self.scheme, self.kv_heads, self.head_dim, self.dtype, self.scales, sequences))
 
     @classmethod
     def load(
@@ -286,7 +234,7 @@ class KVCache:
         Raises CacheFileError, naming the file and what is wrong: a file that is cut short, changed or of something else.
         CacheFullError where `capacity` is too small.
         """
-        content = cache_file.read(path)
+        content = cache_file.read(path, torch.device(device))
         try:
             cache = cls(
                 content.scheme,
@@ -296,63 +244,34 @@ class KVCache:
                 dtype=content.dtype,
                 device=device,
                 capacity=capacity,
-                scales=LayerScales(str(path), content.scales, content.scheme) if content.scales else None,
+                scales=content.scales,
                 backend=backend,
             )
         except UnsupportedError:
             raise
         except (SchemeError, ScalesError, RuntimeError, MemoryError) as error:
             raise CacheFileError(f"{path}: {error}") from None
-        packed = np.array([0 if k is None else k.shape[2] for k, *_ in content.sequences], np.int32)
-        with cache._table.room(cache._packed, packed):
-            for b, (k, v, window_k, window_v) in enumerate(content.sequences):
-                if k is not None and v is not None:
-                    cache._store.store(cache._table.tensor(cache.device)[b], 0, _to(k, cache.device), _to(v, cache.device))
-                cache._windows.fill(b, int(packed[b]), window_k.to(cache.device), window_v.to(cache.device))
-                cache._lengths[b] = packed[b] + window_k.shape[2]
-        cache._packed = packed
+        cache._held.fill(content.sequences)
         return cache
 
     # ------------------------------------------------------------------ checks
 
-    def _check(self, k: Tensor, v: Tensor) -> None:
-        for name, x in (("k", k), ("v", v)):
-            check_tensor(name, x)
-            shape = x.shape
-            if (shape[0], shape[1], shape[3]) != self._shape:
-                batch, heads, d = self._shape
-                raise ValueError(f"{name}: shape {list(shape)} does not fit the cache; give [{batch}, {heads}, tokens, {d}]")
-            if x.dtype != self.dtype:
-                raise TypeError(f"{name}: {x.dtype}, and the cache is of {self.dtype}")
-            if x.device != self.device:
-                raise ValueError(f"{name}: on {x.device}, and the cache on {self.device}")
-        if k.shape != v.shape:
-            raise ValueError(f"v: shape {list(v.shape)} is not that of k, {list(k.shape)}")
-
     def _check_positions(self, positions: Numbers) -> None:
         given = whole_numbers("positions", positions, self.batch, 2**31 - 1)
-        if (wrong := np.nonzero(given != self._lengths)[0]).size:
+        if (wrong := np.nonzero(given != self._held.lengths)[0]).size:
             b = wrong[0]
-            raise ValueError(f"positions: {given[b]} for sequence {b}, whose next token is at {self._lengths[b]}")
-
-    def _numbers(self, x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x.astype(np.int32, copy=False)).to(self.device)
-
-    def _read(self, b: int, first: int, end: int) -> tuple[QuantizedTensor, QuantizedTensor]:
-        # a row of the table from any page on is that of a sequence
-        row = self._table.tensor(self.device)[b, first // self.page :]
-        return self._store.read(row, end - first)
+            raise ValueError(f"positions: {given[b]} for sequence {b}, whose next token is at {self._held.lengths[b]}")
 
 
-def _store_of(backend: str, device: torch.device) -> str:
-    chosen = choose_backend(backend, device)
+def _store_of(backend: str, scheme: QuantScheme, **sizes: Any) -> tuple[str, Store]:
+    """A store and the backend that it is of. `auto` takes the reference where its first choice does not keep such pages."""
+    chosen = choose_backend(backend, sizes["device"])
     if chosen in STORES:
-        return chosen
-    if backend != "auto":
+        try:
+            return chosen, STORES[chosen](scheme, **sizes)
+        except UnsupportedError:
+            if backend != "auto":
+                raise
+    elif backend != "auto":
         raise UnsupportedError(f"backend: {quote(backend)} keeps no pages; use auto or one of {', '.join(STORES)}")
-    return "reference"
-
-
-def _to(x: QuantizedTensor, device: torch.device) -> QuantizedTensor:
-    scale, zero = (None if each is None else each.to(device) for each in (x.scale, x.zero))
-    return replace(x, codes=x.codes.to(device), scale=scale, zero=zero)
+    return "reference", ReferencePages(scheme, **sizes)

@@ -33,11 +33,19 @@ class Store(Protocol):
         """
 
     def attention(
-        self, q: Tensor, table: Tensor, lengths: Tensor, features: Features, *, offset: Tensor | None = None
+        self,
+        q: Tensor,
+        table: Tensor,
+        lengths: Tensor,
+        features: Features,
+        *,
+        offset: Tensor | None = None,
+        longest: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of q `[B, H_q, n_q, D]` to `lengths[b]` packed keys: out `[B, H_q, n_q, D]` and natural LSE, float32.
 
         Query i stands at key `lengths + offset - n_q + i`, offset being how many newer keys lie elsewhere (0 where None).
+        `longest` is the largest of the lengths, which saves asking a device.
         An LSE of -inf where nothing is attended. Features have no sinks, mask or bias.
         """
         ...
@@ -99,7 +107,14 @@ class ReferencePages:
             rows.put(page, slot, in_frame(x, rows.frame, rows.spec, self.scales))
 
     def attention(
-        self, q: Tensor, table: Tensor, lengths: Tensor, features: Features, *, offset: Tensor | None = None
+        self,
+        q: Tensor,
+        table: Tensor,
+        lengths: Tensor,
+        features: Features,
+        *,
+        offset: Tensor | None = None,
+        longest: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         return attention_by_reading(self, self.scheme, self.scales, q, table, lengths, features, offset)
 

@@ -124,6 +124,14 @@ class BlockTable:
         own = (self.held > 0) & (self.pool.holders[last] == 1)
         return int(np.where(own, self.held * page - tokens, 0).min())
 
+    def tokens(self, tokens: np.ndarray) -> int:
+        """Of sequences of so many tokens, those in all pages, shared ones once."""
+        filled: dict[int, int] = {}
+        for row, held, n in zip(self.numbers, self.held, tokens.tolist(), strict=True):
+            for column, page in enumerate(row[:held].tolist()):
+                filled[page] = max(filled.get(page, 0), min(self.pool.page, n - column * self.pool.page))
+        return sum(filled.values())
+
     def cut(self, b: int, tokens: int) -> None:
         """Let go of the pages that lie behind so many tokens."""
         keep = -(-tokens // self.pool.page)

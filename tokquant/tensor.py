@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokquant.blocks import codes_of
+from tokquant import blocks
 from tokquant.precisions import Precision
 from tokquant.schemes import Granularity, Operand, QuantScheme
-from tokquant.schemes.placement import place
+from tokquant.schemes.placement import as_bytes, place
 from tokquant.transforms import Frame
 
 
@@ -52,7 +52,7 @@ class QuantizedTensor:
     dtype: torch.dtype
     layout: Literal["canonical", "tokens_last", "blocks"] = "canonical"
     """`tokens_last`: V for 8-bit tensor cores, `[B, H, D, N / packed]`, N padded to whole groups of 16 elements, ordered as
-    `tokens_last` says. `blocks`: integers for CPUs, a byte a code, as `tokquant.blocks` says."""
+    `tokens_last` says. `blocks`: K and V for CPUs, as `tokquant.blocks` says."""
 
     @property
     def offset(self) -> Tensor | None:
@@ -70,8 +70,23 @@ class QuantizedTensor:
         if self.layout == "canonical":
             return precision.decode(precision.unpack(self.codes, self.shape[3]))
         if self.layout == "blocks":
-            return codes_of(self.codes, self.spec.role, *self.shape[2:]).float()
+            return self._of_blocks()
         return precision.decode(_tokens_first(self.codes, precision, self.shape[2]))
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The type of stored elements in the canonical layout: 16-bit floats are the caller's own."""
+        precision = self.spec.format
+        return self.dtype if precision.bits == 16 and self.dtype != torch.float32 else precision.stored
+
+    def _of_blocks(self) -> Tensor:
+        assert self.scheme is not None
+        precision, role = self.spec.format, self.spec.role
+        plain = as_bytes(self.scheme, role)
+        bits = blocks.bits_of(precision, self.stored, plain)
+        back = blocks.keys_of if role == "k" else blocks.values_of
+        raw = back(self.codes, bits, *self.shape[2:])
+        return blocks.decoded(raw.contiguous(), precision, self.stored, bits, plain, role)
 
     def code_values(self) -> Tensor:
         """What scale and zero apply to: the stored values, counted from 0 where the operand is asymmetric."""
@@ -140,10 +155,8 @@ class QuantizedTensor:
 
     @property
     def bits_per_value(self) -> float:
-        """Bits of codes, scales and zeros for each value of the tensor; `blocks` hold a byte where a code has fewer bits."""
+        """Bits of codes, scales and zeros for each value of the tensor."""
         bits = sum(8 * x.numel() * x.element_size() for x in (self.scale, self.zero) if x is not None)
-        if self.layout == "blocks":
-            return self.spec.format.bits + bits / self.shape.numel()
         return (8 * self.codes.numel() * self.codes.element_size() + bits) / self.shape.numel()
 
     def __repr__(self) -> str:
@@ -170,12 +183,23 @@ def tokens_last(x: QuantizedTensor) -> QuantizedTensor:
     return replace(x, codes=precision.pack(planes.view(kind)), layout="tokens_last")
 
 
+def in_blocks(x: QuantizedTensor, scheme: QuantScheme) -> QuantizedTensor:
+    """K or V as a CPU's kernels for the scheme read it: canonical codes in panels, of their own bits."""
+    precision, role = x.spec.format, x.spec.role
+    plain = as_bytes(scheme, role)
+    bits = blocks.bits_of(precision, x.stored, plain)
+    raw = blocks.patterns(precision.unpack(x.codes, x.shape[3]), precision, bits, plain, role)
+    codes = blocks.of_keys(raw, bits) if role == "k" else blocks.of_values(raw, bits, scheme.key_tile)
+    return replace(x, codes=codes, layout="blocks", scheme=scheme)
+
+
 def canonical(x: QuantizedTensor) -> QuantizedTensor:
     """`x` as it was before a CPU's layout: codes in the precision's own elements."""
     if x.layout != "blocks":
         return x
     precision = x.spec.format
-    return replace(x, codes=precision.pack(precision.encode(x.stored_values())), layout="canonical")
+    codes = x.stored_values().to(x.stored) if precision.bits == 16 else precision.encode(x.stored_values())
+    return replace(x, codes=precision.pack(codes), layout="canonical")
 
 
 def _tokens_first(codes: Tensor, precision: Precision, n: int) -> Tensor:

@@ -12,14 +12,24 @@ SCRATCH_BYTES = 2**29
 started what is timed before the GPU comes to it."""
 
 
-def interleaved_medians(functions: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:
-    """Median milliseconds of each function, taken in turn: by the GPU's own clock where `device` is one, with a cold cache."""
+def interleaved_medians(
+    functions: Sequence[Callable[[], Any]],
+    repeats: int,
+    device: torch.device,
+    before: Sequence[Callable[[], Any]] | None = None,
+) -> list[float]:
+    """Median milliseconds of each function, taken in turn: by the GPU's own clock where `device` is one, with a cold cache.
+
+    `before` has one for each, which runs before it and is not timed: what empties or fills the caches of a CPU, say.
+    """
     for function in functions:
         function()
     once = _on_gpu(device) if device.type == "cuda" else _on_cpu
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(max(1, repeats)):
         for place, function in enumerate(functions):
+            if before is not None:
+                before[place]()
             times[place].append(once(function))
     return [statistics.median(each) for each in times]
 

@@ -45,6 +45,25 @@ class Windows:
         """Bytes of both buffers."""
         return 2 * self.k.numel() * self.k.element_size()
 
+    def passes(self, lengths: np.ndarray) -> bool:
+        """Whether what comes next goes to pages at once."""
+        return not self.ring and bool((lengths >= self.sink).all())
+
+    def left(self, lengths: np.ndarray, packed: np.ndarray) -> int:
+        """Tokens that every sequence can append before any of its own are packed; none while a sink is not full."""
+        waiting = lengths - self.sink - packed
+        return int((self.ring - waiting).min()) if (lengths >= self.sink).all() else 0
+
+    def push(self, k: Tensor, v: Tensor, lengths: np.ndarray) -> None:
+        """Add one token `[B, H_kv, 1, D]` to each ring that has room."""
+        slots = self._slot(lengths - self.sink)
+        if (slots == slots[0]).all():
+            at = slice(slots[0], slots[0] + 1)
+            self.k[:, :, at], self.v[:, :, at] = k, v
+        else:
+            rows = np.arange(len(slots))
+            self.put(k, v, (rows, np.zeros_like(rows), slots))
+
     def split(self, k: Tensor, v: Tensor, lengths: np.ndarray, packed: np.ndarray, counts: np.ndarray) -> Split:
         """Where the first `counts[b]` of these tokens `[B, H_kv, n, D]` go, for sequences of such lengths."""
         sink = self.sink

@@ -7,28 +7,12 @@ import safetensors.torch
 import torch
 
 import tokquant as tq
-from tokquant import cli
 from tokquant.activations import Activations, sample
 from tokquant.attention import choose_backend
 from tokquant.schemes import preset_names
 
 AUTO = choose_backend("auto", torch.device("cpu"))
 ERRORS = {"cosine", "rel_l1", "rmse", "max_abs"}
-
-
-def run(capsys, monkeypatch, *words):
-    """Exit code, standard output and standard error of a command line."""
-    monkeypatch.setattr("sys.argv", ["tokquant", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-        raise SystemExit(0)
-    out = capsys.readouterr()
-    return stop.value.code or 0, out.out, out.err
-
-
-@pytest.fixture
-def tokquant(capsys, monkeypatch):
-    return lambda *words: run(capsys, monkeypatch, *words)
 
 
 @pytest.fixture
@@ -240,6 +224,17 @@ def test_doctor_says_what_runs_here(tokquant):
     assert code == 0 and "cache folder" in out
 
 
+def test_doctor_says_of_compiler_and_instruction_set_each_what_is_wrong_with_it(tokquant, monkeypatch):
+    monkeypatch.setenv("TOKQUANT_CPU_INSTRUCTIONS", "avx")
+    found = json.loads(tokquant("doctor", "--json")[1])
+    assert "'avx' is none; use one of" in found["cpu_instructions"] or "C++ compiler" in found["cpu_compiler"]
+    assert "'avx' is none" not in found["cpu_compiler"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = json.loads(tokquant("doctor", "--json")[1])
+    assert "CXX='no-such-compiler' cannot be run" in found["cpu_compiler"]
+    assert found["cpu_instructions"] == "none without a compiler"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -277,7 +272,7 @@ def test_what_the_user_got_wrong_is_one_message(words, message, tokquant):
     assert re.search(message, err), err
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "schemes", "show", "compile", "tune", "calibrate", "doctor"])
+@pytest.mark.parametrize("command", ["run", "compare", "schemes", "show", "compile", "tune", "bench", "calibrate", "doctor"])
 def test_every_command_explains_itself_and_takes_json(command, tokquant):
     code, out, _ = tokquant(command, "--help")
     assert code == 0 and "--json" in out and len(out.splitlines()) > 8

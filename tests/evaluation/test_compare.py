@@ -5,6 +5,7 @@ import torch
 
 import tokquant as tq
 from tokquant import metrics
+from tokquant.evaluation.peers import sdpa
 from tokquant.reference import Features, oracle
 from tokquant.timing import interleaved_medians
 
@@ -23,8 +24,6 @@ def test_errors_bits_and_times_of_each_scheme_in_order():
 
 @pytest.mark.parametrize("n_k", [64, 100])
 def test_the_peer_computes_the_same_attention(n_k):
-    from tokquant.evaluation.compare import _sdpa
-
     q, k, v = torch.randn(1, 4, 64, 32), torch.randn(1, 2, n_k, 32), torch.randn(1, 2, n_k, 32)
     mask = torch.rand(1, 4, 64, n_k) > 0.2
     both = [Features(scale=0.3, causal=True, mask=m) for m in (mask, torch.randn(1, 4, 64, n_k))]
@@ -32,7 +31,7 @@ def test_the_peer_computes_the_same_attention(n_k):
     biased = [Features(scale=0.3, causal=True, bias=alibi), Features(scale=0.3, bias=alibi)]
     biased += [Features(scale=0.3, mask=m, bias=dense) for m in (mask, torch.randn(4, 64, n_k)[None])]
     for features in (Features(scale=0.3), Features(scale=0.3, causal=True), Features(scale=0.3, mask=mask), *both, *biased):
-        assert torch.allclose(_sdpa(q, k, v, features)().double(), oracle(q, k, v, features)[0], atol=1e-5)
+        assert torch.allclose(sdpa(q, k, v, features)().double(), oracle(q, k, v, features)[0], atol=1e-5)
 
 
 def test_a_bias_is_in_the_errors_and_in_the_oracle_alike():
@@ -48,6 +47,9 @@ def test_functions_are_timed_in_turn():
     order = []
     interleaved_medians([lambda: order.append("a"), lambda: order.append("b")], 3, torch.device("cpu"))
     assert order == ["a", "b"] * 4
+    order.clear()
+    interleaved_medians([lambda: order.append("a")], 2, torch.device("cpu"), before=[lambda: order.append("-")])
+    assert order == ["a", "-", "a", "-", "a"]
 
 
 def test_what_attention_refuses_compare_refuses():

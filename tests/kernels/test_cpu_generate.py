@@ -24,7 +24,7 @@ def text_of(name, wanted=PLAIN, **given):
 
 
 def test_the_template_has_a_default_for_every_constant_of_a_plan():
-    template = (generate.HERE / generate.TEMPLATE).read_text()
+    template = (generate.HERE / "attention.cpp").read_text()
     written = {m["name"]: m["value"] for m in map(generate.CONSTANT.fullmatch, template.splitlines()) if m}
     assert (
         written.keys()
@@ -37,7 +37,7 @@ def test_the_template_has_a_default_for_every_constant_of_a_plan():
 @pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 def test_the_template_compiles_as_it_stands(tmp_path):
     command = [*build.compiler().command, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
-    subprocess.run([*command, "-Wno-unknown-pragmas", generate.HERE / generate.TEMPLATE], check=True)
+    subprocess.run([*command, "-Wno-unknown-pragmas", generate.HERE / "attention.cpp"], check=True)
 
 
 @pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
@@ -65,8 +65,8 @@ def test_fragments_are_copied_as_they_stand():
 
 def test_a_kernel_shows_the_features_that_it_has_and_no_others():
     plain, full = text_of("int8"), text_of("int8", EVERYTHING)
-    for word in ("a.left", "a.right", "a.mask", "softcap", "sinks", "lse", "factors", "tanh"):
+    for word in ("a.left", "a.right", "a.mask", "softcap", "sinks", "a.lse", "factors", "tanh"):
         assert word not in plain and word in full, word
     assert "hadamard" not in plain and "hadamard" not in full
     assert "v_mean" in plain and "dot(" in plain and "kept(" not in plain
-    assert len(plain.splitlines()) < 400
+    assert len(plain.splitlines()) < 600

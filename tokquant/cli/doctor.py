@@ -38,13 +38,7 @@ def findings() -> dict[str, str | bool | list[str]]:
         triton = "compiled"
     else:
         triton = "no GPU; set TRITON_INTERPRET=1 to run kernels in the interpreter, or compile them for any GPU with tq.compile"
-    try:
-        found = build.compiler()
-        compiler, chosen = f"{' '.join(found.command)}: {found.version}", build.instructions()
-        others = [name for name in build.INSTRUCTIONS if name not in found.instructions]
-        instructions = chosen + (f" (faster where there is one: {others[0]})" if others else "")
-    except (UnsupportedError, ValueError) as error:
-        compiler = instructions = str(error)
+    compiler, instructions = _compiler()
     return {
         "tokquant": version("tokquant"),
         "python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})",
@@ -59,6 +53,21 @@ def findings() -> dict[str, str | bool | list[str]]:
         "cache_folder": str(store.folder()),
         "cache_writable": store.writable(),
     }
+
+
+def _compiler() -> tuple[str, str]:
+    """The C++ compiler and the instruction set in use, or what is wrong with them."""
+    try:
+        found = build.compiler()
+    except UnsupportedError as error:
+        return str(error), "none without a compiler"
+    compiler = f"{' '.join(found.command)}: {found.version}"
+    try:
+        chosen = build.instructions()
+    except (UnsupportedError, ValueError) as error:
+        return compiler, str(error)
+    others = [name for name in build.INSTRUCTIONS if name not in found.instructions]
+    return compiler, chosen + (f" (faster where there is one: {others[0]})" if others else "")
 
 
 def _version(package: str) -> str:

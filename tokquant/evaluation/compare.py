@@ -1,10 +1,9 @@
 """Schemes side by side: errors against the float64 oracle, bits, and times beside torch's SDPA."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from tokquant import reference
@@ -12,9 +11,9 @@ from tokquant.attention import Backend, attention, choose_backend, quantize
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import quote
+from tokquant.evaluation.peers import sdpa
 from tokquant.inputs import check_tensors, features_of
 from tokquant.metrics import Errors, errors
-from tokquant.reference import Features
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.timing import interleaved_medians
 
@@ -70,7 +69,7 @@ def compare(
     arguments = dict(causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     features = features_of(q, k, **arguments)  # type: ignore[arg-type]
     exact, _ = reference.oracle(q, k, v, features)
-    peer = _sdpa(q, k, v, features)
+    peer = sdpa(q, k, v, features)
     results = []
     for scheme, layer_scales in zip(resolved, _scales_of(resolved, scales), strict=True):
         encode = partial(quantize, q, k, v, scheme, scales=layer_scales, backend=backend)
@@ -103,25 +102,3 @@ def _scales_of(
             f"scales: {len(scales)} of them for {len(schemes)} schemes; give one for each, None where it needs none"
         )
     return scales
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Callable[[], Tensor]:
-    """torch's attention with the same causality and mask. It has no window, softcap or sinks: there it runs without them.
-
-    A bias of whatever kind is a dense mask to it, written out before it is timed: what a user of torch would do.
-    """
-    mask, causal = features.mask, features.causal
-    n_q, n_k = q.shape[2], k.shape[2]
-    if features.bias is not None:
-        bias = features.bias.block(slice(0, n_q), slice(0, n_k), n_q, n_k, torch.float32)
-        added = mask is not None and mask.dtype != torch.bool
-        mask = bias if mask is None else bias + mask if added else torch.where(mask, bias, float("-inf"))
-    if causal and (n_q != n_k or mask is not None):
-        # is_causal is top-left aligned and excludes a mask
-        seen = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
-        mask = seen if mask is None else mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)
-    return lambda: torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=features.scale, enable_gqa=q.shape[1] != k.shape[1]
-    )

@@ -80,7 +80,13 @@ class Precision:
     """What stands in for `triton_quantize` in Triton's interpreter, where that one rounds wrongly."""
     cpp_encode: str = ""
     """C++: `static inline floats encode_p(floats p)`, which rounds P in units of its codes to what a code stands for. Needed
-    for role p on a CPU; Q, K and V need nothing more than `decode` there."""
+    for role p on a CPU."""
+    cpp_decode: str = ""
+    """C++: an expression for the float32 numbers that the patterns in the low bits of `ints code` stand for. Without it they
+    are looked up in a table of all, more slowly."""
+    cpp_quantize: str = ""
+    """C++: an expression for the codes of scaled and clamped `floats x`, in the low bits of `ints`: those of `encode`, or of
+    integers the number in two's complement. Without it `encode` quantizes on a CPU."""
     code_zero: int = 0
     """What `triton_encode` subtracts so that unsigned codes fit a signed unit."""
 
@@ -142,9 +148,9 @@ def names(role: str = "") -> list[str]:
 
 def get(name: object, role: str = "") -> Precision:
     """The precision of that name. Raises SchemeError with the nearest name if there is none, or not for `role`."""
+    if isinstance(name, str) and name in PRECISIONS and role in PRECISIONS[name].roles:
+        return PRECISIONS[name]
     known = names(role)
     if not isinstance(name, str) or name not in PRECISIONS:
         raise SchemeError(f"no precision {quote(name)}; use one of {', '.join(known)}{nearest(name, known)}")
-    if name not in known:
-        raise SchemeError(f"{role.upper()} cannot be {name}; use one of {', '.join(known)}")
-    return PRECISIONS[name]
+    raise SchemeError(f"{role.upper()} cannot be {name}; use one of {', '.join(known)}")

@@ -45,8 +45,10 @@ FP8_E4M3 = register(
         compute="tl.float8e4nv",
         triton_decode=decode_tile,
         triton_encode=encode_tile,
+        cpp_decode="from_e4m3(code)",
         cpp_encode="static inline floats encode_p(floats p) { return rounded<3, -6>(p); }",
         triton_encode_interpreted=encode_tile_interpreted,
+        cpp_quantize="to_e4m3(x)",
         triton_quantize=encode_tile,
         triton_quantize_interpreted=encode_tile_interpreted,
     )

@@ -45,8 +45,10 @@ FP8_E5M2 = register(
         compute="tl.float8e5",
         triton_decode=decode_tile,
         triton_encode=encode_tile,
+        cpp_decode="from_half(code << 8)",
         cpp_encode="static inline floats encode_p(floats p) { return rounded<2, -14>(p); }",
         triton_encode_interpreted=encode_tile_interpreted,
+        cpp_quantize="to_e5m2(x)",
         triton_quantize=encode_tile,
         triton_quantize_interpreted=encode_tile_interpreted,
     )

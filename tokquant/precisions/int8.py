@@ -42,6 +42,7 @@ INT8 = register(
         triton_decode=decode_tile,
         triton_encode=encode_tile,
         cpp_encode="static inline floats encode_p(floats p) { return nearest(p); }",
+        cpp_quantize="nearest_integers(x)",
         triton_quantize=quantize_tile,
     )
 )

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from tokquant import precisions
 from tokquant.schemes.scheme import Operand, QuantScheme
 
 Place = Literal["none", "scores", "q", "operand", "p", "tile", "output"]
@@ -44,3 +45,14 @@ def needs_code_sums(scheme: QuantScheme) -> bool:
 def needs_query_sums(scheme: QuantScheme) -> bool:
     """Whether Q carries the sums of its codes: the zeros of K meet them on the scores."""
     return place(scheme.k) == "scores" and not scheme.k.symmetric
+
+
+def as_bytes(scheme: QuantScheme, role: str) -> bool:
+    """Whether a CPU multiplies K by Q, or V by P, as bytes. Everything else it multiplies as float32."""
+    operand, other = getattr(scheme, role), scheme.q if role == "k" else scheme.p
+    if role == "v":
+        if other.format.cpp_encode != precisions.get("int8").cpp_encode:
+            return False  # bytes of P are the nearest integers
+    elif place(scheme.q) == "operand":
+        return False
+    return place(operand) != "operand" and operand.format.compute == other.format.compute == "tl.int8"

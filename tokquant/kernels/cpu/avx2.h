@@ -3,19 +3,24 @@
 constexpr int ROWS = 4;
 constexpr int PANELS = 1;
 
-static inline __m256i dot_half(__m256i sum, __m256i even, __m256i odd, __m256i panel) {
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(panel, 8), 8)));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, _mm256_srai_epi16(panel, 8)));
-}
+// bytes 0 and 2, or 1 and 3, of each lane as pairs of 16-bit numbers
+static inline __m256i even(__m256i x, const int8_t*) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
+static inline __m256i odd(__m256i x, const int8_t*) { return _mm256_srai_epi16(x, 8); }
+static inline __m256i even(__m256i x, const uint8_t*) { return _mm256_and_si256(x, _mm256_set1_epi16(255)); }
+static inline __m256i odd(__m256i x, const uint8_t*) { return _mm256_srli_epi16(x, 8); }
 
-static inline ints dot(ints sum, const uint8_t* four, const int8_t* panel) {
+template <class A, class B>
+static inline ints dot(ints sum, const A* four, words panel, const B* kind) {
     int32_t word;
     std::memcpy(&word, four, 4);
-    __m256i even = _mm256_set1_epi32(word & 0x00ff00ff), odd = _mm256_set1_epi32((word >> 8) & 0x00ff00ff);
-    __m256i half[2];
+    const __m256i all = _mm256_set1_epi32(word);
+    __m256i half[2], x[2];
     std::memcpy(half, &sum, sizeof sum);
-    for (int i = 0; i < 2; i++)
-        half[i] = dot_half(half[i], even, odd, _mm256_loadu_si256((const __m256i*)(panel + 32 * i)));
+    std::memcpy(x, &panel, sizeof panel);
+    for (int i = 0; i < 2; i++) {
+        half[i] = _mm256_add_epi32(half[i], _mm256_madd_epi16(even(all, four), even(x[i], kind)));
+        half[i] = _mm256_add_epi32(half[i], _mm256_madd_epi16(odd(all, four), odd(x[i], kind)));
+    }
     std::memcpy(&sum, half, sizeof sum);
     return sum;
 }

@@ -1,12 +1,18 @@
-// Four products a lane in one instruction.
+// Four products a lane in one instruction, which takes unsigned bytes by signed ones.
 #include <immintrin.h>
 constexpr int ROWS = 8;
 constexpr int PANELS = 2;
 
-static inline ints dot(ints sum, const uint8_t* four, const int8_t* panel) {
+static inline __m512i in_all_lanes(const void* four) {
     int32_t word;
     std::memcpy(&word, four, 4);
-    return (ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(word), _mm512_loadu_si512(panel));
+    return _mm512_set1_epi32(word);
+}
+static inline ints dot(ints sum, const uint8_t* four, words panel, const int8_t*) {
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, in_all_lanes(four), (__m512i)panel);
+}
+static inline ints dot(ints sum, const int8_t* four, words panel, const uint8_t*) {
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)panel, in_all_lanes(four));
 }
 
 static inline floats maximum(floats a, floats b) { return (floats)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -25,3 +31,13 @@ static inline floats exp2_of(floats x) {
 static inline void store_bytes(uint8_t* at, floats x) {
     _mm_storeu_si128((__m128i*)at, _mm512_cvtepi32_epi8((__m512i)(x + SHIFT)));
 }
+
+// what 2^BITS patterns, or 16, stand for
+template <int BITS>
+static inline floats looked_up(const float* values, ints code) {
+    if (BITS > 4) return (floats)_mm512_i32gather_ps((__m512i)code, values, 4);
+    return (floats)_mm512_permutexvar_ps((__m512i)code, _mm512_loadu_ps(values));
+}
+
+static inline floats rounded_half(floats x) { return (floats)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, 0)); }
+static inline floats decoded_half(ints x) { return (floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x)); }

@@ -80,7 +80,7 @@ def instructions() -> str:
     return chosen
 
 
-def load(name: str, text: str, chosen: str) -> ctypes.CDLL:
+def load(name: str, text: str, chosen: str, more: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The library of a kernel's text, built for an instruction set, or found built.
 
     It is found only in a folder that this user owns with mode 0700, in a file that is this user's alone, under a name that
@@ -89,7 +89,7 @@ def load(name: str, text: str, chosen: str) -> ctypes.CDLL:
     Raises UnsupportedError where there is no compiler, or with the first lines of what it says where it fails.
     """
     built_by = compiler()
-    flags = (*FLAGS, *INSTRUCTIONS[chosen])
+    flags = (*FLAGS, *INSTRUCTIONS[chosen], *more)
     identity = "\0".join((text, *built_by.command, built_by.version, *flags))
     file_name = f"{name}_{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
     store.keep(Path("kernels") / f"{file_name}.cpp", text)

@@ -11,9 +11,8 @@ from pathlib import Path
 from tokquant.kernels.cpu.plan import CpuPlan
 
 HERE = Path(__file__).parent
-TEMPLATE = "attention.cpp"
 
-CONSTANT = re.compile(r"(?P<kind>#define|constexpr \w+) (?P<name>[A-Z]\w*)(?: = | )(?P<value>[\w.]+);?(?P<comment>  //.*)?")
+CONSTANT = re.compile(r"(?P<kind>#define|constexpr \w+) (?P<name>[A-Z]\w*)(?: = | )(?P<value>[\w.+-]+);?(?P<comment>  //.*)?")
 CONDITION = re.compile(r"#if ((?:!?[A-Z]\w+)(?: \|\| !?[A-Z]\w+)*)")
 
 
@@ -21,20 +20,25 @@ CONDITION = re.compile(r"#if ((?:!?[A-Z]\w+)(?: \|\| !?[A-Z]\w+)*)")
 def render(plan: CpuPlan) -> str:
     """The text of the plan's kernel."""
     constants = dict(plan.constants)
-    template = (HERE / TEMPLATE).read_text(encoding="utf-8").replace("TITLE", plan.title, 1)
+    template = (HERE / f"{plan.template}.cpp").read_text(encoding="utf-8").replace("TITLE", plan.title, 1)
     head, body = template.split('#include "lanes.h"\n')
     body = f'#include "lanes.h"\n{body}'.replace('"portable.h"', f'"{plan.instructions}.h"')
     while '#include "' in body:
         body = re.sub(r'#include "([\w.]+)"\n', lambda m: f"// {m[1]}\n{(HERE / m[1]).read_text(encoding='utf-8')}", body)
-    body = re.sub(r"static inline floats encode_p\(.*\n", lambda _: plan.encode_p + "\n", body)
     body = _living(body, constants)
+    for name, text in plan.fragments:
+        line = rf"static inline \w+ {name}\(.*\n"
+        used = len(re.findall(rf"\b{name}\(", body)) > 1
+        body = re.sub(line, (text + "\n").replace("\\", r"\\") if used else "", body)
     lines = []
     for line in head.splitlines():
         constant = CONSTANT.fullmatch(line)
         if constant is None:
             lines.append(line)
         elif re.search(rf"\b{constant['name']}\b", body):
-            lines.append(f"{constant['kind']} {constant['name']} = {constants[constant['name']]};{constant['comment'] or ''}")
+            name, value, comment = constant["name"], constants[constant["name"]], constant["comment"] or ""
+            macro = constant["kind"] == "#define"
+            lines.append(f"#define {name} {value}{comment}" if macro else f"{constant['kind']} {name} = {value};{comment}")
     return "\n".join(lines) + "\n" + re.sub(r"\n{3,}", "\n\n", body)
 
 

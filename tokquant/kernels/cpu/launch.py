@@ -3,7 +3,6 @@
 import ctypes
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,18 +11,21 @@ import torch
 from torch import Tensor
 
 from tokquant.bias import Alibi, Dense, KeyVector, LowRank
-from tokquant.blocks import BYTES, LANES, of_keys, of_values, panels
+from tokquant.blocks import LANES, panels
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import launch
 from tokquant.kernels.cpu import build, generate
-from tokquant.kernels.cpu.plan import CpuPlan, integers, plan
+from tokquant.kernels.cpu.plan import CpuPlan, plan
 from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
-from tokquant.schemes.placement import place
-from tokquant.tensor import QuantizedTensor, met
+from tokquant.schemes.placement import as_bytes, place
+from tokquant.tensor import QuantizedTensor, in_blocks, met
 
-Fields = dict[str, Tensor]
+Fields = dict[str, Tensor | int | None]
 TYPES = {"int64_t": ctypes.c_int64, "float": ctypes.c_float}
+
+READ: WeakKeyDictionary[QuantizedTensor, Tensor] = WeakKeyDictionary()
+"""What products read of Q's codes, where quantization made it with them."""
 
 _laid_out: WeakKeyDictionary[QuantizedTensor, Fields] = WeakKeyDictionary()
 
@@ -52,23 +54,42 @@ def attention(
     lse = torch.empty(q.shape[:3], dtype=torch.float32) if return_lse else None
     given: dict[str, Any] = dict(
         batch=b, heads=heads, kv_heads=k.shape[1], n_q=n_q, n_k=n_k, threads=torch.get_num_threads(), out=out, lse=lse,
+        table=None, pages=0, page=0, lengths=None, newer=None,
         left=features.reach()[0], right=features.reach()[1], scale=features.scale, softcap=features.softcap,
     )  # fmt: skip
     for x in (q, k, v):
         given |= laid_out(x, scheme)
-    given |= _of_features(features)
-    function, arguments = load(made)
-    names = [field[0] for field in arguments._fields_]
-    values = [given[name].data_ptr() if isinstance(given[name], Tensor) else given[name] for name in names]
-    function(ctypes.byref(arguments(*values)))
+    given |= of_features(features)
+    Call(made, given)()
     return out.to(q.dtype), lse
+
+
+class Call:
+    """A plan's kernel with tensors and numbers by the names in its text, of which some may change from call to call."""
+
+    def __init__(self, made: CpuPlan, given: dict[str, Any]):
+        self._function, arguments = load(made)
+        self._names = {field[0] for field in arguments._fields_}
+        self._kept = {name: given[name] for name in self._names}  # what the kernel has pointers to
+        self._arguments = arguments(**{name: _raw(value) for name, value in self._kept.items()})
+
+    def __call__(self, **changed: Any) -> None:
+        for name, value in changed.items():
+            if name in self._names:
+                self._kept[name] = value
+                setattr(self._arguments, name, _raw(value))
+        self._function(ctypes.byref(self._arguments))
+
+
+def _raw(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 @lru_cache(maxsize=256)
 def load(made: CpuPlan) -> tuple[Callable[..., None], type[ctypes.Structure]]:
     """A plan's kernel, and its arguments as the text declares them."""
     text = generate.render(made)
-    function = build.load(made.name, text, made.instructions).attention
+    function = getattr(build.load(made.name, text, made.instructions, made.flags), made.template)
     function.restype = None
     declared = re.search(r"struct Arguments \{\n(.*?)\n\};", text, re.DOTALL)
     assert declared is not None
@@ -79,90 +100,88 @@ def load(made: CpuPlan) -> tuple[Callable[..., None], type[ctypes.Structure]]:
 
 
 def packed(operands: launch.Operands, scheme: QuantScheme) -> launch.Operands:
-    """Quantized operands as kernels want them to lie in memory: integers in panels, a byte a code."""
-    return tuple(_packed(x, scheme) for x in operands)  # type: ignore[return-value]
+    """Quantized operands as kernels want them to lie in memory."""
+    q, k, v = operands
+    return q, _in_blocks(k, scheme), _in_blocks(v, scheme)
 
 
-def _packed(x: QuantizedTensor, scheme: QuantScheme) -> QuantizedTensor:
-    role = x.spec.role
-    if x.layout == "blocks" or not integers(scheme, "v" if role == "v" else "k"):
-        return x
-    codes = x.stored_values().to(torch.int8)
-    if role == "k":
-        codes = of_keys(codes)
-    elif role == "v":
-        codes = of_values(codes, scheme.key_tile, BYTES)
-    return replace(x, codes=codes.contiguous(), layout="blocks")
+def _in_blocks(x: QuantizedTensor, scheme: QuantScheme) -> QuantizedTensor:
+    return x if x.layout == "blocks" else in_blocks(x, scheme)
 
 
 def laid_out(x: QuantizedTensor, scheme: QuantScheme) -> Fields:
     """What a kernel reads of an operand, by the names in its text. Made once, and kept as long as the operand."""
     if x not in _laid_out:
-        fields = {"q": _queries, "k": _keys, "v": _values}[x.spec.role](x, scheme)
-        _laid_out[x] = {name: each.contiguous() for name, each in fields.items() if each is not None}
+        _laid_out[x] = {"q": _queries, "k": _keys, "v": _values}[x.spec.role](x, scheme)
     return _laid_out[x]
 
 
-def _queries(q: QuantizedTensor, scheme: QuantScheme) -> dict[str, Tensor | None]:
+def _queries(q: QuantizedTensor, scheme: QuantScheme) -> Fields:
     scaled = q.scale is not None and place(q.spec) == "scores"
-    block = q.spec.smooth == "block_mean"
     return {
-        "q": _packed(q, scheme).codes if integers(scheme, "k") else met(q),
+        "q": _read(q, scheme).contiguous(),
         "q_scale": _of_tokens(q, q.spread(q.scale)) if scaled else None,  # type: ignore[arg-type]
-        "q_sum": q.code_sum,
-        "logit_offset": q.logit_offset,
-        "q_mean": q.offset.float() if block else None,  # type: ignore[union-attr]
+        "q_sum": None if q.code_sum is None else q.code_sum.contiguous(),
+        "logit_offset": None if q.logit_offset is None else q.logit_offset.contiguous(),
+        "q_mean": q.offset.float() if q.spec.smooth == "block_mean" else None,  # type: ignore[union-attr]
     }
 
 
-def _keys(k: QuantizedTensor, scheme: QuantScheme) -> dict[str, Tensor | None]:
-    scaled = k.scale is not None and place(k.spec) == "scores"
+def _read(q: QuantizedTensor, scheme: QuantScheme) -> Tensor:
+    if q in READ:
+        return READ[q]
+    if as_bytes(scheme, "k"):
+        return q.codes if q.codes.dtype == torch.int8 else q.stored_values().to(torch.int8)
+    return met(q)
+
+
+def _keys(k: QuantizedTensor, scheme: QuantScheme) -> Fields:
+    k = _in_blocks(k, scheme)
+    companion = None if k.companion is None else panels(k.companion)
+    return {"k": k.codes, "k_page": k.codes.stride(0), "k_head": k.codes.stride(1), "companion": companion, **_scales(k)}
+
+
+def _values(v: QuantizedTensor, scheme: QuantScheme) -> Fields:
+    v = _in_blocks(v, scheme)
+    mean = None if v.offset is None else of_channels(v, v.offset)
+    fields: Fields = {"v": v.codes, "v_page": v.codes.stride(0), "v_head": v.codes.stride(1), "v_mean": mean}
+    if place(v.spec) != "output":
+        return fields | _scales(v)
+    origin = None if v.origin is None else of_channels(v, v.origin)
+    return fields | {"v_scale": of_channels(v, v.scale), "v_zero": origin}  # type: ignore[arg-type]
+
+
+def _scales(x: QuantizedTensor) -> Fields:
+    """Scales and zeros as they are, and how far apart those of sequences and heads lie."""
+    if x.scale is None:
+        return {}
+    role, scale = x.spec.role, x.scale
+    if x.log2_weight is not None:
+        # a token whose codes are all zero says so by its sign
+        exact = scale.float()
+        scale = torch.where(x.log2_weight == exact.log2(), exact, -exact).to(scale.dtype)
+    scale = scale.contiguous()
+    page, head = (0 if size == 1 else step for size, step in zip(scale.shape[:2], scale.stride()[:2], strict=True))
     return {
-        "k": _packed(k, scheme).codes if integers(scheme, "k") else panels(met(k), 1),
-        "k_scale": _of_keys(k, k.spread(k.scale)) if scaled else None,  # type: ignore[arg-type]
-        "k_zero": _of_keys(k, k.spread(k.origin)) if scaled and k.origin is not None else None,
-        "companion": None if k.companion is None else panels(k.companion.float(), 1),
+        f"{role}_scale": scale,
+        f"{role}_zero": None if x.zero is None else x.zero.contiguous(),
+        f"{role}_scale_page": page,
+        f"{role}_scale_head": head,
     }
-
-
-def _values(v: QuantizedTensor, scheme: QuantScheme) -> dict[str, Tensor | None]:
-    at, tile = place(v.spec), scheme.key_tile
-    origin = None if at == "operand" else v.origin
-    fields: dict[str, Tensor | None] = {
-        "v": _packed(v, scheme).codes if integers(scheme, "v") else of_values(met(v), tile, 1),
-        "v_mean": None if v.offset is None else _of_channels(v, v.offset.float()),
-    }
-    if at == "p":
-        fields |= {
-            "log2_weight": _of_keys(v, v.log2_weight),  # type: ignore[arg-type]
-            "inverse_weight": _of_keys(v, v.inverse_weight),  # type: ignore[arg-type]
-            "v_zero": None if origin is None else _of_keys(v, v.spread(origin)),
-        }
-    elif at in ("tile", "output"):
-        for name, x in (("v_scale", v.scale), ("v_zero", origin)):
-            if x is not None and at == "tile":
-                tiles = -(-v.shape[2] // tile)
-                x = x.float().repeat_interleave((v.spec.granularity.size or tile) // tile, dim=2)[:, :, :tiles]
-            fields[name] = None if x is None else _of_channels(v, x.float())
-    return fields
 
 
 def _of_tokens(x: QuantizedTensor, each: Tensor) -> Tensor:
     """`[B | 1, H | 1, N | 1, 1] -> [B, H, N]`."""
-    return each.expand(*x.shape[:3], 1).squeeze(3)
+    return each.expand(*x.shape[:3], 1).contiguous()
 
 
-def _of_keys(x: QuantizedTensor, each: Tensor) -> Tensor:
-    """The same, with N rounded up to whole panels."""
-    return torch.nn.functional.pad(_of_tokens(x, each), (0, -x.shape[2] % LANES))
+def of_channels(x: QuantizedTensor, each: Tensor) -> Tensor:
+    """`[B | 1, H | 1, 1, D | 1] -> [B, H, D]` float32, with D rounded up to whole panels."""
+    each = each.float().expand(*x.shape[:2], 1, x.shape[3])
+    return torch.nn.functional.pad(each, (0, -x.shape[3] % LANES)).contiguous()
 
 
-def _of_channels(x: QuantizedTensor, each: Tensor) -> Tensor:
-    """`[B | 1, H | 1, n, D | 1] -> [B, H, n, D]`, with D rounded up to whole panels."""
-    return torch.nn.functional.pad(each.expand(*x.shape[:2], each.shape[2], x.shape[3]), (0, -x.shape[3] % LANES))
-
-
-def _of_features(features: Features) -> dict[str, Any]:
+def of_features(features: Features) -> dict[str, Any]:
     """Masks, sinks and bias, by the names in a kernel's text."""
     given: dict[str, Any] = {}
     if features.mask is not None:
@@ -178,7 +197,7 @@ def _of_features(features: Features) -> dict[str, Any]:
             values = torch.nn.functional.pad(_once(bias.values, 2), (0, -bias.values.shape[-1] % LANES))
             given |= _strided("key_bias", values, torch.float32, "batch", "head")
         case LowRank() as bias:
-            keys = panels(_once(bias.k_factors, 2).float(), 1).flatten(2)
+            keys = panels(_once(bias.k_factors, 2)).flatten(2)
             given |= _strided("q_factors", _once(bias.q_factors, 2), torch.float32, "batch", "head")
             given |= _strided("k_factors", keys, torch.float32, "batch", "head")
         case Dense() as bias:

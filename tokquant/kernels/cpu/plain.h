@@ -25,3 +25,17 @@ static inline floats exp2_of(floats x) {
     floats y = exp2_of_fraction(clamped - (shifted - SHIFT)) * as_floats(power);
     return x < -126.f ? all(0) : y;
 }
+
+// what 2^BITS patterns, or 16, stand for
+template <int BITS>
+static inline floats looked_up(const float* values, ints code) {
+    floats x = {};
+    for (int i = 0; i < LANES; i++) x[i] = values[code[i]];
+    return x;
+}
+
+static inline floats decoded_half(ints x) { return from_half(x); }
+static inline floats rounded_half(floats x) {
+    const floats size = rounded<10, -14>(magnitude(x));
+    return as_floats(as_ints(magnitude(x) >= 65520.f ? all(INFINITY) : size) | (as_ints(x) & int32_t(0x80000000)));
+}

@@ -7,17 +7,25 @@ from typing import Any
 
 import torch
 
-from tokquant import precisions
+from tokquant import blocks, precisions
 from tokquant.errors import UnsupportedError
 from tokquant.kernels.plan import Wanted
 from tokquant.kernels.products import FLOAT_NAMES
 from tokquant.schemes import QuantScheme
-from tokquant.schemes.placement import lowers_logits, place
+from tokquant.schemes.placement import as_bytes, lowers_logits, place
+from tokquant.schemes.scheme import Operand
 
 LARGEST_TILE = 1024
 """Keys whose scores a thread holds at once."""
 SCRATCH = 2**16
 """Bytes of sums that a thread holds at once, where head_dim allows it."""
+CHUNK = 2048
+"""Keys that a thread takes of a head at most, where few queries leave the others nothing to do."""
+ALL = 2**30
+"""Tokens that share a scale where all do."""
+CPP_TYPES = {"fp32": "float", "fp16": "half", "fp8_e4m3": "e4m3"}
+ROUNDED = {torch.float16: "rounded_half(x)", torch.bfloat16: "rounded_bfloat(x)", torch.float32: "x"}
+"""C++: x as an input's type holds it."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +36,14 @@ class CpuPlan:
     title: str
     constants: tuple[tuple[str, str], ...]
     """Names and C++ literals; 0 and 1 say whether there is such a thing."""
-    encode_p: str
-    """The fragment that rounds P."""
+    fragments: tuple[tuple[str, str], ...]
+    """Functions of the template and what stands in their place: how P is rounded, how codes of K and V are decoded."""
     instructions: str
     """The file with the products of an instruction set."""
+    template: str = "attention"
+    """The file that becomes the kernel, and the function in it."""
+    flags: tuple[str, ...] = ()
+    """What the compiler is told beside the flags that all kernels have."""
 
     def has(self, name: str) -> bool:
         """Whether a constant is 1."""
@@ -48,7 +60,12 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
     _refuse(scheme, encoder)
     q, k, v = scheme.q, scheme.k, scheme.v
     at = {role: place(getattr(scheme, role)) for role in "qkv"}
-    integer_k, integer_v = integers(scheme, "k"), integers(scheme, "v")
+    integer_k, integer_v = as_bytes(scheme, "k"), as_bytes(scheme, "v")
+    k_bits, v_bits = (blocks.bits_of(x.format, stored_type(x, dtype), as_bytes(scheme, x.role)) for x in (k, v))
+    k_each = at["k"] == "scores"
+    k_tokens, v_tokens = (x.granularity.cover(ALL, head_dim)[0] if x.scaled else 1 for x in (k, v))
+    # one scale of K for a tile joins the factor of the queries
+    uniform = k.symmetric and k_tokens >= scheme.key_tile
     rotation = head_dim & -head_dim
     lowered = lowers_logits(scheme)
     natural = wanted.softcap or wanted.mask == "additive" or wanted.bias != "none"
@@ -59,8 +76,16 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
         "INTEGER_K": integer_k,
         "INTEGER_V": integer_v,
         "Q_SCALED": at["q"] == "scores",
-        "K_SCALED": at["k"] == "scores",
-        "K_ZERO": at["k"] == "scores" and not k.symmetric,
+        "K_UNPACKED": not integer_k and k_bits < 32,
+        "V_UNPACKED": not integer_v and v_bits < 32,
+        "K_DECODED": at["k"] == "operand",
+        "V_DECODED": at["v"] == "operand",
+        "K_DECODED_ZERO": at["k"] == "operand" and not k.symmetric,
+        "V_DECODED_ZERO": at["v"] == "operand" and not v.symmetric,
+        "K_SCALED": k_each,
+        "K_UNIFORM": k_each and uniform,
+        "K_EACH": k_each and not uniform,
+        "K_ZERO": k_each and not k.symmetric,
         "V_PER_TOKEN": at["v"] == "p",
         "V_PER_TILE": at["v"] == "tile",
         "V_ON_OUTPUT": at["v"] == "output",
@@ -88,34 +113,54 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
         "NATURAL": natural,
         "SINKS": wanted.sinks,
         "WITH_LSE": wanted.lse,
+        "BLOCK_OF_ONE_HEAD": q.smooth == "block_mean" or wanted.bias == "lowrank",
     }
     constants = {name: int(value) for name, value in constants.items()} | {
         "D": head_dim,
         "TILE": scheme.key_tile,
         "BLOCK": min(64, max(8, 1 << block.bit_length() - 1)) if block else 8,
+        "CHUNK": CHUNK,
+        "K_BITS": k_bits,
+        "V_BITS": v_bits,
+        "K_SCALE_TYPE": CPP_TYPES[k.scale_dtype],
+        "V_SCALE_TYPE": CPP_TYPES[v.scale_dtype],
+        "K_SCALE_TOKENS": k_tokens,
+        "V_SCALE_TOKENS": v_tokens,
+        "K_COLUMNS": columns(k, head_dim),
+        "V_COLUMNS": columns(v, head_dim),
+        "K_LOWEST": -(2 ** (k_bits - 1)),
+        "V_LOWEST": -(2 ** (v.format.bits - 1)),
+        "V_UNIT": literal(2.0 ** (v_bits - 8)),
         "RANK": wanted.bias_rank,
         "ROTATION": rotation,
-        "ROTATION_NORM": _literal(rotation**-0.5),
-        "LOG2_LARGEST": _literal(math.log2(scheme.p.format.largest or 1)),
-        "LOGIT_BASE": _literal(1.0 if natural else math.log2(math.e)),
+        "ROTATION_NORM": literal(rotation**-0.5),
+        "LOG2_LARGEST": literal(math.log2(scheme.p.format.largest or 1)),
+        "LOGIT_BASE": literal(1.0 if natural else math.log2(math.e)),
     }
     return CpuPlan(
         name="attention_" + "_".join(getattr(scheme, role).precision for role in "qkvp"),
         title=f"{scheme}, head_dim {head_dim}",
         constants=tuple((name, str(value)) for name, value in constants.items()),
-        encode_p=encoder.cpp_encode,
+        fragments=tuple(
+            {
+                "encode_p": encoder.cpp_encode,
+                "decode_k": _decoder(k, dtype, k_bits),
+                "decode_v": _decoder(v, dtype, v_bits),
+                "as_input": f"static inline floats as_input(floats x) {{ return {ROUNDED[dtype]}; }}",
+            }.items()
+        ),
         instructions=instructions,
     )
 
 
-def integers(scheme: QuantScheme, role: str) -> bool:
-    """Whether K meets Q, or V meets P, as bytes. Everything else meets as float32."""
-    other = scheme.q if role == "k" else scheme.p
-    operand = getattr(scheme, role)
-    if role == "v" and scheme.p.format.cpp_encode != precisions.get("int8").cpp_encode:
-        return False  # bytes of P are the nearest integers
-    decoded = "operand" in (place(operand), place(scheme.q) if role == "k" else "")
-    return not decoded and operand.format.compute == other.format.compute == "tl.int8"
+def stored_type(operand: Operand, dtype: torch.dtype) -> torch.dtype:
+    """The type of the stored elements of an operand that came as `dtype`: 16-bit floats keep their own."""
+    return dtype if operand.format.bits == 16 and dtype != torch.float32 else operand.format.stored
+
+
+def columns(operand: Operand, head_dim: int) -> int:
+    """Scales of a token."""
+    return head_dim // operand.granularity.cover(ALL, head_dim)[1] if operand.scaled else 1
 
 
 def p_format(scheme: QuantScheme, dtype: torch.dtype) -> precisions.Precision:
@@ -137,6 +182,29 @@ def _refuse(scheme: QuantScheme, encoder: precisions.Precision) -> None:
         )
 
 
-def _literal(x: float) -> str:
-    text = repr(torch.tensor(x, dtype=torch.float64).float().item())
-    return f"{text}f"
+def _decoder(operand: Operand, dtype: torch.dtype, bits: int) -> str:
+    """C++ that gives the numbers which codes of so many bits stand for, where they are not multiplied as bytes.
+
+    Those that are multiplied with scales and zeros count from 0.
+    """
+    name = f"decode_{operand.role}"
+    if bits == 32:
+        return f"static inline floats {name}(ints code) {{ return as_floats(code); }}"
+    if bits == 16:
+        decode = "decoded_half" if stored_type(operand, dtype) == torch.float16 else "from_bfloat"
+        return f"static inline floats {name}(ints code) {{ return {decode}(code); }}"
+    if operand.format.cpp_decode:
+        return f"static inline floats {name}(ints code) {{ return {operand.format.cpp_decode}; }}"
+    counted = not operand.symmetric and place(operand) == "operand"
+    values = blocks.table(operand.format) + (2 ** (operand.format.bits - 1) if counted else 0)
+    numbers = ", ".join(map(literal, [*values.tolist(), *[0.0] * (16 - len(values))]))
+    return (
+        f"static const float {name}_values[] = {{{numbers}}};\n"
+        f"static inline floats {name}(ints code) {{ return looked_up<{bits}>({name}_values, code); }}"
+    )
+
+
+def literal(x: float) -> str:
+    if not math.isfinite(x):
+        return "NAN" if math.isnan(x) else f"{'-' * (x < 0)}INFINITY"
+    return f"{torch.tensor(x, dtype=torch.float64).float().item()!r}f"

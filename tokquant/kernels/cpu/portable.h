@@ -2,10 +2,13 @@
 constexpr int ROWS = 4;
 constexpr int PANELS = 1;
 
-static inline ints dot(ints sum, const uint8_t* four, const int8_t* panel) {
+template <class A, class B>
+static inline ints dot(ints sum, const A* four, words panel, const B*) {
+    B x[4 * LANES];
+    std::memcpy(x, &panel, sizeof x);
     for (int i = 0; i < LANES; i++) {
         int32_t s = 0;
-        for (int d = 0; d < 4; d++) s += int32_t(four[d]) * panel[4 * i + d];
+        for (int d = 0; d < 4; d++) s += int32_t(four[d]) * x[4 * i + d];
         sum[i] += s;
     }
     return sum;

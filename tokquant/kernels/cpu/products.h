@@ -1,23 +1,53 @@
-// C[R][W] += A[R rows] B[W panels]: R rows of A and W panels of B stay in registers, so each load serves several products.
+// C[R][W] += A[R rows] B[W panels]: R rows of A and W panels of B stay in registers, so each load serves several products. Each is
+// a function of its own: inlined, compilers take registers from these loops for what is around them.
 #if INTEGERS
-template <int R, int W>
-static inline void multiply(ints (&c)[R][W], const uint8_t* a, int64_t row, const int8_t* b, int64_t panel, int steps) {
-    for (const int8_t* end = b + 64 * steps; b < end; a += 4, b += 64)
+// the i-th byte-wide plane of words: what is unsigned in the low bits, what is signed in the high ones, where its sign belongs
+template <int BITS> static inline words plane(words x, int i, const uint8_t*) {
+    return BITS == 8 ? x : x >> uint32_t(i * BITS) & ((1u << BITS) - 1) * 0x01010101u;
+}
+template <int BITS> static inline words plane(words x, int i, const int8_t*) {
+    return BITS == 8 ? x : x << uint32_t(8 - BITS - i * BITS) & (((1u << BITS) - 1) << (8 - BITS)) * 0x01010101u;
+}
+
+template <int BITS, int R, int W, class A, class B>
+[[gnu::noinline]] static void multiply(ints (&c)[R][W], const A* a, int64_t row, const B* b, int64_t panel, int lines, int64_t ahead) {
+    constexpr int CHAINS = R * W < 8 ? 2 : 1;  // sums of every other line, where few wait for one another
+    ints sum[CHAINS][R][W] = {};
+    const auto line = [&](ints (&sum)[R][W], const A* a, const B* b) {
+        words x[W];
+        for (int w = 0; w < W; w++) {
+            x[w] = load((const uint32_t*)(b + w * panel));
+            __builtin_prefetch(b + w * panel + ahead, 0, 2);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < 8 / BITS; i++, a += 4)
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
+            for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int w = 0; w < W; w++) c[r][w] = dot(c[r][w], a + r * row, b + w * panel);
+                for (int w = 0; w < W; w++) sum[r][w] = dot(sum[r][w], a + r * row, plane<BITS>(x[w], i, b), b);
+    };
+    int at = 0;
+    for (; at + CHAINS <= lines; at += CHAINS, a += CHAINS * 32 / BITS, b += CHAINS * 64)
+#pragma GCC unroll 2
+        for (int chain = 0; chain < CHAINS; chain++) line(sum[chain], a + chain * 32 / BITS, b + chain * 64);
+    if (at < lines) line(sum[0], a, b);
+    for (int chain = 0; chain < CHAINS; chain++)
+        for (int r = 0; r < R; r++)
+            for (int w = 0; w < W; w++) c[r][w] += sum[chain][r][w];
 }
 #endif
 
 #if FLOATS
 template <int R, int W>
-static inline void multiply(floats (&c)[R][W], const float* a, int64_t row, const float* b, int64_t panel, int steps) {
+[[gnu::noinline]] static void multiply(floats (&c)[R][W], const float* a, int64_t row, const float* b, int64_t panel, int steps) {
+    floats sum[R][W];
+    std::memcpy(sum, c, sizeof c);
     for (const float* end = b + LANES * steps; b < end; a++, b += LANES)
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int w = 0; w < W; w++) c[r][w] += a[r * row] * load(b + w * panel);
+            for (int w = 0; w < W; w++) sum[r][w] += a[r * row] * load(b + w * panel);
+    std::memcpy(c, sum, sizeof c);
 }
 #endif
 
@@ -33,10 +63,10 @@ static inline void in_rows(int rows, F f) {
 }
 
 // `f(Count<W>, first panel)` likewise
-template <class F>
+template <int AT_ONCE = PANELS, class F>
 static inline void in_panels(int panels, F f) {
     int at = 0;
-    for (; panels - at >= PANELS; at += PANELS) f(Count<PANELS>(), at);
+    for (; panels - at >= AT_ONCE; at += AT_ONCE) f(Count<AT_ONCE>(), at);
     for (; at < panels; at++) f(Count<1>(), at);
 }
 

@@ -1,0 +1,98 @@
+"""`tokquant bench`: schemes beside torch's attention, timed in turn."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import rich.table
+import typer
+from rich.markup import escape
+
+from tokquant.cli import options, output
+from tokquant.errors import nearest, quote
+from tokquant.evaluation import bench as workloads
+from tokquant.evaluation.bench import Shape, Table
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What to time, and what of where nothing is asked for."""
+
+    measure: Callable[..., Table]
+    schemes: list[str]
+    heads: tuple[int, int]
+    tokens: int
+    head_dims: list[int]
+    causal: list[bool]
+
+
+WORKLOADS = {
+    "attention": Workload(workloads.attention, ["int8", "int8-fast"], (8, 8), 2048, [64, 128], [False, True]),
+    "decode": Workload(workloads.decode, ["int8", "kv-int8", "kv-int4"], (32, 8), 8192, [128], [False]),
+}
+
+
+def bench(
+    workload: Annotated[
+        str, typer.Argument(help="attention, of whole sequences, or decode, of a query after many keys.")
+    ] = "attention",
+    scheme: Annotated[
+        list[str] | None, typer.Option("--scheme", "-s", help="A preset or the path of a YAML file; repeat for more.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
+    heads: Annotated[int | None, typer.Option("--heads", min=1, help="Of Q; 8, and 32 over 8 of K and V to decode.")] = None,
+    kv_heads: Annotated[int | None, typer.Option("--kv-heads", min=1, help="Of K and V; as many as Q's if left out.")] = None,
+    queries: Annotated[int | None, typer.Option("--queries", min=1, help="To decode at once; 1 if left out.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option("--tokens", min=1, help="Sequence lengths; repeat for more.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option("--head-dim", min=1, help="Repeat for more.")] = None,
+    causal: Annotated[
+        bool | None, typer.Option("--causal/--no-causal", help="As elsewhere; attention is timed both ways if left out.")
+    ] = None,
+    cold: Annotated[bool, typer.Option("--cold/--warm", help="To decode: with empty caches, or full ones.")] = True,
+    device: options.Device = None,
+    repeats: options.Repeats = 15,
+    json: options.Json = False,
+) -> None:
+    """Time schemes beside torch's attention: all in turn in one process, ratios of medians to the fastest of torch's.
+
+    Attention is timed on codes and with quantization; decode on codes.
+    """
+    if workload not in WORKLOADS:
+        raise ValueError(f"workload: {quote(workload)} is none; use {' or '.join(WORKLOADS)}{nearest(workload, WORKLOADS)}")
+    chosen, where = WORKLOADS[workload], options.device_of(device)
+    q_heads = heads or chosen.heads[0]
+    shared = kv_heads or (heads or chosen.heads[1])
+    if q_heads % shared:
+        raise ValueError(f"--kv-heads: {shared} do not divide the {q_heads} of --heads")
+    if workload == "attention" and queries is not None:
+        raise ValueError("--queries: attention has as many as --tokens; use it to decode")
+    shapes = [
+        Shape(batch, q_heads, shared, queries or (1 if workload == "decode" else n), n, d, each)
+        for n in tokens or [chosen.tokens]
+        for d in head_dim or chosen.head_dims
+        for each in (chosen.causal if causal is None else [causal])
+    ]
+    more = {"cold": cold} if workload == "decode" else {}
+    found = [
+        chosen.measure(shape, scheme or chosen.schemes, device=where, repeats=repeats, **more)
+        for shape in output.progress(shapes, workload, len(shapes))
+    ]
+    if json:
+        output.print_json([asdict(table) for table in found])
+        return
+    for each in found:
+        output.console().print(_table(each))
+
+
+def _table(measured: Table) -> rich.table.Table:
+    machine = "; ".join(f"{name} {value}" for name, value in measured.machine.items())
+    table = rich.table.Table(title=escape(f"{measured.workload}: {measured.shape}"), caption=escape(machine))
+    table.add_column("provider")
+    for heading in ("ms", f"x {measured.peer or 'peer'}", measured.unit, "of peak"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for row in measured.rows:
+        numbers = ((row.ms, "{:.3f}"), (row.ratio, "{:.2f}"), (row.rate, "{:.1f}"), (row.share, "{:.0%}"))
+        cells = ("" if number is None else form.format(number) for number, form in numbers)
+        table.add_row(escape(row.provider), *cells, escape(row.note))
+    return table

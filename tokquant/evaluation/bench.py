@@ -1,0 +1,266 @@
+"""Attention beside its peers: all in turn in one process, so that what slows the machine slows every one of them."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokquant.attention import attention as attend
+from tokquant.attention import choose_backend, quantize
+from tokquant.calibration.calibrator import Calibrator
+from tokquant.calibration.scales import LayerScales, needed
+from tokquant.decode import decode as decode_cache
+from tokquant.errors import SchemeError
+from tokquant.evaluation import peers
+from tokquant.evaluation.machine import machine
+from tokquant.evaluation.peers import Call, first_line
+from tokquant.kernels.cpu.peak import peaks
+from tokquant.kv_cache import KVCache
+from tokquant.schemes import QuantScheme, resolve
+from tokquant.schemes.placement import as_bytes
+from tokquant.timing import SCRATCH_BYTES, interleaved_medians
+
+MEMORY = "reading memory"
+INTEGERS, FLOATS = "integer products", "float products"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of q `[batch, heads, queries, head_dim]`, k and v `[batch, kv_heads, tokens, head_dim]`."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    tokens: int
+    head_dim: int
+    causal: bool
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of Q K^T and P V, for the pairs that are attended."""
+        pairs = self.queries * self.tokens
+        if self.causal:
+            seeing = min(self.queries, self.tokens)
+            pairs = seeing * self.tokens - seeing * (seeing - 1) // 2
+        return 4 * self.batch * self.heads * pairs * self.head_dim
+
+    def __str__(self) -> str:
+        heads = f"{self.heads} heads" + (f" over {self.kv_heads}" if self.kv_heads != self.heads else "")
+        sizes = f"{self.queries} x {self.tokens} tokens, head_dim {self.head_dim}"
+        return f"batch {self.batch}, {heads}, {sizes}{', causal' if self.causal else ''}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider's median, or why there is none."""
+
+    provider: str
+    ms: float | None = None
+    ratio: float | None = None
+    """How many times faster than the peer."""
+    rate: float | None = None
+    """In the table's unit."""
+    share: float | None = None
+    """Of what the machine does at most, as measured in the same run."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Everything of one shape."""
+
+    workload: str
+    shape: Shape
+    peer: str | None
+    """The fastest of torch's, which ratios are to."""
+    unit: Literal["GOPS", "GB/s"]
+    rows: list[Row]
+    machine: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """What is timed."""
+
+    call: Call
+    work: float
+    """Operations, or bytes; 0 where neither says anything."""
+    units: tuple[str, ...] = ()
+    """The measurements of the machine that bound it, each for an equal part of the work."""
+    small: Call | None = None
+    """The same with next to nothing to read."""
+    compared: bool = True
+    """Whether it does what the peer does."""
+
+
+Providers = dict[str, Provider | str]
+"""By name; or why there is none."""
+
+
+def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: torch.device, repeats: int = 15) -> Table:
+    """Time attention over whole sequences: schemes on codes and with quantization, torch's, and other packages'.
+
+    Tensors are normal: float32 on a CPU, float16 on a GPU. Rates are operations a second; on a CPU also as a share of what its
+    products do in registers.
+
+    Args:
+        schemes: QuantSchemes, presets' names or paths; static ones are calibrated on the tensors.
+        device: where to run; the backend is that of `auto`.
+        repeats: timed runs of each.
+
+    What does not run is a row that says why. Raises as `tokquant.quantize` does.
+    """
+    named = _named(schemes)
+    q, k, v = _tensors(shape, device)
+    work, causal = shape.operations, shape.causal
+    found: Providers = {}
+    for name, call in peers.attention(q, k, v, causal).items():
+        found[name] = call if isinstance(call, str) else Provider(call, work)
+    for name, scheme in named.items():
+        scales = _scales(scheme, q, k, v)
+        codes = quantize(q, k, v, scheme, scales=scales)
+        units = tuple(INTEGERS if as_bytes(scheme, role) else FLOATS for role in "kv")
+        found[name] = Provider(partial(attend, *codes, scheme, causal=causal), work, units)
+        whole = partial(attend, q, k, v, scheme, causal=causal, scales=scales)
+        found[f"{name}, with quantization"] = Provider(whole, work)
+    if choose_backend("auto", device) == "cpu":
+        for kind, (call, operations) in peaks(torch.get_num_threads()).items():
+            found[INTEGERS if kind == "integers" else FLOATS] = Provider(call, operations, compared=False)
+    return _timed("attention", shape, "GOPS", found, device, repeats)
+
+
+def decode(
+    shape: Shape, schemes: Sequence[QuantScheme | str], *, device: torch.device, repeats: int = 15, cold: bool = True
+) -> Table:
+    """Time a query, or a few, in codes too, against codes of K and V that are there already, and against a KVCache of them.
+
+    Rates are bytes of K and V a second, all that a QuantizedTensor holds, and as a share of what reading memory does. Where
+    `cold`, memory is read before each call until a CPU's caches hold nothing of K and V, as a model's other layers do, and a
+    call with a few keys brings the code back; else the same call runs untimed before each. The rest is as for `attention`.
+    """
+    named = _named(schemes)
+    q, k, v = _tensors(shape, device)
+    # causality is nothing to a single query, which is the last
+    causal = shape.causal and shape.queries > 1
+    few = q, k[:, :, :16].contiguous(), v[:, :, :16].contiguous()
+    small = peers.of_torch(*few, causal)
+    found: Providers = {}
+    for name, call in peers.of_torch(q, k, v, causal).items():
+        size = 4 if "fp32" in name else 2
+        read = size * (k.numel() + v.numel())
+        found[name] = call if isinstance(call, str) else Provider(call, read, (MEMORY,), small[name])  # type: ignore[arg-type]
+    for name, scheme in named.items():
+        scales = _scales(scheme, q, k, v)
+        codes, codes_of_few = (quantize(*x, scheme=scheme, scales=scales) for x in ((q, k, v), few))
+        call, little = (partial(attend, *x, scheme, causal=causal) for x in (codes, codes_of_few))
+        found[name] = Provider(call, codes[1].nbytes + codes[2].nbytes, (MEMORY,), little)
+        found |= _cached(name, scheme, scales, q, (k, v), few[1:])
+    memory = torch.ones(SCRATCH_BYTES // 8, dtype=torch.int64, device=device)
+    found[MEMORY] = Provider(memory.sum, SCRATCH_BYTES, compared=False)
+    return _timed("decode", shape, "GB/s", found, device, repeats, lambda each: _after(memory.sum if cold else each.call, each))
+
+
+def _cached(
+    name: str, scheme: QuantScheme, scales: LayerScales | None, q: Tensor, whole: tuple[Tensor, ...], few: tuple[Tensor, ...]
+) -> Providers:
+    """A step of decoding with a KVCache: what Q meets, Q quantized inside, and one more token."""
+    (batch, heads, _, head_dim), caches = whole[0].shape, []
+    for k, v in (whole, few):
+        try:
+            cache = KVCache(
+                scheme, batch=batch, kv_heads=heads, head_dim=head_dim, dtype=q.dtype, device=q.device, scales=scales
+            )
+        except SchemeError as error:
+            return {f"{name}, KVCache": first_line(error)}
+        cache.append(k, v)
+        caches.append(cache)
+    step, little = (partial(decode_cache, q, cache) for cache in caches)
+    grown, token = caches[0].fork(range(batch)), [x[:, :, :1].contiguous() for x in whole]
+    grown.append(*token)  # into a page of its own
+    size = caches[0].memory.packed + caches[0].memory.windows
+    return {
+        f"{name}, KVCache": Provider(step, size, (MEMORY,), little),
+        f"{name}, one token appended": Provider(partial(grown.append, *token), 0, compared=False),
+    }
+
+
+def _after(first: Call, provider: Provider) -> Call:
+    def before() -> None:
+        first()
+        if provider.small is not None:
+            provider.small()
+
+    return before
+
+
+def _timed(
+    workload: str,
+    shape: Shape,
+    unit: Literal["GOPS", "GB/s"],
+    providers: Providers,
+    device: torch.device,
+    repeats: int,
+    before: Callable[[Provider], Call] | None = None,
+) -> Table:
+    failures = {name: each if isinstance(each, str) else _failure(each.call) for name, each in providers.items()}
+    running = {name: each for name, each in providers.items() if isinstance(each, Provider) and not failures[name]}
+    untimed = [before(each) for each in running.values()] if before else None
+    medians = interleaved_medians([each.call for each in running.values()], repeats, device, untimed)
+    times = dict(zip(running, medians, strict=True))
+    rates = {name: each.work / times[name] / 1e6 for name, each in running.items() if each.work}
+    peer = min((name for name in times if name.startswith("SDPA")), key=times.__getitem__, default=None)
+
+    def row(name: str) -> Row:
+        if name not in times:
+            return Row(name, note=failures[name])
+        units = running[name].units
+        ratio = times[peer] / times[name] if peer and running[name].compared else None
+        bounded = units and all(unit in rates for unit in units)
+        share = sum(rates[name] / rates[unit] for unit in units) / len(units) if bounded else None
+        return Row(name, times[name], ratio, rates.get(name), share)
+
+    facts = machine(device, choose_backend("auto", device))
+    return Table(workload, shape, peer, unit, [row(name) for name in providers], facts)
+
+
+def _named(schemes: Sequence[QuantScheme | str]) -> dict[str, QuantScheme]:
+    """Schemes by what they were given as: several files may hold one name."""
+    return {scheme if isinstance(scheme, str) else scheme.name: resolve(scheme) for scheme in schemes}
+
+
+def _tensors(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    kind = torch.float32 if device.type == "cpu" else torch.float16
+    keys = (shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
+    sizes = ((shape.batch, shape.heads, shape.queries, shape.head_dim), keys, keys)
+    try:
+        q, k, v = (torch.randn(size, generator=generator, dtype=kind, device=device) for size in sizes)
+    except RuntimeError as error:
+        raise ValueError(f"shape: {shape} cannot be had on {device}: {first_line(error)}") from None
+    return q, k, v
+
+
+def _scales(scheme: QuantScheme, q: Tensor, k: Tensor, v: Tensor) -> LayerScales | None:
+    if not needed(scheme):
+        return None
+    calibrator = Calibrator(scheme)
+    calibrator.observe("bench", q, k, v)
+    return calibrator.scales()["bench"]
+
+
+def _failure(call: Call) -> str:
+    """What is said where a call fails, or nothing where it runs."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            call()
+        except (RuntimeError, ValueError, TypeError) as error:
+            # torch's own error is that there is no kernel; why is in its warnings, with headings between them
+            reasons = (str(each.message).split(" (Triggered")[0] for each in caught)
+            return "; ".join(dict.fromkeys([first_line(error), *(each for each in reasons if "because" not in each)]))
+    return ""

@@ -1,0 +1,100 @@
+// What follows the last key.
+#if V_ROTATED
+// butterflies from stride 1
+static void hadamard(float* x) {
+    for (int stride = 1; stride < ROTATION; stride *= 2)
+        for (int first = 0; first < D; first += 2 * stride)
+            for (int i = first; i < first + stride; i++) {
+                float a = x[i], b = x[i + stride];
+                x[i] = a + b;
+                x[i + stride] = a - b;
+            }
+    for (int i = 0; i < D; i++) x[i] *= ROTATION_NORM;
+}
+#endif
+
+// Sums -> results.
+static void finish(const Arguments& a, int64_t batch, int64_t kv_head, int64_t first, int rows, Scratch& t) {
+    const int64_t shared = a.heads / a.kv_heads, row = (batch * a.heads + kv_head * shared) * a.n_q + first;
+    const int64_t kv = batch * a.kv_heads + kv_head;
+    (void)kv;
+    for (int i = 0; i < rows; i++) {
+        float* out = a.out + (row + i) * D;
+        const float l = t.l[i];
+        float lowered = 0, total = l;
+#if LOWERED_LOGITS
+        lowered = a.logit_offset[row + i] * a.scale;
+#endif
+#if WITH_LSE
+        // natural, without sinks; -inf where a row attends to nothing
+        a.lse[row + i] = (t.r[i] + std::log2(l) - LOG2_LARGEST) * 0.6931471806f + lowered;
+#endif
+#if SINKS
+        // a sink takes its part of the softmax and adds nothing
+        total += std::exp2((a.sinks[kv_head * shared + (first + i) / a.n_q] - lowered) * 1.442695041f - t.r[i] + LOG2_LARGEST);
+#endif
+        (void)lowered;
+        float* acc = t.acc[i];
+        for (int d = 0; d < D; d++) {
+            acc[d] /= total;
+#if V_ON_OUTPUT
+            acc[d] *= a.v_scale[kv * WIDE + d];
+#endif
+#if V_TOKEN_ZERO
+            acc[d] += t.zero[i] / total;
+#endif
+#if V_OUTPUT_ZERO
+            acc[d] += l / total * a.v_zero[kv * WIDE + d];
+#endif
+        }
+#if V_ROTATED
+        hadamard(acc);
+#endif
+        for (int d = 0; d < D; d++) {
+#if V_MEAN
+            acc[d] += a.v_mean[kv * WIDE + d] * (l / total);
+#endif
+            // a row that attends to nothing, whatever its tiles hold
+            out[d] = l == 0 ? 0 : acc[d];
+        }
+    }
+}
+
+// Sums of some keys, to be merged with those of others: rows of acc, r, l, and the sum of V's zeros.
+constexpr int KEPT = WIDE + 3;
+
+static void keep(const Scratch& t, int rows, float* to) {
+    for (int i = 0; i < rows; i++, to += KEPT) {
+        std::memcpy(to, t.acc[i], sizeof t.acc[i]);
+        to[WIDE] = t.r[i], to[WIDE + 1] = t.l[i];
+#if V_TOKEN_ZERO
+        to[WIDE + 2] = t.zero[i];
+#endif
+    }
+}
+
+static void merge(const float* kept, int64_t chunks, int rows, Scratch& t) {
+    for (int i = 0; i < rows; i++) {
+        float r = NOTHING;
+        for (int64_t c = 0; c < chunks; c++) {
+            const float* own = kept + (c * rows + i) * KEPT;
+            if (own[WIDE + 1] != 0 && own[WIDE] > r) r = own[WIDE];
+        }
+        t.r[i] = r == NOTHING ? 0 : r;
+        t.l[i] = 0;
+        std::memset(t.acc[i], 0, sizeof t.acc[i]);
+#if V_TOKEN_ZERO
+        t.zero[i] = 0;
+#endif
+        for (int64_t c = 0; c < chunks; c++) {
+            const float* own = kept + (c * rows + i) * KEPT;
+            if (own[WIDE + 1] == 0) continue;  // these keys are not seen
+            const float weight = std::exp2(own[WIDE] - t.r[i]);
+            t.l[i] += own[WIDE + 1] * weight;
+            for (int d = 0; d < WIDE; d++) t.acc[i][d] += own[d] * weight;
+#if V_TOKEN_ZERO
+            t.zero[i] += own[WIDE + 2] * weight;
+#endif
+        }
+    }
+}

@@ -1,0 +1,282 @@
+"""Pages of a KV cache for C++ kernels: codes in panels, written and read where they lie."""
+
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokquant import blocks
+from tokquant.calibration.scales import LayerScales
+from tokquant.errors import UnsupportedError
+from tokquant.kernels import launch as shared
+from tokquant.kernels.cpu import build
+from tokquant.kernels.cpu.bound import Bound
+from tokquant.kernels.cpu.launch import Call, laid_out, of_channels, of_features
+from tokquant.kernels.cpu.plan import ALL, plan, stored_type
+from tokquant.kernels.cpu.quantize import queries
+from tokquant.kernels.cpu.quantize_plan import Task, lacking
+from tokquant.pages import frame_of, growing, operand, sizes
+from tokquant.quantize import in_frame, with_sums
+from tokquant.reference import Features
+from tokquant.schemes import Operand, QuantScheme
+from tokquant.schemes.placement import as_bytes, place
+from tokquant.tensor import QuantizedTensor, canonical
+from tokquant.transforms import Frame
+
+
+class CpuPages:
+    """A `tokquant.pages.Store` in panels, as `tokquant.blocks` says, each page with panels of its own."""
+
+    def __init__(
+        self,
+        scheme: QuantScheme,
+        *,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        pages: int,
+        page: int,
+        scales: LayerScales | None = None,
+    ):
+        if page % scheme.key_tile:
+            raise UnsupportedError(
+                f"cache.page: {page} tokens are no whole tiles of {scheme.key_tile} keys, which P of scheme {scheme.name!r} "
+                f"has its scales for; use page: {scheme.key_tile} or backend='reference'"
+            )
+        self.scheme, self.scales, self.page = scheme, scales, page
+        shape = torch.Size((pages, kv_heads, page, head_dim))
+        self._k, self._v = (_Panels(spec, scheme, scales, shape, dtype) for spec in (scheme.k, scheme.v))
+        self._frame = Frame(rotated=scheme.rotate == "hadamard")
+        self._calls: dict[Any, tuple[Bound, Call]] = {}
+        """The last kernels that ran, that of Q and that of attention: steps of decoding differ in nothing but tensors."""
+
+    def grow(self, pages: int) -> None:
+        self._calls.clear()
+        for panels in (self._k, self._v):
+            panels.grow(pages)
+
+    def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
+        for panels, x in ((self._k, k), (self._v, v)):
+            if counts is None:
+                panels.write(x, table, first)
+            else:
+                for b, n in enumerate(counts.tolist()):
+                    panels.write(x[b : b + 1, :, :n], table[b : b + 1], first[b : b + 1])
+
+    def attention(
+        self,
+        q: Tensor,
+        table: Tensor,
+        lengths: Tensor,
+        features: Features,
+        *,
+        offset: Tensor | None = None,
+        longest: int | None = None,
+        deterministic: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Store.attention`; results depend neither on threads nor on the batch."""
+        if features.mask is not None or features.bias is not None:
+            raise UnsupportedError("mask, bias: a cache's kernels have none; use window, or tokquant.attention on tensors")
+        (b, heads, n_q, d), kv_heads = q.shape, self._k.shape[1]
+        if n_q == 1 and features.reach()[1] == 0:
+            # nothing is later than the last query
+            features = replace(features, causal=False, window=None if features.window is None else (features.window[0], None))
+        wanted, _ = shared.asked(features, True)
+        out, lse = torch.empty(q.shape, dtype=torch.float32), torch.empty(q.shape[:3], dtype=torch.float32)
+        n_k = int(lengths.max()) if longest is None else longest
+        left, right = features.reach()
+        given: dict[str, Any] = dict(
+            n_k=n_k, threads=torch.get_num_threads(), out=out, lse=lse, table=table, pages=table.shape[1], lengths=lengths,
+            newer=offset, left=left, right=right, scale=features.scale, softcap=features.softcap, **of_features(features),
+        )  # fmt: skip
+        asked = (q.shape, wanted, build.instructions())
+        if asked in self._calls:
+            bind, call = self._calls[asked]
+            if bind(q):
+                call(**given)
+                return out, lse
+        qq, bound = queries(q, self._frame, self._k.any_token(b), self.scheme, self.scales)
+        fields = laid_out(qq, self.scheme)
+        given |= fields | self._k.fields | self._v.fields | self._v.of_sequences(b)
+        given |= dict(batch=b, heads=heads, kv_heads=kv_heads, n_q=n_q, page=self.page)
+        call = Call(plan(self.scheme, head_dim=d, dtype=q.dtype, wanted=wanted, instructions=asked[2]), given)
+        call()
+        if bound is not None and bound.fills(x for x in fields.values() if isinstance(x, Tensor)):
+            self._calls.clear()
+            self._calls[asked] = bound, call
+        return out, lse
+
+    def read(self, table_row: Tensor, tokens: int) -> tuple[QuantizedTensor, QuantizedTensor]:
+        pages = table_row[: -(-tokens // self.page)].long()
+        return self._k.read(pages, tokens), with_sums(self._v.read(pages, tokens), self.scheme)
+
+    def store(self, table_row: Tensor, first: int, k: QuantizedTensor, v: QuantizedTensor) -> None:
+        for panels, x in ((self._k, k), (self._v, v)):
+            panels.put(table_row.long(), first, x)
+
+    def copy(self, source: int, target: int) -> None:
+        for panels in (self._k, self._v):
+            for part in panels.parts.values():
+                part[target] = part[source]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * part.element_size() for panels in (self._k, self._v) for part in panels.parts.values())
+
+    @property
+    def bits_per_value(self) -> float:
+        return 8 * self.nbytes / (2 * self._k.shape.numel())
+
+
+class _Panels:
+    """Pages of K or of V: `codes`, K's `[pages, H_kv, panels, words, 16]`, V's with tiles before the panels; and scales and
+    zeros as `tokquant.pages.sizes` says. V's scales are below zero for tokens whose codes all are zero."""
+
+    def __init__(self, spec: Operand, scheme: QuantScheme, scales: LayerScales | None, shape: torch.Size, dtype: torch.dtype):
+        self.spec, self.scheme, self.scales, self.shape, self.dtype = spec, scheme, scales, shape, dtype
+        self.as_bytes = as_bytes(scheme, spec.role)
+        self.stored = stored_type(spec, dtype)
+        self.bits = blocks.bits_of(spec.format, self.stored, self.as_bytes)
+        self.weighted = spec.role == "v" and place(spec) == "p"
+        like = torch.empty(1).expand(1, shape[1], 1, shape[3])
+        self.frame = frame_of(like, spec, scheme, scales)
+        self.parts: dict[str, Tensor] = {}
+        self.grow(shape[0])
+
+    def grow(self, pages: int) -> None:
+        self.shape = torch.Size((pages, *self.shape[1:]))
+        found = sizes(self.spec, self.shape, self.dtype)
+        _, heads, page, d = self.shape
+        words, panels = 32 // self.bits, -(-d // blocks.LANES)
+        if self.spec.role == "k":
+            codes = (page // blocks.LANES, -(-d // words), blocks.LANES)
+        else:
+            codes = (page // self.scheme.key_tile, panels, self.scheme.key_tile // words, blocks.LANES)  # type: ignore[assignment]
+        found["codes"] = ((pages, heads, *codes), torch.int32)
+        for name, (size, kind) in found.items():
+            # the pages of a head one after another: those of a sequence mostly are neighbours, which memory likes
+            size = (size[1], size[0], *size[2:])
+            larger = torch.zeros(size, dtype=torch.uint8 if kind.itemsize == 1 else kind).view(kind).transpose(0, 1)
+            if name in self.parts:
+                old = self.parts[name]
+                larger.view(_bytes(old))[: len(old)] = old.view(_bytes(old))
+            self.parts[name] = larger
+        for name in ("bound", "fields"):
+            self.__dict__.pop(name, None)  # what has pointers to the old ones
+
+    @cached_property
+    def given(self) -> dict[str, Tensor]:
+        """Scales and zeros that are the same for every token."""
+        if self.spec.scale != "static" or self.scales is None:
+            return {}
+        like = torch.empty(1).expand(1, self.shape[1], 1, self.shape[3])
+        found = {"scale": self.scales.scale(self.spec, like), "zero": self.scales.zero(self.spec, like)}
+        return {name: x.contiguous() for name, x in found.items() if x is not None}
+
+    @cached_property
+    def bound(self) -> Bound | None:
+        """The kernel that writes tokens here; None where the definition has to quantize them."""
+        offset = self.frame.offset
+        task = Task.of(
+            self.spec,
+            self.scheme,
+            self.shape[3],
+            self.dtype,
+            offset_tokens=0 if offset is None else ALL,
+            rotated=self.frame.rotated,
+        )
+        if lacking(task):
+            return None
+        scales = self.parts | self.given
+        more = {"offset": offset}
+        return Bound(task, self.parts["codes"], scales.get("scale"), scales.get("zero"), page=self.shape[2], more=more)
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """What an attention kernel reads here, by the names in its text."""
+        role, codes, scales = self.spec.role, self.parts["codes"], self.parts | self.given
+        found: dict[str, Any] = {role: codes, f"{role}_page": codes.stride(0), f"{role}_head": codes.stride(1)}
+        if (scale := scales.get("scale")) is not None:
+            page, head = (0 if size == 1 else step for size, step in zip(scale.shape[:2], scale.stride()[:2], strict=True))
+            zero = scales.get("zero")
+            found |= {f"{role}_scale": scale, f"{role}_zero": zero, f"{role}_scale_page": page, f"{role}_scale_head": head}
+        return found
+
+    def of_sequences(self, batch: int) -> dict[str, Any]:
+        """What an attention kernel reads of V for each of so many sequences."""
+        like = self.any_token(batch)
+        found = {} if like.offset is None else {"v_mean": of_channels(like, like.offset)}
+        if place(self.spec) == "output":
+            found |= {"v_scale": of_channels(like, like.scale)}  # type: ignore[arg-type]
+            found |= {} if like.origin is None else {"v_zero": of_channels(like, like.origin)}
+        return found
+
+    def any_token(self, batch: int) -> QuantizedTensor:
+        """A token of each of so many sequences, for what does not change from token to token."""
+        shape = (batch, self.shape[1], 1, self.shape[3])
+        parts = {"codes": torch.empty(1).expand(shape)}
+        return operand(parts, self.spec, self.scheme, self.scales, shape, self.dtype)
+
+    def write(self, x: Tensor, table: Tensor, first: Tensor) -> None:
+        if self.bound is not None and self.bound(x, table, first):
+            return
+        # the definition says what does not fit, or does what no kernel does
+        coded = in_frame(x, self.frame, self.spec, self.scales)
+        for b in range(len(x)):
+            parts = {name: part[b : b + 1] for name, part in growing(coded).items()}
+            shape = (1, *x.shape[1:])
+            self.put(table[b].long(), int(first[b]), operand(parts, self.spec, self.scheme, self.scales, shape, self.dtype))
+
+    def put(self, pages: Tensor, first: int, x: QuantizedTensor) -> None:
+        """Canonical codes `[1, H_kv, n, D]` from token `first` on, which blocks divide."""
+        page, end = self.shape[2], first + x.shape[2]
+        touched = pages[first // page : -(-end // page)]
+        inside = first % page
+        whole = self._patterns(touched)
+        codes = x.spec.format.unpack(x.codes, x.shape[3])
+        whole[:, inside : inside + x.shape[2]] = blocks.patterns(codes, x.spec.format, self.bits, self.as_bytes, x.spec.role)[0]
+        by_page = whole.unflatten(1, (-1, page)).transpose(0, 1)  # [pages, H_kv, page, D]
+        if x.spec.role == "k":
+            self.parts["codes"][touched] = blocks.of_keys(by_page, self.bits)
+        else:
+            self.parts["codes"][touched] = blocks.of_values(by_page, self.bits, self.scheme.key_tile)
+        for name, part in growing(x).items():
+            if name == "codes":
+                continue
+            if name == "scale" and self.weighted:
+                nothing = (x.code_values() == 0).all(dim=-1, keepdim=True)
+                part = torch.where(nothing, -part.float(), part.float()).to(part.dtype)
+            rows = self.parts[name]
+            tokens = page // rows.shape[2]
+            place = torch.arange(first, end, tokens)
+            rows.view(_bytes(rows))[pages[place // page], :, place % page // tokens] = part.view(_bytes(part))[0].transpose(
+                0, 1
+            )
+
+    def read(self, pages: Tensor, tokens: int) -> QuantizedTensor:
+        """Canonical codes `[1, H_kv, tokens, D]` of these pages' first tokens."""
+        found = {}
+        for name, part in self.parts.items():
+            if name != "codes":
+                rows = -(-tokens * part.shape[2] // self.shape[2])
+                found[name] = part.view(_bytes(part))[pages].transpose(0, 1).flatten(1, 2)[None, :, :rows].view(part.dtype)
+        if self.weighted:
+            found["scale"] = found["scale"].float().abs().to(found["scale"].dtype)
+        words = self.parts["codes"][pages].transpose(0, 1).flatten(1, 2)[None]
+        shape = (1, self.shape[1], tokens, self.shape[3])
+        x = operand({"codes": words, **found}, self.spec, self.scheme, self.scales, shape, self.dtype)
+        return replace(x, codes=canonical(replace(x, layout="blocks")).codes)
+
+    def _patterns(self, pages: Tensor) -> Tensor:
+        """`[H_kv, tokens, D]` of whole pages."""
+        words = self.parts["codes"][pages].transpose(0, 1).flatten(1, 2)
+        back = blocks.keys_of if self.spec.role == "k" else blocks.values_of
+        return back(words[None], self.bits, len(pages) * self.shape[2], self.shape[3])[0].contiguous()
+
+
+def _bytes(x: Tensor) -> torch.dtype:
+    # torch indexes no fp8
+    return torch.uint8 if x.element_size() == 1 else x.dtype

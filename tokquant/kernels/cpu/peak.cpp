@@ -1,0 +1,61 @@
+// What a processor multiplies and adds at most: all of it in registers.
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 64;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 32;
+#else
+constexpr int WIDTH = 16;
+#endif
+typedef float floats __attribute__((vector_size(WIDTH)));
+typedef int32_t ints __attribute__((vector_size(WIDTH)));
+
+// one instruction of products; the sum is an operand of each, or the compiler would take it out of the loop
+static inline floats step(floats sum) { return sum * 0.5f + 0.5f; }
+#if defined(__AVX512VNNI__)
+constexpr int PRODUCTS = 64;
+static inline ints step(ints sum) {
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi8(3), _mm512_set1_epi8(5));
+}
+#elif defined(__AVX2__)
+constexpr int PRODUCTS = 16;
+static inline ints step(ints sum) { return (ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi8(3)) + 5; }
+#else
+constexpr int PRODUCTS = 0;  // there is none
+static inline ints step(ints sum) { return sum + 1; }
+#endif
+
+// so many sums that none waits for its own last one, and no more than registers hold
+constexpr int SUMS = 12;
+
+template <class T>
+static uint64_t chains(int64_t steps, int threads) {
+    uint64_t kept = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : kept)
+    for (int thread = 0; thread < threads; thread++) {
+        T sums[SUMS];
+        // unlike one another, or the compiler would compute one of them
+#pragma GCC unroll 12
+        for (int i = 0; i < SUMS; i++) std::memset(&sums[i], i, sizeof(T));
+        for (int64_t n = 0; n < steps; n++)
+#pragma GCC unroll 12
+            for (int i = 0; i < SUMS; i++) sums[i] = step(sums[i]);
+#pragma GCC unroll 12
+        for (int i = 0; i < SUMS; i++) kept += uint64_t(sums[i][0]);
+    }
+    return kept;
+}
+
+extern "C" {
+// multiply-adds of a thread in a step
+int64_t products_of_integers() { return SUMS * PRODUCTS; }
+int64_t products_of_floats() { return SUMS * WIDTH / 4; }
+
+uint64_t multiply_integers(int64_t steps, int threads) { return chains<ints>(steps, threads); }
+uint64_t multiply_floats(int64_t steps, int threads) { return chains<floats>(steps, threads); }
+}

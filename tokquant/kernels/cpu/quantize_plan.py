@@ -1,0 +1,196 @@
+"""What is fixed before a CPU kernel that quantizes is written: from an operand and what is done to it to constants."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+
+from tokquant import blocks, precisions
+from tokquant.kernels.cpu.plan import ALL, CPP_TYPES, CpuPlan, literal, stored_type
+from tokquant.kernels.products import FLOAT_NAMES
+from tokquant.schemes import Operand, QuantScheme
+from tokquant.schemes.placement import as_bytes, place
+from tokquant.schemes.scheme import SCALE_TYPES
+
+LONGEST = 128
+"""Tokens of a chunk, at most. The extremes of scales of more tokens are taken first, then codes."""
+SOURCES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What one kernel does with one operand."""
+
+    spec: Operand
+    head_dim: int
+    dtype: torch.dtype
+    """Of the tensor."""
+    as_bytes: bool
+    """Whether its codes are multiplied as bytes: how K's lie in memory goes by that."""
+    weighted: bool
+    """V: whether its scales enter P."""
+    tile: int = 128
+    """V: tokens that its panels cover."""
+    offset_tokens: int = 0
+    """Under one offset; 0 where there is none."""
+    balanced: bool = False
+    rotated: bool = False
+    folded: bool = False
+    k_offset: bool = False
+    """Q: its product with K's offset is wanted,"""
+    k_origin: bool = False
+    """with what K's codes of 0 stand for,"""
+    met: Literal["", "bytes", "floats"] = ""
+    """Q: as what products read it, where that is not its codes,"""
+    code_sum: bool = False
+    """and the sum of its codes; V: their sums over each tile."""
+
+    @staticmethod
+    def of(spec: Operand, scheme: QuantScheme, head_dim: int, dtype: torch.dtype, **rest: Any) -> "Task":
+        """The task for one operand of a scheme."""
+        if spec.role == "v":
+            rest["tile"] = scheme.key_tile
+        return Task(
+            spec=spec,
+            head_dim=head_dim,
+            dtype=dtype,
+            as_bytes=spec.role != "q" and as_bytes(scheme, spec.role),
+            weighted=place(spec) == "p" and spec.role == "v",
+            **rest,
+        )
+
+    @staticmethod
+    def read_of(scheme: QuantScheme) -> Literal["", "bytes", "floats"]:
+        """As what products read Q, where a kernel makes that with the codes."""
+        q = scheme.q
+        if as_bytes(scheme, "k"):
+            return "bytes" if q.format.kind == "int" and q.format.packed > 1 else ""
+        known = q.format.kind == "int" or bool(q.format.cpp_decode)
+        return "floats" if known and place(q) != "operand" else ""
+
+    @property
+    def bits(self) -> int:
+        """Of a code in memory."""
+        return blocks.bits_of(self.spec.format, stored_type(self.spec, self.dtype), self.as_bytes)
+
+
+def lacking(task: Task) -> str | None:
+    """Why no kernel quantizes this operand, so that the definition does, in torch; None where a kernel does."""
+    spec = task.spec
+    precision = spec.format
+    if not _written(task).cpp_quantize:
+        return f"{spec.role}: precision {spec.precision} has no cpp_quantize"
+    integers = precision.kind == "int"
+    if not integers and (task.as_bytes or task.code_sum):
+        return f"{spec.role}: codes of {spec.precision} are multiplied as bytes, but are no integers"
+    if task.head_dim == 1:
+        return f"{spec.role}: head_dim 1, where a token is a channel"
+    if task.bits < 2:
+        return f"{spec.role}: codes of {spec.precision} have less than two bits"
+    if task.bits != 8 * stored_type(spec, task.dtype).itemsize // precision.packed:
+        return f"{spec.role}: bytes of {spec.precision} are other numbers than its codes"
+    return None
+
+
+@lru_cache(maxsize=256)
+def plan(task: Task, instructions: str) -> CpuPlan:
+    """The plan of the kernel that does `task`, which `lacking` has nothing against."""
+    spec, d, precision = task.spec, task.head_dim, task.spec.format
+    tokens, channels = spec.granularity.cover(ALL, d) if spec.scaled else (1, d)
+    dynamic = spec.scaled and spec.scale == "dynamic"
+    here = dynamic and tokens <= LONGEST
+    scale_type = SCALE_TYPES[spec.scale_dtype]
+    integers, half = precision.kind == "int", 2 ** (precision.bits - 1)
+    input_codes = not spec.scaled and stored_type(spec, task.dtype) == torch.float16
+    packed = task.bits < 8
+    constants: dict[str, Any] = {
+        "QUERIES": spec.role == "q",
+        "KEYS": spec.role == "k",
+        "VALUES": spec.role == "v",
+        "OFFSET": task.offset_tokens > 0,
+        "BALANCED": task.balanced,
+        "ROTATED": task.rotated,
+        "FOLDED": task.folded,
+        "LOGITS": task.k_offset or task.k_origin,
+        "K_OFFSET": task.k_offset,
+        "K_ORIGIN": task.k_origin,
+        "SCALED": spec.scaled,
+        "SCALE_HERE": here,
+        "SPANNING": dynamic and not here,
+        "SCALE_GIVEN": spec.scaled and not here,
+        "SYMMETRIC": spec.scaled and spec.symmetric,
+        "ASYMMETRIC": spec.scaled and not spec.symmetric,
+        "EXACT_SCALE": spec.scale_dtype == "fp32",
+        "HALF_SCALE": spec.scale_dtype == "fp16",
+        "SMALL_SCALE": spec.scale_dtype == "fp8_e4m3",
+        "SCALE_UP": integers and precision.bits == 8,
+        # a symmetric scale in fp32 always fits
+        "CHECKED": (dynamic and (spec.scale_dtype != "fp32" or not spec.symmetric)) or input_codes,
+        "CHECKED_CODES": input_codes,
+        # packed integers of Q lie as the precision stores them, which counts them so
+        "COUNTED": integers and (task.as_bytes if spec.role == "k" else spec.role == "q" and packed),
+        "CODE_SUM": spec.role == "q" and task.code_sum,
+        "MET_BYTES": task.met == "bytes",
+        "MET_FLOATS": task.met == "floats",
+        "TILE_SUMS": spec.role == "v" and task.code_sum,
+        "SIGNED_SCALE": task.weighted and dynamic,
+    }
+    order = d & -d
+    constants = {name: int(value) for name, value in constants.items()} | {
+        "D": d,
+        "SOURCE": SOURCES[task.dtype],
+        "SCALE_TYPE": CPP_TYPES[spec.scale_dtype],
+        "TOKENS": max(blocks.LANES, tokens) if here else blocks.LANES,
+        "ITEM": max(LONGEST, task.tile),
+        "TILE": task.tile,
+        "OFFSET_TOKENS": task.offset_tokens or ALL,
+        "SCALE_TOKENS": tokens,
+        "SCALE_CHANNELS": channels,
+        "BITS": task.bits,
+        "ROTATION": order,
+        "ROTATION_NORM": literal(order**-0.5),
+        "LEAST_CODE": 0 if spec.symmetric else -half & (2**task.bits - 1),
+        "NOT_SIGN": 2**task.bits - 1 if integers else 2 ** (task.bits - 1) - 1,
+        "LARGEST": literal(float(precision.largest or 1)),
+        "LEVELS": literal(float(precision.levels)),
+        "HALF": literal(float(half)),
+        "SCALE_LARGEST": literal(torch.finfo(scale_type).max),
+        "SCALE_SMALLEST": literal(torch.finfo(scale_type).smallest_normal),
+    }
+    return CpuPlan(
+        name=f"quantize_{spec.role}_{spec.precision}",
+        title=_title(task),
+        constants=tuple((name, str(value)) for name, value in constants.items()),
+        fragments=(
+            ("encode", f"static inline ints encode(floats x) {{ return {_written(task).cpp_quantize}; }}"),
+            ("decode", f"static inline floats decode(ints code) {{ return {_decoded(task)}; }}"),
+        ),
+        instructions=instructions,
+        template="quantize",
+        # torch rounds a product before it adds
+        flags=("-ffp-contract=off",),
+    )
+
+
+precisions.base.WHEN_REPLACED.append(plan.cache_clear)
+
+
+def _written(task: Task) -> precisions.Precision:
+    """The precision that codes are written in: 16-bit floats are the tensor's own."""
+    precision = task.spec.format
+    own = precision.bits == 16 and not task.spec.scaled and task.dtype != torch.float32
+    return precisions.get(FLOAT_NAMES[task.dtype]) if own else precision
+
+
+def _decoded(task: Task) -> str:
+    """C++: what a code stands for."""
+    precision = _written(task)
+    return "to_floats(number(code))" if precision.kind == "int" else precision.cpp_decode
+
+
+def _title(task: Task) -> str:
+    steps = ["less an offset"] * (task.offset_tokens > 0) + ["balanced"] * task.balanced + ["rotated"] * task.rotated
+    steps += ["times K's scale"] * task.folded
+    source = f"{task.spec.role} {FLOAT_NAMES[task.dtype]}"
+    return ", ".join([f"{source} to {task.spec}", f"head_dim {task.head_dim}", *steps])

@@ -1,0 +1,120 @@
+// Extremes to scales and zeros.
+#if SCALE_HERE || SPANNING
+#if EXACT_SCALE
+static inline floats in_scale_type(floats x) { return x; }
+static inline floats rounded_scale(floats x) { return x; }
+static inline float scale_code(float x) { return x; }
+#endif
+#if HALF_SCALE
+static inline floats in_scale_type(floats x) { return from_half(to_half(x)); }
+static inline floats rounded_scale(floats x) { return in_scale_type(x); }
+static inline half scale_code(float x) { return {uint16_t(to_half(all(x))[0])}; }
+#endif
+#if SMALL_SCALE
+static inline floats in_scale_type(floats x) { return from_e4m3(to_e4m3(x)); }
+static inline floats rounded_scale(floats x) {
+    ints code = to_e4m3(x);
+#if SCALE_UP
+    // the next number: a scale rounded down by up to 1/16 would clip eight of the 127 levels
+    code = from_e4m3(code) < x ? code + 1 : code;
+#endif
+    return x <= SCALE_LARGEST ? from_e4m3(code) : all(NAN);
+}
+static inline e4m3 scale_code(float x) { return {uint8_t(to_e4m3(all(x))[0])}; }
+#endif
+
+// of a chunk, which hold them exactly
+static inline void keep_scales(SCALE_TYPE* to, const float* from, int first, int end) {
+    for (int i = first; i < end; i++) to[i] = scale_code(from[i]);
+}
+
+#if SYMMETRIC
+constexpr int32_t BOTTOM = 0;
+// of what a maximum is taken; a NaN is above everything
+static inline ints ordered(floats x) { return as_ints(magnitude(x)); }
+#endif
+#if ASYMMETRIC
+constexpr int32_t BOTTOM = INT32_MIN;
+// integers in the order of the numbers; a NaN is beyond either end
+static inline ints ordered(floats x) { return as_ints(x) ^ (as_ints(x) >> 31 & INT32_MAX); }
+static inline floats unordered(ints x) { return as_floats(x ^ (x >> 31 & INT32_MAX)); }
+#endif
+
+// of a vector's lanes that are channels
+static inline void reach(ints& highest, ints& lowest, floats y, int d) {
+    ints x = ordered(y);
+#if SYMMETRIC
+    (void)lowest, (void)d;
+    highest = x > highest ? x : highest;
+#endif
+#if ASYMMETRIC
+    ints above = x, below = x;
+    if (D - d < LANES) {
+        above = counted_from(d) < D ? x : ints{} + INT32_MIN;
+        below = counted_from(d) < D ? x : ints{} + INT32_MAX;
+    }
+    highest = above > highest ? above : highest;
+    lowest = below < lowest ? below : lowest;
+#endif
+}
+
+static inline void nothing_yet(Scratch& t) {
+    for (int i = 0; i < SCALES; i += LANES) store(t.highest + i, ints{} + BOTTOM), store(t.lowest + i, ints{} + INT32_MAX);
+}
+
+// Take tokens `lo` to `hi` of the chunk into the extremes of their groups.
+static void extremes(int lo, int hi, Scratch& t) {
+    if (SCALE_CHANNELS == 1) {
+        for (int d = 0; d < WIDE; d += LANES) {
+            ints highest = load(t.highest + d), lowest = load(t.lowest + d);
+            for (int i = lo; i < hi; i++) reach(highest, lowest, load(t.y[i] + d), d);
+            store(t.highest + d, highest), store(t.lowest + d, lowest);
+        }
+        return;
+    }
+    for (int i = lo; i < hi; i++)
+        for (int c = 0; c < COLUMNS; c++) {
+            ints highest = ints{} + BOTTOM, lowest = ints{} + INT32_MAX;
+            for (int d = c * SCALE_CHANNELS; d < (c + 1) * SCALE_CHANNELS; d += LANES) reach(highest, lowest, load(t.y[i] + d), d);
+            const int at = (SCALE_TOKENS == 1 ? i * COLUMNS : 0) + c;
+            const int32_t high = largest_of(highest);
+            t.highest[at] = high > t.highest[at] ? high : t.highest[at];
+#if ASYMMETRIC
+            const int32_t low = ~largest_of(~lowest);
+            t.lowest[at] = low < t.lowest[at] ? low : t.lowest[at];
+#endif
+        }
+}
+
+// Scales and zeros, as their type holds them, of extremes.
+static void scales(const Arguments& a, Scratch& t) {
+    (void)a;
+    for (int i = 0; i < SCALES; i += LANES) {
+#if SYMMETRIC
+        const floats highest = as_floats(load(t.highest + i));
+        floats exact = highest == 0 ? all(1) : highest / LARGEST;
+#endif
+#if ASYMMETRIC
+        const floats highest = unordered(load(t.highest + i));
+        floats lowest = unordered(load(t.lowest + i));
+        lowest = highest != highest ? all(NAN) : lowest;
+        // past the largest that its type holds there is no zero
+        const floats zero = in_scale_type(magnitude(lowest) > SCALE_LARGEST ? all(NAN) : lowest);
+        const floats span = highest - zero, step = span / LEVELS;
+        // a zero rounded past the maximum takes the smallest scale
+        floats exact = step < 0 ? all(0) : step;
+        store(t.zero + i, zero);
+#endif
+        floats scale = rounded_scale(exact);
+#if CHECKED
+        ints lost = finite(exact) & ~finite(scale);
+#if ASYMMETRIC
+        lost |= (finite(lowest) & ~finite(zero)) | (finite(highest) & finite(zero) & ~finite(span));
+#endif
+        // lanes of no group lose nothing
+        if (largest_of(lost & 1)) lose(a);
+#endif
+        store(t.scale + i, scale < SCALE_SMALLEST ? all(SCALE_SMALLEST) : scale);
+    }
+}
+#endif
