@@ -1,5 +1,6 @@
 """Kernels that write and read pages, compiled for GPUs that are not here: what they take, and on a GPU what they give."""
 
+import json
 from importlib.metadata import version
 
 import pytest
@@ -9,6 +10,7 @@ from quantized import differences
 from test_pages import BLOCKS, FEATURES, SCHEMES, dtype_of
 
 import tokquant as tq
+from tokquant import cli
 from tokquant.kernels import generate, resources
 from tokquant.kernels import pages as module
 from tokquant.kernels.pages import TritonPages
@@ -98,6 +100,18 @@ def test_a_launch_compiles_with_its_own_arguments(name, absent_gpu, monkeypatch)
         assert stack <= (256 if each.metadata.name.startswith("decode") else 16), each.metadata.name
         if each.metadata.name.startswith("decode"):
             assert "cp.async.cg.shared.global" in each.asm["ptx"], "tiles are fetched ahead"
+
+
+@pytest.mark.compiled
+def test_the_command_line_says_how_fast_a_cache_should_be_read(capsys, monkeypatch):
+    words = ["tokquant", "compile", "kv-int8", "--head-dim", "64", "--decode", "--shared-heads", "4", "--json"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit):
+        cli.main()
+        raise SystemExit(0)
+    found = json.loads(capsys.readouterr().out)
+    assert found["kernel"].startswith("decode_") and found["config"]["block_m"] == 16
+    assert found["bandwidth"]["predicted"] == min(found["bandwidth"]["issued"], found["bandwidth"]["memory"]) > 0
 
 
 # ---------------------------------------------------------------------------- on a GPU
