@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tokquant import kv_cache
-from tokquant.kernels.cpu import launch
+from tokquant.kernels.cpu import build, launch
 from tokquant.plugins import load
 from tokquant.quantize import quantize_operands
 
@@ -63,3 +63,11 @@ def quantized_by_torch(monkeypatch):
 def kept_by_torch(monkeypatch):
     """So are the pages of a KV cache."""
     monkeypatch.delitem(kv_cache.STORES, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def built_once(tmp_path_factory, monkeypatch):
+    """A C++ kernel takes a second to build: one folder of libraries for a run, all its processes together."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "libraries"
+    monkeypatch.setattr(build, "libraries", lambda: folder)

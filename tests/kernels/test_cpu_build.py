@@ -13,6 +13,12 @@ from tokquant.kernels.cpu import build
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 
+
+@pytest.fixture(autouse=True)
+def built_once():
+    """Not here."""
+
+
 TEXT = 'extern "C" int answer() { return 41; }\n'
 
 

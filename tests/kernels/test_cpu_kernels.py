@@ -31,14 +31,6 @@ CROSS = [
 
 
 @pytest.fixture(autouse=True)
-def kept_builds(tmp_path_factory, monkeypatch):
-    """Libraries are kept from test to test."""
-    folder = tmp_path_factory.getbasetemp() / "builds"
-    folder.mkdir(exist_ok=True)
-    monkeypatch.setenv("TOKQUANT_CACHE_DIR", str(folder))
-
-
-@pytest.fixture(autouse=True)
 def used_memory():
     """Memory that kernels ask for holds numbers, large ones, as it does in a process that has run for a while; of glibc."""
     perturb, mallopt = -6, getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)

@@ -36,14 +36,6 @@ def quantized_by_torch():
     """Here by kernels."""
 
 
-@pytest.fixture(autouse=True)
-def kept_builds(tmp_path_factory, monkeypatch):
-    """Libraries are kept from test to test."""
-    folder = tmp_path_factory.getbasetemp() / "builds"
-    folder.mkdir(exist_ok=True)
-    monkeypatch.setenv("TOKQUANT_CACHE_DIR", str(folder))
-
-
 def differing(q, k, v, made, scales=None):
     """The fields in which kernels and definition differ, laid out for a CPU; or what attention reads."""
     expected = launch.packed(quantize_operands(q, k, v, made, scales), made)

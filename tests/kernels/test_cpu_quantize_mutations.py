@@ -69,17 +69,6 @@ def quantized_by_torch():
     """Here by kernels."""
 
 
-@pytest.fixture(autouse=True)
-def kept_builds(tmp_path_factory, monkeypatch):
-    """Libraries are kept from test to test: what is not changed is not built again."""
-    folder = tmp_path_factory.getbasetemp() / "builds"
-    folder.mkdir(exist_ok=True)
-    monkeypatch.setenv("TOKQUANT_CACHE_DIR", str(folder))
-    launch.load.cache_clear()
-    yield
-    launch.load.cache_clear()
-
-
 @pytest.fixture
 def changed(monkeypatch):
     """Puts other text into kernels; what it returns holds whether it was there."""
@@ -115,6 +104,14 @@ def agrees(made) -> bool:
         shape = (1, 1, 1) if made.k.granularity.kind == "tensor" else (2, 1, 1)
         scales = LayerScales("layer", {"k_scale": torch.full(shape, 2.0**-6)})
     return not differing(q, k, v, made, scales)
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded():
+    """A changed text has the plan of the one that it was."""
+    launch.load.cache_clear()
+    yield
+    launch.load.cache_clear()
 
 
 @pytest.mark.parametrize("name", CHOSEN)

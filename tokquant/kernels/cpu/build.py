@@ -80,6 +80,11 @@ def instructions() -> str:
     return chosen
 
 
+def libraries() -> Path:
+    """The folder that they are kept in."""
+    return store.folder() / "cpu"
+
+
 def load(name: str, text: str, chosen: str, more: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The library of a kernel's text, built for an instruction set, or found built.
 
@@ -93,7 +98,7 @@ def load(name: str, text: str, chosen: str, more: tuple[str, ...] = ()) -> ctype
     identity = "\0".join((text, *built_by.command, built_by.version, *flags))
     file_name = f"{name}_{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
     store.keep(Path("kernels") / f"{file_name}.cpp", text)
-    folder = store.folder() / "cpu"
+    folder = libraries()
     path = folder / f"{file_name}.so"
     if _own_folder(folder) and _own_file(path):
         with suppress(OSError):  # a bad entry is a miss
