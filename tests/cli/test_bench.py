@@ -84,6 +84,7 @@ def test_the_benchmarks_are_the_command(workload, monkeypatch, capsys):
         (("--heads", "6", "--kv-heads", "4"), "--kv-heads: 4 do not divide the 6 of --heads"),
         (("decode", "--kv-heads", "3"), "--kv-heads: 3 do not divide the 32 of --heads"),
         (("--queries", "2"), "--queries: attention has as many as --tokens"),
+        (("--warm",), "--cold, --warm: attention is timed as it comes"),
         (("--device", "nowhere"), "--device: 'nowhere' cannot be used"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",

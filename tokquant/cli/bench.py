@@ -48,7 +48,9 @@ def bench(
     causal: Annotated[
         bool | None, typer.Option("--causal/--no-causal", help="As elsewhere; attention is timed both ways if left out.")
     ] = None,
-    cold: Annotated[bool, typer.Option("--cold/--warm", help="To decode: with empty caches, or full ones.")] = True,
+    cold: Annotated[
+        bool | None, typer.Option("--cold/--warm", help="To decode: with empty caches, or full ones; empty if left out.")
+    ] = None,
     device: options.Device = None,
     repeats: options.Repeats = 15,
     json: options.Json = False,
@@ -72,7 +74,9 @@ def bench(
         for d in head_dim or chosen.head_dims
         for each in (chosen.causal if causal is None else [causal])
     ]
-    more = {"cold": cold} if workload == "decode" else {}
+    if workload == "attention" and cold is not None:
+        raise ValueError("--cold, --warm: attention is timed as it comes; use them to decode")
+    more = {} if cold is None else {"cold": cold}
     found = [
         chosen.measure(shape, scheme or chosen.schemes, device=where, repeats=repeats, **more)
         for shape in output.progress(shapes, workload, len(shapes))
@@ -90,9 +94,11 @@ def _table(measured: Table) -> rich.table.Table:
     table.add_column("provider")
     for heading in ("ms", f"x {measured.peer or 'peer'}", measured.unit, "of peak"):
         table.add_column(heading, justify="right")
-    table.add_column("")
+    noted = any(row.note for row in measured.rows)
+    if noted:
+        table.add_column("")
     for row in measured.rows:
         numbers = ((row.ms, "{:.3f}"), (row.ratio, "{:.2f}"), (row.rate, "{:.1f}"), (row.share, "{:.0%}"))
         cells = ("" if number is None else form.format(number) for number, form in numbers)
-        table.add_row(escape(row.provider), *cells, escape(row.note))
+        table.add_row(escape(row.provider), *cells, *([escape(row.note)] if noted else []))
     return table
