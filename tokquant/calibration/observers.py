@@ -52,8 +52,8 @@ class Statistics:
     """
 
     def __init__(self, heads: int, channels: int, histogram: bool):
-        self.low = torch.full((heads, channels), float("inf"))
-        self.high = torch.full((heads, channels), float("-inf"))
+        self.low = torch.full((heads, channels), float("inf"), dtype=torch.float32)
+        self.high = torch.full((heads, channels), float("-inf"), dtype=torch.float32)
         self.sum = torch.zeros(heads, channels, dtype=torch.float64)
         self.count = 0
         self.bins = torch.zeros(heads, (HIGHEST - LOWEST) * STEPS, dtype=torch.int64) if histogram else None
