@@ -117,6 +117,20 @@ def test_a_hundred_thousand_tokens_in_mixed_chunks_are_those_of_one_shot(name, m
     assert torch.equal(tq.decode(q, cache), tq.decode(q, whole))
 
 
+@pytest.mark.parametrize("s", ["kv-int4", "kv-int2-kivi"])
+def test_a_cache_that_was_made_or_grew_in_inference_mode_goes_on_outside_of_it(s):
+    with torch.inference_mode():
+        made, origin = cache_of(s), cache_of(s)
+        for cache in (made, origin):
+            cache.append(*tokens(300))
+        forked = origin.fork([0, 0])
+    for cache in (made, forked):
+        for n in (20, 1, 200):
+            cache.append(*tokens(n, cache.batch))
+        cache.truncate(130)
+    assert (made.lengths, forked.lengths) == ([130], [130, 130])
+
+
 def test_sequences_of_a_batch_do_not_see_each_other():
     k, v = tokens(60, batch=3)
     together, q = cache_of(batch=3), torch.randn(3, H, 1, D)

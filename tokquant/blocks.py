@@ -41,9 +41,9 @@ def patterns(codes: Tensor, precision: Precision, bits: int, as_bytes: bool, rol
 def table(precision: Precision) -> Tensor:
     """What each pattern of at most 8 bits stands for, float32, where it is not multiplied as a byte."""
     bits = 8 // precision.packed
-    stored = torch.arange(256, dtype=torch.uint8).view(precision.stored)
+    stored = torch.arange(256, dtype=torch.uint8, device="cpu").view(precision.stored)
     codes = precision.unpack(stored[:, None], precision.packed).flatten()
-    values = torch.zeros(2**bits)
+    values = torch.zeros(2**bits, dtype=torch.float32, device="cpu")
     values[(codes.view(torch.uint8) & (2**bits - 1)).long()] = precision.decode(codes)
     return values
 

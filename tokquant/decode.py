@@ -1,6 +1,7 @@
 """The public door for attention to a KV cache: it checks, asks for the parts, and merges them."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,8 @@ def decode(
 def _merged(parts: list[tuple[Tensor, Tensor]], q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """The parts' outputs, each by its share of the softmax; sinks take theirs once."""
     if not parts:
-        return torch.zeros(q.shape, device=q.device), torch.full(q.shape[:3], -torch.inf, device=q.device)
+        nothing: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
+        return torch.zeros(q.shape, **nothing), torch.full(q.shape[:3], -torch.inf, **nothing)
     if len(parts) == 1 and sinks is None:
         return parts[0]
     lse = torch.stack([each for _, each in parts]).logsumexp(dim=0)

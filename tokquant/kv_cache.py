@@ -77,7 +77,8 @@ class KVCache:
             if not (value is None and name == "capacity") and (type(value) is not int or not 0 < value < 2**31):
                 raise ValueError(f"{name}: {quote(value)} is not a whole number from 1")
         if dtype not in DTYPES:
-            raise TypeError(f"dtype: {quote(dtype)}; use torch.float16, torch.bfloat16 or torch.float32")
+            found = dtype if isinstance(dtype, torch.dtype) else quote(dtype)
+            raise TypeError(f"dtype: {found}; use torch.float16, torch.bfloat16 or torch.float32")
         check_append_only(scheme)
         check_scales(scheme, scales)
         self.device, self.dtype, self.scales = torch.empty(0, device=device).device, dtype, scales
@@ -88,9 +89,10 @@ class KVCache:
         ends = windows(scheme)
         pages = batch if capacity is None else -(-capacity // ends.page)
         sizes: dict[str, Any] = dict(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, device=self.device, pages=pages)
-        self.backend, store = _store_of(backend, scheme, page=ends.page, scales=scales, **sizes)
+        with torch.inference_mode(False):  # what is made in it cannot be written outside of it
+            self.backend, store = _store_of(backend, scheme, page=ends.page, scales=scales, **sizes)
+            ends_in_16_bits = Windows(self._shape, ends.sink, ends.recent, unit(scheme), dtype, self.device)
         table = BlockTable(Pool(store, ends.page, pages, fixed=capacity is not None), batch)
-        ends_in_16_bits = Windows(self._shape, ends.sink, ends.recent, unit(scheme), dtype, self.device)
         self._held = Sequences(store, table, ends_in_16_bits, self.device)
 
     # ------------------------------------------------------------------ tokens

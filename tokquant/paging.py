@@ -57,7 +57,8 @@ class Pool:
                 "free; evict or truncate sequences, or make a cache of a larger capacity"
             )
         larger = max(2 * pages, pages + wanted - len(self.free))
-        self.store.grow(larger)
+        with torch.inference_mode(False):  # as for a new cache
+            self.store.grow(larger)
         self.holders = np.pad(self.holders, (0, larger - pages))
         self.free[:0] = range(larger - 1, pages - 1, -1)
 

@@ -174,7 +174,7 @@ def tokens_last(x: QuantizedTensor) -> QuantizedTensor:
     """
     precision = x.spec.format
     codes = precision.unpack(x.codes, x.shape[3])
-    kind, zero = codes.dtype, precision.encode(torch.zeros(1)).view(torch.int8).item()
+    kind, zero = codes.dtype, precision.encode(torch.zeros(1, dtype=torch.float32, device="cpu")).view(torch.int8).item()
     # torch has no pad for fp8
     codes = torch.nn.functional.pad(codes.view(torch.int8), (0, 0, 0, -x.shape[2] % (16 * precision.packed)), value=zero).mT
     codes = codes.unflatten(3, (-1, 2, 4, 2)).transpose(4, 5).flatten(3)

@@ -118,7 +118,8 @@ class Windows:
         forked = object.__new__(Windows)
         forked.__dict__.update(self.__dict__)
         rows = _at(sequences, self.k)
-        forked.k, forked.v = self.k[rows], self.v[rows]
+        with torch.inference_mode(False):  # as for a new cache
+            forked.k, forked.v = self.k[rows], self.v[rows]
         return forked
 
     def attention(self, q: Tensor, lengths: np.ndarray, packed: np.ndarray, features: Features) -> tuple[Tensor, Tensor]:

@@ -168,6 +168,23 @@ def test_scales_follow_the_tensors_to_their_device():
     assert moved[1].offset.device.type == moved[2].scale.device.type == "meta"
 
 
+@pytest.mark.parametrize("elsewhere", [torch.float64, "meta"], ids=str)
+def test_a_default_type_or_device_of_torch_changes_no_scale(elsewhere):
+    q, k, v = batch()
+    found = []
+    for changed in (False, True):
+        try:
+            if changed:
+                torch.set_default_device("meta") if elsewhere == "meta" else torch.set_default_dtype(elsewhere)
+            calibrator = tq.Calibrator("kv-fp8")
+            calibrator.observe("layer", q, k, v)
+            found.append(calibrator.scales()["layer"].tensors)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+    assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(*(each.values() for each in found), strict=True))
+
+
 def test_what_is_not_finite_is_refused_and_leaves_no_trace():
     calibrator = tq.Calibrator("kv-fp8")
     q, k, v = batch()

@@ -162,6 +162,34 @@ def test_a_cache_on_these_pages_decodes_as_one_in_torch_does(name):
     assert (outs[0] - outs[1]).abs().max() < 0.01
 
 
+@pytest.mark.parametrize("elsewhere", [torch.float64, torch.bfloat16, "meta"], ids=str)
+@pytest.mark.parametrize("name", ["kv-int4", "kv-int4-kivi"])
+def test_a_default_type_or_device_of_torch_changes_nothing(name, elsewhere, tmp_path):
+    """Kernels write float32 to where they are told: less room than that would be written over."""
+    tensors = [torch.randn(2, heads, n, 32).half() for n in (170, 90, 1) for heads in (4, 2, 2)]
+
+    def decoded():
+        cache = tq.KVCache(name, batch=2, kv_heads=2, head_dim=32, backend="cpu")
+        yield from tq.decode(tensors[0], cache, counts=0, return_lse=True)
+        for q, k, v in zip(*[iter(tensors)] * 3, strict=True):
+            cache.append(k, v)
+            yield from tq.decode(q, cache, return_lse=True)
+        cache.truncate(150)
+        cache.save(tmp_path / "cache")
+        yield from tq.decode(q, tq.KVCache.load(tmp_path / "cache", backend="cpu"), counts=[1, 0], return_lse=True)
+        yield from tq.decode(q, cache.fork([1, 0]), return_lse=True, backend="reference")
+
+    expected = list(decoded())
+    try:
+        torch.set_default_device("meta") if elsewhere == "meta" else torch.set_default_dtype(elsewhere)
+        found = list(decoded())
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
 def test_sequences_of_which_none_has_a_token_come_out_as_nothing(monkeypatch):
     case = filled(SCHEMES["kv-int8"], (20, 20), d=32, **KIND)
     case.lengths.zero_()

@@ -148,7 +148,7 @@ def alibi_slopes(heads: int, device: torch.device | str | None = None) -> Tensor
         raise ValueError(f"heads: {quote(heads)} is not a whole number from 1")
     p = 1 << (heads.bit_length() - 1)
     exponents = [8 * n / p for n in range(1, p + 1)] + [8 * n / (2 * p) for n in range(1, 2 * (heads - p), 2)]
-    return torch.tensor([2.0**-x for x in exponents], device=device)
+    return torch.tensor([2.0**-x for x in exponents], dtype=torch.float32, device=device)
 
 
 def key_vector(values: Tensor) -> KeyVector:

@@ -52,11 +52,12 @@ class Statistics:
     """
 
     def __init__(self, heads: int, channels: int, histogram: bool):
-        self.low = torch.full((heads, channels), float("inf"))
-        self.high = torch.full((heads, channels), float("-inf"))
-        self.sum = torch.zeros(heads, channels, dtype=torch.float64)
+        self.low = torch.full((heads, channels), float("inf"), dtype=torch.float32, device="cpu")
+        self.high = torch.full((heads, channels), float("-inf"), dtype=torch.float32, device="cpu")
+        self.sum = torch.zeros(heads, channels, dtype=torch.float64, device="cpu")
         self.count = 0
-        self.bins = torch.zeros(heads, (HIGHEST - LOWEST) * STEPS, dtype=torch.int64) if histogram else None
+        bins = (HIGHEST - LOWEST) * STEPS
+        self.bins = torch.zeros(heads, bins, dtype=torch.int64, device="cpu") if histogram else None
 
     def empty(self) -> "Statistics":
         """Statistics of the same shape that have seen nothing."""

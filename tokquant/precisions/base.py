@@ -114,7 +114,7 @@ class Precision:
 
     def values(self) -> Tensor:
         """Every finite number that a stored byte stands for, float32; for precisions of at most 8 bits."""
-        stored = torch.arange(256, dtype=torch.uint8).view(self.stored)
+        stored = torch.arange(256, dtype=torch.uint8, device="cpu").view(self.stored)
         values = self.decode(self.unpack(stored[:, None], self.packed)).unique()
         return values[values.isfinite()]
 

@@ -23,7 +23,7 @@ def encode(x: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor) -> Tensor:
-    table = torch.tensor([*VALUES, *(-value for value in VALUES)], device=codes.device)
+    table = torch.tensor([*VALUES, *(-value for value in VALUES)], dtype=torch.float32, device=codes.device)
     return table[codes.int()]
 
 

@@ -50,8 +50,8 @@ def attention(
     (b, heads, n_q, d), n_k = q.shape, k.shape[2]
     wanted, _ = launch.asked(features, return_lse)
     made = plan(scheme, head_dim=d, dtype=v.dtype, wanted=wanted, instructions=build.instructions())
-    out = torch.empty(q.shape, dtype=torch.float32)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32) if return_lse else None
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
     given: dict[str, Any] = dict(
         batch=b, heads=heads, kv_heads=k.shape[1], n_q=n_q, n_k=n_k, threads=torch.get_num_threads(), out=out, lse=lse,
         table=None, pages=0, page=0, lengths=None, newer=None,

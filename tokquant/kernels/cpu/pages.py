@@ -85,7 +85,7 @@ class CpuPages:
             # nothing is later than the last query
             features = replace(features, causal=False, window=None if features.window is None else (features.window[0], None))
         wanted, _ = shared.asked(features, True)
-        out, lse = torch.empty(q.shape, dtype=torch.float32), torch.empty(q.shape[:3], dtype=torch.float32)
+        out, lse = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in (q.shape, q.shape[:3]))
         n_k = int(lengths.max()) if longest is None else longest
         left, right = features.reach()
         given: dict[str, Any] = dict(
@@ -141,7 +141,7 @@ class _Panels:
         self.stored = stored_type(spec, dtype)
         self.bits = blocks.bits_of(spec.format, self.stored, self.as_bytes)
         self.weighted = spec.role == "v" and place(spec) == "p"
-        like = torch.empty(1).expand(1, shape[1], 1, shape[3])
+        like = torch.empty(1, device="cpu").expand(1, shape[1], 1, shape[3])
         self.frame = frame_of(like, spec, scheme, scales)
         self.parts: dict[str, Tensor] = {}
         self.grow(shape[0])
@@ -159,7 +159,9 @@ class _Panels:
         for name, (size, kind) in found.items():
             # the pages of a head one after another: those of a sequence mostly are neighbours, which memory likes
             size = (size[1], size[0], *size[2:])
-            larger = torch.zeros(size, dtype=torch.uint8 if kind.itemsize == 1 else kind).view(kind).transpose(0, 1)
+            larger = (
+                torch.zeros(size, dtype=torch.uint8 if kind.itemsize == 1 else kind, device="cpu").view(kind).transpose(0, 1)
+            )
             if name in self.parts:
                 old = self.parts[name]
                 larger.view(_bytes(old))[: len(old)] = old.view(_bytes(old))
@@ -172,7 +174,7 @@ class _Panels:
         """Scales and zeros that are the same for every token."""
         if self.spec.scale != "static" or self.scales is None:
             return {}
-        like = torch.empty(1).expand(1, self.shape[1], 1, self.shape[3])
+        like = torch.empty(1, device="cpu").expand(1, self.shape[1], 1, self.shape[3])
         found = {"scale": self.scales.scale(self.spec, like), "zero": self.scales.zero(self.spec, like)}
         return {name: x.contiguous() for name, x in found.items() if x is not None}
 
@@ -217,7 +219,7 @@ class _Panels:
     def any_token(self, batch: int) -> QuantizedTensor:
         """A token of each of so many sequences, for what does not change from token to token."""
         shape = (batch, self.shape[1], 1, self.shape[3])
-        parts = {"codes": torch.empty(1).expand(shape)}
+        parts = {"codes": torch.empty(1, device="cpu").expand(shape)}
         return operand(parts, self.spec, self.scheme, self.scales, shape, self.dtype)
 
     def write(self, x: Tensor, table: Tensor, first: Tensor) -> None:
@@ -251,7 +253,7 @@ class _Panels:
                 part = torch.where(nothing, -part.float(), part.float()).to(part.dtype)
             rows = self.parts[name]
             tokens = page // rows.shape[2]
-            place = torch.arange(first, end, tokens)
+            place = torch.arange(first, end, tokens, device=pages.device)
             rows.view(_bytes(rows))[pages[place // page], :, place % page // tokens] = part.view(_bytes(part))[0].transpose(
                 0, 1
             )

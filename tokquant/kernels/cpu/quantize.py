@@ -98,10 +98,10 @@ class _Run:
         if own or lacking(task):
             return replace(define_queries(q, frame, k, self.scheme, self.scales), scheme=self.scheme)
         column = (*q.shape[:3], 1)
-        logit_offset = torch.empty(column) if given else None
-        code_sum = torch.empty(column) if sums else None
+        logit_offset = torch.empty(column, dtype=torch.float32, device=q.device) if given else None
+        code_sum = torch.empty(column, dtype=torch.float32, device=q.device) if sums else None
         met_as = {"": None, "bytes": torch.int8, "floats": torch.float32}[task.met]
-        read = torch.empty(q.shape, dtype=met_as) if met_as else None
+        read = torch.empty(q.shape, dtype=met_as, device=q.device) if met_as else None
         qq = self._coded(q, turned, task, {**given, "logit_offset": logit_offset, "code_sum": code_sum, "met": read})
         if needs_query_sums(self.scheme) and not sums:
             code_sum = met(qq).sum(dim=-1, keepdim=True)
@@ -116,7 +116,7 @@ class _Run:
         task = self._task(v, frame, "v", code_sum=sums)
         if lacking(task):
             return in_blocks(values(v, frame, self.scheme, self.scales), self.scheme)
-        code_sum = torch.empty(b, h, -(-n // task.tile), d, dtype=torch.int32) if sums else None
+        code_sum = torch.empty(b, h, -(-n // task.tile), d, dtype=torch.int32, device=v.device) if sums else None
         vq = replace(self._coded(v, frame, task, {"code_sum": code_sum}), code_sum=code_sum)
         if not task.weighted:
             return vq
@@ -167,7 +167,8 @@ class _Run:
             assert self.scales is not None
             zero = self.scales.zero(spec, x)
             return self.scales.scale(spec, x).contiguous(), None if zero is None else zero.contiguous()
-        scale = torch.empty(spec.granularity.scale_shape(tuple(x.shape)), dtype=SCALE_TYPES[spec.scale_dtype])
+        shape = spec.granularity.scale_shape(tuple(x.shape))
+        scale = torch.empty(shape, dtype=SCALE_TYPES[spec.scale_dtype], device=x.device)
         return scale, None if spec.symmetric else torch.empty_like(scale)
 
 
@@ -176,11 +177,11 @@ def room(shape: torch.Size, task: Task) -> Tensor:
     b, h, n, d = shape
     spec, codes = task.spec, 32 // task.bits
     if spec.role == "q":
-        return torch.empty(b, h, n, -(-d // spec.format.packed), dtype=stored_type(spec, task.dtype))
+        return torch.empty(b, h, n, -(-d // spec.format.packed), dtype=stored_type(spec, task.dtype), device="cpu")
     if spec.role == "k":
         size: tuple[int, ...] = (b, h, -(-n // blocks.LANES), -(-d // codes), blocks.LANES)
     else:
         size = (b, h, -(-n // task.tile), -(-d // blocks.LANES), task.tile // codes, blocks.LANES)
     # a kernel writes what belongs to tokens; beyond the last lie zeros
     full = n % (blocks.LANES if spec.role == "k" else task.tile) == 0
-    return (torch.empty if full else torch.zeros)(size, dtype=torch.int32)
+    return (torch.empty if full else torch.zeros)(size, dtype=torch.int32, device="cpu")
