@@ -160,8 +160,8 @@ def test_the_reference_reads_what_another_backend_keeps(monkeypatch):
     class Reversed(ReferencePages):
         """Pages in an order of their own."""
 
-        def attention(self, q, table, lengths, features, *, offset=None):
-            out, lse = super().attention(q, table, lengths, features, offset=offset)
+        def attention(self, q, table, lengths, features, **rest):
+            out, lse = super().attention(q, table, lengths, features, **rest)
             return out + 1, lse
 
     monkeypatch.setitem(kv_cache.STORES, "cpu", Reversed)
