@@ -101,7 +101,7 @@ class Calibrator:
                 low, high = statistics.low, statistics.high
                 if offset is not None:
                     moved = Frame(offset=tensors[f"{role}_offset"][None], rotated=self._rotated(role))
-                    shift = moved.apply(torch.zeros_like(moved.offset[:1])).squeeze((0, 2))  # type: ignore[union-attr]
+                    shift = moved.apply(torch.zeros_like(offset[None, :, None], dtype=torch.float32)).squeeze((0, 2))
                     low, high = low + shift, high + shift
                 if role == "q" and place(self.scheme.k) == "q" and self.scheme.k.scale == "static":
                     fold = tensors["k_scale"].float().squeeze(1)
