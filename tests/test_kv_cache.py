@@ -118,6 +118,19 @@ def test_a_hundred_thousand_tokens_in_mixed_chunks_are_those_of_one_shot(name, m
 
 
 @pytest.mark.parametrize("s", ["kv-int4", "kv-int2-kivi"])
+def test_autocast_changes_no_number(s):
+    k, v = tokens(300)
+    q = torch.randn(1, 2 * H, 3, D)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            cache = cache_of(s)
+            cache.append(k, v)
+            found.append([*tq.decode(q, cache, return_lse=True), cache.codes(0)[0].codes])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("s", ["kv-int4", "kv-int2-kivi"])
 def test_a_cache_that_was_made_or_grew_in_inference_mode_goes_on_outside_of_it(s):
     with torch.inference_mode():
         made, origin = cache_of(s), cache_of(s)

@@ -102,6 +102,11 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, features: Features) -> tuple[Tensor,
     return out, lse
 
 
+def in_their_types(device: torch.device) -> torch.autocast:
+    """Products inside are those of the tensors as they are; autocast would take float32 in 16 bits."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def matmul_kept(p: Tensor, v: Tensor) -> Tensor:
     """p @ v where a weight of zero takes nothing of v, be it infinite or not a number."""
     product = p @ v
@@ -128,12 +133,13 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """The emulation: out `[B, H_q, N_q, D]` in `dtype` (q's where None), LSE `[B, H_q, N_q]` float32."""
     (b, heads, n_q), n_k = q.shape[:3], k.shape[2]
-    emulation = _Emulation(q, k, v, scheme, features)
     out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
     lse = torch.empty(b, heads, n_q, dtype=torch.float32, device=q.device)
-    for rows in _row_chunks(n_q, b * heads * min(n_k, scheme.key_tile)):
-        result, sums = emulation.rows(rows)
-        out[:, :, rows], lse[:, :, rows] = result.to(out.dtype), sums
+    with in_their_types(q.device):
+        emulation = _Emulation(q, k, v, scheme, features)
+        for rows in _row_chunks(n_q, b * heads * min(n_k, scheme.key_tile)):
+            result, sums = emulation.rows(rows)
+            out[:, :, rows], lse[:, :, rows] = result.to(out.dtype), sums
     return out, lse
 
 

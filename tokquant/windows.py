@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokquant.reference import Features, matmul_kept
+from tokquant.reference import Features, in_their_types, matmul_kept
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,14 @@ class Windows:
             attends &= position >= query - left
 
         grouped = q.float().reshape(b, kv_heads, -1, d)
-        s = (grouped @ self.k.float().mT).reshape(b, heads, n_q, -1) * features.scale
-        if features.softcap is not None:
-            s = features.softcap * torch.tanh(s / features.softcap)
-        s = torch.where(_at(attends, q), s, -torch.inf)
-        lse = s.logsumexp(dim=-1)
-        p = torch.exp(s - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
-        return matmul_kept(p.reshape(b, kv_heads, -1, self.slots), self.v.float()).reshape(q.shape), lse
+        with in_their_types(q.device):
+            s = (grouped @ self.k.float().mT).reshape(b, heads, n_q, -1) * features.scale
+            if features.softcap is not None:
+                s = features.softcap * torch.tanh(s / features.softcap)
+            s = torch.where(_at(attends, q), s, -torch.inf)
+            lse = s.logsumexp(dim=-1)
+            p = torch.exp(s - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+            return matmul_kept(p.reshape(b, kv_heads, -1, self.slots), self.v.float()).reshape(q.shape), lse
 
     def _slot(self, place: np.ndarray) -> np.ndarray:
         return self.sink + place % max(self.ring, 1)

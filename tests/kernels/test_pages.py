@@ -11,6 +11,7 @@ from quantized import differences
 import tokquant as tq
 from tokquant import kv_cache
 from tokquant.kernels import pages as module
+from tokquant.kernels.cpu.pages import CpuPages
 from tokquant.kernels.pages import TritonPages
 from tokquant.pages import ReferencePages
 from tokquant.reference import Features
@@ -258,6 +259,19 @@ def test_a_cache_on_these_pages_decodes_as_one_in_torch_does(name, monkeypatch):
             cache.append(k, v)
         outs.append(tq.decode(q, cache, window=(140, None), sinks=torch.zeros(2)))
     assert (outs[0] - outs[1]).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("store", "said"),
+    [
+        (TritonPages, "backend: 'triton' needs a GPU, and the cache is on meta"),
+        (CpuPages, "backend: 'cpu' keeps pages in memory, not on meta"),
+    ],
+)
+def test_a_device_that_runs_no_kernel_is_refused_when_the_cache_is_made(store, said):
+    options = dict(kv_heads=1, head_dim=32, dtype=torch.float16, device=torch.device("meta"), pages=1, page=128)
+    with pytest.raises(tq.UnsupportedError, match=said):
+        store(SCHEMES["kv-int8"], **options)
 
 
 def test_what_no_kernel_appends_or_reads_is_said():

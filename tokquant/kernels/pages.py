@@ -50,6 +50,11 @@ class TritonPages:
         page: int,
         scales: LayerScales | None = None,
     ):
+        if not launch.available(device):
+            raise UnsupportedError(
+                f"backend: 'triton' needs a GPU, and the cache is on {device}; use another device, set TRITON_INTERPRET=1 "
+                "before Python starts, or use backend='reference'"
+            )
         check_pages(scheme, page)
         self.scheme, self.scales, self.page = scheme, scales, page
         self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, dtype

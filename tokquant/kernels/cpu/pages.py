@@ -41,6 +41,8 @@ class CpuPages:
         page: int,
         scales: LayerScales | None = None,
     ):
+        if device.type != "cpu":
+            raise UnsupportedError(f"backend: 'cpu' keeps pages in memory, not on {device}; use device='cpu' or 'reference'")
         if page % scheme.key_tile:
             raise UnsupportedError(
                 f"cache.page: {page} tokens are no whole tiles of {scheme.key_tile} keys, which P of scheme {scheme.name!r} "
