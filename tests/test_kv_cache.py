@@ -173,7 +173,7 @@ def test_the_reference_reads_what_another_backend_keeps(monkeypatch):
     class Reversed(ReferencePages):
         """Pages in an order of their own."""
 
-        def attention(self, q, table, lengths, features, *, offset=None):
+        def attention(self, q, table, lengths, features, *, offset=None, longest=None):
             out, lse = super().attention(q, table, lengths, features, offset=offset)
             return out + 1, lse
 
