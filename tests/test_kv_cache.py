@@ -1,5 +1,7 @@
 """A KV cache: the codes of quantizing all at once, the bits it says, and errors that leave it as it was."""
 
+import copy
+
 import pytest
 import torch
 from factories import qkv, scheme
@@ -173,8 +175,8 @@ def test_the_reference_reads_what_another_backend_keeps(monkeypatch):
     class Reversed(ReferencePages):
         """Pages in an order of their own."""
 
-        def attention(self, q, table, lengths, features, **rest):
-            out, lse = super().attention(q, table, lengths, features, **rest)
+        def attention(self, q, table, lengths, features, *, offset=None, longest=None):
+            out, lse = super().attention(q, table, lengths, features, offset=offset)
             return out + 1, lse
 
     monkeypatch.setitem(kv_cache.STORES, "cpu", Reversed)
@@ -424,3 +426,11 @@ def test_a_sequence_of_nothing_gives_zero():
 def test_what_is_kept_can_be_read():
     text = repr(cache_of(batch=2))
     assert text == "KVCache('kv-int4', 2 sequences, 0 tokens of 2 heads of 32 channels, 5 bits a value, reference on cpu)"
+
+
+def test_a_deep_copy_goes_on_by_itself():
+    cache, q = cache_of(), torch.randn(1, 2 * H, 1, D)
+    cache.append(*tokens(40))
+    copied, before = copy.deepcopy(cache), tq.decode(q, cache)
+    cache.append(*tokens(3))
+    assert copied.lengths == [40] and torch.equal(tq.decode(q, copied), before)

@@ -141,6 +141,10 @@ class KVCache:
         forked._held = self._held.fork(chosen)
         return forked
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
+        # pages need no copy before somebody writes, and pointers of kernels cannot have one
+        return self.fork(range(self.batch))
+
     # ------------------------------------------------------------------ what it holds
 
     @property
