@@ -87,6 +87,7 @@ def test_a_launch_compiles_with_its_own_arguments(name, absent_gpu, monkeypatch)
     monkeypatch.setattr(generate, "load", lambda plan: Kernel(load(plan)))
     monkeypatch.setattr(module, "merge", Kernel(module.merge))
     monkeypatch.setattr(module.launch, "check", lambda *_: None)
+    monkeypatch.setattr(module.launch, "available", lambda _: True)
     s = SCHEMES[name]
     case = filled(s, (320, 64), d=128, dtype=torch.float16, step=None)
     x = torch.zeros(2, 2, 1 if name not in BLOCKS else 32, 128, dtype=torch.float16)
