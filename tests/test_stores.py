@@ -16,8 +16,8 @@ H, D = 2, 32
 ROWS = torch.tensor([[5, 0, 3], [1, 4, 2]], dtype=torch.int32)
 """Pages of two sequences, in no order."""
 
-# the interpreter takes minutes; tests/kernels/test_pages.py has what is particular to those pages
-BACKENDS = [pytest.param(name, marks=[pytest.mark.slow] * (name == "triton")) for name in STORES]
+# the others' kernels take minutes to build or to interpret; tests/kernels/ has what is particular to their pages
+BACKENDS = [pytest.param(name, marks=[pytest.mark.slow] * (name != "reference")) for name in STORES]
 
 pytestmark = [
     pytest.mark.parametrize("backend", BACKENDS),
