@@ -156,7 +156,7 @@ class _Rows:
         self.spec, self.scheme, self.scales, self.shape, self.dtype = spec, scheme, scales, shape, dtype
         self.types = {name: kind for name, (_, kind) in sizes(spec, shape, dtype).items()}
         self.parts = {
-            name: _bytes(torch.zeros(size, dtype=kind, device=device))
+            name: indexable(torch.zeros(size, dtype=kind, device=device))
             for name, (size, kind) in sizes(spec, shape, dtype).items()
         }
         self.frame = frame_of(torch.empty(1, device=device).expand(1, shape[1], 1, shape[3]), spec, scheme, scales)
@@ -172,7 +172,7 @@ class _Rows:
         """Codes `[1, H_kv, n, D]` to the slots of n tokens."""
         for name, part in growing(x).items():
             tokens = self.shape[2] // self.parts[name].shape[2]
-            self.parts[name][page[::tokens], :, slot[::tokens] // tokens] = _bytes(part)[0].transpose(0, 1)
+            self.parts[name][page[::tokens], :, slot[::tokens] // tokens] = indexable(part)[0].transpose(0, 1)
 
     def get(self, pages: Tensor, tokens: int) -> QuantizedTensor:
         """Codes `[1, H_kv, tokens, D]` of these pages' first tokens."""
@@ -262,6 +262,6 @@ def attention_by_reading(
     return out, lse
 
 
-def _bytes(x: Tensor) -> Tensor:
-    # torch indexes no fp8
+def indexable(x: Tensor) -> Tensor:
+    """`x`, whose fp8 are bytes: torch indexes no fp8."""
     return x.view(torch.uint8) if x.dtype.is_floating_point and x.dtype.itemsize == 1 else x

@@ -87,7 +87,6 @@ constexpr int K_DEPTH = K_WORDS * (32 / K_BITS);  // with what fills up the last
 constexpr int CHANNELS = (D + LANES - 1) / LANES;
 constexpr int WIDE = CHANNELS * LANES;
 constexpr int K_ROWS = K_SCALE_TOKENS < TILE ? TILE / K_SCALE_TOKENS : 1;  // of scales of a tile
-constexpr int V_ROWS = V_SCALE_TOKENS < TILE ? TILE / V_SCALE_TOKENS : 1;
 
 constexpr int K_PANEL = K_WORDS * LANES;
 constexpr int V_PANEL = V_WORDS * LANES;

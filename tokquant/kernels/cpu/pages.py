@@ -17,7 +17,7 @@ from tokquant.kernels.cpu.launch import Call, laid_out, of_channels, of_features
 from tokquant.kernels.cpu.plan import ALL, plan, stored_type
 from tokquant.kernels.cpu.quantize import queries
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
-from tokquant.pages import frame_of, growing, operand, sizes
+from tokquant.pages import frame_of, growing, indexable, operand, sizes
 from tokquant.quantize import in_frame, with_sums
 from tokquant.reference import Features
 from tokquant.schemes import Operand, QuantScheme
@@ -166,7 +166,7 @@ class _Panels:
             )
             if name in self.parts:
                 old = self.parts[name]
-                larger.view(_bytes(old))[: len(old)] = old.view(_bytes(old))
+                indexable(larger)[: len(old)] = indexable(old)
             self.parts[name] = larger
         for name in ("bound", "fields"):
             self.__dict__.pop(name, None)  # what has pointers to the old ones
@@ -256,9 +256,7 @@ class _Panels:
             rows = self.parts[name]
             tokens = page // rows.shape[2]
             place = torch.arange(first, end, tokens, device=pages.device)
-            rows.view(_bytes(rows))[pages[place // page], :, place % page // tokens] = part.view(_bytes(part))[0].transpose(
-                0, 1
-            )
+            indexable(rows)[pages[place // page], :, place % page // tokens] = indexable(part)[0].transpose(0, 1)
 
     def read(self, pages: Tensor, tokens: int) -> QuantizedTensor:
         """Canonical codes `[1, H_kv, tokens, D]` of these pages' first tokens."""
@@ -266,7 +264,7 @@ class _Panels:
         for name, part in self.parts.items():
             if name != "codes":
                 rows = -(-tokens * part.shape[2] // self.shape[2])
-                found[name] = part.view(_bytes(part))[pages].transpose(0, 1).flatten(1, 2)[None, :, :rows].view(part.dtype)
+                found[name] = indexable(part)[pages].transpose(0, 1).flatten(1, 2)[None, :, :rows].view(part.dtype)
         if self.weighted:
             found["scale"] = found["scale"].float().abs().to(found["scale"].dtype)
         words = self.parts["codes"][pages].transpose(0, 1).flatten(1, 2)[None]
@@ -279,8 +277,3 @@ class _Panels:
         words = self.parts["codes"][pages].transpose(0, 1).flatten(1, 2)
         back = blocks.keys_of if self.spec.role == "k" else blocks.values_of
         return back(words[None], self.bits, len(pages) * self.shape[2], self.shape[3])[0].contiguous()
-
-
-def _bytes(x: Tensor) -> torch.dtype:
-    # torch indexes no fp8
-    return torch.uint8 if x.element_size() == 1 else x.dtype
