@@ -11,7 +11,7 @@ from tokquant.export import load_scales, save_scales
 from tokquant.kernels.compile import Kernel, compile
 from tokquant.kv_cache import KVCache
 from tokquant.precisions import Precision, register
-from tokquant.schemes import Granularity, QuantScheme, preset
+from tokquant.schemes import Granularity, HeadSchemes, QuantScheme, SchemeMap, preset
 from tokquant.tensor import QuantizedTensor
 from tokquant.tune import tune
 from tokquant.varlen import attention_varlen
@@ -24,6 +24,7 @@ __all__ = [
     "Calibrator",
     "Comparison",
     "Granularity",
+    "HeadSchemes",
     "KVCache",
     "Kernel",
     "LayerScales",
@@ -33,6 +34,7 @@ __all__ = [
     "Scales",
     "ScalesError",
     "SchemeError",
+    "SchemeMap",
     "UnsupportedError",
     "attention",
     "attention_varlen",

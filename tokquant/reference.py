@@ -6,7 +6,7 @@ kernel does, and keeps nothing of size N x N.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,15 @@ class Features:
         last = n_k if right is None else min(n_k, rows.stop + n_k - n_q + right)
         for start in range(first // tile * tile, last, tile):
             yield slice(start, min(start + tile, n_k))
+
+    def of_heads(self, heads: slice) -> "Features":
+        """Those of some heads of Q."""
+        return replace(
+            self,
+            mask=None if self.mask is None else self.mask[:, heads],
+            sinks=None if self.sinks is None else self.sinks[heads],
+            bias=None if self.bias is None else self.bias.of_heads(heads),
+        )
 
     def reach(self) -> tuple[int | None, int | None]:
         """How many keys before and after its own place a query sees; None where all."""

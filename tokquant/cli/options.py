@@ -15,7 +15,7 @@ from tokquant.cli import output
 from tokquant.errors import nearest, quote
 from tokquant.export import load_scales
 
-SCHEME = typer.Option("--scheme", "-s", help="A preset (see `tokquant schemes`) or the path of a YAML file.")
+SCHEME = typer.Option("--scheme", "-s", help="A preset (see `tokquant schemes`), or the YAML file of a scheme or scheme map.")
 Scheme = Annotated[str, SCHEME]
 Input = Annotated[
     Path | None,
@@ -30,6 +30,7 @@ ScaleFile = Annotated[
 Backend = Annotated[Any, typer.Option("--backend", help="auto, triton, cpu or reference.")]
 Causal = Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own place, counted from the end.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; medians are shown.")]
+Layer = Annotated[str | None, typer.Option("--layer", help="Which layer, where the scheme is a map of layers.")]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the tensors: fp16, bf16 or fp32.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
