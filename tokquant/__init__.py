@@ -7,6 +7,7 @@ from tokquant.calibration.scales import LayerScales, Scales
 from tokquant.decode import decode
 from tokquant.errors import CacheFileError, CacheFullError, ScalesError, SchemeError, UnsupportedError
 from tokquant.evaluation.compare import Comparison, compare
+from tokquant.evaluation.search import search
 from tokquant.export import load_scales, save_scales
 from tokquant.kernels.compile import Kernel, compile
 from tokquant.kv_cache import KVCache
@@ -47,5 +48,6 @@ __all__ = [
     "quantize",
     "register",
     "save_scales",
+    "search",
     "tune",
 ]

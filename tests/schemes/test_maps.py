@@ -91,7 +91,7 @@ def test_what_is_wrong_is_said_with_its_place(text, message, tmp_path):
 
 def test_a_map_needs_the_layer_unless_all_take_one_scheme():
     assert of_layer(SchemeMap((("*", preset("int8")),))) == preset("int8")
-    with pytest.raises(SchemeError, match="'mine' is a map of layers; say which one this is, as layer='model.layers.0"):
+    with pytest.raises(SchemeError, match=r"'mine' is a map of layers; say which one this is, as layer='model\.layers\.0"):
         of_layer(SchemeMap.from_yaml(TEXT))
     with pytest.raises(SchemeError, match=r"its heads take different schemes \(int8, kv-int4\)"):
         resolve(SchemeMap.from_yaml(TEXT), "model.layers.1.self_attn")

@@ -1,6 +1,6 @@
 """Options that mean the same in every command."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,7 +58,7 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-class Layers:
+class Layers(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
     """The layers of an activation file, or of the sample, on a device. What is wrong with one names the file and the layer."""
 
     def __init__(self, path: Path | None, device: str | None = None):
@@ -66,12 +66,21 @@ class Layers:
         self.name = self.file.path.name
         self.device = device_of(device)
 
+    def __getitem__(self, layer: str) -> tuple[Tensor, Tensor, Tensor]:
+        with self.naming(layer):
+            q, k, v = (x.to(self.device) for x in self.file[layer])
+        return q, k, v
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file)
+
+    def __len__(self) -> int:
+        return len(self.file)
+
     def each(self, what: str) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
         """Name and Q, K, V of each layer, with a progress bar."""
         for name in output.progress(self.file, what, len(self.file)):
-            with self.naming(name):
-                q, k, v = (x.to(self.device) for x in self.file[name])
-            yield name, (q, k, v)
+            yield name, self[name]
 
     @contextmanager
     def naming(self, layer: str) -> Iterator[None]:
