@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokquant.activations import natural
 from tokquant.errors import ScalesError, quote
 from tokquant.export import open_tensors
 
@@ -70,9 +71,9 @@ def names(path: Path) -> dict[str, Path]:
 
 
 def find(files: Mapping[str, Path]) -> list[Found]:
-    """The scales and zero points among them. Raises ScalesError for names that contradict themselves."""
+    """The scales and zero points among them, layer by layer. Raises ScalesError for names that contradict themselves."""
     found: list[Found] = []
-    for name, file in files.items():
+    for name, file in sorted(files.items(), key=lambda item: natural(item[0])):
         if not (match := NAME.fullmatch(name)):
             continue
         role, projection = match["role"], match["projection"]
@@ -86,7 +87,7 @@ def find(files: Mapping[str, Path]) -> list[Found]:
 
 
 def read(found: list[Found]) -> dict[tuple[str, str], Scale]:
-    """The scales by layer and role; zero points are looked at and left. Raises ScalesError for what is none."""
+    """The scales by layer and role, in that order; zero points are looked at and left. Raises ScalesError for what is none."""
     by_file: dict[Path, list[Found]] = defaultdict(list)
     for each in found:
         by_file[each.file].append(each)
@@ -112,7 +113,7 @@ def read(found: list[Found]) -> dict[tuple[str, str], Scale]:
                 value = file.get_tensor(each.name).float()
                 _check_value(each, value)
                 scales[key] = Scale(each, "head" if len(shape) == 3 else "tensor", value.reshape(-1, 1, 1))
-    return scales
+    return {key: scales[key] for each in found if (key := (each.layer, each.role)) in scales}
 
 
 def _check_shape(each: Found, shape: list[int]) -> None:
