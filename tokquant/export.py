@@ -68,7 +68,7 @@ def load_scales(path: str | os.PathLike) -> Scales:
     except ScalesError as error:
         raise ScalesError(f"{path}: {error}") from None
     if metadata.get("tokquant.sha256") != checksum(tensors, metadata["tokquant.scheme"]):
-        raise ScalesError(f"{path}: the scales are not those that were written (checksum differs)")
+        raise ScalesError(f"{path}: scales or scheme are not those that were written (checksum differs)")
     return scales
 
 

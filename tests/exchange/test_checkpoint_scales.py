@@ -206,7 +206,8 @@ def swapped(tensors):
         (swapped, r"v_proj\.k_scale: a scale of K under v_proj; the names are swapped"),
     ],
     ids=["sentinel", "zero", "negative", "nan", "infinite", "vector", "shape", "no heads", "too many heads", "mixed",
-         "integers", "double", "no v", "no k", "no layer", "q of one layer", "zero point", "two names", "kv too", "p", "swapped"],
+         "integers", "double", "no v", "no k", "no layer", "q of one layer", "zero point", "two names", "kv too", "p",
+         "swapped"],
 )  # fmt: skip
 @pytest.mark.parametrize("parts", [1, 5], ids=["one file", "shards"])
 def test_what_is_wrong_with_a_scale_names_file_and_tensor(change, message, parts, tmp_path):
