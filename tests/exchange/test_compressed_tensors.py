@@ -59,6 +59,36 @@ def test_a_model_quantized_by_what_is_written_has_the_names_and_shapes_of_export
     assert tq.from_compressed_tensors(QuantizationConfig.from_pretrained(model).to_dict()) == EXPRESSIBLE[name]
 
 
+@pytest.mark.parametrize("name", EXPRESSIBLE)
+def test_transformers_loads_what_is_exported_beside_a_model(name, tmp_path):
+    """As docs/exchange.md says: the file beside the shards, its names in their index, the block in config.json."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    calibrator = tq.Calibrator(EXPRESSIBLE[name])
+    for layer in range(2):
+        calibrator.observe(f"model.layers.{layer}.self_attn", *(torch.randn(1, h, 20, 16) for h in (4, 2, 2)))
+    scales = calibrator.scales()
+    tq.export_checkpoint_scales(tmp_path / "kv_scales.safetensors", scales)
+    shard = "model-00001-of-00001.safetensors"
+    (tmp_path / "model.safetensors").rename(tmp_path / shard)
+    files = (shard, "kv_scales.safetensors")
+    where = {key: file for file in files for key in tq.export.read_tensors(tmp_path / file, ValueError)[0]}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = tq.to_compressed_tensors(EXPRESSIBLE[name])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    for layer, part in scales.items():
+        for scale, value in part.tensors.items():
+            assert torch.equal(getattr(loaded.get_submodule(layer), scale).flatten(), value.flatten())
+    ids = torch.randint(0, 64, (1, 20))
+    with torch.no_grad():
+        exact, quantized = model(ids).logits, loaded(ids).logits
+    assert 0 < (quantized - exact).norm() < 0.1 * exact.norm()
+    assert tq.import_checkpoint_scales(tmp_path).scheme == EXPRESSIBLE[name]
+
+
 @pytest.mark.parametrize("kind", ["head", "tensor"])
 def test_scales_and_codes_are_theirs_bit_for_bit(kind):
     x = torch.randn(1, 2, 50, 32) * torch.tensor([1.0, 30.0]).view(1, 2, 1, 1)
@@ -162,8 +192,17 @@ FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor"}
         (FP8 | {"observer": "minmax", "observer_kwargs": {"averaging_constant": 0.01}, "zp_dtype": None}, "tensor"),
         ({"quant_method": "modelopt", "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}, "tensor"),
         ({"config_groups": {"g": {"targets": ["Linear"], "weights": FP8}}, "kv_cache_scheme": FP8}, "tensor"),
+        (
+            {
+                "config_groups": {
+                    "g": {"targets": ["re:.*self_attn.*_proj"], "weights": FP8, "input_activations": FP8 | {"type": "int"}},
+                },
+                "kv_cache_scheme": FP8,
+            },
+            "tensor",
+        ),
     ],
-    ids=["args", "ModelOpt's", "capitals", "observer", "ModelOpt's config", "beside weights"],
+    ids=["args", "ModelOpt's", "capitals", "observer", "ModelOpt's config", "beside weights", "beside projections"],
 )
 def test_blocks_as_tools_write_them_are_read(block, kind):
     assert tq.from_compressed_tensors(block) == fp8_scheme(kind)
@@ -191,6 +230,10 @@ def test_a_group_of_attention_has_codes_for_q():
         ({"kv_cache_scheme": "fp8"}, "kv_cache_scheme: 'fp8' is no mapping"),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "no kv_cache_scheme, and no config group of attention"),
         ({"config_groups": [1], "kv_cache_scheme": None}, "no kv_cache_scheme, and no config group of attention"),
+        (
+            {"config_groups": {"a": {"targets": 3, "input_activations": FP8}, "b": 1}},
+            "no kv_cache_scheme, and no config group of attention",
+        ),
         (
             {"config_groups": {"a": {"targets": ["LlamaAttention"], "input_activations": FP8 | {"type": "int"}}}},
             r"config_groups\.a\.input_activations\.type: 'int' is not read",

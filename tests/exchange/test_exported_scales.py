@@ -49,10 +49,10 @@ def test_modelopt_gets_them_under_its_projections(tmp_path):
     tq.export_checkpoint_scales(tmp_path / "s", made(fp8_scheme("tensor")), "modelopt")
     tensors, _ = contents(tmp_path / "s")
     assert {name: value.tolist() for name, value in tensors.items()} == {
-        "model.layers.0.self_attn.k_proj.k_scale": [1 / 16],
-        "model.layers.0.self_attn.v_proj.v_scale": [9 / 16],
-        "model.layers.1.self_attn.k_proj.k_scale": [65 / 16],
-        "model.layers.1.self_attn.v_proj.v_scale": [73 / 16],
+        "model.layers.0.self_attn.k_proj.k_scale": 1 / 16,
+        "model.layers.0.self_attn.v_proj.v_scale": 9 / 16,
+        "model.layers.1.self_attn.k_proj.k_scale": 65 / 16,
+        "model.layers.1.self_attn.v_proj.v_scale": 73 / 16,
     }
 
 

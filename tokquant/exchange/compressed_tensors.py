@@ -22,7 +22,7 @@ WHY = {
 }
 
 
-def to_compressed_tensors(scheme: QuantScheme | str, targets: Sequence[str] = ("re:.*self_attn$",)) -> dict[str, Any]:
+def to_compressed_tensors(scheme: QuantScheme | str, targets: str | Sequence[str] = "re:.*self_attn$") -> dict[str, Any]:
     """The `quantization_config` of a config.json that says what `scheme` does to the KV cache, or to Q, K and V.
 
     `targets` are the attention modules, by class or as `re:` and a pattern of their names; they count where Q has codes.
@@ -39,7 +39,12 @@ def to_compressed_tensors(scheme: QuantScheme | str, targets: Sequence[str] = ("
         "strategy": STRATEGIES[scheme.k.granularity.kind],
         "dynamic": False,
     }
-    group = {"targets": list(targets), "weights": None, "input_activations": args, "output_activations": None}
+    group = {
+        "targets": [targets] if isinstance(targets, str) else list(targets),
+        "weights": None,
+        "input_activations": args,
+        "output_activations": None,
+    }
     return {
         "quant_method": "compressed-tensors",
         "format": "dense",
@@ -76,13 +81,13 @@ def attention_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     if config.get("kv_cache_scheme") is not None:
         found["kv_cache_scheme"] = config["kv_cache_scheme"]
-    groups = config.get("config_groups") or {}
+    groups = config.get("config_groups")
     for name, group in groups.items() if isinstance(groups, Mapping) else ():
-        targets = group.get("targets") if isinstance(group, Mapping) else None
-        if any("attn" in str(target).lower() or "attention" in str(target).lower() for target in targets or ()) and (
-            group.get("input_activations") is not None
-        ):
-            found[f"config_groups.{name}.input_activations"] = group["input_activations"]
+        # what has weights is a linear layer, those of attention too
+        if isinstance(group, Mapping) and group.get("weights") is None and group.get("input_activations") is not None:
+            targets = str(group.get("targets")).lower()
+            if "attn" in targets or "attention" in targets:
+                found[f"config_groups.{name}.input_activations"] = group["input_activations"]
     return found
 
 

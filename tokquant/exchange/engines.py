@@ -29,7 +29,7 @@ def export_checkpoint_scales(
     | format             | names                                              | scales                                     |
     |--------------------|----------------------------------------------------|--------------------------------------------|
     | compressed-tensors | `<layer>.k_scale`, `.v_scale`, `.q_scale`          | `[1]` per tensor, `[H, 1, 1]` per head     |
-    | modelopt           | `<layer>.k_proj.k_scale`, `<layer>.v_proj.v_scale` | `[1]` per tensor                           |
+    | modelopt           | `<layer>.k_proj.k_scale`, `<layer>.v_proj.v_scale` | `[]` per tensor                            |
     | sglang (JSON)      | numbers of layers                                  | per tensor, the larger of K's and V's      |
 
     `sglang` is the file of `--quantization-param-path`: it takes the model's `model_type` ("llama") and `tp_size`, the number
@@ -52,8 +52,10 @@ def export_checkpoint_scales(
         tensors = {
             f"{layer}.{name[0]}_proj.{name}": value for layer, part in scales.items() for name, value in part.tensors.items()
         }
-    per_tensor = scales.scheme.k.granularity.kind == "tensor"
-    written = {name: _float32(value.reshape(1) if per_tensor else value) for name, value in tensors.items()}
+    if scales.scheme.k.granularity.kind == "tensor":
+        # ModelOpt's are scalars; vLLM takes either
+        tensors = {name: value.reshape([] if format == "modelopt" else [1]) for name, value in tensors.items()}
+    written = {name: _float32(value) for name, value in tensors.items()}
     write_atomically(path, safetensors.torch.save(written, {"format": "pt"}))
 
 
