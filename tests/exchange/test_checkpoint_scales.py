@@ -64,6 +64,12 @@ def test_scales_a_tensor_are_read_under_every_name(k, v, parts, tmp_path):
         assert torch.equal(tensors["v_scale"], torch.full((1, 1, 1), 0.25 + i))
 
 
+def test_k_a_tensor_and_v_a_head_are_no_one_scheme(tmp_path):
+    write(tmp_path, scales(values=(torch.ones(1), torch.ones(2, 1, 1))))
+    with pytest.raises(tq.ScalesError, match=r"layers\.0\.self_attn\.v_scale: is one per head, and .*k_scale one per tensor"):
+        tq.import_checkpoint_scales(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_scales_a_head_keep_their_values_in_any_type(dtype, tmp_path):
     values = [(value * 1.1).to(dtype) for value in HEAD]
@@ -251,13 +257,29 @@ def in_the_other(data):
         (truncated_shard, r"model-00002-of-00002\.safetensors: not a safetensors file, or not a whole one"),
         (index(elsewhere), r"index\.json: 'model\.layers\.1.*' is in '\.\./model.*', which is no file of this folder"),
         (index(in_the_other), r"model-0000.*k_scale: is not there, though the index says so"),
+        (index(lambda data: data["weight_map"].update({K1: "a\0b"})), "a.*b: .*"),
+        (index(lambda data: data["weight_map"].update({K1: ".."})), r"\.\.: Is a directory"),
+        (index(lambda data: data["weight_map"].update({K1: 3})), r"index\.json: has no weight_map"),
         (index(lambda data: data.pop("weight_map")), r"index\.json: has no weight_map"),
         (lambda folder: (folder / shards.INDEX).write_text("{"), r"index\.json: not JSON"),
         (lambda folder: (folder / shards.INDEX).write_text("[" * 100000), r"index\.json: not JSON"),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff"), r"config\.json: not JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json: holds \[\], not a mapping"),
     ],
-    ids=["no shard", "truncated", "path", "wrong shard", "no map", "json", "deep json", "config bytes", "config list"],
+    ids=[
+        "no shard",
+        "truncated",
+        "path",
+        "wrong shard",
+        "null",
+        "parent",
+        "number",
+        "no map",
+        "json",
+        "deep json",
+        "config bytes",
+        "config list",
+    ],
 )
 def test_what_is_wrong_with_the_files_is_named(change, message, tmp_path):
     change(write(tmp_path, weights() | scales(), parts=2))

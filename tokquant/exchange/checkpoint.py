@@ -35,9 +35,8 @@ def import_checkpoint_scales(path: str | os.PathLike, scheme: QuantScheme | str 
     if not found:
         raise ScalesError(f"{path}: holds no scales of attention; they are named <layer>.k_scale, <layer>.k_proj.k_scale ...")
     scales = read(found)
-    kinds = {role: _granularity([scale for scale in scales.values() if scale.at.role == role]) for role in "kvq"}
     _check_whole(found, scales, files)
-    implied = fp8_scheme(kinds["k"], kinds["v"], q=bool(kinds["q"]))
+    implied = fp8_scheme(_granularity(list(scales.values())), q=any(scale.at.role == "q" for scale in scales.values()))
     _check_config(path if path.is_dir() else path.parent, implied)
     chosen = implied if scheme is None else resolve(scheme)
     _check_scheme(path, chosen, implied)
@@ -52,13 +51,14 @@ def import_checkpoint_scales(path: str | os.PathLike, scheme: QuantScheme | str 
 
 
 def _granularity(scales: list[Scale]) -> str:
-    """That of all scales of one operand, "" where there are none."""
+    """That of all of them."""
+    first = scales[0]
     for scale in scales:
-        kind, other = scale.granularity, scales[0]
-        if kind != other.granularity:
-            text = f"is one per {kind}, and {other.at.name} one per {other.granularity}; a scheme is one for all layers"
-            raise scale.at.error(text)
-    return scales[0].granularity if scales else ""
+        if scale.granularity != first.granularity:
+            raise scale.at.error(
+                f"is one per {scale.granularity}, and {first.at.name} one per {first.granularity}; use one for all"
+            )
+    return first.granularity
 
 
 def _check_whole(found: list[Found], scales: Mapping[tuple[str, str], Scale], files: Mapping[str, Path]) -> None:
@@ -91,12 +91,9 @@ def _check_config(folder: Path, implied: QuantScheme) -> None:
             written = from_compressed_tensors(config)
         except SchemeError as error:
             raise ScalesError(f"{path}: {error}") from None
-        kinds = {role: getattr(implied, role).granularity.kind for role in "kv"}
-        if any(kind != written.k.granularity.kind for kind in kinds.values()):
-            raise ScalesError(
-                f"{path}: says that scales are one per {written.k.granularity}, and those of K are one per {kinds['k']}, "
-                f"of V one per {kinds['v']}"
-            )
+        if written.k.granularity != implied.k.granularity:
+            there, here = written.k.granularity, implied.k.granularity
+            raise ScalesError(f"{path}: says that scales are one per {there}, and those of the checkpoint are one per {here}")
 
 
 def _check_scheme(path: Path, scheme: QuantScheme, implied: QuantScheme) -> None:

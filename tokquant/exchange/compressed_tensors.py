@@ -91,12 +91,11 @@ def attention_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def fp8_scheme(granularity: str, v_granularity: str = "", q: bool = False) -> QuantScheme:
+def fp8_scheme(granularity: str, q: bool = False) -> QuantScheme:
     """What the field calls fp8 attention scales: e4m3 codes, `real = code * scale`, float32 scales that were calibrated."""
-
-    static = {"precision": "fp8_e4m3", "scale": "static"}
-    k, v = static | {"granularity": granularity}, static | {"granularity": v_granularity or granularity}
-    operands: dict[str, Any] = {"q": k if q else {"precision": "fp16"}, "k": k, "v": v, "p": {"precision": "fp16"}}
+    static = {"precision": "fp8_e4m3", "granularity": granularity, "scale": "static"}
+    plain = {"precision": "fp16"}
+    operands: dict[str, Any] = {"q": static if q else plain, "k": static, "v": static, "p": plain}
     return QuantScheme(name=("qkv-fp8" if q else "kv-fp8") + ("-tensor" if granularity == "tensor" else ""), **operands)
 
 
