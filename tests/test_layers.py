@@ -17,6 +17,7 @@ LAYERS = [
     ("quantize", "reference", "metrics", "activations"),
     ("inputs",),
     ("calibration", "export"),
+    ("exchange",),
     ("paging", "windows", "pages"),
     ("sequences", "cache_file"),
     ("kernels",),

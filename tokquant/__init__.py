@@ -8,6 +8,9 @@ from tokquant.decode import decode
 from tokquant.errors import CacheFileError, CacheFullError, ScalesError, SchemeError, UnsupportedError
 from tokquant.evaluation.compare import Comparison, compare
 from tokquant.evaluation.search import search
+from tokquant.exchange.checkpoint import import_checkpoint_scales
+from tokquant.exchange.compressed_tensors import from_compressed_tensors, to_compressed_tensors
+from tokquant.exchange.engines import export_checkpoint_scales
 from tokquant.export import load_scales, save_scales
 from tokquant.kernels.compile import Kernel, compile
 from tokquant.kv_cache import KVCache
@@ -43,11 +46,15 @@ __all__ = [
     "compare",
     "compile",
     "decode",
+    "export_checkpoint_scales",
+    "from_compressed_tensors",
+    "import_checkpoint_scales",
     "load_scales",
     "preset",
     "quantize",
     "register",
     "save_scales",
     "search",
+    "to_compressed_tensors",
     "tune",
 ]

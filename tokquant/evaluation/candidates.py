@@ -38,13 +38,14 @@ VALUES: dict[str, dict[str, Any]] = {
 
 
 def default(head_dim: int) -> list[QuantScheme]:
-    """All that fit heads of this many channels, and need no calibration."""
+    """All that quantize, fit heads of this many channels, and need no calibration."""
     pairs = [
         QuantScheme(name=f"k-{keys}-v-{values}", q={"precision": "int8"}, **KEYS[keys], **VALUES[values])  # type: ignore[arg-type]
         for keys in KEYS
         for values in VALUES
     ]
-    return [scheme for scheme in (*map(preset, preset_names()), *pairs) if not needed(scheme) and fits(scheme, head_dim)]
+    presets = (preset(name) for name in preset_names() if name != "none")
+    return [scheme for scheme in (*presets, *pairs) if not needed(scheme) and fits(scheme, head_dim)]
 
 
 def fits(scheme: QuantScheme, head_dim: int) -> bool:

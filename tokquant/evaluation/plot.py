@@ -26,12 +26,11 @@ def draw(found: Found, path: str | os.PathLike) -> None:
     axes = figure.add_subplot()
     costs, errors = zip(*found.front, strict=True)
     axes.step(costs, errors, where="post", label="maps", zorder=1)
-    # schemes far off would press everything else into a corner
-    reach = max(cost for cost, _ in found.front)
-    singles = {name: point for name, point in found.singles.items() if point[0] <= reach}
-    costs, errors = zip(*singles.values(), strict=True)
+    costs, errors = zip(*found.singles.values(), strict=True)
     axes.scatter(costs, errors, s=16, color="0.45", label="one scheme for all layers", zorder=2)
-    for name, point in singles.items():
+    for name, point in found.singles.items():
+        if any(cost <= point[0] and error < point[1] for cost, error in found.singles.values()):
+            continue  # names of those that another beats would lie on top of each other
         axes.annotate(name, point, textcoords="offset points", xytext=(3, 3), fontsize=6, color="0.35")
     axes.scatter([found.cost], [found.error], s=70, marker="*", color="tab:red", label=found.map.name, zorder=3)
     axes.set(xlabel=UNITS[found.unit], ylabel=found.metric if found.metric != "cosine" else "1 - cosine", yscale="log")
