@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokquant.cli import options, output
-from tokquant.evaluation.plot import draw
+from tokquant.evaluation.plot import check, draw
 from tokquant.evaluation.search import Found
 from tokquant.evaluation.search import search as search_call
 from tokquant.schemes.scheme import name_of
@@ -48,6 +48,8 @@ def search(
     for name, path in (("--output", output_path), ("--plot", plot)):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{name}: there is no folder {path.parent}")
+    if plot is not None:
+        check(plot)
 
     def progress(names: Iterator[str], total: int) -> Iterator[str]:
         return output.progress(names, "layers", total)

@@ -1,5 +1,6 @@
 """The Pareto front of a search as a picture."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -10,18 +11,22 @@ UNITS = {"bits": "bits a value of Q, K and V", "kv_bits": "bits a value of K and
 FORMATS = (".svg", ".png", ".pdf")
 
 
+def check(path: str | os.PathLike) -> None:
+    """Raise as `draw` would, before there is anything to draw."""
+    if Path(path).suffix not in FORMATS:
+        raise ValueError(f"plot: {quote(Path(path).name)} is not one of {', '.join(FORMATS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UnsupportedError("plot: needs matplotlib; install tokquant[plot]")
+
+
 def draw(found: Found, path: str | os.PathLike) -> None:
     """Write the front, the single schemes and what was chosen: error against cost, to an .svg, .png or .pdf file.
 
     Raises ValueError for another kind of file, UnsupportedError where matplotlib is not installed.
     """
-    path = Path(path)
-    if path.suffix not in FORMATS:
-        raise ValueError(f"plot: {quote(path.name)} is not one of {', '.join(FORMATS)}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UnsupportedError("plot: needs matplotlib; install tokquant[plot]") from None
+    check(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     costs, errors = zip(*found.front, strict=True)
