@@ -1,6 +1,6 @@
 """tokquant: token-level quantized attention. Declare a scheme, get its flash-attention kernel."""
 
-from tokquant import bias
+from tokquant import bias, folding
 from tokquant.attention import attention, quantize
 from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import LayerScales, Scales
@@ -40,6 +40,7 @@ __all__ = [
     "compare",
     "compile",
     "decode",
+    "folding",
     "load_scales",
     "preset",
     "quantize",
