@@ -55,10 +55,11 @@ def fold(
             raise ValueError(f"{name}_weight: shape {list(weight.shape)} has not {wanted} factors {list(factors.shape)} say")
         if bias is not None and bias.shape != (rows,):
             raise ValueError(f"{name}_bias: shape {list(bias.shape)} is not that of the weight's rows, [{rows}]")
-    apart = (factors != factors[..., _partners(d, rope)]).nonzero().tolist()
+    partner = _partners(d, rope)
+    apart = (factors != factors[..., partner]).nonzero().tolist()
     if apart:
         head, _, one = apart[0]
-        other = int(_partners(d, rope)[one])
+        other = partner[one]
         values = " and ".join(f"{factors[head, 0, channel]:.4g}" for channel in (one, other))
         raise ValueError(
             f"factors: channels {one} and {other} of head {head} have {values}, and RoPE turns them together "
@@ -81,10 +82,9 @@ def split(factors: Tensor, rope: Rope = "half") -> tuple[Tensor, Tensor]:
     return torch.where(shared, factors, 1.0), torch.where(shared, 1.0, factors)
 
 
-def _partners(d: int, rope: Rope) -> Tensor:
+def _partners(d: int, rope: Rope) -> list[int]:
     """The channel that each is turned together with; itself where there is no RoPE."""
-    channel = torch.arange(d)
-    return {"half": channel.roll(d // 2), "interleaved": channel ^ 1, "none": channel}[rope]
+    return [{"half": (c + d // 2) % d, "interleaved": c ^ 1, "none": c}[rope] for c in range(d)]
 
 
 def _check_factors(factors: Tensor, rope: str) -> None:

@@ -6,6 +6,7 @@ from factories import qkv, scheme
 
 import tokquant as tq
 from tokquant.calibration.balance import DIRECTIONS, Maxima
+from tokquant.folding import split
 from tokquant.quantize import frames
 from tokquant.schemes.balance import RopePairBalance
 
@@ -189,3 +190,17 @@ def test_factors_go_through_a_file(tmp_path):
     assert loaded.scheme == made
     for name, value in calibrator.scales()["layers.0"].tensors.items():
         assert torch.equal(loaded["layers.0"].tensors[name], value)
+
+
+@pytest.mark.parametrize("smooth", ["", "static_offset"])
+@pytest.mark.parametrize("name", RULES)
+def test_a_default_device_of_torch_changes_no_factor(name, smooth):
+    made, operands = scheme("int8", f"int8 {smooth}", balance=balance(name)), given()
+    expected = calibrated(made, operands).tensors["k_balance"]
+    try:
+        torch.set_default_device("meta")
+        found = calibrated(made, operands).tensors["k_balance"]
+        parts = split(found)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, expected) and torch.equal(parts[0] * parts[1], expected)

@@ -45,12 +45,12 @@ class Maxima:
 
     def factors(self, offset: Tensor | None) -> Tensor:
         """K's factors `[H_kv, 1, D]`, with the calibrated offset `[H_kv, 1, D]` where it has one."""
-        c = torch.zeros(()) if offset is None else offset.float()
+        c: Tensor | float = 0.0 if offset is None else offset.float()
         seen = self.largest
         k_largest = torch.maximum(seen["above"] - c, seen["below"] + c)
         if isinstance(self.rule, ChannelBalance):
             return channel_factors(seen["q"], k_largest, self.rule.alpha)
-        if self.moves:
+        if isinstance(c, Tensor):
             reach = torch.stack([each - towards(c, angle) for each, angle in zip(seen["reach"], angles(), strict=True)])
             norms = reach.amax(dim=0) / math.cos(math.pi / DIRECTIONS)
         else:

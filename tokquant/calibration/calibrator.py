@@ -31,7 +31,7 @@ class Calibrator:
         if not needed(self.scheme):
             raise SchemeError(
                 f"scheme {self.scheme.name!r} has no static part to calibrate; "
-                "give an operand scale: static (per tensor, head or channel), or k smooth: static"
+                "give an operand or a balance scale: static (an operand's per tensor, head or channel), or k smooth: static"
             )
         _check_balance(self.scheme, self.observer)
         if isinstance(self.observer, Percentile):
