@@ -11,7 +11,7 @@ LAYERS = [
     ("errors", "files", "timing"),
     ("precisions",),
     ("schemes",),
-    ("transforms", "bias", "blocks"),
+    ("transforms", "folding", "bias", "blocks"),
     ("tensor",),
     ("calibration.scales",),
     ("quantize", "reference", "metrics", "activations"),

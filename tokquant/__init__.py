@@ -1,6 +1,6 @@
 """tokquant: token-level quantized attention. Declare a scheme, get its flash-attention kernel."""
 
-from tokquant import bias
+from tokquant import bias, folding
 from tokquant.attention import attention, quantize
 from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import LayerScales, Scales
@@ -47,6 +47,7 @@ __all__ = [
     "compile",
     "decode",
     "export_checkpoint_scales",
+    "folding",
     "from_compressed_tensors",
     "import_checkpoint_scales",
     "load_scales",

@@ -19,7 +19,7 @@ from tokquant.files import write_atomically
 from tokquant.schemes import QuantScheme
 
 FORMAT = "1"
-SUFFIXES = tuple(f"{role}_{kind}" for role in "qkv" for kind in ("scale", "zero", "offset"))
+SUFFIXES = (*(f"{role}_{kind}" for role in "qkv" for kind in ("scale", "zero", "offset")), "k_balance")
 
 
 def save_scales(path: str | os.PathLike, scales: Scales) -> None:

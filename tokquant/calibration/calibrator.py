@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tokquant.calibration import observers
+from tokquant.calibration.balance import Maxima
 from tokquant.calibration.observers import Percentile, Statistics
 from tokquant.calibration.scales import Scales, needed
 from tokquant.errors import SchemeError, quote
@@ -30,15 +31,14 @@ class Calibrator:
         if not needed(self.scheme):
             raise SchemeError(
                 f"scheme {self.scheme.name!r} has no static part to calibrate; "
-                "give an operand scale: static (per tensor, head or channel), or k smooth: static"
+                "give an operand or a balance scale: static (an operand's per tensor, head or channel), or k smooth: static"
             )
-        fixed = [role for role in "qk" if getattr(self.scheme, role).scale == "static"]
-        if fixed and self.scheme.k.smooth == "static" and self.scheme.balance != "none":
-            text = "its scale cannot be static beside a static offset of K under a balance, which depends on that offset"
-            raise SchemeError([(fixed[0], text)])
+        _check_balance(self.scheme, self.observer)
         if isinstance(self.observer, Percentile):
             _check_percentile(self.scheme)
         self.layers: dict[str, dict[str, Statistics]] = {}
+        self.maxima: dict[str, Maxima] = {}
+        """By layer, where the scheme has a static balance."""
         self._types: dict[str, torch.dtype] = {}
 
     def observe(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -62,8 +62,14 @@ class Calibrator:
             shape, earlier = [x.shape[1], x.shape[3]], list(seen[role].low.shape)
             if shape != earlier:
                 raise ValueError(f"{name}.{role}: heads and channels {shape} are not {earlier}, as in earlier batches")
-        # a calibrated offset is known only at the end; it is linear, so it can be taken off the extremes then
-        for role, x, frame in zip("qkv", (q, k, v), frames(q, k, v, without_static_offsets(self.scheme)), strict=True):
+        # calibrated offsets and factors are known only at the end; they are linear, so the extremes can be changed by them then
+        in_frames = frames(q, k, v, without_static_parts(self.scheme))
+        rule = self.scheme.balance
+        if rule != "none" and rule.scale == "static":
+            maxima = self.maxima.get(name) or Maxima(rule, moves=self.scheme.k.smooth == "static")
+            maxima.observe(q, Frame(offset=in_frames[1].offset).apply(k))
+            self.maxima[name] = maxima
+        for role, x, frame in zip("qkv", (q, k, v), in_frames, strict=True):
             seen[role].observe(x, frame.apply(x))
         self.layers[name] = seen
         self._types.setdefault(name, k.dtype)
@@ -78,6 +84,8 @@ class Calibrator:
         for name, theirs in other.layers.items():
             for role, statistics in self.layers.get(name, {}).items():
                 statistics.check_mergeable(theirs[role], f"{name}.{role}")
+        for name, maxima in other.maxima.items():
+            self.maxima.setdefault(name, Maxima(maxima.rule, maxima.moves)).merge(maxima)
         for name, theirs in other.layers.items():
             if name not in self.layers:
                 self.layers[name] = {role: statistics.empty() for role, statistics in theirs.items()}
@@ -97,12 +105,17 @@ class Calibrator:
             if operand.smooth == "static":
                 offset = statistics.mean()
                 tensors[f"{role}_offset"] = offset[:, None].to(sixteen_bit(self._types[name])).contiguous()
+            if role == "k" and name in self.maxima:
+                tensors["k_balance"] = self.maxima[name].factors(tensors.get("k_offset"))
             if operand.scale == "static":
                 low, high = statistics.low, statistics.high
                 if offset is not None:
                     kept = tensors[f"{role}_offset"][None]
                     shift = Frame(offset=kept, rotated=self._rotated(role)).apply(torch.zeros_like(kept)).squeeze((0, 2))
                     low, high = low + shift, high + shift
+                if role in "qk" and "k_balance" in tensors:
+                    factor = tensors["k_balance"].squeeze(1).repeat_interleave(low.shape[0] // len(tensors["k_balance"]), dim=0)
+                    low, high = (low * factor, high * factor) if role == "k" else (low / factor, high / factor)
                 if role == "q" and place(self.scheme.k) == "q" and self.scheme.k.scale == "static":
                     fold = tensors["k_scale"].float().squeeze(1)
                     fold = fold.repeat_interleave(low.shape[0] // fold.shape[0], dim=0)
@@ -129,14 +142,33 @@ class Calibrator:
         return (self.scheme.rotate_v if role == "v" else self.scheme.rotate) == "hadamard"
 
 
-def without_static_offsets(scheme: QuantScheme) -> QuantScheme:
-    """The scheme as it is before its offsets are known."""
-    changed = {
+def without_static_parts(scheme: QuantScheme) -> QuantScheme:
+    """The scheme as it is before its offsets and its factors of balance are known."""
+    changed: dict[str, object] = {
         role: getattr(scheme, role).model_copy(update={"smooth": "none"})
         for role in "kv"
         if getattr(scheme, role).smooth == "static"
     }
+    if scheme.balance != "none" and scheme.balance.scale == "static":
+        changed["balance"] = "none"
     return scheme.model_copy(update=changed)
+
+
+def _check_balance(scheme: QuantScheme, observer: observers.Observer) -> None:
+    """Extremes of a channel can be multiplied by its factor once that is known; sums of channels and histograms cannot."""
+    fixed = [role for role in "qk" if getattr(scheme, role).scale == "static"]
+    if not fixed or scheme.balance == "none":
+        return
+    if scheme.balance.scale == "dynamic":
+        if scheme.k.smooth == "static":
+            text = "its scale cannot be static beside a static offset of K under a balance, which depends on that offset"
+            raise SchemeError([(fixed[0], f"{text}; use balance {{{scheme.balance.kind}: {{scale: static}}}}")])
+    elif scheme.rotate != "none":
+        text = "its scale cannot be static where a static balance is rotated: what the rotation adds up is known only after it"
+        raise SchemeError([(fixed[0], f"{text}; use scale: dynamic, or rotate: none")])
+    elif isinstance(observer, Percentile):
+        text = "a static scale under a static balance cannot come from percentiles; use observer 'amax'"
+        raise SchemeError([(fixed[0], text)])
 
 
 def _check_percentile(scheme: QuantScheme) -> None:

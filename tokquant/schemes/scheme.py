@@ -10,14 +10,16 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import core_schema
 
 from tokquant import precisions
 from tokquant.errors import SchemeError, quote
 from tokquant.files import write_atomically
-from tokquant.schemes import document, problems
+from tokquant.schemes import document
+from tokquant.schemes.balance import SchemeBalance
 from tokquant.schemes.granularity import OperandGranularity, PGranularity
+from tokquant.schemes.strict import Strict
 
 T = TypeVar("T")
 
@@ -36,21 +38,6 @@ class PrecisionOf:
 
     def __get_pydantic_json_schema__(self, core: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"type": "string", "enum": precisions.names(self.role)}
-
-
-class Strict(BaseModel):
-    """A frozen model that refuses what it does not know, with a SchemeError that quotes it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-    def __init__(self, /, **data: Any):
-        for name, value in data.items():
-            if isinstance(value, dict) and (odd := [key for key in value if not isinstance(key, str)]):
-                raise SchemeError([(problems.printable(name), f"the key {quote(odd[0])}; keys are plain words")])
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise SchemeError(problems.explain(type(self), error)) from None
 
 
 class Operand(Strict):
@@ -179,7 +166,7 @@ class QuantScheme(Strict):
     p: Probabilities
     rotate: Literal["none", "hadamard"] = "none"
     rotate_v: Literal["none", "hadamard"] = "none"
-    balance: Literal["none", "channel", "rope_pairs"] = "none"
+    balance: SchemeBalance = "none"
     normalizer: Literal["exact", "quantized"] = "exact"
     cache: Cache | None = None
 
