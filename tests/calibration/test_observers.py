@@ -277,7 +277,7 @@ def test_a_margin_widens_ranges_to_both_sides(words, margin):
         middle, wider = (each["v_zero"] + each["v_scale"] * 127.5 for each in (usual, wide))
         assert torch.allclose(middle, wider, atol=1e-5)
     for wrong in (0, -1, float("nan"), "2", True):
-        with pytest.raises(ValueError, match="margin: .* is not a number above zero"):
+        with pytest.raises(ValueError, match=r"margin: .* is not a number above zero"):
             calibrator.scales(wrong)
 
 
@@ -289,7 +289,7 @@ def test_an_observer_is_written_as_it_is_read(text):
 @pytest.mark.parametrize(
     ("observer", "message"),
     [
-        ("max", "observer: 'max' is none; use amax, percentile:99.9, mse or ema:0.99; did you mean 'amax'"),
+        ("max", r"observer: 'max' is none; use amax, percentile:99.9, mse or ema:0.99; did you mean 'amax'"),
         ("percentile:200", r"observer: 'percentile:200': percentile: 200.0 is not between 50 and 100"),
         ("percentile:nan", r"observer: 'percentile:nan': percentile: nan is not between"),
         ("percentile:x", "observer: 'percentile:x': "),

@@ -157,7 +157,10 @@ def test_no_attention_at_all_says_what_to_do(run, why):
     model = nn.Linear(4, 4)
     with pytest.raises(ValueError, match=f"watch: {why}.*attn_implementation='sdpa'.*observe"):
         watched(model, *([torch.randn(1, 4)] if run else []))
-    with pytest.raises(TypeError, match="model: a function; give a torch.nn.Module"), tq.Calibrator("kv-fp8").watch(untouched):
+    with (
+        pytest.raises(TypeError, match=r"model: a function; give a torch\.nn\.Module"),
+        tq.Calibrator("kv-fp8").watch(untouched),
+    ):
         pass
 
 

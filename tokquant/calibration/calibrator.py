@@ -119,8 +119,8 @@ class Calibrator:
     def scales(self, margin: float = 1.0) -> Scales:
         """The scales of every layer seen, their ranges `margin` times as wide as the observer found them.
 
-        What comes later goes beyond what was seen in about half of the channels; a margin leaves room for it. Raises ScalesError
-        if there is no layer, ValueError for a margin that is not above zero.
+        What comes later may go beyond what was seen; a margin leaves room for it. Raises ScalesError if there is no layer,
+        ValueError for a margin that is not above zero.
         """
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < float("inf"):
             raise ValueError(f"margin: {quote(margin)} is not a number above zero; 1.25 leaves a quarter of room")

@@ -94,8 +94,5 @@ def _error(counts: Tensor, means: Tensor, low: Tensor, high: Tensor, operand: Op
     else:
         scale, zero = (x.float() for x in asymmetric_scale(low, high, operand))
     values = operand.format.decode(codes_of(means, scale, zero, operand))
-    if zero is None:
-        back = values * scale
-    else:
-        back = (values + 2 ** (operand.format.bits - 1)) * scale + zero
+    back = values * scale if zero is None else (values + 2 ** (operand.format.bits - 1)) * scale + zero
     return ((means - back).square_() * counts).sum(dim=1, dtype=torch.float64)

@@ -33,8 +33,7 @@ class Histogram(Extremes):
         """Add float32 `[B, H, N, D]`."""
         self._widen(*batch_extremes(x))
         first, exponent = window(self.low, self.high)
-        b, h, n, d = x.shape
-        for part in x.split(max(1, CHUNK // (b * h * d)), dim=2):
+        for part in x.split(max(1, CHUNK * x.shape[2] // x.numel()), dim=2):
             self.bins += counted(part, first, exponent)
 
     def merge(self, other: Extremes) -> None:
@@ -52,7 +51,7 @@ class Histogram(Extremes):
     def check(self, tokens: int) -> None:
         super().check(tokens)
         if bool((self.bins < 0).any()) or bool((self.bins.sum(dim=2) != tokens).any()):
-            raise ValueError(f"bins: are not counts of {tokens} tokens in each channel")
+            raise ValueError(f"bins: not the counts of {tokens} tokens in each channel")
 
     def widest(self, kind: str, change: Change, symmetric: bool) -> tuple[Tensor, Tensor]:
         """The range of the values under each scale, in its shape; from -a to a where it is symmetric."""
@@ -63,7 +62,7 @@ class Histogram(Extremes):
         return low, high
 
     def cells(self, low: Tensor, high: Tensor, change: Change, size: int) -> tuple[Tensor, Tensor]:
-        """How many values lie in each of `size` equal cells from low to high under each scale, and their means: `[G, size]` float64.
+        """How many values of each scale lie in `size` equal cells from low to high, and their means: `[G, size]` float64.
 
         `low` and `high` are in the shape of the scales. The first and the last cell have what lies beyond them too.
         """

@@ -24,7 +24,7 @@ class Change:
 
 
 def groups(low: Tensor, high: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Extremes of channels `[H, D]` -> those under each scale, in the shape of the scales: `[H, 1, D]`, `[H, 1, 1]`, `[1, 1, 1]`."""
+    """Extremes of channels `[H, D]` -> those under each scale, in its shape: `[H, 1, D]`, `[H, 1, 1]` or `[1, 1, 1]`."""
     low, high, dim = low[:, None], high[:, None], REDUCED[kind]
     return (low.amin(dim, keepdim=True), high.amax(dim, keepdim=True)) if dim else (low, high)
 
@@ -90,7 +90,7 @@ class Extremes(Statistics):
 
     def check(self, tokens: int) -> None:
         if not bool((self.low.isfinite() & self.high.isfinite() & (self.low <= self.high)).all()):
-            raise ValueError("low, high: are not finite, the low below the high")
+            raise ValueError("low, high: not finite, or a low above its high")
 
 
 class MovingExtremes(Extremes):
@@ -105,7 +105,7 @@ class MovingExtremes(Extremes):
     def __init__(self, heads: int, channels: int, decay: float):
         self.decay = decay
         self.low, self.high = (torch.zeros(heads, channels, dtype=torch.float64, device="cpu") for _ in range(2))
-        self.batches = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.batches = torch.zeros(1, dtype=torch.int64, device="cpu")
 
     def observe(self, x: Tensor) -> None:
         """Add a batch, float32 `[B, H, N, D]`."""

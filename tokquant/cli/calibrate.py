@@ -67,7 +67,8 @@ def _begun(scheme: str, observer: str, state: Path | None) -> Calibrator:
     calibrator = Calibrator.load(state)
     if (calibrator.scheme, calibrator.observer) != (resolve(scheme), observers.parse(observer)):
         raise ValueError(
-            f"--state: {state} is of scheme {calibrator.scheme.name!r} and observer {calibrator.observer}; give those, or another file"
+            f"--state: {state} is of scheme {calibrator.scheme.name!r} and observer {calibrator.observer}; "
+            "give those, or another file"
         )
     return calibrator
 
