@@ -117,7 +117,7 @@ def test_what_is_wrong_with_a_file_is_named(change, message, path):
 
 def test_a_file_of_something_else_or_a_part_of_one_is_refused(path, tmp_path):
     tq.save_scales(tmp_path / "scales", begun().scales())
-    with pytest.raises(tq.ScalesError, match="holds no calibration; it was not written by Calibrator.save"):
+    with pytest.raises(tq.ScalesError, match=r"holds no calibration; it was not written by Calibrator\.save"):
         tq.Calibrator.load(tmp_path / "scales")
     with pytest.raises(tq.ScalesError, match="no tokquant scheme in its metadata"):
         tq.load_scales(path)

@@ -41,7 +41,7 @@ class Layer:
     def observe(self, operands: Operands, scheme: QuantScheme) -> None:
         """Add a batch, in the frame its codes will be taken in.
 
-        Raises ValueError, and nothing of the batch counts, where a transform makes a value that is not finite, or at 2^31 tokens.
+        Raises ValueError, and nothing of the batch counts, where a transform makes a value that is not finite.
         """
         tokens = {role: x.shape[0] * x.shape[2] for role, x in zip("qkv", operands, strict=True)}
         self._check_room(tokens)

@@ -117,7 +117,7 @@ def _state(tensors: dict[str, Tensor], document: str) -> State:
 def _layer(name: str, given: Any, scheme: QuantScheme, observer: observers.Observer) -> Layer:
     """An empty layer as it is described. Raises ValueError."""
     shapes, tokens = (given.get(key) if isinstance(given, dict) else None for key in ("shapes", "tokens"))
-    if not isinstance(given, dict) or given.get("dtype") not in TYPES or not _counts(tokens) or not isinstance(shapes, dict):
+    if not isinstance(shapes, dict) or not isinstance(tokens, dict) or given.get("dtype") not in TYPES or not _counts(tokens):
         raise ValueError(f"layer {quote(name)} is described wrongly: it needs dtype, shapes and tokens")
     for role in "qkv":
         pair = shapes.get(role)
@@ -130,8 +130,8 @@ def _layer(name: str, given: Any, scheme: QuantScheme, observer: observers.Obser
     return layer
 
 
-def _counts(tokens: object) -> bool:
-    return isinstance(tokens, dict) and sorted(tokens) == list("kqv") and all(type(n) is int and n > 0 for n in tokens.values())
+def _counts(tokens: dict) -> bool:
+    return sorted(tokens) == list("kqv") and all(type(n) is int and n > 0 for n in tokens.values())
 
 
 def _digest(tensors: dict[str, Tensor], document: str) -> str:

@@ -109,7 +109,8 @@ class MovingExtremes(Extremes):
 
     def observe(self, x: Tensor) -> None:
         """Add a batch, float32 `[B, H, N, D]`."""
-        self._then(*((1 - self.decay) * extreme.double() for extreme in batch_extremes(x)), batches=1)
+        low, high = ((1 - self.decay) * extreme.double() for extreme in batch_extremes(x))
+        self._then(low, high, 1)
 
     def merge(self, other: Extremes) -> None:
         """Add what another saw, as if its batches had come after these."""
