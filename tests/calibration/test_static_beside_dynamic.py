@@ -23,10 +23,10 @@ CASES = {
     "fp8 a head": (FP8, "head", 1.0, 1.15, 1.3),
     "fp8 a head with room": (FP8, "head", 1.25, 1.05, 1.1),
     "fp8 a channel": (FP8, "channel", 2.0, 1.15, 1.3),
-    "int8 a tensor": (INT8, "tensor", 1.0, 1.15, 1.3),
+    "int8 a tensor": (INT8, "tensor", 1.1, 1.15, 1.3),
     "int8 a head": (INT8, "head", 1.1, 1.15, 1.3),
     "int8 a head less K's offset": (OFFSET, "head", 1.2, 1.15, 1.3),
-    "int8 a channel": (INT8, "channel", 2.0, 1.5, 1.5),
+    "int8 a channel": (INT8, "channel", 2.0, 1.45, 1.55),
 }
 
 
@@ -49,4 +49,4 @@ def test_static_scales_of_the_first_half_serve_the_second(words, granularity, ma
         later = tuple(x[:, :, 256:] for x in operands)
         found.append((relative_error(later, static, scales[name]), relative_error(later, dynamic)))
     one, other = zip(*found, strict=True)
-    assert fmean(one) / fmean(other) <= mean and max(one) / max(other) <= worst
+    assert fmean(one) / fmean(other) <= mean and max(a / b for a, b in found) <= worst
