@@ -123,14 +123,17 @@ def test_scales_follow_the_tensors_to_their_device():
 
 
 @pytest.mark.parametrize("elsewhere", [torch.float64, "meta"], ids=str)
-def test_a_default_type_or_device_of_torch_changes_no_scale(elsewhere):
+@pytest.mark.parametrize("observer", ["amax", "percentile:99", "mse", "ema"])
+def test_a_default_type_or_device_of_torch_changes_no_scale(elsewhere, observer):
     q, k, v = batch()
+    asymmetric = INT8 | {"granularity": "channel", "scale": "static", "symmetric": False, "smooth": "static"}
+    s = scheme(q=INT8 | {"granularity": "head", "scale": "static"}, k=asymmetric, v=asymmetric)
     found = []
     for changed in (False, True):
         try:
             if changed:
                 torch.set_default_device("meta") if elsewhere == "meta" else torch.set_default_dtype(elsewhere)
-            calibrator = tq.Calibrator("kv-fp8")
+            calibrator = tq.Calibrator(s, observer)
             calibrator.observe("layer", q, k, v)
             found.append(calibrator.scales()["layer"].tensors)
         finally:

@@ -252,6 +252,15 @@ def test_bins_reach_from_one_extreme_to_the_other(low, high):
         assert (seen.bins[0, 0] > 0).nonzero().amax() >= BINS // 2 - 1
 
 
+@pytest.mark.parametrize("chunk", [1, 100, 1000])
+def test_values_binned_a_few_at_a_time_are_all_counted(chunk, monkeypatch):
+    x, seen = torch.randn(2, 3, 50, 4), [Histogram(3, 4) for _ in range(2)]
+    seen[0].observe(x)
+    monkeypatch.setattr("tokquant.calibration.histogram.CHUNK", chunk)
+    seen[1].observe(x)
+    assert torch.equal(seen[0].bins, seen[1].bins) and bool((seen[1].bins.sum(dim=2) == 100).all())
+
+
 def test_a_calibration_counts_no_more_than_it_can():
     calibrator = tq.Calibrator("kv-fp8", "mse")
     calibrator.observe("a", *batch())

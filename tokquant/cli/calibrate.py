@@ -41,8 +41,10 @@ def calibrate(
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{name}: there is no folder {path.parent}")
     calibrator = _begun(scheme, observer, state)
-    for path in [*input] if input else [sample()]:
-        _observe_file(calibrator, path, state, device)
+    paths = input or [sample()]
+    for number, path in enumerate(paths, start=1):
+        layers = options.Layers(path, device)
+        _observe_file(calibrator, layers, f"{layers.name}, {number} of {len(paths)}", state)
     scales = calibrator.scales(margin)
     save_scales(output_path, scales)
     if json:
@@ -73,17 +75,17 @@ def _begun(scheme: str, observer: str, state: Path | None) -> Calibrator:
     return calibrator
 
 
-def _observe_file(calibrator: Calibrator, path: Path, state: Path | None, device: str | None) -> None:
-    """Add the layers of a file that was not yet seen, and write the state."""
-    layers = options.Layers(path, device)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if state is not None and digest in calibrator.sources:
-        return
-    for name, (q, k, v) in layers.each(layers.name):
+def _observe_file(calibrator: Calibrator, layers: options.Layers, what: str, state: Path | None) -> None:
+    """Add the layers of a file and write the state, which a file that it has seen leaves as it is."""
+    if state is not None:
+        with open(layers.file.path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest in calibrator.sources:
+            return
+        calibrator.sources[digest] = layers.name
+    for name, (q, k, v) in layers.each(what):
         with layers.naming(name):
             calibrator.observe(name, q, k, v)
-    calibrator.sources[digest] = layers.name
     if state is not None:
         calibrator.save(state)
 
