@@ -127,13 +127,18 @@ def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | N
     else:
         scale, zero = scale_of(x, spec)
     s = spread(scale, spec.granularity, n, d).float()
+    z = None if zero is None else spread(zero, spec.granularity, n, d).float()
+    codes = precision.pack(codes_of(x, s, z, spec))
+    return QuantizedTensor(codes=codes, scale=scale, zero=zero, spec=spec, shape=x.shape, dtype=dtype)
+
+
+def codes_of(x: Tensor, scale: Tensor, zero: Tensor | None, spec: Operand) -> Tensor:
+    """Codes of float32 values, one an element, by scales and zeros that broadcast to them, float32."""
+    precision = spec.format
     if zero is None:
         assert precision.largest is not None
-        codes = precision.encode((x / s).clamp(-precision.largest, precision.largest))
-    else:
-        steps = ((x - spread(zero, spec.granularity, n, d).float()) / s).round().clamp(0, precision.levels)
-        codes = precision.encode(steps - 2 ** (precision.bits - 1))
-    return QuantizedTensor(codes=precision.pack(codes), scale=scale, zero=zero, spec=spec, shape=x.shape, dtype=dtype)
+        return precision.encode((x / scale).clamp(-precision.largest, precision.largest))
+    return precision.encode(((x - zero) / scale).round().clamp(0, precision.levels) - 2 ** (precision.bits - 1))
 
 
 def check_groups(spec: Operand, x: Tensor) -> None:
