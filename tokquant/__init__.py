@@ -6,6 +6,7 @@ from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import LayerScales, Scales
 from tokquant.decode import decode
 from tokquant.errors import CacheFileError, CacheFullError, ScalesError, SchemeError, UnsupportedError
+from tokquant.evaluation.bound import Bound, error_bound
 from tokquant.evaluation.compare import Comparison, compare
 from tokquant.export import load_scales, save_scales
 from tokquant.kernels.compile import Kernel, compile
@@ -19,6 +20,7 @@ from tokquant.varlen import attention_varlen
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bound",
     "CacheFileError",
     "CacheFullError",
     "Calibrator",
@@ -40,6 +42,7 @@ __all__ = [
     "compare",
     "compile",
     "decode",
+    "error_bound",
     "load_scales",
     "preset",
     "quantize",

@@ -101,19 +101,10 @@ def attention(
     Raises: as `quantize`; UnsupportedError where the chosen backend lacks a feature.
     """
     scheme = resolve(scheme)
-    given = [isinstance(x, QuantizedTensor) for x in (q, k, v)]
-    if any(given) and not all(given):
-        kinds = ", ".join(type(x).__name__ for x in (q, k, v))
-        raise TypeError(f"q, k, v: either all tensors or all QuantizedTensors, not {kinds}")
-    if all(given):
-        if scales is not None:
-            raise ScalesError("scales: the tensors are quantized already; give scales to quantize")
-        _check_quantized(q, k, v, scheme)  # type: ignore[arg-type]
-    else:
-        check_tensors(q, k, v)
+    quantized = check_operands(q, k, v, scheme, scales)
     features = features_of(q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     chosen = choose_backend(backend, q.device)
-    if not all(given):
+    if not quantized:
         q, k, v = quantize(q, k, v, scheme, scales=scales, backend=backend)  # type: ignore[arg-type]
     out, lse = RUN[chosen](q, k, v, scheme, features, return_lse, deterministic)
     return (out, lse) if return_lse else out
@@ -146,6 +137,21 @@ def choose_backend(backend: str, device: torch.device) -> str:
         )
         return "reference"
     return "cpu"
+
+
+def check_operands(q: object, k: object, v: object, scheme: QuantScheme, scales: object) -> bool:
+    """Whether q, k and v are quantized already. Raises unless all three are, by this scheme, or all are tensors that can be."""
+    given = [isinstance(x, QuantizedTensor) for x in (q, k, v)]
+    if any(given) and not all(given):
+        kinds = ", ".join(type(x).__name__ for x in (q, k, v))
+        raise TypeError(f"q, k, v: either all tensors or all QuantizedTensors, not {kinds}")
+    if all(given):
+        if scales is not None:
+            raise ScalesError("scales: the tensors are quantized already; give scales to quantize")
+        _check_quantized(q, k, v, scheme)  # type: ignore[arg-type]
+    else:
+        check_tensors(q, k, v)
+    return all(given)
 
 
 def _check_quantized(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, scheme: QuantScheme) -> None:

@@ -81,7 +81,7 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, features: Features) -> tuple[Tensor,
     out = q.new_empty(b, heads, n_q, v.shape[3], dtype=torch.float64)
     lse = q.new_empty(b, heads, n_q, dtype=torch.float64)
     every = slice(0, n_k)
-    for rows in _row_chunks(n_q, b * heads * n_k):
+    for rows in row_chunks(n_q, b * heads * n_k):
         s = features.scale * (q[:, :, rows].double() @ k.mT)
         if features.softcap is not None:
             s = features.softcap * torch.tanh(s / features.softcap)
@@ -137,13 +137,14 @@ def attention(
     lse = torch.empty(b, heads, n_q, dtype=torch.float32, device=q.device)
     with in_their_types(q.device):
         emulation = _Emulation(q, k, v, scheme, features)
-        for rows in _row_chunks(n_q, b * heads * min(n_k, scheme.key_tile)):
+        for rows in row_chunks(n_q, b * heads * min(n_k, scheme.key_tile)):
             result, sums = emulation.rows(rows)
             out[:, :, rows], lse[:, :, rows] = result.to(out.dtype), sums
     return out, lse
 
 
-def _row_chunks(n: int, a_row: int) -> Iterator[slice]:
+def row_chunks(n: int, a_row: int) -> Iterator[slice]:
+    """Parts of n rows, each of about SCORES_AT_ONCE elements, of which a row has `a_row`; at least 16 rows."""
     step = max(16, min(n, SCORES_AT_ONCE // max(a_row, 1)))
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
