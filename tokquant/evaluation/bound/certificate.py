@@ -67,9 +67,10 @@ def error_bound(
 ) -> Bound:
     """Bound the error of `attention` with these arguments against exact attention of q, k and v, row by row.
 
-    Of tensors, what each rounding took is known. Of three QuantizedTensors it is not: the bound then holds for all tensors that have
-    these codes, scales and offsets, each value within half a step of its code. A code at the end of its range under a static scale
-    may stand for anything, so rows that see one have an infinite bound, as have those that see a NaN or an infinity.
+    Of tensors, what each rounding took is known. Of three QuantizedTensors it is not: the bound then holds for all tensors that
+    have these codes, scales and offsets, each value within half a step of its code, and is a few times to many times as large.
+    There a code at the end of its range under a static scale may stand for anything, so rows that see one have an infinite
+    bound, as have always those that see a NaN or an infinity.
 
     It holds for every backend whose sums are of float32: not for the shorter accumulators of fp8 tensor cores.
 
@@ -125,7 +126,10 @@ class _Certificate:
         parts = {"q": of_q, "k": of_k, "p": of_p, "v": of_v, "rounding": rounding, "total": of_both + of_p + of_v + rounding}
         nothing = ~t.attended[..., : self.k.shape[2]].any(dim=-1)
         # what is not a number guarantees nothing
-        return {name: torch.where(nothing, 0.0, part.amax(dim=-1).nan_to_num(math.inf)) for name, part in parts.items()}
+        return {
+            name: torch.where(nothing, 0.0, part.amax(dim=-1).nan_to_num(math.inf, posinf=math.inf))
+            for name, part in parts.items()
+        }
 
     def _of_scores(self, t: Logits, p: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What Q's rounding, K's, and both together move, `[B, H_q, rows, D]`.
@@ -141,21 +145,23 @@ class _Certificate:
         if self.x.signed:
             exact, of_q = torch.softmax(t.exact, dim=-1), torch.softmax(t.of_q, dim=-1)
             of_q, of_k, of_both = (_moved(p, change, spread, deviation) for change in (exact - of_q, of_q - p, exact - p))
-            return of_q, of_k, of_both
+            return of_q, of_k, torch.minimum(of_both, of_q + of_k)
         error = torch.where(seen & self.value_error.isfinite(), self.value_error, 0.0)
         spread = spread + 2 * error.amax(dim=2, keepdim=True)
         deviation = deviation + matmul_kept(p, self.value_error.square()).sqrt()
         of_k, of_both = (_moved_by(p, error, spread, deviation) for error in (t.k_error, t.k_error + t.q_error))
-        return of_both - of_k, of_k, of_both
+        return (of_both - of_k).clamp_min(0), of_k, of_both
 
     def _drift(self, t: Logits, p: Tensor) -> tuple[Tensor, Tensor]:
         """How much the logarithms of weights that count may be off in float32, and the share of P that underflows."""
         rank = t.of_codes if self.x.log2_weight is None else t.of_codes.clone()
         if self.x.log2_weight is not None:
             rank[..., : self.k.shape[2]] += self.x.log2_weight / LOG2E
-        rank = rank - rank.amax(dim=-1, keepdim=True)
+        highest = rank.amax(dim=-1, keepdim=True)
+        rank = rank - highest
         counts = (p.log() + t.drift >= NEGLIGIBLE) | (rank + t.drift >= NEGLIGIBLE)
-        lost = torch.where(rank < -120 / LOG2E, p, 0.0).sum(dim=-1, keepdim=True)
+        # the reference lies an ulp above the largest: below -1e9 that is more than float32 has powers for
+        lost = torch.where(rank - 2.0**-22 * highest.abs() < -120 / LOG2E, p, 0.0).sum(dim=-1, keepdim=True)
         return torch.where(counts, t.drift, 0.0), lost
 
     def _of_p(self, t: Logits, p: Tensor, drift: Tensor, out: Tensor, seen: Tensor) -> Tensor:
@@ -173,11 +179,11 @@ class _Certificate:
         if scheme.normalizer == "exact":
             return matmul_kept(error, x.times_p.abs())
         # sum (p + e) v / (1 + sum e) - sum p v = (sum e v - (sum e) out) / (1 + sum e), with any constant taken off v and out
-        weighted = x.inverse_weight is not None
-        centre = torch.zeros_like(x.v_constant) if weighted else _mean(x.times_p)
-        gained = (error if not weighted else error * x.inverse_weight).sum(dim=-1, keepdim=True)
+        weight = x.inverse_weight
+        centre = _mean(x.times_p) if weight is None else torch.zeros_like(x.v_constant)
+        gained = (error if weight is None else error * weight).sum(dim=-1, keepdim=True)
         kept = 1 - gained
-        if not weighted:
+        if weight is None:
             # the largest is never lost
             kept = torch.maximum(kept, 0.75 * p[..., :n_k].amax(dim=-1, keepdim=True) * torch.exp(-2 * largest))
         moved = matmul_kept(error, (x.times_p - centre).abs()) + gained * (out - x.v_constant - centre).abs()
@@ -206,7 +212,8 @@ class _Certificate:
 
 def _moved(p: Tensor, change: Tensor, spread: Tensor, deviation: Tensor) -> Tensor:
     """The smaller bound for a known change of weights."""
-    variation = 0.5 * change.abs().sum(dim=-1, keepdim=True)
+    # what grew and what shrank are equal, but for what float64 loses of a change beside a weight near 1
+    variation = torch.maximum(change.clamp_min(0).sum(dim=-1, keepdim=True), -change.clamp_max(0).sum(dim=-1, keepdim=True))
     # of what float64 hardly holds nothing is known; no weight and no change is nothing
     share = torch.where(change == 0, 0.0, change.square() / torch.where(p < 1e-290, 0.0, p)).sum(dim=-1, keepdim=True).sqrt()
     return _smaller(variation * spread, share, deviation)
@@ -228,7 +235,7 @@ def _smaller(by_range: Tensor, share: Tensor, deviation: Tensor) -> Tensor:
 
 
 def _range(values: Tensor, seen: Tensor) -> Tensor:
-    """The largest less the smallest value that some row attends to, `[B, H, 1, D]`; those that are not finite show elsewhere."""
+    """The largest less the smallest value that some row attends to, `[B, H, 1, D]`; others show elsewhere."""
     counted = seen & values.isfinite()
     highest = torch.where(counted, values, -math.inf).amax(dim=2, keepdim=True)
     lowest = torch.where(counted, values, math.inf).amin(dim=2, keepdim=True)

@@ -16,8 +16,8 @@ SCALE_ROUNDING = {"fp32": 2.0**-23, "fp16": 2.0**-10, "fp8_e4m3": 1 / 15}
 def half_steps(x: QuantizedTensor) -> Tensor:
     """Half of each code's step, float64 `[B, H, N, D]`, in the frame that the codes were taken in.
 
-    The gap to the code's neighbours in the table of its precision, times its scale. A code at the end of its range stands for all
-    that was clipped to it: of dynamic scales that is what rounding them lost, of static ones it is infinite. Raises
+    The gap to the code's neighbours in the table of its precision, times its scale. A code at the end of its range stands for
+    all that was clipped to it: of dynamic scales that is what rounding them lost, of static ones it is infinite. Raises
     UnsupportedError for a precision whose codes are too many to list.
     """
     values = decoded(x)
@@ -37,7 +37,7 @@ def half_steps(x: QuantizedTensor) -> Tensor:
             turned = x.frame.apply(torch.zeros(x.shape, device=x.device))
             reach = reach + turned.double().norm(dim=-1, keepdim=True)
         steps = steps + 2.0**-20 * reach
-    return steps.nan_to_num(math.inf)
+    return steps.nan_to_num(math.inf, posinf=math.inf)
 
 
 def _of_codes(x: QuantizedTensor) -> Tensor:

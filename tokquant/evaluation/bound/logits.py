@@ -43,16 +43,14 @@ def logits(q: QuantizedTensor, k: QuantizedTensor, scheme: QuantScheme, features
         return scale * (pair[0][:, :, rows] @ pair[1].mT)
 
     s, of_k, of_q = product(x.logits), product(x.k_error), product(x.q_error)
-    lowered, lowered_exactly, lowered_terms = (
-        None if each is None else scale * each[:, :, rows].double() for each in (x.lowered, x.lowered_exactly, x.lowered_terms)
-    )
+    lowerings = [None if each is None else scale * each[:, :, rows].double() for each in (x.lowered, *[x.lowered_exactly] * 2)]
+    lowered_terms = 0.0 if x.lowered_terms is None else abs(scale) * q.shape[3] * x.lowered_terms[:, :, rows]
     terms = abs(scale) * (x.norms[0][:, :, rows] @ x.norms[1].mT)
     others = torch.zeros_like(s[..., :1])
     variants = [s, s - of_k, s - of_k - of_q] if x.signed else [s]
     if softcap is not None:
-        if lowered is not None:
-            variants = [variants[0] + lowered, *(each + lowered_exactly for each in variants[1:])]
-            others = others + q.shape[3] * lowered_terms  # type: ignore[operator]
+        variants = [each if less is None else each + less for each, less in zip(variants, lowerings, strict=False)]
+        others = others + lowered_terms
         variants = [softcap * torch.tanh(each / softcap) for each in variants]
     errors = [s.new_zeros(())] * 2 if x.signed else [of_q.abs(), of_k.abs()]
     if softcap is not None:
@@ -72,12 +70,11 @@ def logits(q: QuantizedTensor, k: QuantizedTensor, scheme: QuantScheme, features
     exact_scores = as_bytes(scheme, "k") and k.companion is None and k.shape[3] <= 1024
     if features.sinks is not None:
         sink = features.sinks.double()[:, None, None].expand_as(s[..., :1])
-        less = [None if softcap is not None else each for each in (lowered, *[lowered_exactly] * (len(variants) - 1))]
-        variants = [torch.cat([t, sink if l is None else sink - l], dim=-1) for t, l in zip(variants, less, strict=True)]
+        less = [None if softcap is not None else each for each in lowerings[: len(variants)]]
+        variants = [torch.cat([t, sink if c is None else sink - c], dim=-1) for t, c in zip(variants, less, strict=True)]
         errors = [torch.nn.functional.pad(each.expand_as(s), (0, 1)) for each in errors]
         attended = torch.nn.functional.pad(attended, (0, 1), value=True)
-        own = sink.abs() if lowered_terms is None else sink.abs() + q.shape[3] * lowered_terms
-        others = torch.cat([others.expand_as(s), own], dim=-1)
+        others = torch.cat([others.expand_as(s), sink.abs() + lowered_terms], dim=-1)
         terms = torch.nn.functional.pad(terms, (0, 1))
     errors = [torch.where(attended, each, 0.0) for each in errors]
     t = variants[0]

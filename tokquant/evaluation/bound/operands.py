@@ -118,16 +118,15 @@ def _constant(k: QuantizedTensor) -> Tensor | None:
 
 def _lowered_terms(q: QuantizedTensor, turned: Tensor, k: QuantizedTensor) -> Tensor:
     """By norms, the sums of magnitudes behind `logit_offset` `[B, H_q, N_q, 1]`: that of K's offset and that of its origin."""
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        return left.norm(dim=-1, keepdim=True) * for_query_heads(right.double().norm(dim=-1, keepdim=True), turned, k)
+
     terms = torch.zeros_like(turned[..., :1])
     if k.offset is not None:
-        terms = q.frame.undo(turned).norm(dim=-1, keepdim=True) * for_query_heads(
-            k.offset.double().norm(dim=-1, keepdim=True), q, k
-        )
+        terms = product(q.frame.undo(turned), k.offset)
     if place(k.spec) == "q" and k.origin is not None:
-        unfolded = turned / q.frame.fold.double()  # type: ignore[union-attr]
-        terms = terms + unfolded.norm(dim=-1, keepdim=True) * for_query_heads(
-            k.origin.double().norm(dim=-1, keepdim=True), q, k
-        )
+        terms = terms + product(turned / q.frame.fold.double(), k.origin)  # type: ignore[union-attr]
     return terms
 
 

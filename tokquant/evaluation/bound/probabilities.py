@@ -20,9 +20,9 @@ def rounding_of_p(
         dtype: of V.
         stacked: whether a kernel takes 128 from codes and adds it back with the tile's sum of V, in float32.
 
-    Returns: `[..., T, n]` and `[..., T, 1]` of T key tiles. A precision that rounds to the nearest is as far off as it is from it,
-    which changes no faster than what is rounded. Where the unit is not known (against a running maximum, whose tiles a kernel
-    chooses; 2^64 below the row's largest), it is the worst of all units up to that of the whole row.
+    Returns: `[..., T, n]` and `[..., T, 1]` of T key tiles. What is rounded to the nearest is off by its distance to it, which
+    changes no faster than what is rounded: so `drift` is added, whichever way a tie goes. Where the unit is not known (against
+    a running maximum, whose tiles a kernel chooses; 2^64 below the row's largest), it is the worst of all up to the row's.
     """
     tile, n, largest = scheme.key_tile, log2_p.shape[-1], scheme.p.format.largest or 1.0
     padding = (0, -n % tile)
