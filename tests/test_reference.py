@@ -4,8 +4,18 @@ import math
 
 import pytest
 import torch
-from factories import CASES, PROBABILITY_ROUNDING, bounds, dense_logits, exact_operands, pairwise, qkv, scheme, some_mask
-from torch.utils._python_dispatch import TorchDispatchMode
+from factories import (
+    CASES,
+    PROBABILITY_ROUNDING,
+    Largest,
+    bounds,
+    dense_logits,
+    exact_operands,
+    pairwise,
+    qkv,
+    scheme,
+    some_mask,
+)
 
 from tokquant import attention, preset, quantize, reference
 from tokquant.activations import Activations, sample
@@ -344,19 +354,6 @@ def test_the_oracle_is_the_formula(case):
     expected = weights @ v.double().repeat_interleave(q.shape[1] // v.shape[1], dim=1) / total
     assert torch.allclose(out, expected.nan_to_num(0), rtol=0, atol=1e-12)
     assert torch.allclose(lse, weights.sum(dim=-1).log(), rtol=0, atol=1e-12)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for x in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.untyped_storage().size() // x.element_size())
-        return made
 
 
 @pytest.mark.parametrize("name", ["int8", "none"])

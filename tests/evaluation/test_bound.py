@@ -2,16 +2,19 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
-from factories import INF, SLOPES, scheme
+from factories import INF, SLOPES, Largest, qkv, scheme
 
 import tokquant as tq
 from tokquant import bias
 from tokquant.calibration.scales import needed
+from tokquant.evaluation.bound import certificate, float32, operands
+from tokquant.evaluation.bound.half_steps import decoded, half_steps
 from tokquant.inputs import features_of
-from tokquant.reference import oracle
+from tokquant.reference import SCORES_AT_ONCE, oracle
 
 QUERIES = ["int8", "int8 tensor", "int4 head", "fp8_e4m3 channel", "int8 block:16 scale=fp16", "int8 channel_block:32", "fp16",
            "fp4_e2m1 group:16 scale=fp8_e4m3", "int4 block_mean", "int8 scale=fp8_e4m3", "fp32", "int2", "int8 head static",
@@ -162,3 +165,179 @@ def test_no_error_is_above_its_bound():
 @pytest.mark.parametrize("thousand", range(20))
 def test_no_error_of_20000_is_above_its_bound(thousand):
     assert_no_violation(range(1000 * thousand, 1000 * (thousand + 1)))
+
+
+def half(function):
+    """The same, with a factor of two forgotten."""
+
+    def halved(*given, **more):
+        made = function(*given, **more)
+        return (made[0] / 2, *made[1:]) if isinstance(made, tuple) else made / 2
+
+    return halved
+
+
+def without(*names: str):
+    """What is known of the operands, with this left out."""
+
+    def leave_out(function):
+        def known(*given):
+            made = function(*given)
+            left = {name: getattr(made, name) for name in names}
+            return replace(made, **{n: (x[0] * 0, x[1]) if isinstance(x, tuple) else x * 0 for n, x in left.items()})
+
+        return known
+
+    return leave_out
+
+
+@pytest.mark.parametrize(
+    "module, name, mistake",
+    [
+        (certificate, "_moved", half),
+        (certificate, "_moved_by", half),
+        (certificate, "rounding_of_p", half),
+        (certificate, "_range", half),
+        (certificate, "known", without("q_error")),
+        (certificate, "known", without("k_error")),
+        (certificate, "known", without("v_error")),
+        (certificate, "known", without("times_p")),
+        (operands, "half_steps", half),
+        (float32, "cast", half),
+        (float32, "moved", lambda function: lambda p, drift: 0 * p[..., :1]),
+    ],
+    ids=["scores of tensors", "scores of codes", "half of P", "half a range", "no Q", "no K", "no V", "no P", "half a step",
+         "half of the output's type", "no drift of float32"],
+)  # fmt: skip
+def test_a_mistake_in_the_bound_is_found(module, name, mistake, monkeypatch):
+    monkeypatch.setattr(module, name, mistake(getattr(module, name)))
+    for seed in range(1500):
+        try:
+            ratio = errors_over_bounds(seed)
+            if ratio is None or (ratio <= 1).all():
+                ratio = beyond_codes(seed)
+        except AssertionError:
+            return
+        if ratio is not None and not (ratio <= 1).all():
+            return
+    pytest.fail("no case tells the mistake from the bound")
+
+
+def beyond_codes(seed: int) -> torch.Tensor | None:
+    """Errors over the bound of codes, of other tensors that have them: each value almost half a step off, to either side."""
+    q, k, v, made, scales, given = some_case(seed)
+    try:
+        codes = tq.quantize(q, k, v, made, scales=scales, backend="reference")
+    except ValueError:
+        return None
+    if codes[0].logit_offset is not None:  # these see it, and it is of the tensors given
+        given = {name: x for name, x in given.items() if name not in ("softcap", "sinks")}
+    if codes[1].companion is not None or needed(made):
+        return None  # one says more of K than codes do; the other's last codes may stand for anything
+    others = []
+    for x in codes:
+        steps = 0.99 * half_steps(x)
+        others.append(x.frame.undo(decoded(x) + torch.where(torch.rand_like(steps) < 0.5, -steps, steps)))
+    out = tq.attention(*codes, made, **given, backend="reference").double()
+    exact, _ = oracle(*others, features_of(q, k, **given))
+    error = (out - exact).abs().amax(dim=-1)
+    bound = tq.error_bound(*codes, made, **given)
+    return torch.where((error == 0) | bound.total.isinf(), 0.0, error / bound.total)
+
+
+def test_the_bound_of_codes_holds_for_other_tensors_that_have_them():
+    ratios = [ratio for seed in range(25) if (ratio := beyond_codes(seed)) is not None]
+    assert len(ratios) > 10 and all((ratio <= 1).all() for ratio in ratios)
+    # and some tensors come near it
+    assert max(ratio.max() for ratio in ratios) > 0.7
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+@pytest.mark.parametrize("name", ["int8", "int-flash", "fp8", "kv-int4"])
+def test_kernels_stay_below_the_same_bound(name, backend):
+    q, k, v = qkv(20, 300, 32, heads=2, kv_heads=1)
+    given = {"causal": True, "sinks": torch.tensor([0.0, 2.0]), "softcap": 20.0}
+    exact, _ = oracle(q, k, v, features_of(q, k, **given))
+    codes = tq.quantize(q, k, v, name, backend=backend)
+    error = (tq.attention(*codes, name, **given, backend=backend).double() - exact).abs().amax(dim=-1)
+    assert (error <= tq.error_bound(q, k, v, name, **given).total).all()
+    # codes say the same, however they lie; what an offset of K takes off logits is a sum of float32
+    of_codes = tq.error_bound(*codes, name, **given).total
+    assert (error <= of_codes).all()
+    canonical = tq.error_bound(*tq.quantize(q, k, v, name, backend="reference"), name, **given).total
+    assert torch.allclose(of_codes, canonical, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("made, part", [(scheme(q="int8"), "q"), (scheme(k="int4"), "k"), (scheme(v="int4"), "v"),
+                                        (scheme(p="int8"), "p")], ids="qkvp")  # fmt: skip
+def test_what_is_not_rounded_takes_no_part(made, part):
+    q, k, v = qkv(20, 150, 32)
+    bound = tq.error_bound(q, k, v, made)
+    assert (getattr(bound, part) > 10 * bound.rounding).all()
+    for other in set("qkvp") - {part}:
+        assert getattr(bound, other).max() < 1e-5
+    error = (tq.attention(q, k, v, made, backend="reference").double() - oracle(q, k, v, features_of(q, k))[0]).abs()
+    assert (error.amax(dim=-1) / bound.total).median() > 0.02
+
+
+def test_of_two_keys_the_bound_of_scores_is_the_error():
+    q, k, _ = qkv(30, 2, 32)
+    v = torch.tensor([0.0, 1.0])[:, None].expand(1, 2, 2, 32)
+    made = scheme(q="int4", k="int4")
+    bound = tq.error_bound(q, k, v, made)
+    error = (tq.attention(q, k, v, made, backend="reference").double() - oracle(q, k, v, features_of(q, k))[0]).abs()
+    assert (bound.total - error.amax(dim=-1)).abs().max() < 2e-5 < 0.01 < error.max()
+
+
+def test_rows_that_attend_to_nothing_are_exact():
+    q, k, v = qkv(20, 10, 32)
+    bound = tq.error_bound(q, k, v, "int8", causal=True, sinks=torch.zeros(2))
+    assert (bound.total[:, :, :10] == 0).all() and (bound.total[:, :, 10:] > 0).all()
+    assert (tq.error_bound(q, k, v, "int8", mask=torch.full((20, 10), -INF)).total == 0).all()
+
+
+@pytest.mark.parametrize("where", ["k", "v"])
+@pytest.mark.parametrize("number", [math.nan, INF])
+@pytest.mark.parametrize("name", ["none", "int-flash-half", "kv-int8"])
+def test_rows_that_see_what_is_not_finite_have_no_certificate(name, number, where):
+    q, k, v = qkv(20, 20, 32)
+    clean = tq.error_bound(q, k, v, name, causal=True)
+    given = {"k": k, "v": v}
+    given[where] = given[where].clone()
+    given[where][:, :, 12, 3] = number
+    bound = tq.error_bound(q, given["k"], given["v"], name, causal=True)
+    assert bound.total[:, :, 12:].isinf().all() and clean.total.isfinite().all()
+    if name == "none":
+        assert bound.total[:, :, :12].isfinite().all()
+    assert not any(part.isnan().any() for part in vars(bound).values())
+
+
+def test_clipped_values_are_in_the_bound_of_tensors_and_not_in_that_of_codes():
+    q, k, v = qkv(20, 60, 32)
+    made = scheme(v="int8 head static")
+    calibrator = tq.Calibrator(made)
+    calibrator.observe("layer", q, k, 0.3 * v)
+    scales = calibrator.scales()["layer"]
+    out = tq.attention(q, k, v, made, scales=scales, backend="reference").double()
+    error = (out - oracle(q, k, v, features_of(q, k))[0]).abs()
+    bound = tq.error_bound(q, k, v, made, scales=scales)
+    assert error.amax() > 0.1 and (error.amax(dim=-1) <= bound.total).all() and bound.total.isfinite().all()
+    assert tq.error_bound(*tq.quantize(q, k, v, made, scales=scales), made).total.isinf().all()
+
+
+def test_nothing_as_large_as_all_scores_is_held():
+    n = 1500
+    q, k, v = qkv(n, d=16, heads=2, dtype=torch.float16)
+    with Largest() as largest:
+        tq.error_bound(q, k, v, "int8", causal=True)
+    assert largest.elements <= SCORES_AT_ONCE < n * n
+
+
+def test_what_attention_refuses_is_refused():
+    q, k, v = qkv(8)
+    with pytest.raises(tq.ScalesError, match="needs k_scale"):
+        tq.error_bound(q, k, v, "kv-fp8")
+    with pytest.raises(TypeError, match="either all tensors or all QuantizedTensors"):
+        tq.error_bound(tq.quantize(q, k, v, "int8")[0], k, v, "int8")
+    with pytest.raises(ValueError, match="of another scheme"):
+        tq.error_bound(*tq.quantize(q, k, v, "int8"), "int-flash")

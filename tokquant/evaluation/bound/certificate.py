@@ -29,6 +29,12 @@ from tokquant.tensor import QuantizedTensor
 NEGLIGIBLE = -100.0
 """The logarithm of a share of a row that float32 does not see."""
 
+OVERFLOW = 118 / LOG2E
+"""The logarithm of what float32 holds, in units of codes."""
+
+FLOAT64 = 1 + 2.0**-30
+"""A bound is computed too: more than float64 loses of it, with logits up to a million."""
+
 
 @dataclass(frozen=True, eq=False)
 class Bound:
@@ -125,11 +131,9 @@ class _Certificate:
         rounding = rounding + float32.cast(out.abs() + of_p + rounding, self.q.dtype)
         parts = {"q": of_q, "k": of_k, "p": of_p, "v": of_v, "rounding": rounding, "total": of_both + of_p + of_v + rounding}
         nothing = ~t.attended[..., : self.k.shape[2]].any(dim=-1)
+        parts = {name: FLOAT64 * part.amax(dim=-1) for name, part in parts.items()}
         # what is not a number guarantees nothing
-        return {
-            name: torch.where(nothing, 0.0, part.amax(dim=-1).nan_to_num(math.inf, posinf=math.inf))
-            for name, part in parts.items()
-        }
+        return {name: torch.where(nothing, 0.0, part.nan_to_num(math.inf, posinf=math.inf)) for name, part in parts.items()}
 
     def _of_scores(self, t: Logits, p: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What Q's rounding, K's, and both together move, `[B, H_q, rows, D]`.
@@ -162,6 +166,14 @@ class _Certificate:
         counts = (p.log() + t.drift >= NEGLIGIBLE) | (rank + t.drift >= NEGLIGIBLE)
         # the reference lies an ulp above the largest: below -1e9 that is more than float32 has powers for
         lost = torch.where(rank - 2.0**-22 * highest.abs() < -120 / LOG2E, p, 0.0).sum(dim=-1, keepdim=True)
+        # sums are in units of P's reference, which may lie far below: a sink that overflows leaves nothing of the keys, and where the
+        # keys do themselves, as V per token may let them, the output is not a number
+        n_k = self.k.shape[2]
+        floor = 64 / LOG2E if self.scheme.p.granularity.kind == "row_block" else 0.0
+        unit = (rank + highest)[..., :n_k].amax(dim=-1, keepdim=True) - floor + OVERFLOW
+        if self.features.sinks is not None:
+            lost = torch.where(t.of_codes[..., n_k:] > unit, p[..., :n_k].sum(dim=-1, keepdim=True), lost)
+        lost = torch.where(t.of_codes[..., :n_k].logsumexp(dim=-1, keepdim=True) > unit, 1.0, lost)
         return torch.where(counts, t.drift, 0.0), lost
 
     def _of_p(self, t: Logits, p: Tensor, drift: Tensor, out: Tensor, seen: Tensor) -> Tensor:

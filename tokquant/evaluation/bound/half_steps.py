@@ -52,7 +52,7 @@ def _of_codes(x: QuantizedTensor) -> Tensor:
         table = precision.values().to(x.device)
         gaps = torch.nn.functional.pad(table.double().diff(), (1, 1))
         half = torch.maximum(gaps[1:], gaps[:-1]) / 2
-        steps = half[torch.searchsorted(table, codes).clamp(max=len(table) - 1)]
+        steps = half[torch.searchsorted(table, codes.contiguous()).clamp(max=len(table) - 1)]
         assert precision.largest is not None
         last, reach = codes.abs() >= precision.largest, precision.largest * scale
     else:

@@ -63,6 +63,7 @@ def known(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, tensors: t
         means = q.frame.offset_of_tokens(q.shape[2]).double()
         k_norm = torch.hypot(k_norm, k.companion.double().norm(dim=-1, keepdim=True))
     left, right = _beside(q_turned, means), _beside(k_turned, None if k.companion is None else k.companion.double())
+    q_norm = left.norm(dim=-1, keepdim=True)
     constant = _constant(k)
     lowered_exactly = q.logit_offset
     if tensors is not None:
@@ -73,7 +74,9 @@ def known(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, tensors: t
         plain_k = replace(k.frame, offset=None).undo(k_values)
         q_error = (plain_q - exact_q if means is None else plain_q + means - exact_q, centred)
         lost = None if k.companion is None else k.companion.double() - centred
-        k_error = (_beside(plain_q, means), _beside(plain_k - centred, lost))
+        # in the tensors' own frame, which rounded factors of a balance undo but nearly, logits less errors are exact
+        left, right = _beside(plain_q, means), _beside(plain_k, None if k.companion is None else k.companion.double())
+        k_error = (left, _beside(plain_k - centred, lost))
         if constant is not None:
             lowered_exactly = (exact_q * for_query_heads(constant, q, k)).sum(dim=-1, keepdim=True)
     else:
@@ -95,7 +98,7 @@ def known(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, tensors: t
         lowered=q.logit_offset,
         lowered_exactly=lowered_exactly,
         lowered_terms=None if q.logit_offset is None else _lowered_terms(q, q_turned, k),
-        norms=(left.norm(dim=-1, keepdim=True), of_heads(k_norm)),
+        norms=(q_norm, of_heads(k_norm)),
         v=of_heads(whole if tensors is None else tensors[2].double()),
         decoded_v=of_heads(whole),
         v_error=of_heads(_in_output(half_steps(v), v) if tensors is None else (whole - tensors[2].double()).abs()),
