@@ -166,10 +166,11 @@ class _Certificate:
         counts = (p.log() + t.drift >= NEGLIGIBLE) | (rank + t.drift >= NEGLIGIBLE)
         # the reference lies an ulp above the largest: below -1e9 that is more than float32 has powers for
         lost = torch.where(rank - 2.0**-22 * highest.abs() < -120 / LOG2E, p, 0.0).sum(dim=-1, keepdim=True)
-        # sums are in units of P's reference, which may lie far below: a sink that overflows leaves nothing of the keys, and where the
-        # keys do themselves, as V per token may let them, the output is not a number
+        # sums are in units of P's reference, which follows a tile 2^64 down: a sink that overflows there leaves nothing of
+        # the keys, and where keys do themselves, as V per token may let them, the output is not a number
         n_k = self.k.shape[2]
-        floor = 64 / LOG2E if self.scheme.p.granularity.kind == "row_block" else 0.0
+        down = -torch.where(t.attended[..., :n_k], rank[..., :n_k], 0.0).amin(dim=-1, keepdim=True)
+        floor = down.clamp(max=64 / LOG2E) if self.scheme.p.granularity.kind == "row_block" else 0.0
         unit = (rank + highest)[..., :n_k].amax(dim=-1, keepdim=True) - floor + OVERFLOW
         if self.features.sinks is not None:
             lost = torch.where(t.of_codes[..., n_k:] > unit, p[..., :n_k].sum(dim=-1, keepdim=True), lost)
