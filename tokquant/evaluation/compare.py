@@ -11,9 +11,10 @@ from tokquant.attention import Backend, attention, choose_backend, quantize
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import quote
+from tokquant.evaluation.explain import Explanation, explain
 from tokquant.evaluation.peers import sdpa
 from tokquant.inputs import check_tensors, features_of
-from tokquant.metrics import Errors, errors
+from tokquant.metrics import Errors, errors, head_errors
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.timing import interleaved_medians
 
@@ -25,6 +26,8 @@ class Comparison:
     scheme: QuantScheme
     backend: str
     errors: Errors
+    heads: tuple[Errors, ...]
+    """Those of each head of Q."""
     bits: Mapping[str, float]
     """Bits per value of q, k and v as stored: codes, scales and zeros."""
     ms: float
@@ -33,6 +36,8 @@ class Comparison:
     """Quantization of q, k and v."""
     sdpa_ms: float
     """torch's scaled_dot_product_attention on the same tensors, timed in turn with the scheme."""
+    explanation: Explanation | None = None
+    """Where the errors come from, if that was asked for."""
 
 
 def compare(
@@ -51,6 +56,7 @@ def compare(
     scales: LayerScales | Sequence[LayerScales | None] | None = None,
     backend: Backend = "auto",
     repeats: int = 5,
+    explained: bool = False,
 ) -> list[Comparison]:
     """Run each scheme on q `[B, H_q, N_q, D]`, k and v `[B, H_kv, N_k, D]` and measure it.
 
@@ -58,6 +64,8 @@ def compare(
         schemes: QuantSchemes, presets' names or paths.
         scales: one layer's scales for the schemes that need some, or a list with those of each scheme.
         repeats: timed runs of each.
+        explained: also measure what Q, K, V and P each add to the errors, and find the worst rows: five further passes of float64
+            attention, over at most 512 queries.
         The rest is as for `attention`.
 
     Returns: one Comparison a scheme, in order. Raises as `attention` does.
@@ -83,10 +91,12 @@ def compare(
                 scheme=scheme,
                 backend=choose_backend(backend, q.device),
                 errors=errors(out, exact),
+                heads=tuple(head_errors(out, exact)),
                 bits={x.spec.role: x.bits_per_value for x in codes},
                 ms=ms,
                 quantize_ms=quantize_ms,
                 sdpa_ms=sdpa_ms,
+                explanation=explain(q, k, v, codes, out, exact, features) if explained else None,
             )
         )
     return results
