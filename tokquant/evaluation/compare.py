@@ -64,8 +64,8 @@ def compare(
         schemes: QuantSchemes, presets' names or paths.
         scales: one layer's scales for the schemes that need some, or a list with those of each scheme.
         repeats: timed runs of each.
-        explained: also measure what Q, K, V and P each add to the errors, and find the worst rows: five further passes of float64
-            attention, over at most 512 queries.
+        explained: also measure what Q, K, V and P each add to the errors, and find the worst rows: five further passes of
+            float64 attention, over at most 512 queries.
         The rest is as for `attention`.
 
     Returns: one Comparison a scheme, in order. Raises as `attention` does.

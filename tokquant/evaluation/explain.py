@@ -50,8 +50,8 @@ class Explanation:
     """Where the error of one scheme on one layer comes from."""
 
     parts: Mapping[str, float]
-    """Relative L1 errors. `q`, `k` and `v`: exact attention where this operand alone is as its codes say. `p`: the output against
-    exact attention on the codes of all three, so P's rounding with all that a kernel rounds."""
+    """Relative L1 errors. `q`, `k` and `v`: exact attention where this operand alone is as its codes say. `p`: the output
+    against exact attention on the codes of all three, so P's rounding with all that a kernel rounds."""
     rows: int
     """Queries of each head that the parts were measured on."""
     worst: tuple[WorstRow, ...]
@@ -163,8 +163,8 @@ class _Ablation:
 
 
 def _without_offset(x: QuantizedTensor) -> Tensor:
-    """What the codes stand for, float64, in the original frame but without its offset; of K per channel, without its origin too,
-    which is an offset to the scores."""
+    """What the codes stand for, float64, in the original frame but without its offset; K per channel without its origin too,
+    which to the scores is an offset."""
     bare = place(x.spec) == "q" and x.scale is not None
     values = x.stored_values().double() * x.spread(x.scale).double() if bare else x.scaled_values(torch.float64)  # type: ignore[arg-type]
     return replace(x.frame, offset=None).undo(values)

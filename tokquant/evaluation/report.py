@@ -69,7 +69,12 @@ class Judged:
         """Everything: the means, the scheme, and each layer with its heads."""
         layers = []
         for name, each in self.layers.items():
-            layer = {"name": name, **asdict(each.errors), "heads": [asdict(head) for head in each.heads], "bits": dict(each.bits)}
+            layer = {
+                "name": name,
+                **asdict(each.errors),
+                "heads": [asdict(head) for head in each.heads],
+                "bits": dict(each.bits),
+            }
             layer |= {"ms": each.ms, "quantize_ms": each.quantize_ms, "sdpa_ms": each.sdpa_ms}
             layers.append(layer if each.explanation is None else layer | {"explanation": asdict(each.explanation)})
         scheme = next(iter(self.layers.values())).scheme
