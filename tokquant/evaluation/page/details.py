@@ -62,8 +62,9 @@ def _rows(judged: Judged) -> Markup:
     if not rows:
         return tag("p", "No row is off at all.")
     note = (
-        "How far a row of the output is off, relative to what the rows of its head hold on average; size is what the row itself "
-        "holds, relative to that too. Entropy is of the row\u2019s weights in bits: a small one looks at few keys."
+        "How far a row of the output is off, relative to what the rows of its head hold on average; size is what the row "
+        "itself holds, relative to that too. Entropy is of its weights, in bits: 2 to that power is about how many keys it "
+        "looks at. In brackets, the mean over the head."
     )
     heads = (
         "layer",

@@ -17,7 +17,7 @@ LONGEST = 18
 
 @dataclass(frozen=True)
 class Point:
-    """A scheme: what it costs, and its error as a fraction, zero or more."""
+    """A scheme: what it costs, more than zero, and its error as a fraction, zero or more."""
 
     name: str
     cost: float
@@ -27,36 +27,28 @@ class Point:
 
 @dataclass(frozen=True)
 class Axis:
-    """Values -> places between `start` and `end`, by their logarithms or as they are."""
+    """Values above zero -> places between `start` and `end`, by their logarithms."""
 
     low: float
     high: float
     start: float
     end: float
-    logarithmic: bool
 
     def at(self, value: float) -> float:
         """The place of a value; what is beyond an end is at it."""
-        low, high, value = (math.log(x) if self.logarithmic else x for x in (self.low, self.high, max(value, self.low)))
+        low, high, value = (math.log(x) for x in (self.low, self.high, max(value, self.low)))
         return self.start + (self.end - self.start) * min(1.0, (value - low) / (high - low))
 
     def ticks(self) -> list[float]:
-        """Round numbers inside: 1, 2 and 5 of each power of ten, or where there are many only some."""
-        if self.logarithmic:
-            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            digits = (1, 2, 5) if last - first <= 4 else (1,)
-            found = [digit * 10.0**power for power in range(first, last + 1) for digit in digits]
-        else:
-            rough = (self.high - self.low) / 5
-            power = 10.0 ** math.floor(math.log10(rough))
-            step = next(step * power for step in (1, 2, 5, 10) if step * power >= rough)
-            found = [step * place for place in range(math.floor(self.low / step), math.ceil(self.high / step) + 1)]
-        return [tick for tick in found if self.low <= tick <= self.high]
+        """Round numbers inside: the fewer of each power of ten, the more powers there are."""
+        powers = math.log10(self.high / self.low)
+        digits = (1, 1.5, 2, 3, 4, 5, 7) if powers < 0.8 else (1, 2, 5) if powers < 4 else (1,)
+        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+        ticks = [digit * 10.0**power for power in range(first, last + 1) for digit in digits]
+        return [tick for tick in ticks if self.low <= tick <= self.high]
 
 
-def scatter(
-    title: str, across: str, points: Sequence[Point], *, logarithmic: bool, mark: tuple[str, float] | None = None
-) -> Markup:
+def scatter(title: str, across: str, points: Sequence[Point], *, mark: tuple[str, float] | None = None) -> Markup:
     """A figure of `points`; `mark` is a name and a cost for a vertical line. What is not finite is named under it instead."""
     shown = [point for point in points if math.isfinite(point.error) and math.isfinite(point.cost)]
     missing = [point.name for point in points if point not in shown]
@@ -64,8 +56,8 @@ def scatter(
         return tag("figure", tag("figcaption", f"{title}: no scheme has an error and a cost that are numbers."))
     costs = [point.cost for point in shown] + ([mark[1]] if mark else [])
     positive = [point.error for point in shown if point.error > 0] or [1e-3]
-    y = Axis(min(positive) / 1.5, max(positive) * 1.6, HEIGHT - BOTTOM, TOP, True)
-    x = Axis(*_reach(costs, logarithmic), LEFT, WIDTH - RIGHT, logarithmic)
+    y = Axis(min(positive) / 1.5, max(positive) * 1.6, HEIGHT - BOTTOM, TOP)
+    x = Axis(min(costs) / 1.3, max(costs) * 1.3, LEFT, WIDTH - RIGHT)
     marks, labels = _marks(shown, x, y)
     parts = [*_grid(x, y, across)]
     if mark:
@@ -92,14 +84,6 @@ def scatter(
     if missing:
         notes.append(f"Not drawn, for it is not a number: {', '.join(missing)}.")
     return tag("figure", tag("figcaption", tag("strong", title), *(f" {note}" for note in notes)), drawing)
-
-
-def _reach(costs: Sequence[float], logarithmic: bool) -> tuple[float, float]:
-    low, high = min(costs), max(costs)
-    if logarithmic:
-        return max(low, 1e-6) / 1.3, max(high, 1e-6) * 1.3
-    margin = max((high - low) / 12, 0.5)
-    return max(0.0, low - margin), high + margin
 
 
 def _grid(x: Axis, y: Axis, across: str) -> list[Markup]:

@@ -1,13 +1,14 @@
 """The parts of a page that have a row for each scheme."""
 
 from collections.abc import Callable, Sequence
-from math import inf, isfinite
+from math import isfinite
+from statistics import median
 
 from tokquant.evaluation.page.heat import Scale, heat_map, scrolled
 from tokquant.evaluation.page.markup import Markup, tag
 from tokquant.evaluation.page.numbers import percent, plain
 from tokquant.evaluation.page.scatter import Point, scatter
-from tokquant.evaluation.report import Judged, Report, bits_of_all
+from tokquant.evaluation.report import Judged, Report, bits_of_cache
 
 ROLES = "qkvp"
 LONGEST_LABEL = 8
@@ -15,20 +16,23 @@ LONGEST_LABEL = 8
 
 def in_short(report: Report) -> Markup:
     """What a reader in a hurry takes away."""
-    front = report.front(bits_of_all)
+    front = report.front(bits_of_cache)
     if not front:
         return tag(
             "p", "No scheme has an error that is a number: the activations hold values that are not finite.", class_="lead"
         )
     best, smallest = front[-1], front[0]
     fastest = min(report.schemes, key=_ms)
+    beside = plain(fastest.mean(lambda each: each.sdpa_ms))
     said = [
-        _said("Closest to exact", best, f"{percent(best.rel_l1)} off at {_bits(bits_of_all(best))} bits a value"),
-        _said("Fewest bits", smallest, f"{_bits(bits_of_all(smallest))} bits a value, {percent(smallest.rel_l1)} off"),
+        _said("Closest to exact", best, f"{percent(best.rel_l1)} off at {_bits(bits_of_cache(best))} bits a value of K and V"),
+        _said(
+            "Fewest bits", smallest, f"{_bits(bits_of_cache(smallest))} bits a value of K and V, {percent(smallest.rel_l1)} off"
+        ),
         _said(
             "Fastest here",
             fastest,
-            f"{plain(_ms(fastest))} ms, and torch\u2019s SDPA {plain(_sdpa(report))} ms; {percent(fastest.rel_l1)} off",
+            f"{plain(_ms(fastest))} ms, and torch\u2019s SDPA {beside} ms; {percent(fastest.rel_l1)} off",
         ),
     ]
     return tag("dl", *(part for each in said for part in each), class_="lead")
@@ -53,7 +57,7 @@ def summary(report: Report) -> Markup:
         "SDPA ms",
         "backend",
     )
-    fronts = {id(each) for cost in (bits_of_all, _ms) for each in report.front(cost)}
+    fronts = {id(each) for cost in (bits_of_cache, _ms) for each in report.front(cost)}
 
     def row(place: int, judged: Judged) -> Markup:
         found = judged.summary()
@@ -66,15 +70,16 @@ def summary(report: Report) -> Markup:
             tag("td", found["worst_layer"], class_="name"),
             _number(f"{found['cosine']:.6f}", found["cosine"]),
             _number(f"{found['rmse']:.2e}", found["rmse"]),
-            _number(bits, bits_of_all(judged)),
-            *(_number(plain(found[key]), found[key]) for key in ("ms", "quantize_ms", "sdpa_ms")),
+            _number(bits, bits_of_cache(judged)),
+            *(_number(f"{found[key]:.2f}", found[key]) for key in ("ms", "quantize_ms", "sdpa_ms")),
             tag("td", found["backend"]),
         )
 
     note = (
         "Means over layers. Relative L1 is the sum of what the output is off by over the sum of what it is. A filled dot is on "
-        "a Pareto front: nothing here errs less with as few bits, or in as little time. Times are medians of attention on codes, "
-        "and of quantization; SDPA\u2019s are in the tensors\u2019 own type, taken in turn with the scheme\u2019s."
+        "a Pareto front: nothing here errs less with as few bits of K and V, or in as little time. Times are medians of "
+        "attention on codes, and of quantization; SDPA\u2019s are in the tensors\u2019 own type, taken in turn with the "
+        "scheme\u2019s."
     )
     rows = [row(place, each) for place, each in enumerate(report.schemes)]
     return _section("Summary", note, _table("Schemes, means over layers", heads, rows, "sortable"))
@@ -82,17 +87,15 @@ def summary(report: Report) -> Markup:
 
 def costs(report: Report) -> Markup:
     """Error against bits, and against time."""
-    bits, time = ([*_points(report, cost)] for cost in (bits_of_all, _ms))
-    note = "The stairs are the Pareto front: the least error that a cost buys. Full circles are on it. Errors are logarithmic."
+    bits, time = ([*_points(report, cost)] for cost in (bits_of_cache, _ms))
+    note = "The stairs are the Pareto front: the least error that a cost buys. Full circles are on it."
     return _section(
         "Error against bits and time",
         note,
         tag(
             "div",
-            scatter("Error and bits", "bits a value, mean of q, k and v", bits, logarithmic=False),
-            scatter(
-                "Error and time", "ms of attention on codes, logarithmic", time, logarithmic=True, mark=("SDPA", _sdpa(report))
-            ),
+            scatter("Error and bits", "bits a value of K and V, logarithmic", bits),
+            scatter("Error and time", "ms of attention on codes, logarithmic", time, mark=("SDPA", _sdpa(report))),
             class_="figures",
         ),
     )
@@ -127,9 +130,9 @@ def parts(report: Report) -> Markup:
     ]
     note = (
         "Relative L1, means over layers. Q, K and V: exact attention in which this operand alone is as its codes say. P: the "
-        "output against exact attention on the codes of all three, so the rounding of P with all that a kernel rounds. Measured "
-        f"on {' or '.join(str(n) for n in sorted(measured))} queries of each head. Independent errors add like squares, so the "
-        "parts sum to more than all. Bars are relative to the largest of their row."
+        "output against exact attention on the codes of all three, so the rounding of P with all that a kernel rounds. "
+        f"Measured on {' or '.join(str(n) for n in sorted(measured))} queries of each head. Independent errors add like "
+        "squares, so the parts sum to more than all. Bars are relative to the largest of their row."
     )
     return _section(
         "Where the error comes from", note, _table("What each operand adds to the error", heads, rows, "sortable parts")
@@ -212,5 +215,4 @@ def _ms(judged: Judged) -> float:
 
 
 def _sdpa(report: Report) -> float:
-    times = [each.mean(lambda layer: layer.sdpa_ms) for each in report.schemes]
-    return min(times, default=inf)
+    return median(each.mean(lambda layer: layer.sdpa_ms) for each in report.schemes)
