@@ -134,8 +134,12 @@ def test_one_scheme_one_layer_one_head_is_a_page(compared):
 @pytest.mark.parametrize("value, shown", [(math.nan, "NaN"), (math.inf, "∞"), (0.0, "0")])
 def test_errors_that_are_zero_or_no_number_are_a_page(compared, value, shown):
     sound, other = compared[NAMES[2]][:2]
-    wrong = replace(sound, errors=replace(sound.errors, rel_l1=value), explanation=replace(sound.explanation, parts=dict.fromkeys("qkvp", value), worst=()),
-                    heads=tuple(replace(head, rel_l1=value) for head in sound.heads))  # fmt: skip
+    wrong = replace(
+        sound,
+        errors=replace(sound.errors, rel_l1=value),
+        heads=tuple(replace(head, rel_l1=value) for head in sound.heads),
+        explanation=replace(sound.explanation, parts=dict.fromkeys("qkvp", value), worst=()),
+    )
     for schemes in ([wrong], [wrong, other]):
         text = render(gather("x", {}, {"only": schemes}))
         assert Page(text).tables["Error by scheme and layer"][1][1] == shown
