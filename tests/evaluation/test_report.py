@@ -95,7 +95,7 @@ def test_every_figure_is_that_of_the_comparisons(report, compared):
         mean = sum(x.errors.rel_l1 for x in each) / len(each)
         [row] = [row for row in tables["Schemes, means over layers"] if row[0].endswith(name)]
         worst = max(compared, key=lambda layer: compared[layer][place].errors.rel_l1)
-        assert row[1:4] == [percent(mean), percent(compared[worst][place].errors.rel_l1), worst]
+        assert row[1:4] == [percent(mean), percent(compared[worst][place].errors.rel_l1), str(NAMES.index(worst))]
         [row] = [row for row in tables["Error by scheme and layer"] if row[0] == name]
         assert row[1:] == [cell(x.errors.rel_l1) for x in each]
         rows = tables[f"{name}: error by layer and head of Q"]

@@ -6,7 +6,7 @@ from statistics import median
 
 from tokquant.evaluation.page.heat import Scale, heat_map, scrolled
 from tokquant.evaluation.page.markup import Markup, tag
-from tokquant.evaluation.page.numbers import percent, plain
+from tokquant.evaluation.page.numbers import percent, plain, special
 from tokquant.evaluation.page.scatter import Point, scatter
 from tokquant.evaluation.report import Judged, Report, bits_of_cache
 
@@ -57,6 +57,7 @@ def summary(report: Report) -> Markup:
         "SDPA ms",
         "backend",
     )
+    labels = dict(zip(report.layers, short_labels(report.layers), strict=True))
     fronts = {id(each) for cost in (bits_of_cache, _ms) for each in report.front(cost)}
 
     def row(place: int, judged: Judged) -> Markup:
@@ -67,9 +68,11 @@ def summary(report: Report) -> Markup:
             _name(judged, place, id(judged) in fronts),
             _number(percent(found["rel_l1"]), found["rel_l1"]),
             _number(percent(found["worst_rel_l1"]), found["worst_rel_l1"]),
-            tag("td", found["worst_layer"], class_="name"),
-            _number(f"{found['cosine']:.6f}", found["cosine"]),
-            _number(f"{found['rmse']:.2e}", found["rmse"]),
+            tag("td", labels[found["worst_layer"]], title=found["worst_layer"], class_="name"),
+            *(
+                _number(f"{found[key]:{form}}" if isfinite(found[key]) else special(found[key]), found[key])
+                for key, form in (("cosine", ".6f"), ("rmse", ".2e"))
+            ),
             _number(bits, bits_of_cache(judged)),
             *(_number(f"{found[key]:.2f}", found[key]) for key in ("ms", "quantize_ms", "sdpa_ms")),
             tag("td", found["backend"]),
