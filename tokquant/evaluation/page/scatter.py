@@ -145,7 +145,7 @@ def _marks(points: Sequence[Point], x: Axis, y: Axis) -> tuple[list[Markup], lis
                     )
                 )
                 break
-    return marks, labels
+    return marks[::-1], labels  # those on the front over the others
 
 
 _AROUND = [
