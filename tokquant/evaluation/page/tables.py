@@ -202,7 +202,7 @@ def _name(judged: Judged, place: int, on_front: bool | None = None) -> Markup:
         if on_front is None
         else [tag("span", "\u25cf" if on_front else "\u25c7", class_="dot", title="on a Pareto front" if on_front else None)]
     )
-    return tag("th", *dot, tag("a", judged.name, href=f"#scheme-{place}"), scope="row")
+    return tag("th", *dot, tag("a", judged.name, href=f"#scheme-{place}"), scope="row", data_v=judged.name)
 
 
 def _number(text: str, value: float) -> Markup:
