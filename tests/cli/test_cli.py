@@ -141,12 +141,25 @@ def test_compare_puts_schemes_side_by_side(tokquant, tmp_path):
     assert code == 0 and list(rows) == names
     assert rows["int-flash"]["rel_l1"] > 3 * rows["int8"]["rel_l1"]
     assert rows["kv-int4"]["bits"] == {"q": 9.0, "k": 5.0, "v": 5.0}, "head_dim of the sample is 32"
-    assert "kv-int4" in (tmp_path / "report.html").read_text()
+    layers = rows["int8"]["layers"]
+    assert [layer["name"] for layer in layers] == [f"layers.{n}" for n in range(6)] and len(layers[0]["heads"]) == 2
+    assert sum(layer["rel_l1"] for layer in layers) / 6 == pytest.approx(rows["int8"]["rel_l1"])
+    assert set(layers[0]["explanation"]["parts"]) == set(rows["int8"]["parts"]) == set("qkvp")
+    text = (tmp_path / "report.html").read_text()
+    assert all(word in text for word in (*names, "sample.safetensors", "6 of batch 1, 2 heads, 512 tokens", "every query sees"))
 
 
 def test_compare_shows_every_dynamic_preset(tokquant, activations):
     code, out, err = tokquant("compare", "-i", activations, "--repeats", 1)
     assert code == 0 and all((name in out) is (name != "kv-fp8") for name in preset_names()), err
+
+
+def test_compare_explains_where_errors_come_from(tokquant, activations):
+    words = ("compare", "int-flash", "-i", activations, "--repeats", 1)
+    code, out, err = tokquant(*words, "--explain")
+    assert code == 0 and "of q / k / v / p" in out, err
+    code, out, _ = tokquant(*words, "--json")
+    assert code == 0 and "parts" not in json.loads(out)["schemes"][0]
 
 
 def test_compare_keeps_schemes_of_one_name_apart(tokquant, tmp_path):

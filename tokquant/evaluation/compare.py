@@ -13,9 +13,10 @@ from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import quote
 from tokquant.evaluation.bound import Bound, error_bound
+from tokquant.evaluation.explain import Explanation, explain
 from tokquant.evaluation.peers import sdpa
 from tokquant.inputs import check_tensors, features_of
-from tokquant.metrics import Errors, errors
+from tokquant.metrics import Errors, errors, head_errors
 from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap, of_layer
 from tokquant.timing import interleaved_medians
 
@@ -27,6 +28,8 @@ class Comparison:
     scheme: LayerScheme
     backend: str
     errors: Errors
+    heads: tuple[Errors, ...]
+    """Those of each head of Q."""
     bits: Mapping[str, float]
     """Bits per value of q, k and v as stored: codes, scales and zeros."""
     ms: float
@@ -47,6 +50,9 @@ class Comparison:
             return None
         return torch.where(self.row_errors == 0, 0.0, self.row_errors / self.bound.total)
 
+    explanation: Explanation | None = None
+    """Where the errors come from, if that was asked for."""
+
 
 def compare(
     q: Tensor,
@@ -66,6 +72,7 @@ def compare(
     backend: Backend = "auto",
     repeats: int = 5,
     bound: bool = False,
+    explained: bool = False,
 ) -> list[Comparison]:
     """Run each scheme on q `[B, H_q, N_q, D]`, k and v `[B, H_kv, N_k, D]` and measure it.
 
@@ -75,6 +82,8 @@ def compare(
         scales: one layer's scales for the schemes that need some, or a list with those of each scheme.
         repeats: timed runs of each.
         bound: also certify the errors, by `error_bound`, which takes as long as a few float64 attentions.
+        explained: also measure what Q, K, V and P each add to the errors, and find the worst rows: five further passes of
+            float64 attention, over at most 512 queries.
         The rest is as for `attention`.
 
     Returns: one Comparison a scheme, in order. Raises as `attention` does.
@@ -100,12 +109,14 @@ def compare(
                 scheme=scheme,
                 backend=choose_backend(backend, q.device),
                 errors=errors(out, exact),
+                heads=tuple(head_errors(out, exact)),
                 bits={role: x.bits_per_value for role, x in zip("qkv", codes, strict=True)},
                 ms=ms,
                 quantize_ms=quantize_ms,
                 sdpa_ms=sdpa_ms,
                 row_errors=(out.double() - exact).abs().amax(dim=-1),
                 bound=error_bound(q, k, v, scheme, scales=layer_scales, **arguments) if bound else None,  # type: ignore[arg-type]
+                explanation=explain(q, k, v, codes, out, exact, features) if explained else None,
             )
         )
     return results
