@@ -8,10 +8,12 @@ from tokquant.decode import decode
 from tokquant.errors import CacheFileError, CacheFullError, ScalesError, SchemeError, UnsupportedError
 from tokquant.evaluation.compare import Comparison, compare
 from tokquant.export import load_scales, save_scales
+from tokquant.integrations.torch_sdpa import quantized_sdpa
 from tokquant.kernels.compile import Kernel, compile
 from tokquant.kv_cache import KVCache
 from tokquant.precisions import Precision, register
 from tokquant.schemes import Granularity, QuantScheme, preset
+from tokquant.sdpa import scaled_dot_product_attention
 from tokquant.tensor import QuantizedTensor
 from tokquant.tune import tune
 from tokquant.varlen import attention_varlen
@@ -43,7 +45,9 @@ __all__ = [
     "load_scales",
     "preset",
     "quantize",
+    "quantized_sdpa",
     "register",
     "save_scales",
+    "scaled_dot_product_attention",
     "tune",
 ]

@@ -16,6 +16,7 @@ from tokquant.kernels import quantize as kernels
 from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu import launch as cpu
 from tokquant.kernels.cpu import quantize as cpu_kernels
+from tokquant.operators import operator, untraced
 from tokquant.quantize import quantize_operands
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.tensor import QuantizedTensor
@@ -24,6 +25,7 @@ Backend = Literal["auto", "triton", "cpu", "reference"]
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
 
+@untraced("quantize")
 def quantize(
     q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme | str, *, scales: LayerScales | None = None, backend: Backend = "auto"
 ) -> launch.Operands:
@@ -57,6 +59,7 @@ def quantize(
     return packed(operands, scheme) if packed else operands
 
 
+@operator("Tensor? mask=None")
 def attention(
     q: Tensor | QuantizedTensor,
     k: Tensor | QuantizedTensor,

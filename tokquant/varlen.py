@@ -12,9 +12,15 @@ from tokquant.calibration.scales import LayerScales
 from tokquant.errors import quote
 from tokquant.inputs import check_tensors, features_of
 from tokquant.kernels import launch, sequences
+from tokquant.operators import operator
 from tokquant.schemes import QuantScheme, resolve
 
 
+# lengths are read on the CPU, where no CUDA graph can wait for them
+@operator(
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -79,7 +85,7 @@ def attention_varlen(
         starts = tuple(torch.tensor(each, dtype=torch.int32) for each in (starts_q, starts_k))
         out, lse = sequences.attention(parts, starts, scheme, features, return_lse, deterministic)  # type: ignore[arg-type]
     else:
-        out = torch.zeros_like(whole[0])
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device).transpose(0, 1)[None]
         lse = torch.full(out.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
         for part, (queries, keys) in zip(parts, spans, strict=True):
             if part is not None:
