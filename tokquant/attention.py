@@ -48,7 +48,13 @@ def quantize(
     scheme = resolve(scheme)
     check_tensors(q, k, v)
     check_scales(scheme, scales)
-    chosen = choose_backend(backend, q.device)
+    return quantized(q, k, v, scheme, scales, choose_backend(backend, q.device))
+
+
+def quantized(
+    q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None, chosen: str
+) -> launch.Operands:
+    """`quantize` of what was checked, for the backend that was chosen."""
     q, k, v = q.detach(), k.detach(), v.detach()
     if chosen == "triton" and launch.available(q.device):
         return kernels.quantize_operands(q, k, v, scheme, scales)
@@ -114,10 +120,11 @@ def attention(
         _check_quantized(q, k, v, scheme)  # type: ignore[arg-type]
     else:
         check_tensors(q, k, v)
+        check_scales(scheme, scales)
     features = features_of(q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     chosen = choose_backend(backend, q.device)
     if not all(given):
-        q, k, v = quantize(q, k, v, scheme, scales=scales, backend=backend)  # type: ignore[arg-type]
+        q, k, v = quantized(q, k, v, scheme, scales, chosen)  # type: ignore[arg-type]
     out, lse = RUN[chosen](q, k, v, scheme, features, return_lse, deterministic)
     return (out, lse) if return_lse else out
 

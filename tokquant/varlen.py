@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tokquant.attention import RUN, Backend, check_scales, choose_backend, quantize
+from tokquant.attention import RUN, Backend, check_scales, choose_backend, quantized
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import quote
@@ -80,7 +80,7 @@ def attention_varlen(
     for queries, keys in spans:
         own = whole[0][:, :, queries], whole[1][:, :, keys], whole[2][:, :, keys]
         empty = any(0 in x.shape for x in own)
-        parts.append(None if empty else quantize(*own, scheme, scales=scales, backend=backend))
+        parts.append(None if empty else quantized(*own, scheme, scales, chosen))
     if chosen == "triton" and any(part is not None for part in parts):
         starts = tuple(torch.tensor(each, dtype=torch.int32) for each in (starts_q, starts_k))
         out, lse = sequences.attention(parts, starts, scheme, features, return_lse, deterministic)  # type: ignore[arg-type]
