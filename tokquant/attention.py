@@ -51,9 +51,7 @@ def quantize(
     return quantized(q, k, v, scheme, scales, choose_backend(backend, q.device))
 
 
-def quantized(
-    q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None, chosen: str
-) -> launch.Operands:
+def quantized(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None, chosen: str) -> launch.Operands:
     """`quantize` of what was checked, for the backend that was chosen."""
     q, k, v = q.detach(), k.detach(), v.detach()
     if chosen == "triton" and launch.available(q.device):
