@@ -104,6 +104,8 @@ def _batched(x: Tensor, leading: torch.Size) -> Tensor:
 
 def _mask(mask: Tensor, leading: torch.Size, heads: int, n_q: int, n_k: int) -> Tensor:
     """A mask as `attention` takes it, with no more copies than there are dimensions before heads that cannot be one."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask: a {type(mask).__name__}; give a boolean tensor (True = attend) or floats to add")
     wanted = (*leading, heads, n_q, n_k)
     try:
         mask.expand(wanted)

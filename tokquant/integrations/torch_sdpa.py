@@ -12,7 +12,7 @@ from torch.nn.functional import multi_head_attention_forward
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 from torch.overrides import TorchFunctionMode
 
-from tokquant.attention import Backend, check_scales
+from tokquant.attention import Backend, check_scales, choose_backend
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError, nearest, quote
 from tokquant.inputs import check_no_grad
@@ -53,6 +53,7 @@ class quantized_sdpa(TorchFunctionMode):
             raise ValueError(f"fallback: {quote(fallback)}; use one of {', '.join(FALLBACKS)}{nearest(fallback, FALLBACKS)}")
         scheme, self.fallback = resolve(scheme), fallback
         check_scales(scheme, scales)
+        choose_backend(backend, torch.device("meta"))  # for what it says of a name that is none
         self._quantized = partial(scaled_dot_product_attention, scheme=scheme, scales=scales, backend=backend)
         self._multi_head = _with_attention(self._attend)
 
