@@ -83,7 +83,8 @@ def scaled_dot_product_attention(
         window = (None, n_q - n_k)
     width = max(d, d_v)
     k, v = (x.expand(*x.shape[:-3], kv_heads, -1, -1) for x in (k, v))
-    q, k, v = (_batched(torch.nn.functional.pad(x, (0, width - x.shape[-1])), leading) for x in (q, k, v))
+    q, k, v = (_batched(x, leading) for x in (q, k, v))
+    q, k, v = (x if x.shape[3] == width else torch.nn.functional.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
     scale = d**-0.5 if scale is None else scale
     out = attention(q, k, v, scheme, scale=scale, mask=attn_mask, window=window, scales=scales, backend=backend)
     return out[..., :d_v].reshape(result)  # type: ignore[call-overload]
