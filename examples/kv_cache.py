@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import tokquant as tq
+from tokquant.calibration.scales import needed
 
 
 def rope(x, base=10_000.0):
@@ -45,12 +46,14 @@ SCHEMES = {
     "kv-int4-kivi": tq.preset("kv-int4-kivi"),
     "kv-int2-kivi": tq.preset("kv-int2-kivi"),
     "fireq without its balance": tq.QuantScheme(**FIREQ),
+    "fireq, calibrated": variant("fireq", balance={"rope_pairs": {"scale": "static"}}),
+    "fireq, calibrated, top_k 8": variant("fireq", balance={"rope_pairs": {"scale": "static", "top_k": 8}}),
 }
 
 
 def calibrated(scheme):
     """Scales from other activations of the same layer, where the scheme has static parts."""
-    if not any("static" in (operand.scale, operand.smooth) for operand in (scheme.k, scheme.v)):
+    if not needed(scheme):
         return None
     calibrator = tq.Calibrator(scheme)
     calibrator.observe("layer", *activations(seed=1))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import tokquant as tq
 from tokquant import reference
+from tokquant.calibration.scales import needed
 from tokquant.quantize import quantize_operands
 from tokquant.reference import Features
 from tokquant.schemes import Cache, preset
@@ -35,6 +36,14 @@ SCHEMES = {
         rotate="hadamard", rotate_v="hadamard", cache={"recent": 7, "page": 32},
     ),
     "FireQ's precisions": scheme("fp8_e4m3", "int4 scale=fp8_e4m3", "int4 scale=fp8_e4m3", "fp8_e4m3"),
+    "calibrated balance": scheme(
+        "int8", "int4 scale=fp16", "int4", "int8 row_block:64",
+        balance={"rope_pairs": {"top_k": 2, "scale": "static"}}, cache={"sink": 2, "recent": 7, "page": 64},
+    ),
+    "calibrated balance and offset, static channels of K": scheme(
+        "int8 tensor static", "int8 channel asymmetric static static_offset", "int8", "int8 row_block:32",
+        balance={"channel": {"alpha": 0.25, "scale": "static"}}, cache={"page": 32},
+    ),
     "K per channel with zeros, static": scheme(
         "int8", "int8 channel asymmetric static static_offset", "int8 head static", "int8 row_block:32", cache={"page": 16}
     ),
@@ -48,7 +57,7 @@ SCHEMES = {
 
 def scales_for(s, heads=2, d=16):
     """Calibrated scales of a layer, where the scheme needs some."""
-    if not any("static" in (x.scale, x.smooth) for x in (s.q, s.k, s.v)):
+    if not needed(s):
         return None
     calibrator = tq.Calibrator(s)
     calibrator.observe("layer", *(torch.randn(2, h, 64, d) + 0.5 for h in (2 * heads, heads, heads)))

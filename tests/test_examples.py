@@ -77,11 +77,12 @@ def test_the_cache_example_prints_the_figures_of_its_page_and_they_are_in_order(
         name.replace("`", ""): (bits, error)
         for name, bits, error in re.findall(r"^\| (.+) \| (\S+) \| (0\.\d+) \|$", page, re.M)
     }
-    assert printed.keys() == written.keys() and len(printed) == 9
+    assert printed.keys() == written.keys() and len(printed) == 11
     for name, (bits, error) in printed.items():
         assert bits == written[name][0] and float(error) == pytest.approx(float(written[name][1]), abs=0.01), name
     error = {name: float(error) for name, (_, error) in printed.items()}
     # naive 4 bits are worse than rotated ones, and those worse than with a static offset of K too
     assert error["int4, neither"] > 1.5 * error["kv-int4 (Hadamard)"] > 1.5 * 1.2 * error["kv-int4 and static offset of K"]
     assert error["kv-int2-kivi"] > error["kv-int4 (Hadamard)"] > error["kv-int4-kivi"] > error["kv-int8"]
+    assert error["fireq without its balance"] > 2 * error["fireq, calibrated"] > 2 * error["fireq, calibrated, top_k 8"]
     assert "a prompt of 600 tokens, answers of [601, 603]" in result.stdout

@@ -2,6 +2,9 @@
 
 import json
 import os
+import struct
+import subprocess
+import sys
 
 import pytest
 import safetensors
@@ -49,6 +52,31 @@ def test_a_file_alone_is_enough_to_run(scheme, tmp_path):
     assert torch.equal(out, tq.attention(*operands, scheme, scales=scales["layers.1"]))
 
 
+FRESH = """
+import sys
+import torch
+import tokquant as tq
+from safetensors.torch import load_file, save_file
+
+scales, inputs = tq.load_scales(sys.argv[1]), load_file(sys.argv[2])
+q, k, v = (inputs[role] for role in "qkv")
+out = tq.attention(q, k, v, scales.scheme, scales=scales["layers.1"], causal=True, backend="reference")
+save_file({"out": out}, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("scheme", [preset("kv-fp8"), FULL], ids=["kv-fp8", "every static part"])
+def test_a_new_process_gives_the_same_bits(scheme, tmp_path):
+    scales, inputs = calibrated(scheme), {role: torch.randn(1, h, 40, 32) for role, h in (("q", 4), ("k", 2), ("v", 2))}
+    tq.save_scales(tmp_path / "scales", scales)
+    safetensors.torch.save_file(inputs, tmp_path / "inputs")
+    words = [sys.executable, "-c", FRESH, *(str(tmp_path / name) for name in ("scales", "inputs", "out"))]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    out = tq.attention(*inputs.values(), scheme, scales=scales["layers.1"], causal=True, backend="reference")
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "out")["out"], out)
+
+
 def test_names_are_those_of_vllm_and_shapes_those_of_compressed_tensors(tmp_path):
     path = tmp_path / "scales.safetensors"
     tq.save_scales(path, calibrated("kv-fp8", ["model.layers.0.self_attn"]))
@@ -72,6 +100,14 @@ def without(name):
     return change
 
 
+def swapped(tensors, metadata):
+    tensors["layers.0.k_scale"], tensors["layers.0.v_scale"] = tensors["layers.0.v_scale"], tensors["layers.0.k_scale"]
+
+
+def in_half(tensors, metadata):
+    tensors["layers.0.k_scale"] = tensors["layers.0.k_scale"].half()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -87,9 +123,14 @@ def without(name):
         (set_to("k_scale", torch.ones(2, 1, 1)), "'k_scale' is no scale; names are <layer>.k_scale"),
         (set_to("layers.0.weight", torch.ones(2)), r"'layers\.0\.weight' is no scale"),
         (set_to("layers.0.k_scale", torch.ones(2, 1, 1)), "checksum"),
+        (set_to("layers.2.k_scale", torch.ones(2, 1, 1)), r"layers\.2\.v_scale: missing"),
+        (set_to("layers.0.k_zero", torch.ones(2, 1, 1)), r"layers\.0\.k_zero: scheme 'kv-fp8' has no use for it"),
+        (set_to("layers.0.k_scale", torch.ones(2**24, 1, 1, dtype=torch.uint8)), r"layers\.0\.k_scale: torch.uint8 is no type"),
+        (swapped, "checksum"),
+        (in_half, "checksum"),
     ],
     ids=["zero", "negative", "infinite", "nan", "missing", "unused", "shape", "dimensions", "integers", "no layer", "foreign",
-         "changed"],
+         "changed", "half a layer", "zero point", "large integers", "swapped", "other type"],
 )  # fmt: skip
 def test_what_is_wrong_with_a_scale_is_named(change, message, tmp_path):
     path = tmp_path / "scales.safetensors"
@@ -108,15 +149,95 @@ def test_what_is_wrong_with_a_scale_is_named(change, message, tmp_path):
         (lambda t, m: m.update({"tokquant.scheme": "[" * 100000}), "its scheme cannot be read"),
         (lambda t, m: m.update({"tokquant.scheme": '{"q": {"precision": "int9"}}'}), "no precision 'int9'"),
         (lambda t, m: m.update({"tokquant.format": "99"}), "format '99' is not '1'"),
+        (lambda t, m: m.pop("tokquant.format"), "format None is not '1'"),
+        (lambda t, m: m.clear(), "no tokquant scheme in its metadata"),
+        (lambda t, m: m.pop("tokquant.sha256"), "checksum differs"),
+        (lambda t, m: m.update({"tokquant.sha256": "0" * 64}), "checksum differs"),
+        (lambda t, m: m.update({"tokquant.scheme": m["tokquant.scheme"].replace("fp8_e4m3", "fp8_e5m2")}), "checksum differs"),
+        (
+            lambda t, m: m.update({"tokquant.scheme": m["tokquant.scheme"].replace("head", "tensor")}),
+            "k_scale: shape .* of tensor",
+        ),
+        (
+            lambda t, m: m.update({"tokquant.scheme": scheme_of("int8")}),
+            r"layers\.0\.\w_scale: scheme 'int8' has no use for it",
+        ),
+        (lambda t, m: m.update({"tokquant.scheme": scheme_of(FULL)}), r"layers\.0\.q_scale: missing; scheme 'full' needs"),
         (lambda t, m: t.clear(), "no layers"),
     ],
-    ids=["no scheme", "broken scheme", "no mapping", "deep", "unknown precision", "newer format", "no tensors"],
+    ids=[
+        "no scheme",
+        "broken scheme",
+        "no mapping",
+        "deep",
+        "unknown precision",
+        "newer format",
+        "no format",
+        "no metadata",
+        "no checksum",
+        "other checksum",
+        "other precision",
+        "other granularity",
+        "dynamic scheme",
+        "full scheme",
+        "no tensors",
+    ],
 )
 def test_what_is_wrong_with_the_metadata_is_named(change, message, tmp_path):
     path = tmp_path / "scales.safetensors"
     tq.save_scales(path, calibrated("kv-fp8"))
     rewritten(path, change)
     with pytest.raises(tq.ScalesError, match=message):
+        tq.load_scales(path)
+
+
+def scheme_of(scheme):
+    return json.dumps((preset(scheme) if isinstance(scheme, str) else scheme).model_dump(mode="json"))
+
+
+def test_a_changed_byte_is_refused_or_changes_nothing(tmp_path):
+    path = tmp_path / "scales.safetensors"
+    tq.save_scales(path, calibrated("kv-fp8", ["a"]))
+    whole, scales = path.read_bytes(), tq.load_scales(path)
+    refused = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            read = tq.load_scales(path)
+        except tq.ScalesError as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:
+            assert read.scheme == scales.scheme and list(read) == ["a"]
+            assert all(torch.equal(read["a"].tensors[name], value) for name, value in scales["a"].tensors.items())
+    # what is left are spaces, the word that says that tensors are PyTorch's, and its key
+    assert refused > len(whole) - 40
+
+
+def with_header(header, data=b"\0\0\x80?\0\0\x80?"):
+    return struct.pack("<Q", len(header)) + header.encode() + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack("<Q", 2**63 - 1) + b"{}",
+        struct.pack("<Q", 2**40) + b"{}",
+        with_header('{"a.k_scale":{"dtype":"F32","shape":[4611686018427387904,4,1],"data_offsets":[0,8]}}'),
+        with_header('{"a.k_scale":{"dtype":"F32","shape":[1099511627776,1,1],"data_offsets":[0,4398046511104]}}'),
+        with_header('{"a.k_scale":{"dtype":"F32","shape":[2,1,1],"data_offsets":[8,0]}}'),
+        with_header(
+            '{"a.k_scale":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+            '"a.k_scale":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}'
+        ),
+        with_header("[" * 100000),
+    ],
+    ids=["endless header", "long header", "too many values", "beyond the file", "backwards", "a layer twice", "deep"],
+)
+def test_a_header_that_cannot_be_is_refused(content, tmp_path):
+    path = tmp_path / "scales.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(tq.ScalesError, match=f"{path}: not a safetensors file, or not a whole one"):
         tq.load_scales(path)
 
 

@@ -263,9 +263,12 @@ def test_a_page_in_use_by_both_is_never_written(monkeypatch):
     [
         ("int8", ["k.smooth: mean is over all tokens, later ones included", "a cache takes static", "v.smooth: mean"]),
         ("fp8", ["k.granularity: a dynamic scale a head covers later tokens too; use scale: static, or", "v.granularity"]),
-        ("fireq", ["balance: rope_pairs takes its factors from all keys", "multiply calibrated factors", "'fireq'"]),
+        ("fireq", ["balance: rope_pairs takes its factors from all keys", "{rope_pairs: {scale: static}}", "'fireq'"]),
         ("int4", ["q.smooth: block_mean multiplies K in 16 bits"]),
-        (scheme("int8", "int8", "int8", "int8", balance="channel"), ["balance: channel takes its factors", "rotate: hadamard"]),
+        (
+            scheme("int8", "int8", "int8", "int8", balance="channel"),
+            ["balance: channel takes its factors", "{channel: {scale:"],
+        ),
         (scheme("int8", "int8 channel", "int8", "int8"), ["k.granularity: a dynamic scale a channel", "channel_block"]),
         (scheme("int8", "int8 tensor", "int8", "int8"), ["k.granularity: a dynamic scale a tensor"]),
         (scheme("int8 tensor", "int8", "int8", "int8"), ["q.granularity: tensor spans the sequences of a batch"]),

@@ -5,19 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from factories import qkv, scheme
+from factories import pairwise, qkv, scheme
 
 from tokquant import attention, quantize, reference
 from tokquant.attention import features_of
-from tokquant.calibration.scales import LayerScales
+from tokquant.calibration.scales import LayerScales, needed
+from tokquant.quantize import frames
 from tokquant.transforms import (
-    ROPE_PAIR_LARGEST,
     Frame,
-    channel_balance,
+    channel_factors,
     hadamard,
+    key_maxima,
     mean_over_blocks,
     mean_over_tokens,
-    rope_pair_balance,
+    pair_norms,
+    query_maxima,
+    rope_pair_factors,
 )
 
 FEATURES = {
@@ -40,7 +43,10 @@ TRANSFORMS = {
     "static offset of k": {"k": "fp32 static_offset"},
     "block means of q": {"q": "fp32 block_mean"},
     "channel balance": {"balance": "channel"},
+    "channel balance that levels K alone": {"balance": {"channel": {"alpha": 0}}},
     "rope pairs balance": {"balance": "rope_pairs"},
+    "rope pairs balance, largest channels apart": {"balance": {"rope_pairs": {"alpha": 2, "top_k": 5}}},
+    "static balance": {"balance": {"rope_pairs": {"scale": "static"}}},
     "q and k rotated": {"rotate": "hadamard"},
     "v rotated": {"rotate_v": "hadamard"},
     "mean of v": {"v": "fp32 mean"},
@@ -56,10 +62,19 @@ TRANSFORMS = {
 }
 
 
-def offsets(made, k):
-    named = {"k_offset": made.k, "v_offset": made.v}
-    kept = {name: torch.randn(k.shape[1], 1, k.shape[3]) for name, spec in named.items() if spec.smooth == "static"}
-    return LayerScales("layer", kept) if kept else None
+def calibrated(made, k):
+    """Any offsets and factors will do."""
+    shape = (k.shape[1], 1, k.shape[3])
+    kept = {name: torch.randn(shape) if name.endswith("_offset") else 0.1 + 5 * torch.rand(shape) for name in needed(made)}
+    return LayerScales("layer", kept, made) if kept else None
+
+
+def channel_balance(q, k, alpha=0.5):
+    return channel_factors(query_maxima(q, k.shape[1]), key_maxima(k), alpha)
+
+
+def rope_pair_balance(k, *parameters):
+    return rope_pair_factors(pair_norms(k), key_maxima(k), *parameters)
 
 
 def dense_hadamard(d):
@@ -118,26 +133,45 @@ def test_undoing_a_frame_gives_the_tensor_back(n, offset, balanced, rotated):
     assert torch.allclose(there.double(), exact * frame.fold.double(), rtol=0, atol=1e-5), "offset, balance, rotation, fold"
 
 
-def test_channel_balance_levels_the_channels_of_both():
+@pytest.mark.parametrize("alpha", [0, 0.25, 0.5, 1])
+def test_channel_balance_shares_the_outliers_between_both(alpha):
     q, k, _ = qkv(20, heads=4, kv_heads=2)
-    factor = channel_balance(q, k)
-    q_largest = q.reshape(1, 2, 40, 32).abs().amax(dim=2, keepdim=True) / factor
-    assert torch.allclose(q_largest, k.abs().amax(dim=2, keepdim=True) * factor, rtol=1e-6)
+    factor = channel_balance(q, k, alpha)
+    q_raw, k_raw = q.reshape(1, 2, 40, 32).abs().amax(dim=2, keepdim=True), k.abs().amax(dim=2, keepdim=True)
+    assert torch.allclose(q_raw / factor, (q_raw * k_raw) ** (1 - alpha), rtol=1e-5), "what is left in Q"
+    assert torch.allclose(k_raw * factor, (q_raw * k_raw) ** alpha, rtol=1e-5), "and in K"
 
 
-def test_rope_pairs_get_one_factor_and_one_largest_norm():
+@pytest.mark.parametrize("alpha", [8.0, 0.5])
+def test_rope_pairs_get_one_factor_and_one_largest_norm(alpha):
     _, k, _ = qkv(20)
-    factor = rope_pair_balance(k)
+    factor = rope_pair_balance(k, alpha)
     assert factor[..., :16].equal(factor[..., 16:])
     norms = torch.hypot(*(k * factor).chunk(2, dim=-1)).amax(dim=2)
-    assert torch.allclose(norms, torch.full_like(norms, ROPE_PAIR_LARGEST), rtol=1e-6)
+    assert torch.allclose(norms, torch.full_like(norms, alpha), rtol=1e-6)
+
+
+def test_the_largest_channels_and_their_partners_get_factors_of_their_own():
+    _, k, _ = qkv(20)
+    k[0, 0, :, 3] *= 50  # and so its partner is 19
+    k[0, 1, :, 4] *= 50
+    k[0, 1, :, 20] *= 40
+    factor = rope_pair_balance(k, 2.0, 6.0, 2)
+    for head, largest in enumerate(k.abs().amax(dim=2)[0]):
+        chosen = {c % 16 for c in largest.topk(2).indices.tolist()}
+        assert len(chosen) == 2 - head, "in the second head they are a pair"
+        for c in range(32):
+            if c % 16 in chosen:
+                assert factor[0, head, 0, c] * largest[c] == pytest.approx(6)
+            else:
+                assert factor[0, head, 0, c] == rope_pair_balance(k, 2.0)[0, head, 0, c]
 
 
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf], ids=str)
 def test_a_channel_that_cannot_be_balanced_keeps_its_scale(bad):
     q, k, _ = qkv(20)
     k[0, 1, :, 3], k[0, 1, :, 19] = bad, bad
-    for factor in (channel_balance(q, k), rope_pair_balance(k)):
+    for factor in (channel_balance(q, k), rope_pair_balance(k), rope_pair_balance(k, 8.0, 8.0, 2)):
         assert factor[0, 1, 0, 3] == factor[0, 1, 0, 19] == 1
         assert factor.isfinite().all() and (factor > 0).all()
 
@@ -149,7 +183,7 @@ def test_attention_is_what_it_was(made, features, n_q, n_k):
     q, k, v = qkv(n_q, n_k, 32, heads=4, kv_heads=2, batch=2)
     made = scheme(**made)
     out, lse = attention(
-        q, k, v, made, **features, scales=offsets(made, k), return_lse=True, backend="reference"
+        q, k, v, made, **features, scales=calibrated(made, k), return_lse=True, backend="reference"
     )  # fmt: skip
     exact, exact_lse = reference.oracle(q, k, v, features_of(q, k, **features))
     bound = float32_rounding(q, k, v)
@@ -196,6 +230,18 @@ def test_the_mean_of_v_is_weighted_with_what_the_sink_leaves():
     assert exact.mean() < 15, "the sinks take a part that shows"
 
 
+CHOICES = pairwise(
+    q_smooth=["", "block_mean"],
+    k_smooth=["", "mean", "static_offset"],
+    v_smooth=["", "mean", "static_offset"],
+    balance=["none", "channel", {"channel": {"alpha": 0.2}}, "rope_pairs", {"rope_pairs": {"beta": 3, "top_k": 4}},
+             {"channel": {"scale": "static"}}, {"rope_pairs": {"scale": "static"}}],
+    rotate=["none", "hadamard"],
+    rotate_v=["none", "hadamard"],
+    shape=[(21, 37, 48, 4, 2), (1, 1, 6, 3, 1), (150, 33, 80, 2, 2), (5, 131, 64, 4, 1), (9, 14, 33, 2, 1)],
+)  # fmt: skip
+
+
 class TestAlgebra:
     """The same in float64, with the factors that the package computes: equal to within 1e-12."""
 
@@ -207,13 +253,33 @@ class TestAlgebra:
         s = s if softcap is None else softcap * torch.tanh(s / softcap)
         return torch.softmax(s, dim=-1) @ v
 
-    def test_offset_balance_and_rotation_leave_the_scores(self):
-        q, k, _, shared = self.given()
-        c = mean_over_tokens(k.float()).double()
-        for factor in (channel_balance(q, k - c).double(), rope_pair_balance(k - c).double()):
-            left, right = hadamard(q / shared(factor)), shared(hadamard((k - c) * factor))
-            scores = left @ right.mT + q @ shared(c).mT
-            assert torch.allclose(scores, q @ shared(k).mT, rtol=0, atol=1e-12)
+    @pytest.mark.parametrize("q_smooth, k_smooth, v_smooth, balance, rotate, rotate_v, shape", CHOICES, ids=str)
+    def test_all_that_a_scheme_does_leaves_the_output(self, q_smooth, k_smooth, v_smooth, balance, rotate, rotate_v, shape):
+        n_q, n_k, d, heads, kv_heads = shape
+        if d % 2 and "rope_pairs" in balance:
+            balance = "channel"
+        q, k, v = (x.double() for x in qkv(*shape, batch=2))
+        made = scheme(
+            f"fp32 {q_smooth}", f"fp32 {k_smooth}", f"fp32 {v_smooth}", balance=balance, rotate=rotate, rotate_v=rotate_v
+        )
+        q_frame, k_frame, v_frame = frames(q, k, v, made, calibrated(made, k))
+
+        def shared(x):
+            return x.repeat_interleave(heads // kv_heads, dim=1)
+
+        s = q_frame.apply(q) @ shared(k_frame.apply(k)).mT
+        lost = torch.zeros(1) if k_frame.offset is None else shared(k_frame.offset_of_tokens(n_k)).double()
+        if q_frame.offset is not None:
+            s = s + q_frame.offset_of_tokens(n_q).double() @ (shared(k) - lost).mT
+        if k_frame.offset is not None:
+            s = s + q @ lost.mT
+        scale = d**-0.5
+        out = self.output(scale * s, shared(v_frame.apply(v)))
+        out = hadamard(out) if v_frame.rotated else out
+        out = out if v_frame.offset is None else out + shared(v_frame.offset.float())
+        exact = self.output(scale * q @ shared(k).mT, shared(v))
+        # a float32 factor and its inverse, or block means in float32, leave some of its rounding
+        assert (out - exact).abs().max() < 1e-6 * exact.abs().max()
 
     def test_the_offset_leaves_softmax_but_not_a_softcap(self):
         q, k, v, shared = self.given()

@@ -43,7 +43,7 @@ class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
                 raise ValueError(f"{self.path}: layer {quote(layer)} has no {', '.join(sorted(missing))}")
         if not found:
             raise ValueError(f"{self.path}: holds no activations; they are named <layer>.q, <layer>.k and <layer>.v")
-        self._layers = sorted(found, key=_natural)
+        self._layers = sorted(found, key=natural)
 
     def __getitem__(self, layer: str) -> tuple[Tensor, Tensor, Tensor]:
         if layer not in self._layers:
@@ -65,6 +65,7 @@ class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
         return len(self._layers)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
+    """What names are sorted by, so that layers come in the order of their numbers."""
     # layers.2 before layers.10
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

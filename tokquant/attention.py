@@ -1,7 +1,8 @@
 """The public doors: `attention` and `quantize`. They check and direct; the work is done below."""
 
 import warnings
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from tokquant import reference
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales, Scales, needed
-from tokquant.errors import ScalesError, nearest, quote
+from tokquant.errors import ScalesError, SchemeError, nearest, quote
 from tokquant.inputs import check_tensors, check_together, features_of
 from tokquant.kernels import launch
 from tokquant.kernels import quantize as kernels
@@ -18,23 +19,32 @@ from tokquant.kernels.cpu import launch as cpu
 from tokquant.kernels.cpu import quantize as cpu_kernels
 from tokquant.operators import operator, untraced
 from tokquant.quantize import quantize_operands
-from tokquant.schemes import QuantScheme, resolve
-from tokquant.tensor import QuantizedTensor
+from tokquant.schemes import HeadSchemes, LayerScheme, QuantScheme, SchemeMap, of_layer
+from tokquant.tensor import Coded, QuantizedHeads, QuantizedTensor
 
+Scheme = LayerScheme | SchemeMap | str
 Backend = Literal["auto", "triton", "cpu", "reference"]
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
 
 @untraced("quantize")
 def quantize(
-    q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme | str, *, scales: LayerScales | None = None, backend: Backend = "auto"
-) -> launch.Operands:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scheme: Scheme,
+    *,
+    layer: str | None = None,
+    scales: LayerScales | None = None,
+    backend: Backend = "auto",
+) -> tuple[Coded, Coded, Coded]:
     """Quantize Q, K and V together, as the scheme's transforms need.
 
     Args:
         q: `[B, H_q, N_q, D]`, float16, bfloat16 or float32, any strides. Never changed.
         k, v: `[B, H_kv, N_k, D]`, H_q a multiple of H_kv.
-        scheme: a QuantScheme, a preset's name, or the path of a YAML file.
+        scheme: a QuantScheme, a preset's name, the path of a YAML file, or a SchemeMap.
+        layer: which layer of a map this is; that of `scales` where None.
         scales: one layer's calibrated scales, `scales["layers.0"]`, for a scheme with static parts.
         backend: where the codes will be used, which decides how they lie in memory; every backend takes every layout.
 
@@ -45,15 +55,25 @@ def quantize(
         ScalesError: scales that are missing, unused or of another shape.
         ValueError, TypeError: shapes and types that do not fit. RuntimeError: a tensor that requires grad.
     """
-    scheme = resolve(scheme)
+    found = scheme_of(scheme, layer, scales)
     check_tensors(q, k, v)
-    check_scales(scheme, scales)
-    return quantized(q, k, v, scheme, scales, choose_backend(backend, q.device))
+    return quantized(q, k, v, found, scales, choose_backend(backend, q.device))
 
 
-def quantized(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None, chosen: str) -> launch.Operands:
-    """`quantize` of what was checked, for the backend that was chosen."""
+def quantized(
+    q: Tensor, k: Tensor, v: Tensor, found: LayerScheme, scales: LayerScales | None, chosen: str
+) -> tuple[Coded, Coded, Coded]:
+    """`quantize` of tensors that were checked, for the backend that was chosen."""
     q, k, v = q.detach(), k.detach(), v.detach()
+    if isinstance(found, HeadSchemes):
+        check_heads(found, k.shape[1], scales)
+        parts = [_quantize(q[:, rows], k[:, heads], v[:, heads], own, None, chosen) for rows, heads, own in ranges(found, q, k)]
+        return tuple(QuantizedHeads(each) for each in zip(*parts, strict=True))  # type: ignore[return-value]
+    check_scales(found, scales)
+    return _quantize(q, k, v, found, scales, chosen)
+
+
+def _quantize(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None, chosen: str) -> launch.Operands:
     if chosen == "triton" and launch.available(q.device):
         return kernels.quantize_operands(q, k, v, scheme, scales)
     if chosen == "cpu" and q.device.type == "cpu" and build.available():
@@ -65,11 +85,12 @@ def quantized(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: Laye
 
 @operator("Tensor? mask=None")
 def attention(
-    q: Tensor | QuantizedTensor,
-    k: Tensor | QuantizedTensor,
-    v: Tensor | QuantizedTensor,
-    scheme: QuantScheme | str,
+    q: Tensor | Coded,
+    k: Tensor | Coded,
+    v: Tensor | Coded,
+    scheme: Scheme,
     *,
+    layer: str | None = None,
     causal: bool = False,
     scale: float | None = None,
     mask: Tensor | None = None,
@@ -86,7 +107,8 @@ def attention(
 
     Args:
         q, k, v: tensors as `quantize` takes them, or the three that it returned.
-        scheme: a QuantScheme, a preset's name, or the path of a YAML file.
+        scheme: a QuantScheme, a preset's name, the path of a YAML file, or a SchemeMap.
+        layer: which layer of a map this is; that of `scales` where None.
         causal: query i sees keys up to i + N_k - N_q: the last query sees the last key.
         scale: of the scores; D**-0.5 where None.
         mask: broadcastable to `[B, H_q, N_q, N_k]`: boolean, True where a pair attends, or floats that are added, of which
@@ -107,23 +129,30 @@ def attention(
 
     Raises: as `quantize`; UnsupportedError where the chosen backend lacks a feature.
     """
-    scheme = resolve(scheme)
-    given = [isinstance(x, QuantizedTensor) for x in (q, k, v)]
-    if any(given) and not all(given):
+    found = scheme_of(scheme, layer, scales)
+    coded = [isinstance(x, Coded) for x in (q, k, v)]
+    if any(coded) and not all(coded):
         kinds = ", ".join(type(x).__name__ for x in (q, k, v))
         raise TypeError(f"q, k, v: either all tensors or all QuantizedTensors, not {kinds}")
-    if all(given):
+    if all(coded):
         if scales is not None:
             raise ScalesError("scales: the tensors are quantized already; give scales to quantize")
-        _check_quantized(q, k, v, scheme)  # type: ignore[arg-type]
+        parts = _parts(found, q, k, v)
     else:
         check_tensors(q, k, v)
-        check_scales(scheme, scales)
     features = features_of(q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     chosen = choose_backend(backend, q.device)
-    if not all(given):
-        q, k, v = quantized(q, k, v, scheme, scales, chosen)  # type: ignore[arg-type]
-    out, lse = RUN[chosen](q, k, v, scheme, features, return_lse, deterministic)
+    if not all(coded):
+        parts = _parts(found, *quantized(q, k, v, found, scales, chosen))  # type: ignore[arg-type]
+    if len(parts) == 1:
+        out, lse = RUN[chosen](*parts[0], features, return_lse, deterministic)
+    else:
+        spans = (rows for rows, _, _ in ranges(found, q, k))  # type: ignore[arg-type]
+        each = [
+            RUN[chosen](*part, features.of_heads(rows), return_lse, deterministic)
+            for rows, part in zip(spans, parts, strict=True)
+        ]
+        out, lse = (None if x[0] is None else torch.cat(x, dim=1) for x in zip(*each, strict=True))
     return (out, lse) if return_lse else out
 
 
@@ -133,6 +162,47 @@ def _reference(q, k, v, scheme, features, return_lse, deterministic):
 
 RUN = {"triton": launch.attention, "cpu": cpu.attention, "reference": _reference}
 PACKED = {"triton": launch.packed, "cpu": cpu.packed}
+
+
+def scheme_of(scheme: Scheme, layer: str | None, scales: object = None) -> LayerScheme:
+    """The scheme of this layer: of the one that is named, else that of the scales. Raises SchemeError."""
+    return of_layer(scheme, layer if layer is not None else getattr(scales, "layer", None))
+
+
+def ranges(schemes: HeadSchemes, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, QuantScheme]]:
+    """Of each range of heads: those of Q, those of K and V, and their scheme."""
+    shared = q.shape[1] // k.shape[1]
+    for heads, scheme in schemes.slices():
+        yield slice(heads.start * shared, heads.stop * shared), heads, scheme
+
+
+def check_heads(schemes: HeadSchemes, heads: int, scales: object) -> None:
+    """Raise SchemeError or ScalesError unless these schemes are of this many heads of K and V, and need no scales."""
+    if schemes.heads != heads:
+        raise SchemeError(f"scheme: its ranges are of {schemes.heads} heads ({schemes}), and k has {heads}")
+    if fixed := [scheme.name for _, scheme in schemes.parts if needed(scheme)]:
+        raise SchemeError(f"scheme: {fixed[0]!r} is static, which a scheme for a range of heads cannot be; make it dynamic")
+    if scales is not None:
+        raise ScalesError(f"scales: no scheme of these heads has a use for them ({schemes})")
+
+
+Part = tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor, QuantScheme]
+
+
+def _parts(scheme: LayerScheme, q: Any, k: Any, v: Any) -> list[Part]:
+    """Operands and scheme of each range of heads; one where a scheme has them all."""
+    if isinstance(scheme, HeadSchemes):
+        if not all(isinstance(x, QuantizedHeads) and len(x.parts) == len(scheme.parts) for x in (q, k, v)):
+            raise ValueError(f"q, k, v: not of {scheme}; attend by the scheme that quantize was given")
+        split = zip(q.parts, k.parts, v.parts, (part for _, part in scheme.parts), strict=True)
+        parts = list(split)
+    else:
+        if any(isinstance(x, QuantizedHeads) for x in (q, k, v)):
+            raise ValueError(f"q, k, v: their heads are of other schemes than {scheme.name!r}; attend by those of quantize")
+        parts = [(q, k, v, scheme)]
+    for part in parts:
+        _check_quantized(*part)
+    return parts
 
 
 def choose_backend(backend: str, device: torch.device) -> str:

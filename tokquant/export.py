@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -16,7 +19,7 @@ from tokquant.files import write_atomically
 from tokquant.schemes import QuantScheme
 
 FORMAT = "1"
-SUFFIXES = tuple(f"{role}_{kind}" for role in "qkv" for kind in ("scale", "zero", "offset"))
+SUFFIXES = (*(f"{role}_{kind}" for role in "qkv" for kind in ("scale", "zero", "offset")), "k_balance")
 
 
 def save_scales(path: str | os.PathLike, scales: Scales) -> None:
@@ -29,11 +32,12 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
         for layer, part in scales.items()
         for name, value in sorted(part.tensors.items())
     }
+    scheme = json.dumps(scales.scheme.model_dump(mode="json"), sort_keys=True)
     metadata = {
         "format": "pt",
         "tokquant.format": FORMAT,
-        "tokquant.scheme": json.dumps(scales.scheme.model_dump(mode="json"), sort_keys=True),
-        "tokquant.sha256": checksum(tensors),
+        "tokquant.scheme": scheme,
+        "tokquant.sha256": checksum(tensors, scheme),
     }
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
@@ -42,7 +46,10 @@ def load_scales(path: str | os.PathLike) -> Scales:
     """Read what `save_scales` wrote. Raises ScalesError naming what is wrong: the file, its metadata, or a scale."""
     tensors, metadata = read_tensors(path, ScalesError)
     if "tokquant.scheme" not in metadata:
-        raise ScalesError(f"{path}: has no tokquant scheme in its metadata; it was not written by save_scales")
+        raise ScalesError(
+            f"{path}: has no tokquant scheme in its metadata; it was not written by save_scales "
+            "(import_checkpoint_scales reads those of checkpoints)"
+        )
     if metadata.get("tokquant.format") != FORMAT:
         written = quote(metadata.get("tokquant.format"))
         raise ScalesError(f"{path}: format {written} is not {FORMAT!r}; this version cannot read it")
@@ -60,28 +67,36 @@ def load_scales(path: str | os.PathLike) -> Scales:
         scales = Scales(scheme, layers)
     except ScalesError as error:
         raise ScalesError(f"{path}: {error}") from None
-    if metadata.get("tokquant.sha256") != checksum(tensors):
-        raise ScalesError(f"{path}: the scales are not those that were written (checksum differs)")
+    if metadata.get("tokquant.sha256") != checksum(tensors, metadata["tokquant.scheme"]):
+        raise ScalesError(f"{path}: scales or scheme are not those that were written (checksum differs)")
     return scales
 
 
 def read_tensors(path: str | os.PathLike, error_type: type[Exception]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata of a safetensors file. Raises `error_type`, naming the file, where there is no whole one."""
+    with open_tensors(path, error_type) as file:
+        metadata = file.metadata() or {}
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
+
+
+@contextmanager
+def open_tensors(path: str | os.PathLike, error_type: type[Exception]) -> Iterator[Any]:
+    """A safetensors file of which nothing is read yet but its names. Raises as `read_tensors`."""
     path = Path(path)
     if path.is_dir():
         raise error_type(f"{path}: Is a directory")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
+            yield file
     except OSError as error:
         raise error_type(f"{path}: {error.strerror or error}") from None
     except safetensors.SafetensorError as error:
         raise error_type(f"{path}: not a safetensors file, or not a whole one ({error})") from None
 
 
-def checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def checksum(tensors: dict[str, Tensor], scheme: str = "") -> str:
+    """SHA-256 of names, types, shapes and bytes, and of the scheme that gives them their meaning."""
+    digest = hashlib.sha256(scheme.encode())
     for name in sorted(tensors):
         value = tensors[name].contiguous().cpu()
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokquant.bias import Bias
 from tokquant.errors import quote
 from tokquant.reference import Features
-from tokquant.tensor import QuantizedTensor
+from tokquant.tensor import Coded
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -67,7 +67,7 @@ def check_beside_cache(
         raise ValueError(f"{name}: on {x.device}, and the cache on {device}")
 
 
-def check_together(q: Tensor | QuantizedTensor, k: Tensor | QuantizedTensor, v: Tensor | QuantizedTensor) -> None:
+def check_together(q: Tensor | Coded, k: Tensor | Coded, v: Tensor | Coded) -> None:
     """Raise TypeError or ValueError unless types, devices and shapes of Q, K and V fit one another."""
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k, v: types {q.dtype}, {k.dtype}, {v.dtype} differ; give one type")
@@ -113,8 +113,8 @@ def _integers(given: object) -> np.ndarray | None:
 
 
 def features_of(
-    q: Tensor | QuantizedTensor,
-    k: Tensor | QuantizedTensor,
+    q: Tensor | Coded,
+    k: Tensor | Coded,
     *,
     causal: bool = False,
     scale: float | None = None,

@@ -22,7 +22,7 @@ from tokquant.pages import ReferencePages, Store, frame_of
 from tokquant.paging import BlockTable, Pool
 from tokquant.quantize import in_frame
 from tokquant.reference import Features
-from tokquant.schemes import QuantScheme, resolve
+from tokquant.schemes import QuantScheme, SchemeMap, resolve
 from tokquant.schemes.appending import check_append_only, unit, windows
 from tokquant.sequences import Sequences
 from tokquant.tensor import QuantizedTensor
@@ -48,7 +48,8 @@ class KVCache:
     does not fill a block yet, as the scheme's `cache` says. Codes are bit for bit those of quantizing all at once.
 
     Args:
-        scheme: a QuantScheme, a preset's name or a path. No part of it may see later tokens.
+        scheme: a QuantScheme, a preset's name, a path, or a SchemeMap whose `layer` takes one scheme for all heads. No part of
+            it may see later tokens.
         batch, kv_heads, head_dim: sizes of what is appended, `[batch, kv_heads, n, head_dim]`.
         dtype: of what is appended: float16, bfloat16 or float32 (whose windows are in 32 bits).
         capacity: tokens that pages are made for, once, for all sequences together; None lets them grow. Every sequence
@@ -62,8 +63,9 @@ class KVCache:
 
     def __init__(
         self,
-        scheme: QuantScheme | str,
+        scheme: QuantScheme | SchemeMap | str,
         *,
+        layer: str | None = None,
         batch: int,
         kv_heads: int,
         head_dim: int,
@@ -73,7 +75,7 @@ class KVCache:
         scales: LayerScales | None = None,
         backend: Backend = "auto",
     ):
-        self.scheme = scheme = resolve(scheme)
+        self.scheme = scheme = resolve(scheme, layer if layer is not None else getattr(scales, "layer", None))
         for name, value in (("batch", batch), ("kv_heads", kv_heads), ("head_dim", head_dim), ("capacity", capacity)):
             if not (value is None and name == "capacity") and (type(value) is not int or not 0 < value < 2**31):
                 raise ValueError(f"{name}: {quote(value)} is not a whole number from 1")

@@ -16,8 +16,8 @@ from tokquant.bias.kinds import KINDS
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import ScalesError, nearest, quote
 from tokquant.inputs import check_no_grad
-from tokquant.schemes import QuantScheme, preset, preset_names, resolve
-from tokquant.tensor import QuantizedTensor
+from tokquant.schemes import HeadSchemes, LayerScheme, QuantScheme, SchemeMap, of_layer, preset, preset_names
+from tokquant.tensor import Coded
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -54,7 +54,7 @@ def operator(*more: str, tags: Sequence[torch.Tag] = ()) -> Callable[[Function],
         def door(*args: Any, **given: Any) -> Any:
             if not torch.compiler.is_compiling():
                 return function(*args, **given)
-            if any(isinstance(x, QuantizedTensor) for x in (*args, *given.values())):
+            if any(isinstance(x, Coded) for x in (*args, *given.values())):
                 return on_codes(*args, **given)
             return (with_lse if given.pop("return_lse", False) else plain)(*args[:3], **_flat(*args[3:], **given))
 
@@ -81,7 +81,9 @@ def untraced(what: str) -> Callable[[Function], Function]:
     return of
 
 
-def _flat(scheme: object, *, bias: Bias | None = None, scales: LayerScales | None = None, **rest: Any) -> dict[str, Any]:
+def _flat(
+    scheme: object, *, layer: str | None = None, bias: Bias | None = None, scales: LayerScales | None = None, **rest: Any
+) -> dict[str, Any]:
     """Arguments as an operator takes them."""
     if bias is not None:
         rest |= {"bias_kind": bias.kind, "bias": bias.tensors()}
@@ -90,8 +92,9 @@ def _flat(scheme: object, *, bias: Bias | None = None, scales: LayerScales | Non
             raise ScalesError(
                 "scales: LayerScales without a scheme; give them one, and they are checked once, when they are made"
             )
+        layer = scales.layer if layer is None else layer
         rest |= {"layer": scales.layer, "scale_names": list(scales.tensors), "scales": list(scales.tensors.values())}
-    return {"scheme": document(scheme), **rest}
+    return {"scheme": document(scheme, layer), **rest}
 
 
 def _running(function: Callable, lse: bool) -> Callable:
@@ -110,8 +113,11 @@ def _running(function: Callable, lse: bool) -> Callable:
         scales: list[Tensor] | None = None,
         **rest: Any,
     ) -> Any:
-        made = scheme_of(scheme)
-        whole = None if scales is None else LayerScales.checked_before(layer, scale_names or [], scales, made)
+        made = of_document(scheme)
+        whole = None
+        if scales is not None:
+            own = made if isinstance(made, QuantScheme) else None  # heads of different schemes take no scales, and say so
+            whole = LayerScales.checked_before(layer, scale_names or [], scales, own)
         out = function(q, k, v, made, bias=bias_of(bias_kind, bias or []), scales=whole, return_lse=lse, **rest)
         return tuple(x.contiguous() for x in out) if lse else out.contiguous()
 
@@ -131,9 +137,12 @@ def _shaped(lse: bool) -> Callable:
     return shape
 
 
-def document(scheme: object) -> str:
-    """A scheme as an operator takes it. Raises SchemeError."""
-    return scheme if isinstance(scheme, str) and scheme in preset_names() else resolve(scheme).to_yaml()
+def document(scheme: object, layer: str | None = None) -> str:
+    """A layer's scheme as an operator takes it. Raises SchemeError."""
+    if isinstance(scheme, str) and scheme in preset_names():
+        return scheme
+    found = of_layer(scheme, layer)
+    return (SchemeMap((("*", found),)) if isinstance(found, HeadSchemes) else found).to_yaml()
 
 
 # as torch.compiler.assume_constant_result would, which imports the whole compiler: found once, again for another object
@@ -141,9 +150,11 @@ document._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)
-def scheme_of(written: str) -> QuantScheme:
+def of_document(written: str) -> LayerScheme:
     """The scheme that `document` wrote. Raises SchemeError."""
-    return QuantScheme.from_yaml(written) if ":" in written else preset(written)
+    if ":" not in written:
+        return preset(written)
+    return of_layer(SchemeMap.from_yaml(written)) if "layers:" in written.splitlines() else QuantScheme.from_yaml(written)
 
 
 def bias_of(kind: str, tensors: Sequence[Tensor]) -> Bias | None:

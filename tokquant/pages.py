@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokquant import reference
 from tokquant.calibration.scales import LayerScales
-from tokquant.quantize import in_frame, queries, with_sums
+from tokquant.quantize import frame_of_queries, in_frame, queries, with_sums
 from tokquant.reference import Features
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.scheme import SCALE_TYPES
@@ -232,7 +232,12 @@ def operand(
 def frame_of(like: Tensor, spec: Operand, scheme: QuantScheme, scales: LayerScales | None) -> Frame:
     """What is done to tokens of K or V `[B, H_kv, n, D]` before their codes are taken."""
     offset = scales.offset(spec, like) if spec.smooth == "static" and scales is not None else None
-    return Frame(offset=offset, rotated=(scheme.rotate if spec.role == "k" else scheme.rotate_v) == "hadamard")
+    balanced = spec.role == "k" and scheme.balance != "none"
+    return Frame(
+        offset=offset,
+        balance=scales.balance(like) if balanced and scales is not None else None,
+        rotated=(scheme.rotate if spec.role == "k" else scheme.rotate_v) == "hadamard",
+    )
 
 
 def attention_by_reading(
@@ -248,11 +253,11 @@ def attention_by_reading(
     """What `Store.attention` is defined as: the emulation on what `Store.read` gives, sequence by sequence."""
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
-    frame = Frame(rotated=scheme.rotate == "hadamard")
     left, right = features.reach()
     for b, tokens in enumerate(lengths.tolist()):
         if tokens:
             k, v = store.read(table[b], tokens)
+            frame = frame_of_queries(q, k, k.frame)
             codes = replace(queries(q[b : b + 1], frame, k, scheme, scales), scheme=scheme)
             # a query stands behind the last key by as many as are elsewhere
             newer = 0 if offset is None else int(offset[b])

@@ -8,15 +8,19 @@ from torch import Tensor
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import SchemeError
 from tokquant.schemes import Operand, QuantScheme
+from tokquant.schemes.balance import ChannelBalance, RopePairBalance
 from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
 from tokquant.schemes.scheme import SCALE_TYPES
 from tokquant.tensor import QuantizedTensor, met, spread
 from tokquant.transforms import (
     Frame,
-    channel_balance,
+    channel_factors,
+    key_maxima,
     mean_over_blocks,
     mean_over_tokens,
-    rope_pair_balance,
+    pair_norms,
+    query_maxima,
+    rope_pair_factors,
 )
 
 
@@ -24,22 +28,22 @@ def frames(
     q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None = None
 ) -> tuple[Frame, Frame, Frame]:
     """What is done to `[B, H, N, D]` tensors before their codes are taken. K's scale per channel is not in Q's frame yet."""
-    k_offset = _offset(k, scheme.k, scales)
-    if scheme.balance == "none":
-        q_balance = k_balance = None
-    else:
-        if scheme.balance == "rope_pairs" and k.shape[3] % 2:
-            raise SchemeError([("balance", f"rope_pairs needs an even head_dim, not {k.shape[3]}")])
-        centred = Frame(offset=k_offset).apply(k)
-        k_balance = rope_pair_balance(centred) if scheme.balance == "rope_pairs" else channel_balance(q, centred)
-        q_balance = for_query_heads(1 / k_balance, q, k)
     rotated = scheme.rotate == "hadamard"
+    k_frame = Frame(offset=_offset(k, scheme.k, scales), rotated=rotated)
+    if scheme.balance != "none":
+        k_frame = replace(k_frame, balance=_balance(q, k_frame, k, scheme.balance, scales))
     q_offset = mean_over_blocks(q) if scheme.q.smooth == "block_mean" else None
     return (
-        Frame(offset=q_offset, balance=q_balance, rotated=rotated),
-        Frame(offset=k_offset, balance=k_balance, rotated=rotated),
+        replace(frame_of_queries(q, k, k_frame), offset=q_offset),
+        k_frame,
         Frame(offset=_offset(v, scheme.v, scales), rotated=scheme.rotate_v == "hadamard"),
     )
+
+
+def frame_of_queries(q: Tensor, k: Tensor | QuantizedTensor, frame: Frame) -> Frame:
+    """What Q takes so that its products with K, which is in `frame`, stay what they were."""
+    balance = None if frame.balance is None else for_query_heads(1 / frame.balance, q, k)
+    return Frame(balance=balance, rotated=frame.rotated)
 
 
 def quantize_operands(
@@ -123,13 +127,18 @@ def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | N
     else:
         scale, zero = scale_of(x, spec)
     s = spread(scale, spec.granularity, n, d).float()
+    z = None if zero is None else spread(zero, spec.granularity, n, d).float()
+    codes = precision.pack(codes_of(x, s, z, spec))
+    return QuantizedTensor(codes=codes, scale=scale, zero=zero, spec=spec, shape=x.shape, dtype=dtype)
+
+
+def codes_of(x: Tensor, scale: Tensor, zero: Tensor | None, spec: Operand) -> Tensor:
+    """Codes of float32 values, one an element, by scales and zeros that broadcast to them, float32."""
+    precision = spec.format
     if zero is None:
         assert precision.largest is not None
-        codes = precision.encode((x / s).clamp(-precision.largest, precision.largest))
-    else:
-        steps = ((x - spread(zero, spec.granularity, n, d).float()) / s).round().clamp(0, precision.levels)
-        codes = precision.encode(steps - 2 ** (precision.bits - 1))
-    return QuantizedTensor(codes=precision.pack(codes), scale=scale, zero=zero, spec=spec, shape=x.shape, dtype=dtype)
+        return precision.encode((x / scale).clamp(-precision.largest, precision.largest))
+    return precision.encode(((x - zero) / scale).round().clamp(0, precision.levels) - 2 ** (precision.bits - 1))
 
 
 def check_groups(spec: Operand, x: Tensor) -> None:
@@ -235,6 +244,27 @@ def _offset(x: Tensor, spec: Operand, scales: LayerScales | None) -> Tensor | No
         assert scales is not None
         return scales.offset(spec, x)
     return None
+
+
+def _balance(q: Tensor, frame: Frame, k: Tensor, rule: ChannelBalance | RopePairBalance, scales: LayerScales | None) -> Tensor:
+    """The factors of K, made of K less its offset."""
+    if rule.scale == "static":
+        assert scales is not None
+        return scales.balance(k)
+    check_balance(rule, k.shape[3])
+    centred = Frame(offset=frame.offset).apply(k)
+    if isinstance(rule, ChannelBalance):
+        return channel_factors(query_maxima(q, k.shape[1]), key_maxima(centred), rule.alpha)
+    return rope_pair_factors(pair_norms(centred), key_maxima(centred), rule.alpha, rule.beta, rule.top_k)
+
+
+def check_balance(rule: ChannelBalance | RopePairBalance, head_dim: int) -> None:
+    """Raise SchemeError where pairs, or `top_k` channels, do not fit a head."""
+    if isinstance(rule, RopePairBalance):
+        if head_dim % 2:
+            raise SchemeError([("balance", f"rope_pairs needs an even head_dim, not {head_dim}")])
+        if rule.top_k > head_dim:
+            raise SchemeError([("balance.rope_pairs.top_k", f"{rule.top_k} is more than the {head_dim} channels of a head")])
 
 
 def for_query_heads(x: Tensor, q: Tensor, k: Tensor | QuantizedTensor) -> Tensor:

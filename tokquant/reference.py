@@ -5,8 +5,8 @@ kernel does, and keeps nothing of size N x N.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,15 @@ class Features:
         for start in range(first // tile * tile, last, tile):
             yield slice(start, min(start + tile, n_k))
 
+    def of_heads(self, heads: slice) -> "Features":
+        """Those of some heads of Q."""
+        return replace(
+            self,
+            mask=None if self.mask is None else self.mask[:, heads],
+            sinks=None if self.sinks is None else self.sinks[heads],
+            bias=None if self.bias is None else self.bias.of_heads(heads),
+        )
+
     def reach(self) -> tuple[int | None, int | None]:
         """How many keys before and after its own place a query sees; None where all."""
         left, right = self.window or (None, None)
@@ -73,15 +82,16 @@ class Features:
         return left, right
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, features: Features) -> tuple[Tensor, Tensor]:
-    """Attention in float64: q `[B, H_q, N_q, D]`, k, v `[B, H_kv, N_k, D]` -> out `[B, H_q, N_q, D]`, LSE `[B, H_q, N_q]`."""
+def oracle(q: Tensor, k: Tensor, v: Tensor, features: Features, only: Sequence[slice] | None = None) -> tuple[Tensor, Tensor]:
+    """Attention in float64: q `[B, H_q, N_q, D]`, k, v `[B, H_kv, N_k, D]` -> out `[B, H_q, N_q, D]`, LSE `[B, H_q, N_q]`.
+
+    Of the queries in `only`, where it is given.
+    """
     (b, heads, n_q), n_k = q.shape[:3], k.shape[2]
     shared = heads // k.shape[1]
     k, v = (x.double().repeat_interleave(shared, dim=1) for x in (k, v))
-    out = q.new_empty(b, heads, n_q, v.shape[3], dtype=torch.float64)
-    lse = q.new_empty(b, heads, n_q, dtype=torch.float64)
-    every = slice(0, n_k)
-    for rows in _row_chunks(n_q, b * heads * n_k):
+    every, parts = slice(0, n_k), []
+    for rows in _row_chunks(n_q, b * heads * n_k, only):
         s = features.scale * (q[:, :, rows].double() @ k.mT)
         if features.softcap is not None:
             s = features.softcap * torch.tanh(s / features.softcap)
@@ -92,14 +102,13 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, features: Features) -> tuple[Tensor,
         kept = features.kept(rows, every, n_q, n_k, q.device)
         if kept is not None:
             s = s.masked_fill(~kept, -math.inf)
-        lse[:, :, rows] = s.logsumexp(dim=-1)
-        total = lse[:, :, rows]
+        lse = s.logsumexp(dim=-1)
+        total = lse
         if features.sinks is not None:
             total = torch.logaddexp(total, features.sinks.double()[:, None])
-        nothing = lse[:, :, rows] == -math.inf
-        p = torch.exp(s - total.masked_fill(nothing, 0.0)[..., None])
-        out[:, :, rows] = matmul_kept(p, v)
-    return out, lse
+        p = torch.exp(s - total.masked_fill(lse == -math.inf, 0.0)[..., None])
+        parts.append((matmul_kept(p, v), lse))
+    return _joined(parts)
 
 
 def in_their_types(device: torch.device) -> torch.autocast:
@@ -130,23 +139,32 @@ def attention(
     scheme: QuantScheme,
     features: Features,
     dtype: torch.dtype | None = None,
+    only: Sequence[slice] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The emulation: out `[B, H_q, N_q, D]` in `dtype` (q's where None), LSE `[B, H_q, N_q]` float32."""
+    """The emulation: out `[B, H_q, N_q, D]` in `dtype` (q's where None), LSE `[B, H_q, N_q]` float32.
+
+    Of the queries in `only`, where it is given.
+    """
     (b, heads, n_q), n_k = q.shape[:3], k.shape[2]
-    out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
-    lse = torch.empty(b, heads, n_q, dtype=torch.float32, device=q.device)
+    parts = []
     with in_their_types(q.device):
         emulation = _Emulation(q, k, v, scheme, features)
-        for rows in _row_chunks(n_q, b * heads * min(n_k, scheme.key_tile)):
-            result, sums = emulation.rows(rows)
-            out[:, :, rows], lse[:, :, rows] = result.to(out.dtype), sums
-    return out, lse
+        for rows in _row_chunks(n_q, b * heads * min(n_k, scheme.key_tile), only):
+            out, lse = emulation.rows(rows)
+            parts.append((out.to(dtype or q.dtype), lse))
+    return _joined(parts)
 
 
-def _row_chunks(n: int, a_row: int) -> Iterator[slice]:
+def _row_chunks(n: int, a_row: int, only: Sequence[slice] | None) -> Iterator[slice]:
     step = max(16, min(n, SCORES_AT_ONCE // max(a_row, 1)))
-    for start in range(0, n, step):
-        yield slice(start, min(start + step, n))
+    for rows in only or [slice(0, n)]:
+        for start in range(rows.start, rows.stop, step):
+            yield slice(start, min(start + step, rows.stop))
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    outs, sums = zip(*parts, strict=True)
+    return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
 
 
 class _Emulation:

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from tokquant.attention import Backend, attention
+from tokquant.attention import Backend, Scheme, attention
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError, quote
 from tokquant.inputs import check_no_grad
-from tokquant.schemes import QuantScheme
 
 
 def scaled_dot_product_attention(
@@ -20,7 +19,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    scheme: QuantScheme | str = "int8",
+    scheme: Scheme = "int8",
     scales: LayerScales | None = None,
     backend: Backend = "auto",
 ) -> Tensor:

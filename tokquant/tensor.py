@@ -164,6 +164,50 @@ class QuantizedTensor:
         return f"QuantizedTensor({self.spec.role} [{shape}], {self.spec.precision} per {self.spec.granularity}, {self.device})"
 
 
+@dataclass(frozen=True, eq=False)
+class QuantizedHeads:
+    """Q, K or V whose ranges of heads are in codes of different schemes."""
+
+    parts: tuple[QuantizedTensor, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[B, H, N, D]`."""
+        b, _, n, d = self.parts[0].shape
+        return torch.Size((b, sum(part.shape[1] for part in self.parts), n, d))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensor that was quantized."""
+        return self.parts[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.parts[0].device
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in its original frame, `[B, H, N, D]`, in `dtype` (its own where None)."""
+        return torch.cat([part.dequantize(dtype) for part in self.parts], dim=1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything this holds."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits of codes, scales and zeros for each value of the tensor."""
+        return sum(part.bits_per_value * part.shape.numel() for part in self.parts) / self.shape.numel()
+
+    def __repr__(self) -> str:
+        return f"QuantizedHeads({', '.join(map(repr, self.parts))})"
+
+
+Coded = QuantizedTensor | QuantizedHeads
+"""An operand as `quantize` returns it."""
+
+
 def tokens_last(x: QuantizedTensor) -> QuantizedTensor:
     """V as 8-bit tensor cores take it: tokens contiguous, and permuted in groups of 16 so that P keeps its registers.
 

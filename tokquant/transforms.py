@@ -12,9 +12,6 @@ from torch import Tensor
 BLOCK_MEAN = 128
 """Queries under one mean of `smooth: block_mean`."""
 
-ROPE_PAIR_LARGEST = 8.0
-"""What `balance: rope_pairs` makes of the largest pair norm: alpha of FireQ."""
-
 
 def sixteen_bit(dtype: torch.dtype) -> torch.dtype:
     """The 16-bit type that offsets of a tensor are kept in: its own, or bf16, which holds every float32's magnitude."""
@@ -39,7 +36,7 @@ def hadamard(x: Tensor) -> Tensor:
     """
     d = x.shape[-1]
     order = d & -d
-    y = x if x.dtype == torch.float64 else x.float()
+    y = _wide(x)
     stride = 1
     while stride < order:
         pairs = y.unflatten(-1, (-1, 2, stride))
@@ -49,26 +46,46 @@ def hadamard(x: Tensor) -> Tensor:
     return y * order**-0.5
 
 
-def channel_balance(q: Tensor, k: Tensor) -> Tensor:
-    """Factors `[B, H_kv, 1, D]` for K, divided out of Q, that level the channels of both.
+def query_maxima(q: Tensor, kv_heads: int) -> Tensor:
+    """max |Q| of each channel over tokens and the heads that share one of K: `[B, H_q, N, D] -> [B, H_kv, 1, D]`."""
+    return _wide(q).abs().amax(dim=2, keepdim=True).unflatten(1, (kv_heads, -1)).amax(dim=2)
 
-    SmoothQuant's rule (arXiv 2211.10438) with alpha = 1/2: sqrt(max |Q| / max |K|) over the tokens and the queries' heads.
+
+def key_maxima(k: Tensor) -> Tensor:
+    """max |K| of each channel over tokens: `[B, H, N, D] -> [B, H, 1, D]`."""
+    return _wide(k).abs().amax(dim=2, keepdim=True)
+
+
+def pair_norms(k: Tensor) -> Tensor:
+    """The largest norm of each pair of channels (f, f + D/2), which RoPE keeps: `[B, H, N, D] -> [B, H, 1, D/2]`."""
+    return torch.hypot(*_wide(k).chunk(2, dim=-1)).amax(dim=2, keepdim=True)
+
+
+def channel_factors(q_largest: Tensor, k_largest: Tensor, alpha: float = 0.5) -> Tensor:
+    """Factors `[..., D]` for K, divided out of Q, that level the channels: max |Q|^alpha / max |K|^(1 - alpha).
+
+    SmoothQuant's rule (arXiv 2211.10438). Made of `query_maxima` and `key_maxima`.
     """
-    heads = k.shape[1]
-    q_largest = q.float().abs().amax(dim=2, keepdim=True).unflatten(1, (heads, -1)).amax(dim=2)
-    k_largest = k.float().abs().amax(dim=2, keepdim=True)
-    return _or_one((q_largest / k_largest).sqrt())
+    return _or_one(q_largest**alpha / k_largest ** (1 - alpha))
 
 
-def rope_pair_balance(k: Tensor) -> Tensor:
-    """Factors `[B, H_kv, 1, D]` for K, divided out of Q, one for the two channels that RoPE turns together.
+def rope_pair_factors(norms: Tensor, k_largest: Tensor, alpha: float = 8.0, beta: float = 8.0, top_k: int = 0) -> Tensor:
+    """Factors `[..., D]` for K, divided out of Q: `alpha / norm`, one for both channels that RoPE turns together.
 
-    FireQ's normalization (arXiv 2505.20839, 3.3): alpha over the largest norm of the pair (f, f + D/2). RoPE keeps that norm,
-    so the factors are those before it.
+    The `top_k` channels of the largest magnitudes and their partners take `beta / max |K|`, a factor each, instead. FireQ's
+    normalization before RoPE and scaling after it (arXiv 2505.20839, 3.3); as RoPE keeps norms, both are known after it. Made
+    of `pair_norms` `[..., D/2]` and `key_maxima` `[..., D]`.
     """
-    first, second = k.float().chunk(2, dim=-1)
-    norm = torch.hypot(first, second).amax(dim=2, keepdim=True)
-    return _or_one(ROPE_PAIR_LARGEST / norm).repeat(1, 1, 1, 2)
+    factors = torch.cat([alpha / norms] * 2, dim=-1)
+    if top_k:
+        chosen = torch.zeros_like(factors, dtype=torch.bool).scatter(-1, k_largest.topk(top_k, dim=-1).indices, True)
+        chosen = chosen | chosen.roll(norms.shape[-1], dims=-1)
+        factors = torch.where(chosen, beta / k_largest, factors)
+    return _or_one(factors)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _or_one(factor: Tensor) -> Tensor:
@@ -95,8 +112,8 @@ class Frame:
         return self.rotated or bool(self.tensors())
 
     def apply(self, x: Tensor) -> Tensor:
-        """`x` in this frame, float32."""
-        y = x.float()
+        """`x` in this frame, float32; float64 stays that."""
+        y = _wide(x)
         if self.offset is not None:
             y = y - self.offset_of_tokens(x.shape[2])
         if self.balance is not None:

@@ -10,15 +10,16 @@ from tokquant.errors import UnsupportedError
 from tokquant.inputs import check_tensors, features_of
 from tokquant.kernels import tuning
 from tokquant.kernels.tuning import Tuned
-from tokquant.schemes import QuantScheme, resolve
+from tokquant.schemes import QuantScheme, SchemeMap, resolve
 
 
 def tune(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scheme: QuantScheme | str,
+    scheme: QuantScheme | SchemeMap | str,
     *,
+    layer: str | None = None,
     causal: bool = False,
     scale: float | None = None,
     mask: Tensor | None = None,
@@ -39,13 +40,13 @@ def tune(
 
     Args are as for `attention`. Raises as it does; UnsupportedError where there is no GPU.
     """
-    scheme = resolve(scheme)
+    found = resolve(scheme, layer)
     check_tensors(q, k, v)
     features = features_of(q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     need_gpu(q.device)
     with torch.no_grad():
-        operands = quantize(q, k, v, scheme, scales=scales, backend="triton")
-    return tuning.tune(operands, scheme, features, return_lse=return_lse, repeats=repeats)
+        operands = quantize(q, k, v, found, scales=scales, backend="triton")
+    return tuning.tune(operands, found, features, return_lse=return_lse, repeats=repeats)  # type: ignore[arg-type]
 
 
 def need_gpu(device: torch.device) -> None:

@@ -6,14 +6,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tokquant.attention import RUN, Backend, check_scales, choose_backend, quantized
+from tokquant.attention import RUN, Backend, Scheme, check_heads, check_scales, choose_backend, quantized, ranges, scheme_of
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import quote
 from tokquant.inputs import check_tensors, features_of
 from tokquant.kernels import launch, sequences
 from tokquant.operators import operator
-from tokquant.schemes import QuantScheme, resolve
+from tokquant.reference import Features
+from tokquant.schemes import HeadSchemes, QuantScheme
+
+Spans = list[tuple[slice, slice]]
 
 
 # lengths are read on the CPU, where no CUDA graph can wait for them
@@ -25,8 +28,9 @@ def attention_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scheme: QuantScheme | str,
+    scheme: Scheme,
     *,
+    layer: str | None = None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen_q: int | None = None,
@@ -46,7 +50,7 @@ def attention_varlen(
 
     Args:
         q: `[T_q, H_q, D]`, the tokens of all sequences. k, v: `[T_k, H_kv, D]`.
-        scheme: a QuantScheme, a preset's name, or the path of a YAML file.
+        scheme, layer: as for `attention`.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 `[B + 1]`: sequence b has the tokens from entry b to entry b + 1, the first
             being 0 and the last T. They are read on the CPU, which waits for a GPU that still computes them.
         max_seqlen_q, max_seqlen_k: the longest sequences; found where None.
@@ -58,7 +62,7 @@ def attention_varlen(
 
     Raises: as `attention`.
     """
-    scheme = resolve(scheme)
+    found = scheme_of(scheme, layer, scales)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: a {type(x).__name__}; give a torch.Tensor [tokens, heads, head_dim]")
@@ -66,7 +70,10 @@ def attention_varlen(
             raise ValueError(f"{name}: shape {list(x.shape)} has {x.ndim} dimensions; give [tokens, heads, head_dim]")
     whole = [x.transpose(0, 1)[None] for x in (q, k, v)]
     check_tensors(*whole)
-    check_scales(scheme, scales)
+    if isinstance(found, HeadSchemes):
+        check_heads(found, k.shape[1], scales)
+    else:
+        check_scales(found, scales)
     starts_q = _starts("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
     starts_k = _starts("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
     if len(starts_q) != len(starts_k):
@@ -75,25 +82,49 @@ def attention_varlen(
     chosen = choose_backend(backend, q.device)
     if features.bias is not None:
         features.bias.of_sequence(slice(0), slice(0))  # one that has no parts says so
-    parts: list[launch.Operands | None] = []
+    starts = tuple(torch.tensor(each, dtype=torch.int32) for each in (starts_q, starts_k))
     spans = [(slice(*q_ends), slice(*k_ends)) for q_ends, k_ends in zip(pairwise(starts_q), pairwise(starts_k), strict=True)]
+    rest = spans, starts, scales, chosen, return_lse, deterministic
+    if isinstance(found, HeadSchemes):
+        q, k, v = whole
+        each = [
+            _attend([q[:, rows], k[:, heads], v[:, heads]], own, features.of_heads(rows), *rest)
+            for rows, heads, own in ranges(found, q, k)
+        ]
+        out, lse = (None if x[0] is None else torch.cat(x, dim=1) for x in zip(*each, strict=True))
+    else:
+        out, lse = _attend(whole, found, features, *rest)
+    out = out[0].transpose(0, 1)  # type: ignore[index]
+    return (out, lse[0].transpose(0, 1)) if return_lse else out  # type: ignore[index]
+
+
+def _attend(
+    whole: list[Tensor],
+    scheme: QuantScheme,
+    features: Features,
+    spans: Spans,
+    starts: tuple[Tensor, ...],
+    scales: LayerScales | None,
+    chosen: str,
+    return_lse: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Output and LSE of heads that take one scheme."""
+    parts: list[launch.Operands | None] = []
     for queries, keys in spans:
         own = whole[0][:, :, queries], whole[1][:, :, keys], whole[2][:, :, keys]
         empty = any(0 in x.shape for x in own)
-        parts.append(None if empty else quantized(*own, scheme, scales, chosen))
+        parts.append(None if empty else quantized(*own, scheme, scales, chosen))  # type: ignore[arg-type]
     if chosen == "triton" and any(part is not None for part in parts):
-        starts = tuple(torch.tensor(each, dtype=torch.int32) for each in (starts_q, starts_k))
-        out, lse = sequences.attention(parts, starts, scheme, features, return_lse, deterministic)  # type: ignore[arg-type]
-    else:
-        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device).transpose(0, 1)[None]
-        lse = torch.full(out.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
-        for part, (queries, keys) in zip(parts, spans, strict=True):
-            if part is not None:
-                own_bias = features.bias and features.bias.of_sequence(queries, keys)
-                alone = RUN[chosen](*part, scheme, replace(features, bias=own_bias), True, deterministic)
-                out[:, :, queries], lse[:, :, queries] = alone
-    out = out[0].transpose(0, 1)
-    return (out, lse[0].transpose(0, 1)) if return_lse else out  # type: ignore[index]
+        return sequences.attention(parts, starts, scheme, features, return_lse, deterministic)  # type: ignore[arg-type]
+    out = torch.zeros_like(whole[0])
+    lse = torch.full(out.shape[:3], -torch.inf, dtype=torch.float32, device=out.device)
+    for part, (queries, keys) in zip(parts, spans, strict=True):
+        if part is not None:
+            own_bias = features.bias and features.bias.of_sequence(queries, keys)
+            alone = RUN[chosen](*part, scheme, replace(features, bias=own_bias), True, deterministic)
+            out[:, :, queries], lse[:, :, queries] = alone
+    return out, lse
 
 
 def _starts(name: str, given: object, tokens: int, longest_name: str, longest: int | None) -> list[int]:

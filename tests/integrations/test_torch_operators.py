@@ -104,11 +104,27 @@ def test_a_scheme_in_a_module_is_found_once(written, tmp_path, monkeypatch):
     layer, counter = Layer(), CompileCounter()
     expected, run = layer(q), compiled(layer, counter)
     assert agree(run(q), expected)
-    monkeypatch.setattr("tokquant.operators.resolve", None)
+    monkeypatch.setattr("tokquant.operators.of_layer", None)
     assert agree(run(q), expected) and counter.frame_count == 1
     monkeypatch.undo()
     layer.scheme = "int4"
     assert agree(run(q), tq.attention(q, k, v, "int4", backend="reference")) and counter.frame_count == 2
+
+
+def test_a_map_of_layers_and_heads_goes_into_a_graph():
+    q, k, v = qkv()
+    heads = tq.HeadSchemes(((1, tq.preset("int8")), (1, MINE)))
+    schemes = tq.SchemeMap((("layers.0", tq.preset("int4")), ("layers.*", heads)))
+
+    def call(q, layer):
+        return tq.attention(q, k, v, schemes, layer=layer, causal=True, backend="reference")
+
+    for layer, own in (("layers.0", "int4"), ("layers.7", heads)):
+        assert agree(compiled(call)(q, layer), call(q, layer))
+        assert agree(call(q, layer), tq.attention(q, k, v, own, causal=True, backend="reference"))
+    scales = tq.LayerScales("layers.7", {"k_scale": torch.ones(2, 1, 1), "v_scale": torch.ones(2, 1, 1)}, tq.preset("kv-fp8"))
+    with pytest.raises(tq.ScalesError, match="no scheme of these heads has a use for them"):
+        compiled(lambda q: tq.attention(q, k, v, schemes, scales=scales))(q)
 
 
 def test_lengths_that_change_compile_once():
@@ -220,7 +236,7 @@ def test_an_exported_program_holds_the_operator_and_the_whole_scheme(strict):
     program = torch.export.export(Layer(), operands, strict=strict)
     [call] = [node for node in program.graph.nodes if node.target is torch.ops.tokquant.attention.default]
     written = call.kwargs.get("scheme", call.args[3:] and call.args[3])
-    assert operators.scheme_of(written) == MINE
+    assert operators.of_document(written) == MINE
     assert agree(program.module()(*operands), Layer()(*operands))
 
 

@@ -8,9 +8,8 @@ from factories import bounds, exact_operands, qkv
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.kernels.pages import TritonPages
 from tokquant.pages import attention_by_reading
-from tokquant.quantize import queries
+from tokquant.quantize import frame_of_queries, queries
 from tokquant.reference import oracle
-from tokquant.transforms import Frame
 
 
 def some_scales(made, heads, d):
@@ -23,6 +22,8 @@ def some_scales(made, heads, d):
         value = torch.rand(shape, generator=generator)
         if name.endswith("_offset"):
             tensors[name] = torch.randn(heads, 1, d, generator=generator)
+        elif name.endswith("_balance"):
+            tensors[name] = 0.2 + 4 * torch.rand(heads, 1, d, generator=generator)
         else:
             tensors[name] = -2 - value if name.endswith("_zero") else (0.1 + value) * 6 / (made.k.format.largest or 1)
     return LayerScales("layer", tensors) if tensors else None
@@ -49,8 +50,8 @@ class Filled:
         """Q, K and V of one sequence as `tokquant.attention` takes them."""
         store = self.store
         k, v = store.read(self.table[b], int(self.lengths[b]))
-        frame = Frame(rotated=store.scheme.rotate == "hadamard")
-        q = queries(self.q[b : b + 1], frame, k, store.scheme, store.scales)
+        q = self.q[b : b + 1]
+        q = queries(q, frame_of_queries(q, k, k.frame), k, store.scheme, store.scales)
         return tuple(replace(x, scheme=store.scheme) for x in (q, k, v))
 
 

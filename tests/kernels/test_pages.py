@@ -21,6 +21,11 @@ FIREQ = preset("fireq").model_copy(update={"balance": "none"})
 SCHEMES = {
     **{name: preset(name) for name in ("kv-fp8", "kv-int8", "kv-int4", "kv-int4-kivi", "kv-int2-kivi")},
     "fireq without its balance": FIREQ,
+    "fireq, calibrated": tq.QuantScheme(**FIREQ.model_dump() | {"balance": {"rope_pairs": {"scale": "static"}}}),
+    "fireq, calibrated, less an offset, rotated": scheme(
+        "fp8_e4m3", "int4 static_offset", "int4", "fp8_e4m3",
+        rotate="hadamard", balance={"channel": {"scale": "static"}},
+    ),
     "unsigned p on values of a token": scheme("int8", "int4", "int4", "uint8 row_block:64"),
     "int2 a token": scheme("int8", "int2 asymmetric", "int2", "int8 row_block:32"),
     "blocks of both with zeros, rotated": scheme(

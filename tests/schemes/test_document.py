@@ -154,6 +154,16 @@ probabilities = st.fixed_dictionaries(
 )
 sizes = st.integers(0, 2**20)
 rest = {key: st.sampled_from(["none", value]) for key, value in SINGLE.items()} | {
+    "balance": st.sampled_from(["none", "channel", "rope_pairs"])
+    | st.fixed_dictionaries(
+        {},
+        optional={
+            "alpha": st.floats(1e-4, 1),
+            "beta": st.floats(1e-4, 1e4),
+            "top_k": st.integers(0, 64),
+            "scale": st.just("static"),
+        },
+    ).map(lambda parameters: {"rope_pairs": parameters}),
     "name": st.from_regex(r"[a-z0-9][a-z0-9._-]{0,8}", fullmatch=True),
     "normalizer": st.sampled_from(["exact", "quantized"]),
     "cache": st.fixed_dictionaries({}, optional={"sink": sizes, "recent": sizes, "page": st.sampled_from([16, 128, 1024])}),

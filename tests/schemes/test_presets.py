@@ -48,7 +48,7 @@ TABLE = {
         "int4 token, fp8_e4m3 scales",
         "int4 token, fp8_e4m3 scales",
         "fp8_e4m3 unit",
-        {"balance": "rope_pairs"},
+        {"balance": {"rope_pairs": {"top_k": 8}}},
     ),
 }
 

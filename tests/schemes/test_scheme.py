@@ -43,6 +43,8 @@ ACCEPTED = [
     *({"q": {"smooth": smooth}} for smooth in ("none", "block_mean")),
     *({key: value} for key in ("rotate", "rotate_v") for value in ("none", "hadamard")),
     *({"balance": value} for value in ("none", "channel", "rope_pairs")),
+    *({"balance": {"channel": value}} for value in ({"alpha": 0}, {"alpha": 1}, {"scale": "static", "alpha": 0.25})),
+    *({"balance": {"rope_pairs": value}} for value in ({"scale": "static"}, {"alpha": 4, "beta": 0.5, "top_k": 3})),
     *({"normalizer": value} for value in ("exact", "quantized")),
     *({"cache": value} for value in (None, {}, {"sink": 4, "recent": 0, "page": 16}, {"recent": 2**20})),
     *({"name": value} for value in ("custom", "a", "8", "kv-int4.v2_b", "x" * 64)),
@@ -79,6 +81,8 @@ CHANGES = {
     "v": [{"granularity": "head"}, {"granularity": "head", "scale": "static"}, {"granularity": {"channel_block": 128}}],
     "p": [{"precision": "uint8"}, {"granularity": {"row_block": 128}}, {"granularity": {"row_block": 64}}],
     "cache": [{}, {"sink": 1}, {"recent": 1}, {"page": 64}],
+    "balance": ["rope_pairs", {"channel": {"alpha": 0.25}}, {"channel": {"scale": "static"}}]
+    + [{"rope_pairs": value} for value in ({"alpha": 4}, {"beta": 4}, {"top_k": 1}, {"scale": "static"})],
 }
 SINGLE = {"rotate": "hadamard", "rotate_v": "hadamard", "balance": "channel", "normalizer": "quantized"}
 
@@ -93,6 +97,15 @@ def test_schemes_that_differ_in_any_field_differ_in_digest_and_are_not_equal():
 def test_a_default_written_out_changes_neither_equality_nor_hash_nor_digest():
     short, long = scheme(), QuantScheme(**scheme().model_dump(mode="json"))
     assert (short, hash(short), short.digest()) == (long, hash(long), long.digest())
+
+
+@pytest.mark.parametrize("word", ["channel", "rope_pairs"])
+def test_a_balance_whose_parameters_are_the_defaults_is_the_plain_word(word):
+    defaults = {"scale": "dynamic", "alpha": 0.5} if word == "channel" else {"alpha": 8, "beta": 8.0, "top_k": 0}
+    short = scheme(balance=word)
+    for long in (scheme(balance={word: defaults}), scheme(balance={word: {}}), scheme(balance=short.balance)):
+        assert (long, hash(long), long.digest()) == (short, hash(short), short.digest())
+        assert long.model_dump(mode="json")["balance"] == long.model_dump()["balance"] == word
 
 
 def test_a_name_changes_equality_but_not_the_digest():
@@ -143,6 +156,28 @@ REFUSED = {
     "mean of q": ({"q": {"smooth": "mean"}}, "q.smooth: 'mean' is not accepted; use 'none' or 'block_mean'"),
     "scale_dtype bf16": ({"k": {"scale_dtype": "bf16"}}, "k.scale_dtype: 'bf16' is not accepted; use 'fp32', 'fp16'"),
     "another case": ({"rotate": "Hadamard"}, "rotate: 'Hadamard' is not accepted", "did you mean 'hadamard'"),
+    "a balance that is near": (
+        {"balance": "chanel"},
+        "balance: no balance 'chanel'; use none, channel",
+        "did you mean 'channel'",
+    ),
+    "two balances": ({"balance": {"channel": {}, "rope_pairs": {}}}, "balance: no balance {'channel': {}, 'rope_pairs': {}}"),
+    "no balance in particular": ({"balance": {}}, "balance: no balance {}; use none", "{rope_pairs: {...}}"),
+    "a balance with a number": ({"balance": {"channel": 0.5}}, "balance.channel: 0.5 is not accepted; write a mapping such as"),
+    "an unknown key of a balance": (
+        {"balance": {"channel": {"top_k": 1}}},
+        "balance.channel.top_k: unknown key; use scale, alpha",
+    ),
+    "alpha beyond 1": ({"balance": {"channel": {"alpha": 1.5}}}, "balance.channel.alpha: 1.5 is not accepted", "equal to 1"),
+    "alpha NaN": ({"balance": {"channel": {"alpha": float("nan")}}}, "balance.channel.alpha: nan is not accepted", "finite"),
+    "alpha zero": ({"balance": {"rope_pairs": {"alpha": 0}}}, "balance.rope_pairs.alpha: 0 is not accepted", "0.0001"),
+    "alpha as text": ({"balance": {"rope_pairs": {"alpha": "8"}}}, "balance.rope_pairs.alpha: '8' is not accepted", "number"),
+    "half a channel": ({"balance": {"rope_pairs": {"top_k": 1.5}}}, "balance.rope_pairs.top_k: 1.5 is not accepted", "integer"),
+    "a scale of neither kind": ({"balance": {"rope_pairs": {"scale": "statc"}}}, "scale: 'statc'", "did you mean 'static'"),
+    "a key of a balance that is no word": (
+        {"balance": {"channel": {1: 2}}},
+        "balance.channel: the key 1; keys are plain words",
+    ),
     "page 100": ({"cache": {"page": 100}}, "cache.page: 100 is not accepted; use a power of two"),
     "page 64.0": ({"cache": {"page": 64.0}}, "cache.page: 64.0 is not accepted"),
     "a negative sink": ({"cache": {"sink": -1}}, "cache.sink: -1 is not accepted", "greater than or equal to 0"),
@@ -199,6 +234,17 @@ def test_the_json_schema_gives_defaults_as_they_are_written():
     parts = QuantScheme.model_json_schema()["$defs"]
     defaults = {model: part["properties"]["granularity"]["default"] for model, part in parts.items() if model != "Cache"}
     assert defaults == {"Queries": "token", "Keys": "token", "Values": "token", "Probabilities": "unit"}
+
+
+def test_the_json_schema_has_the_parameters_of_each_balance():
+    words, *rules = QuantScheme.model_json_schema()["properties"]["balance"]["anyOf"]
+    assert words["enum"] == ["none", "channel", "rope_pairs"]
+    parameters = {kind: part for rule in rules for kind, part in rule["properties"].items()}
+    assert {kind: list(part["properties"]) for kind, part in parameters.items()} == {
+        "channel": ["scale", "alpha"],
+        "rope_pairs": ["scale", "alpha", "beta", "top_k"],
+    }
+    assert all(part["additionalProperties"] is False for part in (*parameters.values(), *rules))
 
 
 @pytest.mark.parametrize("place", ["granularity", "smooth", "unknown"])

@@ -32,6 +32,10 @@ class Bias(ABC):
     def of_sequence(self, queries: slice, keys: slice) -> "Bias":
         """Its part for one of several sequences that lie one after another. Raises ValueError where it has none."""
 
+    @abstractmethod
+    def of_heads(self, heads: slice) -> "Bias":
+        """Its part for some heads of Q, once it is expanded."""
+
     def tensors(self) -> list[Tensor]:
         """What it keeps in memory."""
         return [x for x in vars(self).values() if isinstance(x, Tensor)]
@@ -53,6 +57,9 @@ class Alibi(Bias):
     def of_sequence(self, queries: slice, keys: slice) -> "Alibi":
         return self
 
+    def of_heads(self, heads: slice) -> "Alibi":
+        return replace(self, slopes=self.slopes[heads])
+
     def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
         i = torch.arange(rows.start, rows.stop, device=self.slopes.device)[:, None] + (n_k - n_q)
         j = torch.arange(keys.start, keys.stop, device=self.slopes.device)
@@ -72,6 +79,9 @@ class KeyVector(Bias):
 
     def of_sequence(self, queries: slice, keys: slice) -> "KeyVector":
         return replace(self, values=self.values[..., keys])
+
+    def of_heads(self, heads: slice) -> "KeyVector":
+        return replace(self, values=self.values[:, heads])
 
     def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
         return self.values[..., None, keys].to(dtype)
@@ -101,6 +111,9 @@ class LowRank(Bias):
     def of_sequence(self, queries: slice, keys: slice) -> "LowRank":
         return replace(self, q_factors=self.q_factors[..., queries, :], k_factors=self.k_factors[..., keys, :])
 
+    def of_heads(self, heads: slice) -> "LowRank":
+        return replace(self, q_factors=self.q_factors[:, heads], k_factors=self.k_factors[:, heads])
+
     def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
         return self.q_factors[..., rows, :].to(dtype) @ self.k_factors[..., keys, :].to(dtype).mT
 
@@ -118,6 +131,9 @@ class Dense(Bias):
 
     def of_sequence(self, queries: slice, keys: slice) -> "Dense":
         raise ValueError("bias: a dense one would be mostly of pairs in different sequences; give each sequence to attention")
+
+    def of_heads(self, heads: slice) -> "Dense":
+        return replace(self, values=self.values[:, heads])
 
     def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
         return self.values[..., rows, keys].to(dtype)

@@ -11,8 +11,8 @@ from tokquant.schemes.scheme import SCALE_TYPES
 
 
 def needed(scheme: QuantScheme) -> list[str]:
-    """The tensors a layer needs for `scheme`: some of `q_scale k_scale k_zero k_offset v_scale v_zero v_offset`."""
-    names = []
+    """The tensors a layer needs for `scheme`: some of `q_scale k_balance k_scale k_zero k_offset v_scale v_zero v_offset`."""
+    names = ["k_balance"] if scheme.balance != "none" and scheme.balance.scale == "static" else []
     for operand in (scheme.q, scheme.k, scheme.v):
         if operand.scale == "static":
             names += [f"{operand.role}_scale"] + ([] if operand.symmetric else [f"{operand.role}_zero"])
@@ -23,10 +23,10 @@ def needed(scheme: QuantScheme) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class LayerScales:
-    """The static scales, zeros and offsets of one layer, by name (`k_scale`, `k_zero`, `k_offset` ...).
+    """The static scales, zeros, offsets and factors of one layer, by name (`k_scale`, `k_zero`, `k_offset`, `k_balance` ...).
 
     Shapes are those of the granularity without the batch: tensor `[1, 1, 1]`, head `[H, 1, 1]`, channel `[H, 1, D]`; offsets
-    `[H, 1, D]`.
+    and K's factors of balance `[H, 1, D]`.
     """
 
     layer: str
@@ -39,27 +39,32 @@ class LayerScales:
             self.check(self.scheme)
 
     @classmethod
-    def checked_before(cls, layer: str, names: Sequence[str], tensors: Sequence[Tensor], scheme: QuantScheme) -> "LayerScales":
+    def checked_before(
+        cls, layer: str, names: Sequence[str], tensors: Sequence[Tensor], scheme: QuantScheme | None
+    ) -> "LayerScales":
         """Scales that were taken apart. Their values are not read again, which would wait for a GPU.
 
         Raises ScalesError for other names or shapes than `scheme` needs.
         """
         made = cls(layer, dict(zip(names, tensors, strict=True)))
-        made.check_form(scheme)
-        object.__setattr__(made, "scheme", scheme)
+        if scheme is not None:
+            made.check_form(scheme)
+            object.__setattr__(made, "scheme", scheme)
         return made
 
     def check(self, scheme: QuantScheme) -> None:
-        """Raise ScalesError unless these are just what `scheme` needs: finite, and scales above zero."""
+        """Raise ScalesError unless these are just what `scheme` needs: finite, and scales and factors above zero."""
         self.check_form(scheme)
         for name, value in self.tensors.items():
-            if not name.endswith("_offset"):
+            if name.endswith(("_scale", "_zero")):
                 spec: Operand = getattr(scheme, name[0])
                 value = value.to(SCALE_TYPES[spec.scale_dtype])  # as it will be used
             if not bool(value.float().isfinite().all()):
                 raise ScalesError(f"{self.layer}.{name}: holds a value that is not finite")
             if name.endswith("_scale") and not bool((value.float() > 0).all()):
                 raise ScalesError(f"{self.layer}.{name}: holds a scale that is not above zero")
+            if name.endswith("_balance") and not bool(((value.float() > 0) & (1 / value.float()).isfinite()).all()):
+                raise ScalesError(f"{self.layer}.{name}: holds a factor that is not above zero")
 
     def check_form(self, scheme: QuantScheme) -> None:
         """Raise ScalesError unless names, types and shapes are those that `scheme` needs."""
@@ -77,9 +82,8 @@ class LayerScales:
             if not value.dtype.is_floating_point:
                 raise ScalesError(f"{self.layer}.{name}: {value.dtype} is no type for it; use a floating-point type")
             if value.ndim != 3 or any(size != 1 for size, free in zip(value.shape, _free(name, spec), strict=True) if not free):
-                raise ScalesError(
-                    f"{self.layer}.{name}: shape {list(value.shape)} is not {_shape(name, spec)} of {spec.granularity}"
-                )
+                of = f" of {spec.granularity}" if name.endswith(("_scale", "_zero")) else ""
+                raise ScalesError(f"{self.layer}.{name}: shape {list(value.shape)} is not {_shape(name, spec)}{of}")
 
     def scale(self, spec: Operand, x: Tensor) -> Tensor:
         """The scale of an operand `[B, H, N, D]`, with a batch dimension, where the operand is."""
@@ -98,6 +102,11 @@ class LayerScales:
         b, h, _, d = x.shape
         return self._fitted(f"{spec.role}_offset", (b, h, 1, d), x)
 
+    def balance(self, k: Tensor) -> Tensor:
+        """The factors `[B, H, 1, D]` of K `[B, H, N, D]`, divided out of Q; float32."""
+        b, h, _, d = k.shape
+        return self._fitted("k_balance", (b, h, 1, d), k).float()
+
     def _fitted(self, name: str, shape: tuple[int, ...], x: Tensor) -> Tensor:
         value = self.tensors[name]
         if tuple(value.shape) != shape[1:]:
@@ -110,7 +119,7 @@ class LayerScales:
 
 def _free(name: str, spec: Operand) -> tuple[bool, bool, bool]:
     """Which of the three dimensions may be other than 1."""
-    if name.endswith("_offset"):
+    if name.endswith(("_offset", "_balance")):
         return (True, False, True)
     return (spec.granularity.kind != "tensor", False, spec.granularity.kind == "channel")
 

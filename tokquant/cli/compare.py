@@ -16,7 +16,7 @@ from tokquant.errors import SchemeError
 from tokquant.evaluation.compare import Comparison
 from tokquant.evaluation.compare import compare as compare_layer
 from tokquant.files import write_atomically
-from tokquant.schemes import QuantScheme, preset_names, resolve
+from tokquant.schemes import QuantScheme, SchemeMap, preset_names, read, resolve
 
 COLUMNS = {
     "cosine": "cosine",
@@ -52,7 +52,7 @@ def compare(
     layers = options.Layers(input, device)
     calibrated = [layers.scales(path) for path in scales or []]
     fixed: list[Scales | None] = [None] * len(schemes) if schemes else []
-    chosen = [resolve(scheme) for scheme in schemes] if schemes else []
+    chosen: list[QuantScheme | SchemeMap] = [read(scheme) for scheme in schemes] if schemes else []
     if not schemes:
         head_dim = next(iter(layers.file.values()))[0].shape[-1]
         chosen = [scheme for name in preset_names() if not needed(scheme := resolve(name)) and _fits(scheme, head_dim)]
@@ -63,7 +63,7 @@ def compare(
     for name, (q, k, v) in layers.each("layers"):
         with layers.naming(name):
             own = [None if each is None else each[name] for each in fixed]
-            compared = compare_layer(q, k, v, chosen, scales=own, backend=backend, causal=causal, repeats=repeats)
+            compared = compare_layer(q, k, v, chosen, layer=name, scales=own, backend=backend, causal=causal, repeats=repeats)
         for place, result in enumerate(compared):
             results[place].append(result)
     rows = [{"scheme": scheme.name, **_summary(each)} for scheme, each in zip(chosen, results, strict=True)]

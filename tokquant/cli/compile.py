@@ -18,6 +18,7 @@ from tokquant.kernels.tuning import prune
 
 def compile(
     scheme: Annotated[str, typer.Argument(help="A preset or the path of a YAML file.")] = "int8",
+    layer: options.Layer = None,
     head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 128,
     target: Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")] = "sm_90",
     causal: options.Causal = False,
@@ -35,6 +36,7 @@ def compile(
     """
     kernel = compile_kernel(
         scheme,
+        layer=layer,
         head_dim=head_dim,
         causal=causal,
         shared_heads=shared_heads,

@@ -1,6 +1,6 @@
 """Options that mean the same in every command."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from tokquant.cli import output
 from tokquant.errors import nearest, quote
 from tokquant.export import load_scales
 
-SCHEME = typer.Option("--scheme", "-s", help="A preset (see `tokquant schemes`) or the path of a YAML file.")
+SCHEME = typer.Option("--scheme", "-s", help="A preset (see `tokquant schemes`), or the YAML file of a scheme or scheme map.")
 Scheme = Annotated[str, SCHEME]
 Input = Annotated[
     Path | None,
@@ -30,6 +30,7 @@ ScaleFile = Annotated[
 Backend = Annotated[Any, typer.Option("--backend", help="auto, triton, cpu or reference.")]
 Causal = Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own place, counted from the end.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; medians are shown.")]
+Layer = Annotated[str | None, typer.Option("--layer", help="Which layer, where the scheme is a map of layers.")]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the tensors: fp16, bf16 or fp32.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -57,7 +58,7 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-class Layers:
+class Layers(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
     """The layers of an activation file, or of the sample, on a device. What is wrong with one names the file and the layer."""
 
     def __init__(self, path: Path | None, device: str | None = None):
@@ -65,12 +66,21 @@ class Layers:
         self.name = self.file.path.name
         self.device = device_of(device)
 
+    def __getitem__(self, layer: str) -> tuple[Tensor, Tensor, Tensor]:
+        with self.naming(layer):
+            q, k, v = (x.to(self.device) for x in self.file[layer])
+        return q, k, v
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file)
+
+    def __len__(self) -> int:
+        return len(self.file)
+
     def each(self, what: str) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
         """Name and Q, K, V of each layer, with a progress bar."""
         for name in output.progress(self.file, what, len(self.file)):
-            with self.naming(name):
-                q, k, v = (x.to(self.device) for x in self.file[name])
-            yield name, (q, k, v)
+            yield name, self[name]
 
     @contextmanager
     def naming(self, layer: str) -> Iterator[None]:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from tokquant.cli import options, output
 from tokquant.evaluation.compare import compare
-from tokquant.schemes import resolve
+from tokquant.schemes import read
 
 
 def run(
@@ -27,7 +27,7 @@ def run(
     """
     layers = options.Layers(input, device)
     calibrated = None if scales is None else layers.scales(scales)
-    resolved = resolve(scheme or (calibrated.scheme if calibrated else "int8"))
+    resolved = read(scheme or (calibrated.scheme if calibrated else "int8"))
     if calibrated and resolved != calibrated.scheme:
         raise ValueError(f"--scheme {scheme} is not what {scales} was calibrated for ({calibrated.scheme.name}); leave one out")
     rows = []
@@ -35,7 +35,8 @@ def run(
         with layers.naming(name):
             own = None if calibrated is None else calibrated[name]
             rows += [
-                (name, r) for r in compare(q, k, v, [resolved], scales=own, backend=backend, causal=causal, repeats=repeats)
+                (name, r)
+                for r in compare(q, k, v, [resolved], layer=name, scales=own, backend=backend, causal=causal, repeats=repeats)
             ]
     chosen = rows[0][1].backend
     if json:

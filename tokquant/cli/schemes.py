@@ -7,7 +7,7 @@ from rich.table import Table
 
 from tokquant.cli import options, output
 from tokquant.errors import SchemeError
-from tokquant.schemes import QuantScheme, preset_names, resolve
+from tokquant.schemes import QuantScheme, SchemeMap, preset_names, read, resolve
 from tokquant.schemes.presets import source
 
 
@@ -22,11 +22,11 @@ def schemes(
         output.print_json(QuantScheme.model_json_schema())
         return
     if name is not None:
-        scheme = resolve(name)
+        found = read(name)
         if json:
-            output.print_json(scheme.model_dump(mode="json"))
+            output.print_json(found.to_data() if isinstance(found, SchemeMap) else found.model_dump(mode="json"))
         else:
-            print(source(name) if name in preset_names() else scheme.to_yaml(), end="")
+            print(source(name) if name in preset_names() else found.to_yaml(), end="")
         return
     if json:
         output.print_json(

@@ -14,6 +14,7 @@ from tokquant.kernels.compile import compile
 
 def show(
     scheme: Annotated[str, typer.Argument(help="A preset or the path of a YAML file.")] = "int8",
+    layer: options.Layer = None,
     head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 64,
     causal: options.Causal = False,
     lse: Annotated[bool, typer.Option("--lse", help="With the log-sum-exp as a second output.")] = False,
@@ -21,7 +22,7 @@ def show(
     json: options.Json = False,
 ) -> None:
     """Print the Triton kernel of a scheme: the very text that is launched, which runs alone."""
-    kernel = compile(scheme, head_dim=head_dim, causal=causal, return_lse=lse, dtype=options.dtype_of(dtype))
+    kernel = compile(scheme, layer=layer, head_dim=head_dim, causal=causal, return_lse=lse, dtype=options.dtype_of(dtype))
     if json:
         output.print_json(
             {"scheme": kernel.scheme.name, "kernel": kernel.plan.name, "config": asdict(kernel.config), "source": kernel.source}

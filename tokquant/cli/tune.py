@@ -17,6 +17,7 @@ from tokquant.tune import tune as tune_call
 
 def tune(
     scheme: Annotated[str, typer.Argument(help="A preset or the path of a YAML file.")] = "int8",
+    layer: options.Layer = None,
     tokens: Annotated[list[int] | None, typer.Option("--tokens", min=1, help="Sequence lengths; repeat for more.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
     heads: Annotated[int, typer.Option("--heads", min=1, help="Of Q.")] = 32,
@@ -29,7 +30,7 @@ def tune(
     json: options.Json = False,
 ) -> None:
     """Time a kernel's candidates on random tensors of this shape and keep the fastest: attention then takes it."""
-    where, kind, resolved = options.device_of(device), options.dtype_of(dtype), resolve(scheme)
+    where, kind, resolved = options.device_of(device), options.dtype_of(dtype), resolve(scheme, layer)
     need_gpu(where)
     found = []
     for n in tokens or [1024, 4096, 16384]:

@@ -7,14 +7,14 @@ from functools import partial
 from torch import Tensor
 
 from tokquant import reference
-from tokquant.attention import Backend, attention, choose_backend, quantize
+from tokquant.attention import Backend, Scheme, attention, choose_backend, quantize
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import quote
 from tokquant.evaluation.peers import sdpa
 from tokquant.inputs import check_tensors, features_of
 from tokquant.metrics import Errors, errors
-from tokquant.schemes import QuantScheme, resolve
+from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap, of_layer
 from tokquant.timing import interleaved_medians
 
 
@@ -22,7 +22,7 @@ from tokquant.timing import interleaved_medians
 class Comparison:
     """What one scheme does to one layer's activations."""
 
-    scheme: QuantScheme
+    scheme: LayerScheme
     backend: str
     errors: Errors
     bits: Mapping[str, float]
@@ -39,8 +39,9 @@ def compare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    schemes: Sequence[QuantScheme | str],
+    schemes: Sequence[Scheme],
     *,
+    layer: str | None = None,
     causal: bool = False,
     scale: float | None = None,
     mask: Tensor | None = None,
@@ -55,16 +56,17 @@ def compare(
     """Run each scheme on q `[B, H_q, N_q, D]`, k and v `[B, H_kv, N_k, D]` and measure it.
 
     Args:
-        schemes: QuantSchemes, presets' names or paths.
+        schemes: QuantSchemes, presets' names, paths or SchemeMaps.
+        layer: which layer of maps this is.
         scales: one layer's scales for the schemes that need some, or a list with those of each scheme.
         repeats: timed runs of each.
         The rest is as for `attention`.
 
     Returns: one Comparison a scheme, in order. Raises as `attention` does.
     """
-    if isinstance(schemes, str | QuantScheme):
+    if isinstance(schemes, str | QuantScheme | SchemeMap):
         raise TypeError(f"schemes: {quote(schemes)} alone; give a list of them")
-    resolved = [resolve(scheme) for scheme in schemes]
+    resolved = [of_layer(scheme, layer) for scheme in schemes]
     check_tensors(q, k, v)
     arguments = dict(causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     features = features_of(q, k, **arguments)  # type: ignore[arg-type]
@@ -83,7 +85,7 @@ def compare(
                 scheme=scheme,
                 backend=choose_backend(backend, q.device),
                 errors=errors(out, exact),
-                bits={x.spec.role: x.bits_per_value for x in codes},
+                bits={role: x.bits_per_value for role, x in zip("qkv", codes, strict=True)},
                 ms=ms,
                 quantize_ms=quantize_ms,
                 sdpa_ms=sdpa_ms,
@@ -93,10 +95,10 @@ def compare(
 
 
 def _scales_of(
-    schemes: list[QuantScheme], scales: LayerScales | Sequence[LayerScales | None] | None
+    schemes: list[LayerScheme], scales: LayerScales | Sequence[LayerScales | None] | None
 ) -> Sequence[LayerScales | None]:
     if scales is None or isinstance(scales, LayerScales):
-        return [scales if needed(scheme) else None for scheme in schemes]
+        return [scales if isinstance(scheme, QuantScheme) and needed(scheme) else None for scheme in schemes]
     if len(scales) != len(schemes):
         raise ValueError(
             f"scales: {len(scales)} of them for {len(schemes)} schemes; give one for each, None where it needs none"

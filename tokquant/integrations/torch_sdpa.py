@@ -12,11 +12,11 @@ from torch.nn.functional import multi_head_attention_forward
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 from torch.overrides import TorchFunctionMode
 
-from tokquant.attention import Backend, check_scales, choose_backend
+from tokquant.attention import Backend, Scheme, check_scales, choose_backend, scheme_of
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError, nearest, quote
 from tokquant.inputs import check_no_grad
-from tokquant.schemes import QuantScheme, resolve
+from tokquant.schemes import QuantScheme
 from tokquant.sdpa import scaled_dot_product_attention
 
 Fallback = Literal["error", "warn", "silent"]
@@ -42,7 +42,7 @@ class quantized_sdpa(TorchFunctionMode):
 
     def __init__(
         self,
-        scheme: QuantScheme | str = "int8",
+        scheme: Scheme = "int8",
         *,
         scales: LayerScales | None = None,
         backend: Backend = "auto",
@@ -51,10 +51,11 @@ class quantized_sdpa(TorchFunctionMode):
         super().__init__()
         if fallback not in FALLBACKS:
             raise ValueError(f"fallback: {quote(fallback)}; use one of {', '.join(FALLBACKS)}{nearest(fallback, FALLBACKS)}")
-        scheme, self.fallback = resolve(scheme), fallback
-        check_scales(scheme, scales)
+        found, self.fallback = scheme_of(scheme, None, scales), fallback
+        if isinstance(found, QuantScheme):
+            check_scales(found, scales)
         choose_backend(backend, torch.device("meta"))  # for what it says of a name that is none
-        self._quantized = partial(scaled_dot_product_attention, scheme=scheme, scales=scales, backend=backend)
+        self._quantized = partial(scaled_dot_product_attention, scheme=found, scales=scales, backend=backend)
         self._multi_head = _with_attention(self._attend)
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:

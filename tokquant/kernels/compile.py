@@ -16,7 +16,7 @@ from tokquant.kernels.resources import Resources, measure
 from tokquant.kernels.roofline import Bandwidth, Prediction, bandwidth, predict
 from tokquant.kernels.signature import arguments
 from tokquant.kernels.targets import Target
-from tokquant.schemes import QuantScheme, resolve
+from tokquant.schemes import QuantScheme, SchemeMap, resolve
 from tokquant.schemes.appending import windows
 
 
@@ -76,8 +76,9 @@ class Kernel:
 
 
 def compile(
-    scheme: QuantScheme | str,
+    scheme: QuantScheme | SchemeMap | str,
     *,
+    layer: str | None = None,
     head_dim: int,
     causal: bool = False,
     window: bool = False,
@@ -96,6 +97,7 @@ def compile(
     """The kernel of a scheme, for `target` (sm_80, sm_90, gfx942 ...). It is compiled when `asm` is first read.
 
     Args:
+        layer: which layer of a SchemeMap.
         causal, window, mask, softcap, sinks, return_lse, varlen: the features it is to have.
         bias: its kind; factors of low rank have `bias_rank` columns of 16 bits.
         shared_heads: heads of Q to one of K and V.
@@ -104,7 +106,7 @@ def compile(
 
     Raises SchemeError, ValueError for a target that is none, UnsupportedError where scheme and target do not go together.
     """
-    scheme = resolve(scheme)
+    scheme = resolve(scheme, layer)
     chosen = targets.get(target)
     if dtype not in FLOAT_NAMES:
         raise TypeError(f"dtype: {dtype} is not supported; use torch.float16, torch.bfloat16 or torch.float32")

@@ -93,8 +93,9 @@ class Pool:
         """What all tokens share, for so many sequences."""
         x = self._known
         scale, zero = (None if each is None else each.expand(batch, -1, -1, -1) for each in (x.scale, x.zero))
-        offset = None if x.offset is None else x.offset.expand(batch, -1, -1, -1)
-        return replace(x, scale=scale, zero=zero, frame=replace(x.frame, offset=offset))
+        frame = x.frame
+        offset, balance = (None if each is None else each.expand(batch, -1, -1, -1) for each in (frame.offset, frame.balance))
+        return replace(x, scale=scale, zero=zero, frame=replace(frame, offset=offset, balance=balance))
 
     def write(self, x: Tensor, table: Table, lost: Tensor) -> None:
         """Quantize `[B, H_kv, n, D]` to where the table says."""
@@ -106,6 +107,7 @@ class Pool:
                 dtype=x.dtype,
                 step="both" if spec.scaled and not self.static else "codes",
                 offset_tokens=0 if frame.offset is None else WHOLE,
+                balanced=frame.balance is not None,
                 rotated=frame.rotated,
                 weighted=place(spec) == "p",
                 tokens_last=self.tokens_last,
@@ -124,7 +126,8 @@ class Pool:
             made = made._replace(
                 scale=scale, zero=zero, scale_batch=page, scale_head=sides.stride(1), scale_row=sides.stride(2)
             )
-        given = Turned(offset=None if frame.offset is None else frame.offset.contiguous())
+        offset, balance = (None if each is None else each.contiguous() for each in (frame.offset, frame.balance))
+        given = Turned(offset=offset, balance=balance)
         # n tokens that begin anywhere lie in one tile more, but for a single one
         grid = ((n + plan.tokens - 2) // plan.tokens + 1, heads, b)
         generate.load(plan)[grid](Source(x, *x.stride()), given, made, table, n, plan.tokens, **plan.options())

@@ -22,6 +22,7 @@ from tokquant.quantize import (
     asymmetric_scale,
     check_groups,
     for_query_heads,
+    frame_of_queries,
     frames,
     keys,
     log2_weight,
@@ -68,7 +69,7 @@ def quantize_queries(q: Tensor, k: QuantizedTensor, scheme: QuantScheme, scales:
     """Q in codes, for keys in codes of which only what all share is looked at. Nothing is waited for: a value that its type
     does not hold becomes an infinity."""
     with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
-        qq = _Run(scheme, scales).queries(q, Frame(rotated=scheme.rotate == "hadamard"), k)
+        qq = _Run(scheme, scales).queries(q, frame_of_queries(q, k, k.frame), k)
     return replace(qq, scheme=scheme)
 
 

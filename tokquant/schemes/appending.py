@@ -3,14 +3,6 @@
 from tokquant.errors import SchemeError
 from tokquant.schemes.scheme import Cache, QuantScheme
 
-BALANCES = {
-    "channel": "takes its factors from all tokens, later ones included; leave it out and use rotate: hadamard",
-    "rope_pairs": (
-        "takes its factors from all keys, later ones included; leave it out and multiply calibrated factors into the weights "
-        "that make Q and K, as FireQ does: RoPE keeps them"
-    ),
-}
-
 
 def windows(scheme: QuantScheme) -> Cache:
     """The scheme's 16-bit windows and page; where it has none, no windows and pages of 128 tokens."""
@@ -30,8 +22,10 @@ def unit(scheme: QuantScheme) -> int:
 def check_append_only(scheme: QuantScheme) -> None:
     """Raise SchemeError, naming each part that sees later tokens, unless tokens can be appended to codes of this scheme."""
     found = []
-    if scheme.balance != "none":
-        found.append(("balance", f"{scheme.balance} {BALANCES[scheme.balance]}"))
+    if scheme.balance != "none" and scheme.balance.scale == "dynamic":
+        kind = scheme.balance.kind
+        text = "takes its factors from all keys, later ones included; a cache takes calibrated ones"
+        found.append(("balance", f"{kind} {text}: {{{kind}: {{scale: static}}}}"))
     if scheme.q.smooth == "block_mean":
         found.append(("q.smooth", "block_mean multiplies K in 16 bits, which a cache does not keep; use none"))
     if scheme.q.granularity.kind == "tensor" and scheme.q.scaled and scheme.q.scale == "dynamic":

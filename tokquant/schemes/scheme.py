@@ -4,19 +4,24 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import core_schema
 
 from tokquant import precisions
 from tokquant.errors import SchemeError, quote
 from tokquant.files import write_atomically
-from tokquant.schemes import document, problems
+from tokquant.schemes import document
+from tokquant.schemes.balance import SchemeBalance
 from tokquant.schemes.granularity import OperandGranularity, PGranularity
+from tokquant.schemes.strict import Strict
+
+T = TypeVar("T")
 
 ScaleDtype = Literal["fp32", "fp16", "fp8_e4m3"]
 SCALE_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "fp8_e4m3": torch.float8_e4m3fn}
@@ -33,21 +38,6 @@ class PrecisionOf:
 
     def __get_pydantic_json_schema__(self, core: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"type": "string", "enum": precisions.names(self.role)}
-
-
-class Strict(BaseModel):
-    """A frozen model that refuses what it does not know, with a SchemeError that quotes it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-    def __init__(self, /, **data: Any):
-        for name, value in data.items():
-            if isinstance(value, dict) and (odd := [key for key in value if not isinstance(key, str)]):
-                raise SchemeError([(problems.printable(name), f"the key {quote(odd[0])}; keys are plain words")])
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise SchemeError(problems.explain(type(self), error)) from None
 
 
 class Operand(Strict):
@@ -176,7 +166,7 @@ class QuantScheme(Strict):
     p: Probabilities
     rotate: Literal["none", "hadamard"] = "none"
     rotate_v: Literal["none", "hadamard"] = "none"
-    balance: Literal["none", "channel", "rope_pairs"] = "none"
+    balance: SchemeBalance = "none"
     normalizer: Literal["exact", "quantized"] = "exact"
     cache: Cache | None = None
 
@@ -227,24 +217,15 @@ class QuantScheme(Strict):
     @classmethod
     def load(cls, path: str | os.PathLike) -> "QuantScheme":
         """A scheme from a YAML file. Raises SchemeError, also where the file cannot be read."""
-        path = Path(path)
-        try:
-            with open(path, "rb") as file:
-                text = file.read(document.LARGEST + 1)
-            scheme = cls.from_yaml(text)
-        except OSError as error:
-            raise SchemeError(f"{path}: {error.strerror}") from None
-        except ValueError as error:
-            if not isinstance(error, SchemeError):  # a path that no file system takes
-                raise SchemeError(f"{quote(str(path), 200)}: {error}") from None
-            raise SchemeError([(f"{path}: {place}" if place else str(path), text) for place, text in error.problems]) from None
-        return scheme if "name" in scheme.model_fields_set else scheme.model_copy(update={"name": _name_of(path)})
+        return load_document(path, cls.from_yaml).named_after(Path(path))
+
+    def named_after(self, path: Path) -> "QuantScheme":
+        """The scheme with its file's name, where it has none of its own."""
+        return self if "name" in self.model_fields_set else self.model_copy(update={"name": name_of(path)})
 
     def to_yaml(self) -> str:
         """The scheme as a YAML document that `from_yaml` reads back to an equal one."""
-        data = self.model_dump(mode="json", exclude_defaults=True)
-        flow = {key: _Flow(value) if isinstance(value, dict) else value for key, value in {"name": self.name, **data}.items()}
-        return yaml.dump(flow, Dumper=_Dumper, sort_keys=False, width=1000)
+        return write_yaml({"name": self.name, **self.model_dump(mode="json", exclude_defaults=True)})
 
     def dump(self, path: str | os.PathLike) -> None:
         """Write the scheme as YAML, atomically."""
@@ -260,9 +241,34 @@ class QuantScheme(Strict):
         return {role: getattr(self, role).bits_per_value(head_dim) for role in "qkv"}
 
 
-def _name_of(path: Path) -> str:
+def load_document(path: str | os.PathLike, parse: Callable[[bytes], T]) -> T:
+    """What `parse` makes of a YAML file. Raises SchemeError that names the file, also where it cannot be read."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            return parse(file.read(document.LARGEST + 1))
+    except OSError as error:
+        raise SchemeError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        if not isinstance(error, SchemeError):  # a path that no file system takes
+            raise SchemeError(f"{quote(str(path), 200)}: {error}") from None
+        raise SchemeError([(f"{path}: {place}" if place else str(path), text) for place, text in error.problems]) from None
+
+
+def name_of(path: Path) -> str:
+    """What a scheme without a name is called: its file's name, in the letters that names have."""
     stem = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in path.stem.lower())
     return stem.lstrip("._-")[:64] or "custom"
+
+
+def write_yaml(data: Mapping[str, Any]) -> str:
+    """A YAML document: a line for each key, and for each entry of a mapping of mappings."""
+    return yaml.dump(_lines(data), Dumper=_Dumper, sort_keys=False, width=1000)
+
+
+def _lines(data: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {key: _lines(value) for key, value in data.items() if key in ("schemes", "layers")}
+    return {key: nested.get(key, _Flow(value) if isinstance(value, dict) else value) for key, value in data.items()}
 
 
 class _Flow(dict):

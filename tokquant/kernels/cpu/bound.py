@@ -26,9 +26,9 @@ class Bound:
         scale, zero: in the scale's type, `[B, H, rows, columns]`, 1 in place of a dimension that shares them. V per token has
             a minus sign where all codes are zero.
         page: tokens of a page, a multiple of 16, of V's tile and of blocks that share a scale; 0 where there are none.
-        more: other tensors that the kernel's text names: `offset [B | 1, H, rows, D]`; `balance`, `fold`, `k_offset` and
-            `k_origin [B, H, 1, D]`; and what it fills: `logit_offset [B, H, N, 1]`, and `code_sum` like that or, of V, for
-            each tile `[B, H, tiles, D]` int32.
+        more: other tensors that the kernel's text names: `offset [B | 1, H, rows, D]`; `balance [B | 1, H, 1, D]`; `fold`,
+            `k_offset` and `k_origin [B, H, 1, D]`; and what it fills: `logit_offset [B, H, N, 1]`, and `code_sum` like that
+            or, of V, for each tile `[B, H, tiles, D]` int32.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class Bound:
             values |= {"scale_page": _step(scale, 0), "scale_head": _step(scale, 1)}
         if offset is not None:
             values |= {"offset_batch": _step(offset, 0), "offset_rows": offset.shape[2]}
+        if "balance" in read:
+            values["balance_batch"] = _step(read["balance"], 0)
         self._kept = values  # what the kernel has pointers to
         raw = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in values.items()}
         names = {field[0] for field in arguments._fields_}

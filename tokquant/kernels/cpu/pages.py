@@ -18,12 +18,11 @@ from tokquant.kernels.cpu.plan import ALL, plan, stored_type
 from tokquant.kernels.cpu.quantize import queries
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
 from tokquant.pages import frame_of, growing, indexable, operand, sizes
-from tokquant.quantize import in_frame, with_sums
+from tokquant.quantize import frame_of_queries, in_frame, with_sums
 from tokquant.reference import Features
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.placement import as_bytes, place
 from tokquant.tensor import QuantizedTensor, canonical
-from tokquant.transforms import Frame
 
 
 class CpuPages:
@@ -51,7 +50,6 @@ class CpuPages:
         self.scheme, self.scales, self.page = scheme, scales, page
         shape = torch.Size((pages, kv_heads, page, head_dim))
         self._k, self._v = (_Panels(spec, scheme, scales, shape, dtype) for spec in (scheme.k, scheme.v))
-        self._frame = Frame(rotated=scheme.rotate == "hadamard")
         self._calls: dict[Any, tuple[Bound, Call]] = {}
         """The last kernels that ran, that of Q and that of attention: steps of decoding differ in nothing but tensors."""
 
@@ -100,7 +98,8 @@ class CpuPages:
             if bind(q):
                 call(**given)
                 return out, lse
-        qq, bound = queries(q, self._frame, self._k.any_token(b), self.scheme, self.scales)
+        kq = self._k.any_token(b)
+        qq, bound = queries(q, frame_of_queries(q, kq, kq.frame), kq, self.scheme, self.scales)
         fields = laid_out(qq, self.scheme)
         given |= fields | self._k.fields | self._v.fields | self._v.of_sequences(b)
         given |= dict(batch=b, heads=heads, kv_heads=kv_heads, n_q=n_q, page=self.page)
@@ -190,12 +189,13 @@ class _Panels:
             self.shape[3],
             self.dtype,
             offset_tokens=0 if offset is None else ALL,
+            balanced=self.frame.balance is not None,
             rotated=self.frame.rotated,
         )
         if lacking(task):
             return None
         scales = self.parts | self.given
-        more = {"offset": offset}
+        more = {"offset": offset, "balance": self.frame.balance}
         return Bound(task, self.parts["codes"], scales.get("scale"), scales.get("zero"), page=self.shape[2], more=more)
 
     @cached_property

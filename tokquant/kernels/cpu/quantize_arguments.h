@@ -35,6 +35,7 @@ struct Arguments {
 #endif
 #if BALANCED
     const float* balance;  // [B, H, D]
+    int64_t balance_batch;  // numbers to the next sequence
 #endif
 #if FOLDED
     const float* fold;  // [B, H, D]

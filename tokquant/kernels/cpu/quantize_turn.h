@@ -30,6 +30,9 @@ static void turn(const Arguments& a, int64_t batch, int64_t head, int64_t token,
 #if OFFSET
     const float* offset = a.offset + batch * a.offset_batch + (head * a.offset_rows + most(token, 0) / OFFSET_TOKENS) * D;
 #endif
+#if BALANCED
+    const float* balance = a.balance + batch * a.balance_batch + head * D;
+#endif
     for (int i = lo; i < hi; i++) {
         const SOURCE* row = x + i * a.x_row;
         float* to = t.y[i];
@@ -45,7 +48,7 @@ static void turn(const Arguments& a, int64_t batch, int64_t head, int64_t token,
             y = y - load(offset + d, D - d);
 #endif
 #if BALANCED
-            y = y * load(a.balance + plane * D + d, D - d);
+            y = y * load(balance + d, D - d);
 #endif
             store(to + d, y);
         }

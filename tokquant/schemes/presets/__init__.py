@@ -1,6 +1,5 @@
 """Presets: one YAML file each in this folder, named after the scheme. A new file is a new preset."""
 
-import os
 from functools import lru_cache
 from importlib import resources
 
@@ -37,15 +36,3 @@ def _files() -> tuple[str, ...]:
 @lru_cache
 def _read(name: str) -> QuantScheme:
     return QuantScheme.from_yaml(source(name))
-
-
-def resolve(scheme: object) -> QuantScheme:
-    """A scheme from what users write: a QuantScheme, a preset's name, or the path of a YAML file. Raises SchemeError."""
-    if isinstance(scheme, QuantScheme):
-        return scheme
-    if isinstance(scheme, os.PathLike):
-        return QuantScheme.load(scheme)
-    if isinstance(scheme, str):
-        is_path = scheme.endswith((".yaml", ".yml")) or "/" in scheme or os.sep in scheme
-        return QuantScheme.load(scheme) if is_path else preset(scheme)
-    raise SchemeError(f"scheme: {quote(scheme)} is no scheme; give a QuantScheme, a preset's name or the path of a YAML file")

@@ -1,0 +1,121 @@
+"""Search: maps that keep their budget, beat single schemes, and hold on activations that were not seen."""
+
+import pytest
+
+import tokquant as tq
+from tests.factories import qkv
+from tokquant.activations import Activations, sample
+from tokquant.evaluation.candidates import default
+from tokquant.evaluation.trials import runs
+from tokquant.schemes import HeadSchemes
+
+FEW = ["int8", "int8-fast", "kv-int4", "int8-fp16", "fp8"]
+
+
+def halves(rows: slice) -> dict:
+    """The sample's layers, these tokens of them."""
+    return {name: tuple(x[:, :, rows] for x in layer) for name, layer in Activations(sample()).items()}
+
+
+SEEN, UNSEEN = halves(slice(0, 256)), halves(slice(256, 512))
+
+
+@pytest.mark.parametrize("budget", ["bits=8.5", "bits=7", "kv_bits=6"])
+def test_a_map_keeps_its_cost_and_beats_every_single_scheme_of_no_more(budget):
+    found = tq.search(SEEN, budget=budget, held_out=UNSEEN, rows=None)
+    limit = float(budget.partition("=")[2])
+    assert found.cost <= limit and found.cost == pytest.approx(sum(each.cost for each in found.layers))
+    assert found.error == pytest.approx(sum(each.error for each in found.layers) / len(found.layers))
+    rivals = {name: point for name, point in found.singles.items() if point[0] <= limit}
+    assert len(rivals) > 3
+    assert all(found.error < error for _, error in rivals.values())
+    assert all(found.held_out["searched"] < found.held_out[name] for name in rivals)
+
+
+def test_a_map_near_int8_fp16_in_every_layer_takes_far_fewer_bits():
+    more = dict(relative_to="int8-fp16", rows=None, held_out=UNSEEN)
+    found = tq.search(SEEN, budget="rel_l1=1.3", over="worst", **more)
+    assert found.error <= 1.3 and all(each.error <= 1.3 for each in found.layers)
+    assert found.cost < 0.8 * found.singles["int8-fp16"][0]
+    assert found.held_out["searched"] <= 1.5  # the worst layer of others is a little worse
+
+
+def test_the_errors_of_a_map_are_those_that_compare_measures():
+    found = tq.search(SEEN, FEW, budget="bits=7.5", rows=None)
+    for each in found.layers:
+        [measured] = tq.compare(*SEEN[each.layer], [found.map], layer=each.layer, backend="reference", repeats=1)
+        assert measured.errors.rel_l1 == pytest.approx(each.error, rel=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["rmse", "max_abs", "cosine"])
+def test_every_metric_can_be_the_budget(metric):
+    every = tq.search(SEEN, FEW, budget="bits=32", metric=metric, over="worst")
+    limit = every.front[len(every.front) // 2][1]
+    text = f"{metric}={1 - limit if metric == 'cosine' else limit}"
+    found = tq.search(SEEN, FEW, budget=text, over="worst")
+    assert found.metric == metric and found.error <= limit * (1 + 1e-6)
+    assert found.cost == pytest.approx(min(cost for cost, error in found.front if error <= limit * (1 + 1e-6)))
+
+
+def test_heads_may_take_schemes_of_their_own_which_errs_less():
+    whole = tq.search(SEEN, budget="kv_bits=5", rows=None)
+    found = tq.search(SEEN, budget="kv_bits=5", heads=True, rows=None)
+    assert found.error < whole.error and found.cost <= 5
+    assert any(isinstance(each.scheme, HeadSchemes) for each in found.layers)
+    for each in found.layers:
+        [measured] = tq.compare(*SEEN[each.layer], [found.map], layer=each.layer, backend="reference", repeats=1)
+        assert measured.errors.rel_l1 == pytest.approx(each.error, rel=1e-6)
+
+
+def test_some_queries_stand_for_all():
+    assert runs(100, None) == runs(100, 100) == [slice(0, 100)]
+    spread = runs(1000, 96)
+    assert [x.stop - x.start for x in spread] == [32, 32, 32] and spread[0].start == 0 and spread[-1].stop == 1000
+    assert runs(1000, 5) == [slice(995, 1000)]
+    few, every = (tq.search(SEEN, FEW, budget="bits=9", rows=rows, causal=True) for rows in (64, None))
+    for name, (_, error) in every.singles.items():
+        assert few.singles[name][1] == pytest.approx(error, rel=0.5)
+
+
+def test_a_static_candidate_is_calibrated_in_passing():
+    found = tq.search(SEEN, ["kv-fp8", "int8"], budget="kv_bits=8.1")
+    assert {each.scheme.name for each in found.layers} == {"kv-fp8"}
+
+
+def test_time_is_measured_here():
+    layers = {name: SEEN[name] for name in list(SEEN)[:2]}
+    found = tq.search(layers, ["int8", "fp8"], budget="ms=1e6")
+    assert found.unit == "ms" and 0 < found.cost < 1e6
+
+
+def test_candidates_that_do_not_fit_are_passed_over():
+    q, k, v = qkv(64, d=48)
+    names = {scheme.name for scheme in default(48)}
+    assert "int8" in names and "kv-int4-kivi" not in names
+    found = tq.search({"x": (q, k, v)}, ["int8", "kv-int4-kivi"], budget="bits=32")
+    assert "kv-int4-kivi" not in found.singles
+    huge = {"x": (q, k, v * 1e9)}
+    assert "kv-int8" not in tq.search(huge, ["kv-int8", "int8"], budget="bits=32").singles
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": "bits"}, "budget: 'bits' is none; write bits=8.5"),
+        ({"budget": "bit=8"}, "did you mean 'bits'"),
+        ({"budget": "bits=-1"}, "budget: 'bits=-1' is none"),
+        ({"budget": "bits=3"}, "no combination of these candidates keeps bits=3; bits are at least"),
+        ({"budget": "rel_l1=1e-9"}, "keeps rel_l1=1e-9; the mean rel_l1 is at least"),
+        ({"budget": "cosine=0.9999999999"}, "the mean cosine is at most 0.9"),
+        ({"budget": "bits=8", "metric": "rel_l2"}, "metric: 'rel_l2' is none; use rel_l1"),
+        ({"budget": "bits=8", "over": "median"}, "over: 'median' is none"),
+        ({"budget": "bits=8", "heads": True, "over": "worst"}, "heads: the worst rel_l1 of a layer is not a sum"),
+        ({"budget": "bits=8", "target": "sm_90"}, "target: 'sm_90' says whose time is predicted, and the cost is bits"),
+        ({"budget": "bits=8", "candidates": "int8"}, "candidates: 'int8'; give a list of schemes"),
+        ({"budget": "bits=8", "candidates": ["int9"]}, "no preset 'int9'"),
+        ({"budget": "bits=8", "activations": {}}, "activations: there are no layers"),
+    ],
+)
+def test_what_cannot_be_searched_is_said(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tq.search(**{"activations": {"layers.0": SEEN["layers.0"]}, "candidates": FEW, **changes})

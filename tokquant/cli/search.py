@@ -1,0 +1,126 @@
+"""`tokquant search`: the scheme map that errs least within a budget, from real activations."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from tokquant.cli import options, output
+from tokquant.evaluation.plot import check, draw
+from tokquant.evaluation.search import Found
+from tokquant.evaluation.search import search as search_call
+from tokquant.schemes.scheme import name_of
+
+SHOWN = 12
+"""Points of the front in the table."""
+
+
+def search(
+    budget: Annotated[
+        str, typer.Option("--budget", "-b", help="bits=8.5, kv_bits=5 or ms=20; or an error: rel_l1=0.01, cosine=0.999 ...")
+    ],
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option("--candidate", "-c", help="A preset or YAML file; repeat. The presets and pairs of K and V if left out."),
+    ] = None,
+    input: options.Input = None,
+    metric: Annotated[str, typer.Option("--metric", help="rel_l1, rmse, max_abs or cosine, within a cost.")] = "rel_l1",
+    cost: Annotated[str, typer.Option("--cost", help="bits, kv_bits or ms, within an error.")] = "bits",
+    worst: Annotated[bool, typer.Option("--worst", help="The error of the worst layer, in place of the mean.")] = False,
+    relative_to: Annotated[str | None, typer.Option("--relative-to", help="Count errors in those of this scheme.")] = None,
+    heads: Annotated[bool, typer.Option("--heads", help="Let ranges of heads take schemes of their own.")] = False,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Queries of each head that are looked at.")] = 256,
+    target: Annotated[str | None, typer.Option("--target", help="For ms: a GPU to predict, such as sm_90.")] = None,
+    causal: options.Causal = False,
+    held_out: Annotated[
+        Path | None, typer.Option("--held-out", help="Activations that the search does not see, to judge what it found.")
+    ] = None,
+    output_path: Annotated[Path | None, typer.Option("--output", "-o", help="Write the scheme map here, as YAML.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the front: .svg, .png or .pdf. Needs matplotlib.")] = None,
+    device: options.Device = None,
+    json: options.Json = False,
+) -> None:
+    """Find a scheme for each layer: the least error within a cost, or the least cost within an error."""
+    for name, path in (("--output", output_path), ("--plot", plot)):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{name}: there is no folder {path.parent}")
+    if plot is not None:
+        check(plot)
+
+    def progress(names: Iterator[str], total: int) -> Iterator[str]:
+        return output.progress(names, "layers", total)
+
+    asked: dict[str, Any] = dict(metric=metric, cost=cost, over="worst" if worst else "mean")
+    found = search_call(
+        options.Layers(input, device),
+        candidates,
+        budget=budget,
+        **asked,
+        relative_to=relative_to,
+        heads=heads,
+        rows=rows,
+        target=target,
+        held_out=None if held_out is None else options.Layers(held_out, device),
+        name=name_of(output_path) if output_path else "searched",
+        progress=progress,
+        causal=causal,
+    )
+    if output_path is not None:
+        found.map.dump(output_path)
+    if plot is not None:
+        draw(found, plot)
+    if json:
+        output.print_json(_json(found, budget))
+        return
+    console = output.console()
+    console.print(_layers(found))
+    console.print(_points(found))
+    if output_path is None:
+        print(found.map.to_yaml(), end="")
+
+
+def _json(found: Found, budget: str) -> dict:
+    return {
+        "budget": budget,
+        "metric": found.metric,
+        "unit": found.unit,
+        "cost": found.cost,
+        "error": found.error,
+        "map": found.map.to_data(),
+        "layers": [{"name": each.layer, "error": each.error, "cost": each.cost} for each in found.layers],
+        "front": found.front,
+        "singles": found.singles,
+        "held_out": found.held_out,
+    }
+
+
+def _layers(found: Found) -> Table:
+    table = Table(title=escape(f"{found.map.name}: {found.unit} {found.cost:.4g}, {found.metric} {found.error:.4g}"))
+    for column in ("layer", "scheme"):
+        table.add_column(column)
+    table.add_column(found.metric, justify="right")
+    for each in found.layers:
+        scheme = str(each.scheme) if hasattr(each.scheme, "parts") else each.scheme.name
+        table.add_row(escape(each.layer), scheme, f"{each.error:.4g}")
+    return table
+
+
+def _points(found: Found) -> Table:
+    """Maps that nothing beats and single schemes, by cost."""
+    places = np.unique(np.linspace(0, len(found.front) - 1, SHOWN).astype(int))
+    rows = [(*found.front[place], "a map") for place in places]
+    rows += [(cost, error, name) for name, (cost, error) in found.singles.items()]
+    rows.append((found.cost, found.error, found.map.name))
+    table = Table(title="the front, and one scheme for all layers")
+    table.add_column("")
+    columns = [found.unit, found.metric, *(["held out"] if found.held_out else [])]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for cost, error, name in sorted(rows):
+        unseen = [f"{found.held_out[name]:.4g}" if name in found.held_out else ""] if found.held_out else []
+        table.add_row(escape(name), f"{cost:.4g}", f"{error:.4g}", *unseen, style="bold" if name == found.map.name else None)
+    return table

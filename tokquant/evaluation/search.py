@@ -1,0 +1,196 @@
+"""Search: a scheme for each layer, from what schemes do to real activations and what they cost."""
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from tokquant.errors import nearest, quote
+from tokquant.evaluation import candidates as families
+from tokquant.evaluation import front
+from tokquant.evaluation.front import Front
+from tokquant.evaluation.trials import Activations, Progress, Table, measure
+from tokquant.schemes import HeadSchemes, LayerScheme, QuantScheme, SchemeMap, resolve
+
+Metric = Literal["rel_l1", "rmse", "max_abs", "cosine"]
+Cost = Literal["bits", "kv_bits", "ms"]
+Over = Literal["mean", "worst"]
+METRICS = ("rel_l1", "rmse", "max_abs", "cosine")
+COSTS = ("bits", "kv_bits", "ms")
+ROUNDING = 1e-9
+"""Sums of costs that are equal on paper may differ by this."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One layer of what was found."""
+
+    layer: str
+    scheme: LayerScheme
+    error: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """A scheme map with what it costs and errs, beside all other combinations that nothing beats, and every single scheme."""
+
+    map: SchemeMap
+    error: float
+    cost: float
+    metric: Metric
+    unit: Cost
+    """What the cost is in."""
+    layers: list[Choice]
+    front: list[tuple[float, float]]
+    """(cost, error), cheapest first."""
+    singles: dict[str, tuple[float, float]]
+    """(cost, error) of one scheme for all layers, by its name; where it fits all."""
+    held_out: dict[str, float]
+    """Errors on the held-out activations, by name: the map's and those of single schemes."""
+
+
+def search(
+    activations: Activations,
+    candidates: Sequence[QuantScheme | str] | None = None,
+    *,
+    budget: str,
+    metric: Metric = "rel_l1",
+    cost: Cost = "bits",
+    over: Over = "mean",
+    relative_to: QuantScheme | str | None = None,
+    heads: bool = False,
+    rows: int | None = 256,
+    target: str | None = None,
+    held_out: Activations | None = None,
+    name: str = "searched",
+    progress: Progress | None = None,
+    **features: Any,
+) -> Found:
+    """The scheme map that errs least within a cost, or costs least within an error.
+
+    Layers are judged one by one, each on its own activations: what the error of one does to the next is not in it.
+
+    Args:
+        activations: Q, K and V of each layer, `[B, H, N, D]`; read one layer at a time.
+        candidates: schemes to choose among; where None, the presets that need no calibration and a family of pairs of K and V
+            (`tokquant.evaluation.candidates`). A static one is calibrated on the activations themselves.
+        budget: `"bits=8.5"`, `"kv_bits=5"` or `"ms=20"`, the most it may cost; or `"rel_l1=0.01"`, `"rmse=0.001"`,
+            `"max_abs=0.1"` or `"cosine=0.999"`, the most it may err, or the least a cosine may be.
+        metric: the error to make small, where the budget is a cost. Of a cosine, what it lacks of 1.
+        cost: what to make small, where the budget is an error. `bits` a value of Q, K and V in a long sequence, scales
+            included; `kv_bits` of K and V alone; `ms` of all layers, quantization included.
+        over: the mean over the layers, or the worst.
+        relative_to: count each layer's error in those of this scheme there.
+        heads: let ranges of heads of K and V take schemes of their own; for the mean of rel_l1.
+        rows: queries that are looked at in each head, in runs spread over the sequence; all where None. Keys are always all.
+        target: for `ms`, a GPU whose time is predicted from compiled kernels (`sm_90` ...); measured here where None.
+        held_out: the same layers' activations on other inputs, which the search does not see: what was found is judged on them.
+        name: of the map.
+        progress: wraps the names of the layers, and how many there are, as they are worked on.
+        features: causal, scale, window, softcap, mask, sinks and bias, as for `attention`.
+
+    Raises ValueError and SchemeError for what cannot be read, and where no combination keeps the budget.
+    """
+    kind, limit = _budget(budget)
+    metric, cost = (kind, cost) if kind in METRICS else (metric, kind)  # type: ignore[assignment]
+    for what, given, known in (("metric", metric, METRICS), ("cost", cost, COSTS), ("over", over, ("mean", "worst"))):
+        if given not in known:
+            raise ValueError(f"{what}: {quote(given)} is none; use {', '.join(known)}{nearest(given, known)}")
+    if heads and (metric, over) != ("rel_l1", "mean"):
+        raise ValueError(f"heads: the {over} {metric} of a layer is not a sum over its heads; use the mean of rel_l1")
+    if target is not None and cost != "ms":
+        raise ValueError(f"target: {quote(target)} says whose time is predicted, and the cost is {cost}; use cost ms")
+    if not activations:
+        raise ValueError("activations: there are no layers")
+    base = None if relative_to is None else resolve(relative_to)
+    judged: dict[str, Any] = dict(metric=metric, rows=rows, relative_to=base, progress=progress, **features)
+    table = measure(activations, _schemes(candidates, activations), cost=cost, heads=heads, target=target, **judged)
+    fronts = []
+    for layer, costs, errors in zip(table.layers, table.cost, table.error, strict=True):
+        units = [front.of_options(*each) for each in zip(costs, errors, strict=True)]
+        if not all(map(len, units)):
+            raise ValueError(f"candidates: none fits layer {quote(layer)}")
+        fronts.append(front.merged(units, np.add))
+    whole = front.merged(fronts, np.add if over == "mean" else np.maximum)
+    summed = len(fronts) if over == "mean" else 1
+    place = whole.best(limit + ROUNDING) if kind in COSTS else whole.cheapest((limit + ROUNDING) * summed)
+    if place is None:
+        raise ValueError(_unreachable(budget, whole, summed, metric, over, cost))
+    choices = list(_choices(table, whole.choice[place]))
+    points = [(float(c), float(e) / summed) for c, e in zip(whole.cost, whole.error, strict=True)]
+    chosen = SchemeMap(tuple((glob.escape(each.layer), each.scheme) for each in choices), name)
+    unseen = {} if held_out is None else of_schemes(measure(held_out, [chosen, *table.schemes], **judged), over)
+    return Found(
+        map=chosen,
+        error=points[place][1],
+        cost=points[place][0],
+        metric=metric,
+        unit=cost,
+        layers=choices,
+        front=points,
+        singles=of_schemes(table, over),
+        held_out={scheme: error for scheme, (_, error) in unseen.items()},
+    )
+
+
+def of_schemes(table: Table, over: Over) -> dict[str, tuple[float, float]]:
+    """(cost, error) over all layers of each scheme of a table that fits all, by its name."""
+    error = np.stack([each.sum(axis=0) for each in table.error])
+    cost = np.stack([each.sum(axis=0) for each in table.cost]).sum(axis=0)
+    joined = error.mean(axis=0) if over == "mean" else error.max(axis=0)
+    found = zip(table.schemes, cost, joined, strict=True)
+    return {scheme.name: (float(c), float(e)) for scheme, c, e in found if np.isfinite(e) and np.isfinite(c)}
+
+
+def _schemes(candidates: Sequence[QuantScheme | str] | None, activations: Activations) -> list[QuantScheme]:
+    if candidates is None:
+        return families.default(next(iter(activations.values()))[0].shape[3])
+    if isinstance(candidates, str | QuantScheme) or not candidates:
+        raise ValueError(f"candidates: {quote(candidates)}; give a list of schemes to choose among")
+    return [resolve(scheme) for scheme in candidates]
+
+
+def _choices(table: Table, picked: np.ndarray) -> Iterator[Choice]:
+    """The scheme of each layer, from the option that each of its units takes."""
+    at = 0
+    for layer, heads, error, cost in zip(table.layers, table.kv_heads, table.error, table.cost, strict=True):
+        own, units = picked[at : at + len(error)], np.arange(len(error))
+        at += len(error)
+        schemes = [table.schemes[option] for option in own]
+        scheme = _in_ranges(schemes) if len(schemes) == heads else schemes[0]
+        yield Choice(layer, scheme, float(error[units, own].sum()), float(cost[units, own].sum()))
+
+
+def _in_ranges(schemes: list[QuantScheme]) -> LayerScheme:
+    """A scheme for each head, in ranges."""
+    parts: list[tuple[int, QuantScheme]] = []
+    for scheme in schemes:
+        if parts and parts[-1][1] == scheme:
+            parts[-1] = (parts[-1][0] + 1, scheme)
+        else:
+            parts.append((1, scheme))
+    return parts[0][1] if len(parts) == 1 else HeadSchemes(tuple(parts))
+
+
+def _budget(text: object) -> tuple[str, float]:
+    known = (*METRICS, *COSTS)
+    name, _, number = text.partition("=") if isinstance(text, str) else ("", "", "")
+    try:
+        value = float(number)
+    except ValueError:
+        value = float("nan")
+    if name not in known or not 0 < value < float("inf"):
+        example = "write bits=8.5, kv_bits=5, ms=20, rel_l1=0.01, rmse=0.001, max_abs=0.1 or cosine=0.999"
+        raise ValueError(f"budget: {quote(text)} is none; {example}{nearest(name, known)}")
+    return name, 1 - value if name == "cosine" else value
+
+
+def _unreachable(budget: str, whole: Front, summed: int, metric: str, over: str, cost: str) -> str:
+    least = f"{cost} are at least {whole.cost[0]:.4g}"
+    if budget.partition("=")[0] in METRICS:
+        error = whole.error[-1] / summed
+        least = f"the {over} {metric} is " + (f"at most {1 - error:.6g}" if metric == "cosine" else f"at least {error:.4g}")
+    return f"budget: no combination of these candidates keeps {budget}; {least}"

@@ -1,0 +1,167 @@
+"""What each scheme does to each layer of real activations, and what it costs there: the table that a search reads."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokquant import reference
+from tokquant.attention import attention, ranges
+from tokquant.calibration.calibrator import Calibrator
+from tokquant.calibration.scales import LayerScales, needed
+from tokquant.errors import SchemeError
+from tokquant.evaluation.front import Floats
+from tokquant.inputs import check_tensors, features_of
+from tokquant.kernels.compile import compile
+from tokquant.metrics import errors
+from tokquant.quantize import quantize_operands
+from tokquant.schemes import HeadSchemes, LayerScheme, QuantScheme, SchemeMap, of_layer
+from tokquant.schemes.maps import parts_of
+from tokquant.timing import interleaved_medians
+
+Activations = Mapping[str, tuple[Tensor, Tensor, Tensor]]
+Progress = Callable[[Iterator[str], int], Iterator[str]]
+
+RUN = 32
+"""Queries next to each other that are taken where not all are."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Errors and costs of schemes, layer by layer; infinite where a scheme does not fit.
+
+    A layer is one unit, or its heads of K and V are one each: a layer's error and cost are the sums over its units.
+    """
+
+    layers: list[str]
+    kv_heads: list[int]
+    schemes: list[QuantScheme | SchemeMap]
+    error: list[Floats]
+    """`[units, schemes]` for each layer."""
+    cost: list[Floats]
+    """`[units, schemes]` for each layer; the sum over layers is the whole's."""
+
+
+def measure(
+    activations: Activations,
+    schemes: Sequence[QuantScheme | SchemeMap],
+    *,
+    metric: str = "rel_l1",
+    cost: str = "bits",
+    heads: bool = False,
+    rows: int | None = 256,
+    target: str | None = None,
+    relative_to: QuantScheme | None = None,
+    progress: Progress | None = None,
+    **features: Any,
+) -> Table:
+    """Error and cost of every scheme in every layer; arguments are those of `tokquant.search`."""
+    layers = list(activations)
+    kv_heads, error, price, values = [], [], [], 0
+    for layer in progress(iter(layers), len(layers)) if progress else layers:
+        q, k, v = activations[layer]
+        check_tensors(q, k, v)
+        judge = _Judge(q, k, v, rows, heads, metric, features)
+        own = [of_layer(scheme, layer) for scheme in schemes]
+        found = np.stack([judge.error(scheme) for scheme in own], axis=1)
+        if relative_to is not None:
+            found = found / judge.error(relative_to).sum()
+        if cost == "ms":
+            spent = [_ms(q, k, v, scheme, target, features) for scheme in own]
+        else:
+            spent = [_bits(q, k, scheme, cost) for scheme in own]
+            values += k.numel() + v.numel() + (q.numel() if cost == "bits" else 0)
+        kv_heads.append(k.shape[1])
+        error.append(found)
+        price.append(np.repeat(np.array(spent)[None] / len(found), len(found), axis=0))
+    return Table(layers, kv_heads, list(schemes), error, price if cost == "ms" else [each / values for each in price])
+
+
+class _Judge:
+    """The exact output of some queries of a layer, and how far schemes are from it."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, rows: int | None, heads: bool, metric: str, features: dict[str, Any]):
+        self.operands, self.metric = (q, k, v), metric
+        self.units = k.shape[1] if heads else 1
+        self.features = features_of(q, k, **features)
+        self.only = runs(q.shape[2], rows)
+        self.exact, _ = reference.oracle(q, k, v, self.features, self.only)
+
+    def error(self, scheme: LayerScheme) -> Floats:
+        """Of each unit; infinite where the scheme does not fit this layer, or gives what is no number."""
+        try:
+            out = self.output(scheme)
+        except ValueError:  # a group that does not divide head_dim, a scale that its type does not hold
+            return np.full(self.units, np.inf)
+        if self.units == 1:
+            value = getattr(errors(out, self.exact), self.metric)
+            found = np.array([1 - value if self.metric == "cosine" else value])
+        else:
+            off = (out.double() - self.exact).abs().unflatten(1, (self.units, -1)).sum(dim=(0, 2, 3, 4))
+            found = (off / self.exact.abs().sum().clamp_min(torch.finfo(torch.float64).tiny)).cpu().numpy()
+        return np.where(np.isfinite(found), found, np.inf)
+
+    def output(self, scheme: LayerScheme) -> Tensor:
+        """What attention by the scheme gives for these queries, `[B, H_q, rows, D]`."""
+        q, k, v = self.operands
+        if isinstance(scheme, HeadSchemes):
+            outs = [
+                _emulated(q[:, rows], k[:, heads], v[:, heads], own, self.features.of_heads(rows), self.only)
+                for rows, heads, own in ranges(scheme, q, k)
+            ]
+            return torch.cat(outs, dim=1)
+        return _emulated(q, k, v, scheme, self.features, self.only)
+
+
+def _emulated(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: reference.Features, only: list[slice]) -> Tensor:
+    codes = quantize_operands(q, k, v, scheme, scales_for(scheme, q, k, v))
+    return reference.attention(*codes, scheme, features, only=only)[0]
+
+
+def scales_for(scheme: LayerScheme, q: Tensor, k: Tensor, v: Tensor) -> LayerScales | None:
+    """Scales calibrated on these tensors themselves, where the scheme needs some."""
+    if isinstance(scheme, HeadSchemes) or not needed(scheme):
+        return None
+    calibrator = Calibrator(scheme)
+    calibrator.observe("layer", q, k, v)
+    return calibrator.scales()["layer"]
+
+
+def runs(n: int, wanted: int | None) -> list[slice]:
+    """Runs of queries spread over n, about as many queries as wanted, the last one among them."""
+    if wanted is None or wanted >= n:
+        return [slice(0, n)]
+    long = min(RUN, wanted)
+    starts = np.linspace(n - long, 0, wanted // long).astype(int)
+    return [slice(int(start), int(start) + long) for start in sorted(set(starts))]
+
+
+def _bits(q: Tensor, k: Tensor, scheme: LayerScheme, cost: str) -> float:
+    total = 0.0
+    for heads, part in parts_of(scheme):
+        try:
+            bits = part.bits_per_value(q.shape[3])
+        except SchemeError:
+            return np.inf
+        of_keys = (bits["k"] + bits["v"]) * k.numel()
+        total += (of_keys + (bits["q"] * q.numel() if cost == "bits" else 0)) * (heads or k.shape[1]) / k.shape[1]
+    return total
+
+
+def _ms(q: Tensor, k: Tensor, v: Tensor, scheme: LayerScheme, target: str | None, features: dict[str, Any]) -> float:
+    if target is None:
+        scales = scales_for(scheme, q, k, v)
+        [found] = interleaved_medians([lambda: attention(q, k, v, scheme, scales=scales, **features)], 3, q.device)
+        return found
+    (b, h, n_q, d), n_k = q.shape, k.shape[2]
+    causal, softcap = bool(features.get("causal")), features.get("softcap") is not None
+    pairs = n_q * n_k - (n_q * (n_q - 1) // 2 if causal and n_q <= n_k else 0)
+    ms = 0.0
+    for heads, part in parts_of(scheme):
+        kernel = compile(part, head_dim=d, causal=causal, softcap=softcap, target=target)
+        share = (heads or k.shape[1]) / k.shape[1]
+        ms += share * 4 * b * h * pairs * d / kernel.prediction.serial_tops / 1e9
+    return ms

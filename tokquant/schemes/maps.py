@@ -1,0 +1,275 @@
+"""Scheme maps: which scheme each layer of a model takes, and where they differ, each range of its heads."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from tokquant.errors import SchemeError, nearest, quote
+from tokquant.files import write_atomically
+from tokquant.schemes import document
+from tokquant.schemes.presets import names as preset_names
+from tokquant.schemes.presets import preset
+from tokquant.schemes.scheme import QuantScheme, load_document, name_of, write_yaml
+
+KEYS = ("name", "layers", "schemes")
+
+
+@dataclass(frozen=True)
+class HeadSchemes:
+    """A layer whose heads take different schemes: each part has the heads of K and V from where the one before ends.
+
+    Queries take the scheme of the head of K and V that they share.
+    """
+
+    parts: tuple[tuple[int, QuantScheme], ...]
+    """(heads, scheme): how many heads of K and V, in order."""
+
+    @property
+    def heads(self) -> int:
+        """Of K and V."""
+        return sum(heads for heads, _ in self.parts)
+
+    @property
+    def name(self) -> str:
+        """The parts' names."""
+        return " + ".join(dict.fromkeys(scheme.name for _, scheme in self.parts))
+
+    def slices(self) -> Iterator[tuple[slice, QuantScheme]]:
+        """The heads of K and V of each part."""
+        start = 0
+        for heads, scheme in self.parts:
+            yield slice(start, start + heads), scheme
+            start += heads
+
+    def __str__(self) -> str:
+        return "; ".join(f"heads {s.start}-{s.stop - 1}: {scheme.name}" for s, scheme in self.slices())
+
+
+LayerScheme = QuantScheme | HeadSchemes
+
+
+@dataclass(frozen=True)
+class SchemeMap:
+    """Schemes of layers: the first pattern that a layer's name matches decides, `*`, `?` and `[0-5]` as in a shell.
+
+    Raises SchemeError where there is no layer.
+    """
+
+    layers: tuple[tuple[str, LayerScheme], ...]
+    """(pattern, scheme), in order."""
+    name: str = "custom"
+
+    def __post_init__(self):
+        if not self.layers:
+            raise SchemeError([("layers", 'is empty; write a pattern and its scheme, such as {"*": int8}')])
+
+    def __getitem__(self, layer: str) -> LayerScheme:
+        for pattern, scheme in self.layers:
+            if fnmatchcase(layer, pattern):
+                return scheme
+        patterns = [pattern for pattern, _ in self.layers]
+        raise SchemeError(
+            f"scheme map {self.name!r}: no pattern matches layer {quote(layer)}; it has {', '.join(patterns[:8])}"
+            f'{nearest(layer, patterns)}; end it with "*" for all others'
+        )
+
+    def only(self) -> LayerScheme | None:
+        """The scheme that every layer takes, if there is just one."""
+        first = self.layers[0][1]
+        return first if all(scheme == first for _, scheme in self.layers) else None
+
+    def schemes(self) -> list[QuantScheme]:
+        """Every scheme in it, once."""
+        found = (part for _, scheme in self.layers for _, part in parts_of(scheme))
+        return list({(scheme.name, scheme.digest()): scheme for scheme in found}.values())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{pattern}: {scheme.name}" for pattern, scheme in self.layers)
+
+    # ------------------------------------------------------------------ documents
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> "SchemeMap":
+        """A map from the mapping that its YAML document holds. Raises SchemeError."""
+        found = []
+        if unknown := [key for key in data if key not in KEYS]:
+            found.append((str(unknown[0]), f"unknown key; a scheme map has {', '.join(KEYS)}{nearest(unknown[0], KEYS)}"))
+        given, layers, name = data.get("schemes", {}), data.get("layers", {}), data.get("name", "custom")
+        if not isinstance(layers, dict) or not isinstance(given, dict):
+            wrong, value = ("layers", layers) if not isinstance(layers, dict) else ("schemes", given)
+            found.append((wrong, f"{quote(value)} is not accepted; write a mapping such as " + '{"layers.*": int8}'))
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
+            found.append(("name", f"{quote(name)} is not accepted; use lower-case letters, digits, '.', '_' and '-'"))
+        if found:
+            raise SchemeError(found)
+        own = {key: _inline(value, f"schemes.{key}", {"name": key}) for key, value in given.items()}
+        entries = tuple((pattern, _entry(value, f"layers.{pattern}", own)) for pattern, value in layers.items())
+        return cls(entries, name)
+
+    @classmethod
+    def from_yaml(cls, text: str | bytes) -> "SchemeMap":
+        """A map from a YAML document. Raises SchemeError."""
+        data = document.read(text)
+        if not isinstance(data, dict):
+            raise SchemeError(f"a scheme map is a mapping with layers, not {quote(data)}")
+        return cls.from_data(data)
+
+    def to_data(self) -> dict[str, Any]:
+        """What `from_data` reads back to an equal map: schemes that are no presets are written out under `schemes`."""
+        names = _distinct_names(self.schemes())
+
+        def entry(scheme: LayerScheme) -> Any:
+            if isinstance(scheme, QuantScheme):
+                return names[scheme.name, scheme.digest()]
+            return {"heads": {_range(each): names[part.name, part.digest()] for each, part in scheme.slices()}}
+
+        own = {}
+        for scheme in self.schemes():
+            if not _is_preset(scheme):
+                name = names[scheme.name, scheme.digest()]
+                own[name] = scheme.model_dump(
+                    mode="json", exclude_defaults=True, exclude={"name"} if name == scheme.name else None
+                )
+        data: dict[str, Any] = {"name": self.name} | ({"schemes": own} if own else {})
+        return data | {"layers": {pattern: entry(scheme) for pattern, scheme in self.layers}}
+
+    def to_yaml(self) -> str:
+        """The map as a YAML document that `from_yaml` reads back to an equal one."""
+        return write_yaml(self.to_data())
+
+    def dump(self, path: str | os.PathLike) -> None:
+        """Write the map as YAML, atomically."""
+        write_atomically(path, self.to_yaml().encode())
+
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that name what the map does; names do not enter."""
+        data = [[pattern, [[n, part.digest()] for n, part in parts_of(scheme)]] for pattern, scheme in self.layers]
+        return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]
+
+
+def parts_of(scheme: LayerScheme) -> Iterable[tuple[int | None, QuantScheme]]:
+    """(heads, scheme) of each part of a layer; None where one scheme has them all."""
+    return scheme.parts if isinstance(scheme, HeadSchemes) else ((None, scheme),)
+
+
+def read(scheme: object) -> QuantScheme | SchemeMap:
+    """What users write where a scheme is taken: a QuantScheme, a SchemeMap, a preset's name, or a YAML file of either's path.
+
+    Raises SchemeError.
+    """
+    if isinstance(scheme, QuantScheme | SchemeMap):
+        return scheme
+    if isinstance(scheme, os.PathLike):
+        return load(scheme)
+    if isinstance(scheme, str):
+        is_path = scheme.endswith((".yaml", ".yml")) or "/" in scheme or os.sep in scheme
+        return load(scheme) if is_path else preset(scheme)
+    raise SchemeError(f"scheme: {quote(scheme)} is no scheme; give a QuantScheme, a SchemeMap, a preset's name or a YAML file")
+
+
+def load(path: str | os.PathLike) -> QuantScheme | SchemeMap:
+    """The scheme or the scheme map of a YAML file. Raises SchemeError, also where the file cannot be read."""
+
+    def parse(text: bytes) -> QuantScheme | SchemeMap:
+        data = document.read(text)
+        if isinstance(data, dict) and "layers" in data:
+            return SchemeMap.from_data({"name": name_of(Path(path)), **data})
+        return QuantScheme.from_yaml(text)
+
+    found = load_document(path, parse)
+    return found.named_after(Path(path)) if isinstance(found, QuantScheme) else found
+
+
+def of_layer(scheme: object, layer: str | None = None) -> LayerScheme:
+    """What users write, for one layer; a map needs the layer's name unless all take one scheme. Raises SchemeError."""
+    if isinstance(scheme, HeadSchemes):
+        return scheme
+    found = read(scheme)
+    if isinstance(found, QuantScheme):
+        return found
+    if layer is not None:
+        return found[layer]
+    if (only := found.only()) is not None:
+        return only
+    example = found.layers[0][0]
+    raise SchemeError(f"scheme: {found.name!r} is a map of layers; say which one this is, as layer={example!r}")
+
+
+def resolve(scheme: object, layer: str | None = None) -> QuantScheme:
+    """As `of_layer`, where one scheme serves all heads. Raises SchemeError."""
+    found = of_layer(scheme, layer)
+    if isinstance(found, HeadSchemes):
+        names = ", ".join(part.name for _, part in found.parts)
+        raise SchemeError(f"scheme: its heads take different schemes ({names}) here, where one is needed; give one of them")
+    return found
+
+
+def _entry(value: object, place: str, own: Mapping[str, QuantScheme]) -> LayerScheme:
+    if not isinstance(value, dict) or "heads" not in value:
+        return _inline(value, place, own=own)
+    ranges = value["heads"]
+    if len(value) > 1 or not isinstance(ranges, dict) or not ranges:
+        raise SchemeError([(place, f'{quote(value)} is not accepted; write {{heads: {{"0-5": int8, "6-11": int4}}}}')])
+    parts, at = [], 0
+    for key, inner in ranges.items():
+        first, last = _ends(key, f"{place}.heads")
+        if first != at or last < first:
+            raise SchemeError(
+                [(f"{place}.heads", f"{quote(key)} does not begin with head {at}; write ranges in order, without gaps")]
+            )
+        parts.append((last - first + 1, _inline(inner, f"{place}.heads.{key}", own=own)))
+        at = last + 1
+    return HeadSchemes(tuple(parts))
+
+
+def _inline(
+    value: object, place: str, defaults: Mapping[str, Any] | None = None, own: Mapping[str, QuantScheme] | None = None
+) -> QuantScheme:
+    """A scheme by its name, or written out."""
+    own = own or {}
+    try:
+        if isinstance(value, str):
+            if value in own:
+                return own[value]
+            if value not in preset_names():
+                known = [*own, *preset_names()]
+                raise SchemeError(f"no scheme {quote(value)} under schemes, and no preset of that name{nearest(value, known)}")
+            return preset(value)
+        if isinstance(value, dict):
+            return QuantScheme(**{**(defaults or {}), **value})
+        raise SchemeError(f"{quote(value)} is no scheme; write a preset's name, or a mapping with q, k, v and p")
+    except SchemeError as error:
+        raise SchemeError([(f"{place}.{inner}" if inner else place, text) for inner, text in error.problems]) from None
+
+
+def _ends(key: object, place: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", str(key))
+    if not found:
+        raise SchemeError([(place, f'{quote(key)} is no range of heads; write "0-5", or "6" for one')])
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _range(heads: slice) -> str:
+    return str(heads.start) if heads.stop - heads.start == 1 else f"{heads.start}-{heads.stop - 1}"
+
+
+def _is_preset(scheme: QuantScheme) -> bool:
+    return scheme.name in preset_names() and preset(scheme.name) == scheme
+
+
+def _distinct_names(schemes: list[QuantScheme]) -> dict[tuple[str, str], str]:
+    """A name for each scheme: its own, with its digest where another has it too, or a preset that it is not."""
+    taken: set[str] = set()
+    names = {}
+    for scheme in sorted(schemes, key=lambda scheme: not _is_preset(scheme)):
+        clash = scheme.name in taken or (scheme.name in preset_names() and not _is_preset(scheme))
+        name = f"{scheme.name[:51]}-{scheme.digest()}" if clash else scheme.name
+        taken.add(name)
+        names[scheme.name, scheme.digest()] = name
+    return names

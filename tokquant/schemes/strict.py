@@ -1,0 +1,23 @@
+"""The base of what a user declares: models that are frozen and refuse what they do not know."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tokquant.errors import SchemeError, quote
+from tokquant.schemes import problems
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses what it does not know, with a SchemeError that quotes it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    def __init__(self, /, **data: Any):
+        for name, value in data.items():
+            if isinstance(value, dict) and (odd := [key for key in value if not isinstance(key, str)]):
+                raise SchemeError([(problems.printable(name), f"the key {quote(odd[0])}; keys are plain words")])
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise SchemeError(problems.explain(type(self), error)) from None
