@@ -6,6 +6,7 @@ from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import LayerScales, Scales
 from tokquant.decode import decode
 from tokquant.errors import CacheFileError, CacheFullError, ScalesError, SchemeError, UnsupportedError
+from tokquant.evaluation.bound import Bound, error_bound
 from tokquant.evaluation.compare import Comparison, compare
 from tokquant.evaluation.search import search
 from tokquant.exchange.checkpoint import import_checkpoint_scales
@@ -25,6 +26,7 @@ from tokquant.varlen import attention_varlen
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bound",
     "CacheFileError",
     "CacheFullError",
     "Calibrator",
@@ -48,6 +50,7 @@ __all__ = [
     "compare",
     "compile",
     "decode",
+    "error_bound",
     "export_checkpoint_scales",
     "folding",
     "from_compressed_tensors",

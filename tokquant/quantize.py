@@ -267,7 +267,7 @@ def check_balance(rule: ChannelBalance | RopePairBalance, head_dim: int) -> None
             raise SchemeError([("balance.rope_pairs.top_k", f"{rule.top_k} is more than the {head_dim} channels of a head")])
 
 
-def for_query_heads(x: Tensor, q: Tensor, k: Tensor | QuantizedTensor) -> Tensor:
+def for_query_heads(x: Tensor, q: Tensor | QuantizedTensor, k: Tensor | QuantizedTensor) -> Tensor:
     """`[B, H_kv, 1, D] -> [B, H_q, 1, D]`: what belongs to a head of K, for each head of Q that shares it."""
     return x.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 

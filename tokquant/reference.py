@@ -91,7 +91,7 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, features: Features, only: Sequence[s
     shared = heads // k.shape[1]
     k, v = (x.double().repeat_interleave(shared, dim=1) for x in (k, v))
     every, parts = slice(0, n_k), []
-    for rows in _row_chunks(n_q, b * heads * n_k, only):
+    for rows in row_chunks(n_q, b * heads * n_k, only):
         s = features.scale * (q[:, :, rows].double() @ k.mT)
         if features.softcap is not None:
             s = features.softcap * torch.tanh(s / features.softcap)
@@ -149,13 +149,14 @@ def attention(
     parts = []
     with in_their_types(q.device):
         emulation = _Emulation(q, k, v, scheme, features)
-        for rows in _row_chunks(n_q, b * heads * min(n_k, scheme.key_tile), only):
+        for rows in row_chunks(n_q, b * heads * min(n_k, scheme.key_tile), only):
             out, lse = emulation.rows(rows)
             parts.append((out.to(dtype or q.dtype), lse))
     return _joined(parts)
 
 
-def _row_chunks(n: int, a_row: int, only: Sequence[slice] | None) -> Iterator[slice]:
+def row_chunks(n: int, a_row: int, only: Sequence[slice] | None = None) -> Iterator[slice]:
+    """Parts of n rows, or of those in `only`: at least 16, or about SCORES_AT_ONCE elements, of which a row has `a_row`."""
     step = max(16, min(n, SCORES_AT_ONCE // max(a_row, 1)))
     for rows in only or [slice(0, n)]:
         for start in range(rows.start, rows.stop, step):

@@ -333,3 +333,13 @@ def test_the_sample_is_small_and_real():
     assert sample().stat().st_size < 1.5e6
     q, _, _ = Activations(sample())["layers.0"]
     assert q.shape == (1, 2, 512, 32) and q.dtype == torch.float16
+
+
+def test_compare_certifies_where_it_is_asked_to(tokquant, activations):
+    code, out, _ = tokquant("compare", "int8", "int-flash", "-i", activations, "--bound", "--repeats", 1)
+    assert code == 0 and "certificates" in out and "of rounding" in out
+    code, out, _ = tokquant("compare", "int8", "-i", activations, "--bound", "--json", "--repeats", 1)
+    [scheme] = json.loads(out)["schemes"]
+    bound = scheme["bound"]
+    assert 0 < bound["error"] < bound["total"] <= 1.001 * sum(bound[part] for part in ("q", "k", "p", "v", "rounding"))
+    assert 0 < bound["tightness"]["median"] <= bound["tightness"]["largest"] <= 1
