@@ -13,10 +13,12 @@ from tokquant.exchange.checkpoint import import_checkpoint_scales
 from tokquant.exchange.compressed_tensors import from_compressed_tensors, to_compressed_tensors
 from tokquant.exchange.engines import export_checkpoint_scales
 from tokquant.export import load_scales, save_scales
+from tokquant.integrations.torch_sdpa import quantized_sdpa
 from tokquant.kernels.compile import Kernel, compile
 from tokquant.kv_cache import KVCache
 from tokquant.precisions import Precision, register
 from tokquant.schemes import Granularity, HeadSchemes, QuantScheme, SchemeMap, preset
+from tokquant.sdpa import scaled_dot_product_attention
 from tokquant.tensor import QuantizedTensor
 from tokquant.tune import tune
 from tokquant.varlen import attention_varlen
@@ -56,8 +58,10 @@ __all__ = [
     "load_scales",
     "preset",
     "quantize",
+    "quantized_sdpa",
     "register",
     "save_scales",
+    "scaled_dot_product_attention",
     "search",
     "to_compressed_tensors",
     "tune",

@@ -17,6 +17,7 @@ from tokquant.kernels import quantize as kernels
 from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu import launch as cpu
 from tokquant.kernels.cpu import quantize as cpu_kernels
+from tokquant.operators import operator, untraced
 from tokquant.quantize import quantize_operands
 from tokquant.schemes import HeadSchemes, LayerScheme, QuantScheme, SchemeMap, of_layer
 from tokquant.tensor import Coded, QuantizedHeads, QuantizedTensor
@@ -29,6 +30,7 @@ Backend = Literal["auto", "triton", "cpu", "reference"]
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
 
+@untraced("quantize")
 def quantize(
     q: Tensor,
     k: Tensor,
@@ -58,7 +60,13 @@ def quantize(
     """
     found = scheme_of(scheme, layer, scales)
     check_tensors(q, k, v)
-    chosen = choose_backend(backend, q.device)
+    return quantized(q, k, v, found, scales, choose_backend(backend, q.device))
+
+
+def quantized(
+    q: Tensor, k: Tensor, v: Tensor, found: LayerScheme, scales: LayerScales | None, chosen: str
+) -> tuple[Coded, Coded, Coded]:
+    """`quantize` of tensors that were checked, for the backend that was chosen."""
     q, k, v = q.detach(), k.detach(), v.detach()
     if isinstance(found, HeadSchemes):
         check_heads(found, k.shape[1], scales)
@@ -78,6 +86,7 @@ def _quantize(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: Laye
     return packed(operands, scheme) if packed else operands
 
 
+@operator("Tensor? mask=None")
 def attention(
     q: Tensor | Coded,
     k: Tensor | Coded,
@@ -128,7 +137,7 @@ def attention(
     features = features_of(q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     chosen = choose_backend(backend, q.device)
     if parts is None:
-        parts = operands_of(found, *quantize(q, k, v, found, scales=scales, backend=backend))  # type: ignore[arg-type]
+        parts = operands_of(found, *quantized(q, k, v, found, scales, chosen))  # type: ignore[arg-type]
     if len(parts) == 1:
         out, lse = RUN[chosen](*parts[0], features, return_lse, deterministic)
     else:

@@ -177,8 +177,10 @@ def asymmetric_scale(lowest: Tensor, highest: Tensor, spec: Operand) -> tuple[Te
 
 
 def _divided(x: Tensor, divisor: float | None) -> Tensor:
-    # by a tensor: on a GPU torch multiplies by the reciprocal of a Python number, which rounds twice
-    return x / x.new_tensor(divisor)
+    assert divisor is not None
+    # by a tensor: on a GPU torch multiplies by the reciprocal of a Python number, which rounds twice. One that is filled
+    # there: to copy a number waits for the GPU, and ends the capture of a CUDA graph
+    return x / x.new_full((), divisor)
 
 
 def reduce_groups(x: Tensor, spec: Operand, reduce) -> Tensor:

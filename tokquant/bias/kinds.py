@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -149,6 +149,10 @@ class Dense(Bias):
 
     def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
         return self.values[..., rows, keys].to(dtype)
+
+
+KINDS: dict[str, Any] = {each.kind: each for each in (Alibi, KeyVector, LowRank, Dense)}
+"""Each is made of what its `tensors` gave, in that order."""
 
 
 def alibi(slopes: Tensor) -> Alibi:

@@ -1,6 +1,6 @@
 """Calibrated scales: what a scheme with static parts needs for each layer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,8 +38,36 @@ class LayerScales:
         if self.scheme is not None:
             self.check(self.scheme)
 
+    @classmethod
+    def checked_before(
+        cls, layer: str, names: Sequence[str], tensors: Sequence[Tensor], scheme: QuantScheme | None
+    ) -> "LayerScales":
+        """Scales that were taken apart. Their values are not read again, which would wait for a GPU.
+
+        Raises ScalesError for other names or shapes than `scheme` needs.
+        """
+        made = cls(layer, dict(zip(names, tensors, strict=True)))
+        if scheme is not None:
+            made.check_form(scheme)
+            object.__setattr__(made, "scheme", scheme)
+        return made
+
     def check(self, scheme: QuantScheme) -> None:
         """Raise ScalesError unless these are just what `scheme` needs: finite, and scales and factors above zero."""
+        self.check_form(scheme)
+        for name, value in self.tensors.items():
+            if name.endswith(("_scale", "_zero")):
+                spec: Operand = getattr(scheme, name[0])
+                value = value.to(SCALE_TYPES[spec.scale_dtype])  # as it will be used
+            if not bool(value.float().isfinite().all()):
+                raise ScalesError(f"{self.layer}.{name}: holds a value that is not finite")
+            if name.endswith("_scale") and not bool((value.float() > 0).all()):
+                raise ScalesError(f"{self.layer}.{name}: holds a scale that is not above zero")
+            if name.endswith("_balance") and not bool(((value.float() > 0) & (1 / value.float()).isfinite()).all()):
+                raise ScalesError(f"{self.layer}.{name}: holds a factor that is not above zero")
+
+    def check_form(self, scheme: QuantScheme) -> None:
+        """Raise ScalesError unless names, types and shapes are those that `scheme` needs."""
         wanted = needed(scheme)
         for name in self.tensors:
             if name not in wanted:
@@ -56,14 +84,6 @@ class LayerScales:
             if value.ndim != 3 or any(size != 1 for size, free in zip(value.shape, _free(name, spec), strict=True) if not free):
                 of = f" of {spec.granularity}" if name.endswith(("_scale", "_zero")) else ""
                 raise ScalesError(f"{self.layer}.{name}: shape {list(value.shape)} is not {_shape(name, spec)}{of}")
-            if name.endswith(("_scale", "_zero")):
-                value = value.to(SCALE_TYPES[spec.scale_dtype])  # as it will be used
-            if not bool(value.float().isfinite().all()):
-                raise ScalesError(f"{self.layer}.{name}: holds a value that is not finite")
-            if name.endswith("_scale") and not bool((value.float() > 0).all()):
-                raise ScalesError(f"{self.layer}.{name}: holds a scale that is not above zero")
-            if name.endswith("_balance") and not bool(((value.float() > 0) & (1 / value.float()).isfinite()).all()):
-                raise ScalesError(f"{self.layer}.{name}: holds a factor that is not above zero")
 
     def scale(self, spec: Operand, x: Tensor) -> Tensor:
         """The scale of an operand `[B, H, N, D]`, with a batch dimension, where the operand is."""
