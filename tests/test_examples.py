@@ -66,6 +66,27 @@ def test_the_readme_shows_the_example_as_it_is():
     assert code in shown
 
 
+SCRIPTS = {
+    "quantize_and_attend": ["mine: relative L1", "certified, mean over queries"],
+    "calibrate_export_load": ["layers.0.self_attn {'k_scale'", "'strategy': 'attn_head'"],
+    "search": ["on tokens not seen", "layers.5: "],
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_example_runs_as_it_says(name):
+    result = subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(text in result.stdout for text in SCRIPTS[name])
+
+
+@pytest.mark.compiled
+def test_the_kernel_example_compiles_its_kernel():
+    result = subprocess.run([sys.executable, ROOT / "examples" / "inspect_kernel.py"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"\d+ registers, \d+ bytes spilled, [0-9.]+ instructions a score", result.stdout)
+
+
 def test_the_cache_example_prints_the_figures_of_its_page_and_they_are_in_order():
     result = subprocess.run([sys.executable, ROOT / "examples" / "kv_cache.py"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
