@@ -15,10 +15,8 @@ start = next(place for place, line in enumerate(lines) if "for start in range" i
 print("\n".join(lines[start : start + 8]))
 
 # no GPU is needed to compile; TRITON_INTERPRET=1 would replace the compiler
-found = kernel.resources
+found, card = kernel.resources, kernel.prediction
 print(
     f"{found.registers} registers, {found.spill_bytes} bytes spilled, {found.instructions_per_score:.2f} instructions a score"
 )
-print(
-    f"predicted, a model: {kernel.prediction.serial_tops:.0f} to {kernel.prediction.roofline_tops:.0f} TOPS on {kernel.prediction.card}"
-)
+print(f"predicted, a model: {card.serial_tops:.0f} to {card.roofline_tops:.0f} TOPS on {card.card}")
