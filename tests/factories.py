@@ -7,6 +7,7 @@ from itertools import combinations, product
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokquant import bias
 from tokquant.schemes import QuantScheme, preset, preset_names
@@ -300,3 +301,16 @@ def fits(s, head_dim):
 def nan_filled(*size, empty=torch.empty, **options):
     out = empty(*size, **options)
     return out.fill_(float("nan")) if out.is_floating_point() else out
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for x in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.untyped_storage().size() // x.element_size())
+        return made

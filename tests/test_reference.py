@@ -4,8 +4,18 @@ import math
 
 import pytest
 import torch
-from factories import CASES, PROBABILITY_ROUNDING, bounds, dense_logits, exact_operands, pairwise, qkv, scheme, some_mask
-from torch.utils._python_dispatch import TorchDispatchMode
+from factories import (
+    CASES,
+    PROBABILITY_ROUNDING,
+    Largest,
+    bounds,
+    dense_logits,
+    exact_operands,
+    pairwise,
+    qkv,
+    scheme,
+    some_mask,
+)
 
 from tokquant import attention, preset, quantize, reference
 from tokquant.activations import Activations, sample
@@ -266,7 +276,7 @@ def test_how_many_rows_are_held_at_once_does_not_matter(name, monkeypatch):
     out, lse = attention(q, k, v, name, **given)
     exact = reference.oracle(q, k, v, features_of(q, k, causal=True, window=(100, None)))
     monkeypatch.setattr(reference, "SCORES_AT_ONCE", 1)
-    chunks = list(reference._row_chunks(150, 10**9))
+    chunks = list(reference.row_chunks(150, 10**9))
     assert len(chunks) == 10 and chunks[-1] == slice(144, 150)
     again, again_lse = attention(q, k, v, name, **given)
     # a code of P may fall to the other side of a tie
@@ -344,19 +354,6 @@ def test_the_oracle_is_the_formula(case):
     expected = weights @ v.double().repeat_interleave(q.shape[1] // v.shape[1], dim=1) / total
     assert torch.allclose(out, expected.nan_to_num(0), rtol=0, atol=1e-12)
     assert torch.allclose(lse, weights.sum(dim=-1).log(), rtol=0, atol=1e-12)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for x in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.untyped_storage().size() // x.element_size())
-        return made
 
 
 @pytest.mark.parametrize("name", ["int8", "none"])

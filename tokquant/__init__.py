@@ -6,16 +6,19 @@ from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import LayerScales, Scales
 from tokquant.decode import decode
 from tokquant.errors import CacheFileError, CacheFullError, ScalesError, SchemeError, UnsupportedError
+from tokquant.evaluation.bound import Bound, error_bound
 from tokquant.evaluation.compare import Comparison, compare
 from tokquant.evaluation.search import search
 from tokquant.exchange.checkpoint import import_checkpoint_scales
 from tokquant.exchange.compressed_tensors import from_compressed_tensors, to_compressed_tensors
 from tokquant.exchange.engines import export_checkpoint_scales
 from tokquant.export import load_scales, save_scales
+from tokquant.integrations.torch_sdpa import quantized_sdpa
 from tokquant.kernels.compile import Kernel, compile
 from tokquant.kv_cache import KVCache
 from tokquant.precisions import Precision, register
 from tokquant.schemes import Granularity, HeadSchemes, QuantScheme, SchemeMap, preset
+from tokquant.sdpa import scaled_dot_product_attention
 from tokquant.tensor import QuantizedTensor
 from tokquant.tune import tune
 from tokquant.varlen import attention_varlen
@@ -23,6 +26,7 @@ from tokquant.varlen import attention_varlen
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bound",
     "CacheFileError",
     "CacheFullError",
     "Calibrator",
@@ -46,6 +50,7 @@ __all__ = [
     "compare",
     "compile",
     "decode",
+    "error_bound",
     "export_checkpoint_scales",
     "folding",
     "from_compressed_tensors",
@@ -53,8 +58,10 @@ __all__ = [
     "load_scales",
     "preset",
     "quantize",
+    "quantized_sdpa",
     "register",
     "save_scales",
+    "scaled_dot_product_attention",
     "search",
     "to_compressed_tensors",
     "tune",

@@ -17,15 +17,20 @@ from tokquant.kernels import quantize as kernels
 from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu import launch as cpu
 from tokquant.kernels.cpu import quantize as cpu_kernels
+from tokquant.operators import operator, untraced
 from tokquant.quantize import quantize_operands
 from tokquant.schemes import HeadSchemes, LayerScheme, QuantScheme, SchemeMap, of_layer
 from tokquant.tensor import Coded, QuantizedHeads, QuantizedTensor
 
 Scheme = LayerScheme | SchemeMap | str
+Part = tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor, QuantScheme]
+"""Operands of heads that take one scheme, and the scheme."""
+
 Backend = Literal["auto", "triton", "cpu", "reference"]
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
 
+@untraced("quantize")
 def quantize(
     q: Tensor,
     k: Tensor,
@@ -55,7 +60,13 @@ def quantize(
     """
     found = scheme_of(scheme, layer, scales)
     check_tensors(q, k, v)
-    chosen = choose_backend(backend, q.device)
+    return quantized(q, k, v, found, scales, choose_backend(backend, q.device))
+
+
+def quantized(
+    q: Tensor, k: Tensor, v: Tensor, found: LayerScheme, scales: LayerScales | None, chosen: str
+) -> tuple[Coded, Coded, Coded]:
+    """`quantize` of tensors that were checked, for the backend that was chosen."""
     q, k, v = q.detach(), k.detach(), v.detach()
     if isinstance(found, HeadSchemes):
         check_heads(found, k.shape[1], scales)
@@ -75,6 +86,7 @@ def _quantize(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: Laye
     return packed(operands, scheme) if packed else operands
 
 
+@operator("Tensor? mask=None")
 def attention(
     q: Tensor | Coded,
     k: Tensor | Coded,
@@ -121,20 +133,11 @@ def attention(
     Raises: as `quantize`; UnsupportedError where the chosen backend lacks a feature.
     """
     found = scheme_of(scheme, layer, scales)
-    coded = [isinstance(x, Coded) for x in (q, k, v)]
-    if any(coded) and not all(coded):
-        kinds = ", ".join(type(x).__name__ for x in (q, k, v))
-        raise TypeError(f"q, k, v: either all tensors or all QuantizedTensors, not {kinds}")
-    if all(coded):
-        if scales is not None:
-            raise ScalesError("scales: the tensors are quantized already; give scales to quantize")
-        parts = _parts(found, q, k, v)
-    else:
-        check_tensors(q, k, v)
+    parts = check_operands(q, k, v, found, scales)
     features = features_of(q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     chosen = choose_backend(backend, q.device)
-    if not all(coded):
-        parts = _parts(found, *quantize(q, k, v, found, scales=scales, backend=backend))  # type: ignore[arg-type]
+    if parts is None:
+        parts = operands_of(found, *quantized(q, k, v, found, scales, chosen))  # type: ignore[arg-type]
     if len(parts) == 1:
         out, lse = RUN[chosen](*parts[0], features, return_lse, deterministic)
     else:
@@ -177,10 +180,24 @@ def check_heads(schemes: HeadSchemes, heads: int, scales: object) -> None:
         raise ScalesError(f"scales: no scheme of these heads has a use for them ({schemes})")
 
 
-Part = tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor, QuantScheme]
+def check_operands(q: object, k: object, v: object, scheme: LayerScheme, scales: object) -> list[Part] | None:
+    """Operands and scheme of each range of heads, where q, k and v are quantized already; None where they are tensors.
+
+    Raises unless all three are quantized, by this scheme, or all are tensors that can be.
+    """
+    coded = [isinstance(x, Coded) for x in (q, k, v)]
+    if any(coded) and not all(coded):
+        kinds = ", ".join(type(x).__name__ for x in (q, k, v))
+        raise TypeError(f"q, k, v: either all tensors or all QuantizedTensors, not {kinds}")
+    if not all(coded):
+        check_tensors(q, k, v)
+        return None
+    if scales is not None:
+        raise ScalesError("scales: the tensors are quantized already; give scales to quantize")
+    return operands_of(scheme, q, k, v)
 
 
-def _parts(scheme: LayerScheme, q: Any, k: Any, v: Any) -> list[Part]:
+def operands_of(scheme: LayerScheme, q: Any, k: Any, v: Any) -> list[Part]:
     """Operands and scheme of each range of heads; one where a scheme has them all."""
     if isinstance(scheme, HeadSchemes):
         if not all(isinstance(x, QuantizedHeads) and len(x.parts) == len(scheme.parts) for x in (q, k, v)):

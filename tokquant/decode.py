@@ -10,8 +10,10 @@ from torch import Tensor
 from tokquant.errors import quote
 from tokquant.inputs import Numbers, check_beside_cache, features_of, whole_numbers
 from tokquant.kv_cache import KVCache
+from tokquant.operators import untraced
 
 
+@untraced("decode")
 def decode(
     q: Tensor,
     cache: KVCache,

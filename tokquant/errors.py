@@ -16,7 +16,7 @@ class SchemeError(ValueError):
 
 
 class ScalesError(ValueError):
-    """Calibrated scales, or a file of them, that cannot be used. Names the scale and its layer."""
+    """Calibrated scales, or a file of them or of a calibration, that cannot be used. Names what is wrong and its layer."""
 
 
 class CacheFullError(RuntimeError):

@@ -39,7 +39,12 @@ def check_tensor(name: str, x: object) -> None:
         raise ValueError(f"{name}: shape {list(x.shape)} has {x.ndim} dimensions; give [batch, heads, tokens, head_dim]")
     if 0 in x.shape:
         raise ValueError(f"{name}: shape {list(x.shape)} is empty; give at least one of batch, heads, tokens and head_dim")
-    if x.requires_grad and torch.is_grad_enabled():
+    check_no_grad(name, x)
+
+
+def check_no_grad(name: str, x: object) -> None:
+    """Raise RuntimeError for a tensor that a gradient would be wanted of."""
+    if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name}: requires grad, and quantized attention has no backward; call it under torch.no_grad()")
 
 
@@ -135,8 +140,7 @@ def features_of(
         )
     parts = [] if bias is None else bias.tensors()
     for name, given in (("mask", mask), ("sinks", sinks), *(("bias", part) for part in parts)):
-        if isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{name}: requires grad, and quantized attention has no backward; call it under torch.no_grad()")
+        check_no_grad(name, given)
     if mask is not None:
         if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__

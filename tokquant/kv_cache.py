@@ -17,6 +17,7 @@ from tokquant.errors import CacheFileError, ScalesError, SchemeError, Unsupporte
 from tokquant.inputs import DTYPES, Numbers, check_beside_cache, sequence_numbers, whole_numbers
 from tokquant.kernels.cpu.pages import CpuPages
 from tokquant.kernels.pages import TritonPages
+from tokquant.operators import untraced
 from tokquant.pages import ReferencePages, Store, frame_of
 from tokquant.paging import BlockTable, Pool
 from tokquant.quantize import in_frame
@@ -99,6 +100,7 @@ class KVCache:
 
     # ------------------------------------------------------------------ tokens
 
+    @untraced("KVCache.append")
     def append(self, k: Tensor, v: Tensor, *, counts: Numbers | None = None, positions: Numbers | None = None) -> None:
         """Add tokens `[batch, kv_heads, n, head_dim]` to the ends of the sequences.
 

@@ -33,3 +33,18 @@ def errors(out: Tensor, exact: Tensor) -> Errors:
         rmse=difference.square().mean().sqrt().item(),
         max_abs=difference.max().item(),
     )
+
+
+def head_errors(out: Tensor, exact: Tensor) -> list[Errors]:
+    """`errors` of each head of `[B, H, N, D]`."""
+    return [errors(out[:, head], exact[:, head]) for head in range(exact.shape[1])]
+
+
+def row_errors(out: Tensor, exact: Tensor) -> Tensor:
+    """sum |o - x| of each row of `[B, H, N, D]`, over the mean of sum |o| of its head's rows: `[B, H, N]`, float64.
+
+    The mean over a head's rows is its `rel_l1`; a row that is next to nothing itself does not count for much.
+    """
+    x, o = out.double(), exact.double()
+    usual = o.abs().sum(dim=3).mean(dim=(0, 2), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return (x - o).abs().sum(dim=3) / usual

@@ -127,13 +127,18 @@ def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | N
     else:
         scale, zero = scale_of(x, spec)
     s = spread(scale, spec.granularity, n, d).float()
+    z = None if zero is None else spread(zero, spec.granularity, n, d).float()
+    codes = precision.pack(codes_of(x, s, z, spec))
+    return QuantizedTensor(codes=codes, scale=scale, zero=zero, spec=spec, shape=x.shape, dtype=dtype)
+
+
+def codes_of(x: Tensor, scale: Tensor, zero: Tensor | None, spec: Operand) -> Tensor:
+    """Codes of float32 values, one an element, by scales and zeros that broadcast to them, float32."""
+    precision = spec.format
     if zero is None:
         assert precision.largest is not None
-        codes = precision.encode((x / s).clamp(-precision.largest, precision.largest))
-    else:
-        steps = ((x - spread(zero, spec.granularity, n, d).float()) / s).round().clamp(0, precision.levels)
-        codes = precision.encode(steps - 2 ** (precision.bits - 1))
-    return QuantizedTensor(codes=precision.pack(codes), scale=scale, zero=zero, spec=spec, shape=x.shape, dtype=dtype)
+        return precision.encode((x / scale).clamp(-precision.largest, precision.largest))
+    return precision.encode(((x - zero) / scale).round().clamp(0, precision.levels) - 2 ** (precision.bits - 1))
 
 
 def check_groups(spec: Operand, x: Tensor) -> None:
@@ -172,8 +177,10 @@ def asymmetric_scale(lowest: Tensor, highest: Tensor, spec: Operand) -> tuple[Te
 
 
 def _divided(x: Tensor, divisor: float | None) -> Tensor:
-    # by a tensor: on a GPU torch multiplies by the reciprocal of a Python number, which rounds twice
-    return x / x.new_tensor(divisor)
+    assert divisor is not None
+    # by a tensor: on a GPU torch multiplies by the reciprocal of a Python number, which rounds twice. One that is filled
+    # there: to copy a number waits for the GPU, and ends the capture of a CUDA graph
+    return x / x.new_full((), divisor)
 
 
 def reduce_groups(x: Tensor, spec: Operand, reduce) -> Tensor:
@@ -260,7 +267,7 @@ def check_balance(rule: ChannelBalance | RopePairBalance, head_dim: int) -> None
             raise SchemeError([("balance.rope_pairs.top_k", f"{rule.top_k} is more than the {head_dim} channels of a head")])
 
 
-def for_query_heads(x: Tensor, q: Tensor, k: Tensor | QuantizedTensor) -> Tensor:
+def for_query_heads(x: Tensor, q: Tensor | QuantizedTensor, k: Tensor | QuantizedTensor) -> Tensor:
     """`[B, H_kv, 1, D] -> [B, H_q, 1, D]`: what belongs to a head of K, for each head of Q that shares it."""
     return x.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 

@@ -88,27 +88,36 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, features: Features, only: Sequence[s
     Of the queries in `only`, where it is given.
     """
     (b, heads, n_q), n_k = q.shape[:3], k.shape[2]
-    shared = heads // k.shape[1]
-    k, v = (x.double().repeat_interleave(shared, dim=1) for x in (k, v))
-    every, parts = slice(0, n_k), []
-    for rows in _row_chunks(n_q, b * heads * n_k, only):
-        s = features.scale * (q[:, :, rows].double() @ k.mT)
-        if features.softcap is not None:
-            s = features.softcap * torch.tanh(s / features.softcap)
-        if features.bias is not None:
-            s = s + features.bias.block(rows, every, n_q, n_k, torch.float64)
-        if features.mask is not None and features.mask.dtype != torch.bool:
-            s = s + features.mask[:, :, rows].double()
-        kept = features.kept(rows, every, n_q, n_k, q.device)
-        if kept is not None:
-            s = s.masked_fill(~kept, -math.inf)
-        lse = s.logsumexp(dim=-1)
-        total = lse
-        if features.sinks is not None:
-            total = torch.logaddexp(total, features.sinks.double()[:, None])
-        p = torch.exp(s - total.masked_fill(lse == -math.inf, 0.0)[..., None])
-        parts.append((matmul_kept(p, v), lse))
+    k, v, parts = k.double(), v.double(), []
+    for rows in row_chunks(n_q, b * heads * n_k, only):
+        p, lse = weights(q, k, features, rows)
+        parts.append((weighted(p, v), lse))
     return _joined(parts)
+
+
+def weights(q: Tensor, k: Tensor, features: Features, rows: slice) -> tuple[Tensor, Tensor]:
+    """What these queries weigh each key by, float64 `[B, H_q, rows, N_k]`, and their LSE: q `[B, H_q, N_q, D]`, float64 k
+    `[B, H_kv, N_k, D]`."""
+    n_q, every = q.shape[2], slice(0, k.shape[2])
+    s = features.scale * _by_keys(q[:, :, rows].double(), k)
+    if features.softcap is not None:
+        s = features.softcap * torch.tanh(s / features.softcap)
+    if features.bias is not None:
+        s = s + features.bias.block(rows, every, n_q, every.stop, torch.float64)
+    if features.mask is not None and features.mask.dtype != torch.bool:
+        s = s + features.mask[:, :, rows].double()
+    kept = features.kept(rows, every, n_q, every.stop, q.device)
+    if kept is not None:
+        s = s.masked_fill(~kept, -math.inf)
+    lse = total = s.logsumexp(dim=-1)
+    if features.sinks is not None:
+        total = torch.logaddexp(total, features.sinks.double()[:, None])
+    return torch.exp(s - total.masked_fill(lse == -math.inf, 0.0)[..., None]), lse
+
+
+def weighted(p: Tensor, v: Tensor) -> Tensor:
+    """The sums of v `[B, H_kv, N_k, D]` that p `[B, H_q, rows, N_k]` weighs: `[B, H_q, rows, D]`."""
+    return matmul_kept(_grouped(p, v.shape[1]), v).reshape(*p.shape[:3], v.shape[3])
 
 
 def in_their_types(device: torch.device) -> torch.autocast:
@@ -149,13 +158,14 @@ def attention(
     parts = []
     with in_their_types(q.device):
         emulation = _Emulation(q, k, v, scheme, features)
-        for rows in _row_chunks(n_q, b * heads * min(n_k, scheme.key_tile), only):
+        for rows in row_chunks(n_q, b * heads * min(n_k, scheme.key_tile), only):
             out, lse = emulation.rows(rows)
             parts.append((out.to(dtype or q.dtype), lse))
     return _joined(parts)
 
 
-def _row_chunks(n: int, a_row: int, only: Sequence[slice] | None) -> Iterator[slice]:
+def row_chunks(n: int, a_row: int, only: Sequence[slice] | None = None) -> Iterator[slice]:
+    """n rows, or those of `only`, in runs that hold about SCORES_AT_ONCE elements, at `a_row` elements each."""
     step = max(16, min(n, SCORES_AT_ONCE // max(a_row, 1)))
     for rows in only or [slice(0, n)]:
         for start in range(rows.start, rows.stop, step):
@@ -240,7 +250,7 @@ class _Emulation:
     def logits(self, rows: slice, keys: slice) -> Tensor:
         """Base-2 logits `[B, H_q, rows, keys]` before any selection."""
         features = self.features
-        s = self._by_keys(self.q_values[:, :, rows], self.k_values[:, :, keys])
+        s = _by_keys(self.q_values[:, :, rows], self.k_values[:, :, keys])
         if self.k_scale is not None:
             s = s * self._of_keys(self.k_scale, keys)
         if self.k_origin is not None:
@@ -250,7 +260,7 @@ class _Emulation:
         s = s * (factor if self.q_scale is None else self.q_scale[:, :, rows] * factor)
         if self.k.companion is not None:
             means = self.q.frame.offset_of_tokens(self.q.shape[2])[:, :, rows]
-            s = s + self._by_keys(means, self.k.companion[:, :, keys].float()) * factor
+            s = s + _by_keys(means, self.k.companion[:, :, keys].float()) * factor
         if features.softcap is not None:
             if self.q.logit_offset is not None:
                 s = s + self.q.logit_offset[:, :, rows] * features.scale
@@ -293,10 +303,6 @@ class _Emulation:
             out = out + self._for_heads(self.v.offset.float()) * (l / total)
         return torch.where(l == 0, 0.0, out), (lse + lowered).squeeze(-1)
 
-    def _by_keys(self, q: Tensor, k: Tensor) -> Tensor:
-        # the queries that share a head of K as rows of one product: [B, H_kv, G * rows, D] @ [B, H_kv, D, keys]
-        return (_grouped(q, k.shape[1]) @ k.mT).reshape(*q.shape[:3], k.shape[2])
-
     def _by_values(self, p: Tensor, keys: slice) -> Tensor:
         v = self.v_values[:, :, keys]
         # float32 holds every sum of 256 products of unsigned bytes
@@ -313,6 +319,11 @@ class _Emulation:
     def _for_heads(self, x: Tensor) -> Tensor:
         """What belongs to a head of K and V, for each head of Q that shares it."""
         return x if x.shape[1] == 1 else x.repeat_interleave(self.q.shape[1] // x.shape[1], dim=1)
+
+
+def _by_keys(q: Tensor, k: Tensor) -> Tensor:
+    # the queries that share a head of K as rows of one product: [B, H_kv, G * rows, D] @ [B, H_kv, D, keys]
+    return (_grouped(q, k.shape[1]) @ k.mT).reshape(*q.shape[:3], k.shape[2])
 
 
 def _grouped(x: Tensor, heads: int) -> Tensor:

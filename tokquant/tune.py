@@ -50,8 +50,10 @@ def tune(
 
 
 def need_gpu(device: torch.device) -> None:
-    """Raise UnsupportedError where there is nothing to tune."""
+    """Raise UnsupportedError where there is nothing to tune, or nothing can be timed."""
     if device.type != "cuda":
         raise UnsupportedError(
             f"tune: needs a GPU, and q is on {device}; `tokquant compile SCHEME --candidates` compares launches without one"
         )
+    if torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError("tune: a CUDA graph is being captured, in which nothing can be timed; tune before")

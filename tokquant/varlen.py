@@ -6,18 +6,24 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tokquant.attention import RUN, Backend, Scheme, check_heads, check_scales, choose_backend, quantize, ranges, scheme_of
+from tokquant.attention import RUN, Backend, Scheme, check_heads, check_scales, choose_backend, quantized, ranges, scheme_of
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import quote
 from tokquant.inputs import check_tensors, features_of
 from tokquant.kernels import launch, sequences
+from tokquant.operators import operator
 from tokquant.reference import Features
 from tokquant.schemes import HeadSchemes, QuantScheme
 
 Spans = list[tuple[slice, slice]]
 
 
+# lengths are read on the CPU, where no CUDA graph can wait for them
+@operator(
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -108,7 +114,7 @@ def _attend(
     for queries, keys in spans:
         own = whole[0][:, :, queries], whole[1][:, :, keys], whole[2][:, :, keys]
         empty = any(0 in x.shape for x in own)
-        parts.append(None if empty else quantize(*own, scheme, scales=scales, backend=chosen))  # type: ignore[arg-type]
+        parts.append(None if empty else quantized(*own, scheme, scales, chosen))  # type: ignore[arg-type]
     if chosen == "triton" and any(part is not None for part in parts):
         return sequences.attention(parts, starts, scheme, features, return_lse, deterministic)  # type: ignore[arg-type]
     out = torch.zeros_like(whole[0])

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
+from factories import qkv
 
 import tokquant as tq
-from tokquant.calibration.observers import Statistics
 from tokquant.reference import Features, oracle
 from tokquant.schemes import preset
 
@@ -65,51 +65,6 @@ def test_amax_scales_are_those_that_one_batch_gets_dynamically(granularity):
         assert torch.equal(one.codes, other.codes) and torch.equal(one.scale, other.scale)
 
 
-@pytest.mark.parametrize("observer", ["amax", "percentile:99"])
-def test_two_calibrators_merged_equal_one_over_both(observer):
-    s = preset("kv-fp8")
-    data = {name: [batch(), batch(n=33)] for name in ("a", "b")}
-    whole, first, second = (tq.Calibrator(s, observer) for _ in range(3))
-    for name, (one, two) in data.items():
-        whole.observe(name, *one)
-        whole.observe(name, *two)
-        first.observe(name, *one)
-        second.observe(name, *two)
-    second.observe("only there", *data["a"][0])
-    whole.observe("only there", *data["a"][0])
-    first.merge(second)
-    for layer, part in whole.scales().items():
-        for name, value in part.tensors.items():
-            assert torch.equal(value, first.scales()[layer].tensors[name]), (layer, name)
-
-
-def test_calibrators_of_other_schemes_do_not_merge():
-    with pytest.raises(ValueError, match="merge: the other calibrator has another scheme or observer"):
-        tq.Calibrator("kv-fp8").merge(tq.Calibrator("kv-fp8", "percentile"))
-
-
-@pytest.mark.parametrize("percent", [50, 90, 99, 99.9, 100])
-def test_percentiles_are_known_to_a_bin(percent):
-    x = torch.randn(1, 2, 5000, 16)
-    statistics = Statistics(2, 16, histogram=True)
-    for part in x.split(700, dim=2):
-        statistics.observe(part, part)
-    exact = torch.quantile(x.abs().flatten(2)[0], percent / 100, dim=1, interpolation="lower")
-    found = statistics.quantile(percent, per_head=True)
-    assert bool((found >= exact * 0.9999).all()) and bool((found <= exact * 1.012).all())
-
-
-def test_a_percentile_clips_an_outlier_that_amax_follows():
-    q, k, v = batch(n=2000)
-    k[0, 0, 7, 3] = 1000
-    scales = {}
-    for observer in ("amax", "percentile:99.9"):
-        calibrator = tq.Calibrator("kv-fp8", observer)
-        calibrator.observe("a", q, k, v)
-        scales[observer] = calibrator.scales()["a"].tensors["k_scale"].flatten()
-    assert scales["amax"][0] == 1000 / 448 and scales["percentile:99.9"][0] < 6 / 448
-
-
 def test_a_static_offset_of_k_changes_only_its_codes_and_serves_a_dynamic_scheme():
     s = preset("kv-int4").model_copy(update={"k": preset("kv-int4").k.model_copy(update={"smooth": "static"})})
     q, k, v = batch(n=200)
@@ -153,7 +108,7 @@ def test_a_merge_that_fails_changes_nothing():
     other.observe("b", *batch(heads=3))
     with pytest.raises(ValueError, match=r"merge: b\.q: heads and channels \[6, 32\] are not \[4, 32\]"):
         one.merge(other)
-    assert list(one.layers) == ["b"] and one.layers["b"]["k"].count == 100
+    assert list(one.layers) == ["b"] and one.layers["b"].tokens["k"] == 100
 
 
 def test_a_layer_needs_a_name():
@@ -169,14 +124,17 @@ def test_scales_follow_the_tensors_to_their_device():
 
 
 @pytest.mark.parametrize("elsewhere", [torch.float64, "meta"], ids=str)
-def test_a_default_type_or_device_of_torch_changes_no_scale(elsewhere):
+@pytest.mark.parametrize("observer", ["amax", "percentile:99", "mse", "ema"])
+def test_a_default_type_or_device_of_torch_changes_no_scale(elsewhere, observer):
     q, k, v = batch()
+    asymmetric = INT8 | {"granularity": "channel", "scale": "static", "symmetric": False, "smooth": "static"}
+    s = scheme(q=INT8 | {"granularity": "head", "scale": "static"}, k=asymmetric, v=asymmetric)
     found = []
     for changed in (False, True):
         try:
             if changed:
                 torch.set_default_device("meta") if elsewhere == "meta" else torch.set_default_dtype(elsewhere)
-            calibrator = tq.Calibrator("kv-fp8")
+            calibrator = tq.Calibrator(s, observer)
             calibrator.observe("layer", q, k, v)
             found.append(calibrator.scales()["layer"].tensors)
         finally:
@@ -223,26 +181,6 @@ def test_unobserved_heads_of_zeros_give_scale_one():
     assert torch.equal(calibrator.scales()["a"].tensors["k_scale"], torch.ones(2, 1, 1))
 
 
-@pytest.mark.parametrize("observer", ["max", "percentile:200", "percentile:x", "percentile:nan", "amax:3", 99.9, None])
-def test_an_observer_that_is_none_is_named(observer):
-    with pytest.raises(ValueError, match=r"observer: .*|percentile: "):
-        tq.Calibrator("kv-fp8", observer)
-
-
-@pytest.mark.parametrize(
-    ("k", "obstacle"),
-    [
-        ({"granularity": "channel"}, "per channel"),
-        ({"granularity": "head", "symmetric": False}, "asymmetric"),
-        ({"granularity": "head", "smooth": "static"}, "with a static offset"),
-    ],
-    ids=["channel", "asymmetric", "offset"],
-)
-def test_what_percentiles_cannot_give_is_refused(k, obstacle):
-    with pytest.raises(tq.SchemeError, match=f"{obstacle} cannot come from percentiles; use observer 'amax'"):
-        tq.Calibrator(scheme(k=INT8 | k | {"scale": "static"}), "percentile")
-
-
 def test_static_q_covers_k_per_channel_folded_in():
     part = {"precision": "int8", "scale": "static"}
     s = scheme(q=part | {"granularity": "head"}, k=part | {"granularity": "channel"})
@@ -253,3 +191,41 @@ def test_static_q_covers_k_per_channel_folded_in():
     codes, _, _ = tq.quantize(q, k, v, s, scales=calibrator.scales()["a"])
     error = codes.frame.apply(q) - codes.frame.apply(codes.dequantize())
     assert bool((error.abs() <= codes.scale.float() * 0.5001).all())
+
+
+MAP = """
+schemes:
+  offset: {q: {precision: int8}, k: {precision: int8, smooth: static}, v: {precision: fp16}, p: {precision: fp16}}
+layers:
+  layers.0: kv-fp8
+  layers.1: offset
+  layers.2: {heads: {"0": int8, "1": kv-int4}}
+  "*": int8
+"""
+
+
+def test_a_map_is_calibrated_layer_by_layer(tmp_path):
+    schemes = tq.SchemeMap.from_yaml(MAP)
+    calibrator = tq.Calibrator(schemes)
+    tensors = {f"layers.{i}": qkv(40, heads=2, seed=i) for i in range(4)}
+    for name, operands in tensors.items():
+        calibrator.observe(name, *operands)
+    calibrator.save(tmp_path / "state.safetensors")
+    tq.save_scales(tmp_path / "scales.safetensors", tq.Calibrator.load(tmp_path / "state.safetensors").scales())
+    scales = tq.load_scales(tmp_path / "scales.safetensors")
+    assert scales.scheme == schemes and list(scales) == ["layers.0", "layers.1"]
+    assert set(scales["layers.0"].tensors) == {"k_scale", "v_scale"} and set(scales["layers.1"].tensors) == {"k_offset"}
+    for name, operands in tensors.items():
+        own = scales.get(name)
+        alone = tq.Calibrator(schemes[name]) if own else None
+        if alone:
+            alone.observe(name, *operands)
+        expected = tq.attention(*operands, schemes[name], scales=alone.scales()[name] if alone else None)
+        assert torch.equal(tq.attention(*operands, schemes, layer=name, scales=own), expected)
+    with pytest.raises(tq.SchemeError, match="'same' has no static part"):
+        tq.Calibrator(tq.SchemeMap((("*", tq.preset("int8")),), "same"))
+    by_heads = tq.HeadSchemes(((1, tq.preset("int8")), (1, tq.preset("kv-fp8"))))
+    with pytest.raises(tq.SchemeError, match=r"layers\.9: 'kv-fp8' is static, which a scheme for a range of heads cannot be"):
+        tq.Calibrator(tq.SchemeMap((("*", by_heads),))).observe("layers.9", *tensors["layers.0"])
+    with pytest.raises(tq.SchemeError, match="is a map of layers, and a quantization_config has one scheme"):
+        tq.export_checkpoint_scales(tmp_path / "out.safetensors", scales)

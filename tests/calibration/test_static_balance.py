@@ -72,8 +72,8 @@ def test_a_calibrated_offset_is_off_before_magnitudes_are_taken(name):
 def test_the_largest_norm_is_known_to_two_percent_wherever_the_points_lie(turn):
     angle = torch.tensor(turn * torch.pi / DIRECTIONS / 4)
     line = torch.linspace(-3, 5, 40)[:, None] * torch.stack([angle.cos(), angle.sin()]) + torch.tensor([7.0, -2.0])
-    maxima = Maxima(RopePairBalance(alpha=1, scale="static"), moves=True)
-    maxima.observe(torch.ones(1, 1, 1, 2), line[None, None])
+    maxima = Maxima(RopePairBalance(alpha=1, scale="static"), True, 1, 2)
+    maxima.observe((torch.ones(1, 1, 1, 2), line[None, None]))
     norm = 1 / maxima.factors(torch.tensor([[[7.0, -2.0]]]))
     assert bool((norm >= 5 * 0.99999).all()) and bool((norm <= 5 * 1.02).all())
 
@@ -115,8 +115,6 @@ def test_static_scales_cover_what_was_seen_in_the_balanced_frame(name, smooth, w
     [
         (scheme("int8", "int8 head static", balance=balance("channel"), rotate="hadamard"), "amax",
          "k: its scale cannot be static where a static balance is rotated.*use scale: dynamic, or rotate: none"),
-        (scheme("int8 head static", "int8", balance=balance("channel")), "percentile:99",
-         "q: a static scale under a static balance cannot come from percentiles; use observer 'amax'"),
         (scheme("int8", "int8 head static static_offset", balance="rope_pairs"), "amax",
          r"k: its scale cannot be static beside a static offset.*use balance \{rope_pairs: \{scale: static\}\}"),
     ],
@@ -153,7 +151,7 @@ def test_a_batch_that_is_refused_leaves_no_trace():
     calibrator = tq.Calibrator(scheme("int8", "int8", balance=balance("rope_pairs")))
     with pytest.raises(tq.SchemeError):
         calibrator.observe("layer", *qkv(9, d=33))
-    assert not calibrator.layers and not calibrator.maxima
+    assert not calibrator.layers
 
 
 WRONG = {
@@ -204,3 +202,31 @@ def test_a_default_device_of_torch_changes_no_factor(name, smooth):
     finally:
         torch.set_default_device(None)
     assert torch.equal(found, expected) and torch.equal(parts[0] * parts[1], expected)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_histograms_are_balanced_too(name):
+    """All values of a channel, times its factor: the whole range is that of the extremes."""
+    made = scheme("int8 head static", "int8 channel static", balance=balance(name))
+    extremes, whole = (tq.Calibrator(made, observer) for observer in ("amax", "percentile:100"))
+    for each in (extremes, whole):
+        each.observe("layer", *given())
+    first, second = (each.scales()["layer"].tensors for each in (extremes, whole))
+    for tensor in ("q_scale", "k_scale", "k_balance"):
+        torch.testing.assert_close(second[tensor], first[tensor], rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("smooth", ["", "static_offset"])
+@pytest.mark.parametrize("name", ["channel", "rope_pairs, top_k"])
+def test_a_calibration_with_balance_goes_on_from_its_file(name, smooth, tmp_path):
+    made = scheme("int8", f"int8 {smooth}", balance=balance(name))
+    whole, half = tq.Calibrator(made), tq.Calibrator(made)
+    whole.observe("layer", *given(0))
+    half.observe("layer", *given(0))
+    half.save(tmp_path / "half.safetensors")
+    again = tq.Calibrator.load(tmp_path / "half.safetensors")
+    for each in (whole, again):
+        each.observe("layer", *given(1))
+    right = whole.scales()["layer"].tensors
+    for tensor, value in again.scales()["layer"].tensors.items():
+        assert torch.equal(value, right[tensor])

@@ -86,6 +86,54 @@ def test_calibrate_prints_a_table(tokquant, tmp_path):
     assert code == 0 and "layers.5" in out and "v_scale" in out
 
 
+def test_calibrate_goes_on_from_its_state_and_counts_no_file_twice(tokquant, tmp_path):
+    files = [write(tmp_path / f"{n}.safetensors", **{f"a__{r}": torch.randn(1, 2, 8, 32) * n for r in "qkv"}) for n in (1, 3)]
+    state, both, one = (tmp_path / name for name in ("state", "both", "one"))
+    words = ["calibrate", "-s", "kv-fp8", "--observer", "mse", "--json"]
+    inputs = [word for file in files for word in ("-i", file)]
+    code, out, _ = tokquant(*words, *inputs, "-o", both)
+    assert code == 0 and json.loads(out)["observer"] == "mse"
+    # as if killed after the first file
+    assert tokquant(*words, "-i", files[0], "-o", one, "--state", state)[0] == 0
+    (tmp_path / "again.safetensors").write_bytes(files[0].read_bytes())
+    code, _, err = tokquant(*words, *inputs, "-i", tmp_path / "again.safetensors", "-o", one, "--state", state)
+    assert code == 0, err
+    calibrator = tq.Calibrator.load(state)
+    assert calibrator.layers["a"].tokens["k"] == 16 and list(calibrator.sources.values()) == ["1.safetensors", "3.safetensors"]
+    assert torch.equal(*(tq.load_scales(path)["a"].tensors["k_scale"] for path in (both, one)))
+    code, _, err = tokquant("calibrate", "-s", "kv-fp8", "-i", files[0], "-o", one, "--state", state)
+    assert code == 2 and "is of scheme 'kv-fp8' and observer mse; give those, or another file" in err
+    code, _, err = tokquant(*words, "-i", files[0], "-o", one, "--state", files[0])
+    assert code == 2 and "1.safetensors: holds no calibration" in err
+
+
+def test_calibrate_keeps_the_state_of_whole_files_when_one_is_bad(tokquant, tmp_path):
+    good = write(tmp_path / "good.safetensors", **{f"a__{r}": torch.randn(1, 2, 8, 32) for r in "qkv"})
+    bad = {f"{layer}__{r}": torch.randn(1, 2, 8, 32) for layer in "ab" for r in "qkv"}
+    bad["b__k"][0, 0, 0, 0] = float("nan")
+    words = [
+        "calibrate",
+        "-s",
+        "kv-fp8",
+        "-i",
+        good,
+        "-i",
+        write(tmp_path / "bad.safetensors", **bad),
+        "--state",
+        tmp_path / "state",
+    ]
+    code, _, err = tokquant(*words, "-o", tmp_path / "scales")
+    assert code == 2 and "bad.safetensors, b: b.k: holds a value that is not finite" in err
+    assert tq.Calibrator.load(tmp_path / "state").layers["a"].tokens["k"] == 8 and not (tmp_path / "scales").exists()
+
+
+def test_calibrate_leaves_room(tokquant, tmp_path):
+    for margin in (1, 2):
+        assert tokquant("calibrate", "-s", "kv-fp8", "-o", tmp_path / str(margin), "--margin", margin)[0] == 0
+    one, two = (tq.load_scales(tmp_path / name)["layers.0"].tensors["k_scale"] for name in "12")
+    assert torch.allclose(two, 2 * one)
+
+
 def test_compare_puts_schemes_side_by_side(tokquant, tmp_path):
     names = ["int-flash", "int8", "kv-int4", "fp8"]
     code, out, _ = tokquant("compare", *names, "--json", "--repeats", 1, "--html", tmp_path / "report.html")
@@ -93,12 +141,25 @@ def test_compare_puts_schemes_side_by_side(tokquant, tmp_path):
     assert code == 0 and list(rows) == names
     assert rows["int-flash"]["rel_l1"] > 3 * rows["int8"]["rel_l1"]
     assert rows["kv-int4"]["bits"] == {"q": 9.0, "k": 5.0, "v": 5.0}, "head_dim of the sample is 32"
-    assert "kv-int4" in (tmp_path / "report.html").read_text()
+    layers = rows["int8"]["layers"]
+    assert [layer["name"] for layer in layers] == [f"layers.{n}" for n in range(6)] and len(layers[0]["heads"]) == 2
+    assert sum(layer["rel_l1"] for layer in layers) / 6 == pytest.approx(rows["int8"]["rel_l1"])
+    assert set(layers[0]["explanation"]["parts"]) == set(rows["int8"]["parts"]) == set("qkvp")
+    text = (tmp_path / "report.html").read_text()
+    assert all(word in text for word in (*names, "sample.safetensors", "6 of batch 1, 2 heads, 512 tokens", "every query sees"))
 
 
 def test_compare_shows_every_dynamic_preset(tokquant, activations):
     code, out, err = tokquant("compare", "-i", activations, "--repeats", 1)
     assert code == 0 and all((name in out) is (name != "kv-fp8") for name in preset_names()), err
+
+
+def test_compare_explains_where_errors_come_from(tokquant, activations):
+    words = ("compare", "int-flash", "-i", activations, "--repeats", 1)
+    code, out, err = tokquant(*words, "--explain")
+    assert code == 0 and "of q / k / v / p" in out, err
+    code, out, _ = tokquant(*words, "--json")
+    assert code == 0 and "parts" not in json.loads(out)["schemes"][0]
 
 
 def test_compare_keeps_schemes_of_one_name_apart(tokquant, tmp_path):
@@ -259,6 +320,9 @@ def test_doctor_says_of_compiler_and_instruction_set_each_what_is_wrong_with_it(
         (("compile", "int8", "--candidates"), "interpreter is on; unset TRITON_INTERPRET"),
         (("calibrate", "-s", "int8", "-o", "x"), "no static part to calibrate"),
         (("calibrate", "-s", "kv-fp8", "-o", "/nonexistent/x"), "--output: there is no folder /nonexistent"),
+        (("calibrate", "-s", "kv-fp8", "-o", "x", "--state", "/nonexistent/x"), "--state: there is no folder /nonexistent"),
+        (("calibrate", "-s", "kv-fp8", "-o", "x", "--observer", "amx"), "observer: 'amx' is none.*did you mean 'amax'"),
+        (("calibrate", "-s", "kv-fp8", "-o", "x", "--margin", "0"), "margin: 0.0 is not a number above zero"),
         (("compare", "int8", "fp9"), "no preset 'fp9'"),
         (("run", "--device", "nowhere"), "--device: 'nowhere' cannot be used"),
     ],
@@ -282,3 +346,13 @@ def test_the_sample_is_small_and_real():
     assert sample().stat().st_size < 1.5e6
     q, _, _ = Activations(sample())["layers.0"]
     assert q.shape == (1, 2, 512, 32) and q.dtype == torch.float16
+
+
+def test_compare_certifies_where_it_is_asked_to(tokquant, activations):
+    code, out, _ = tokquant("compare", "int8", "int-flash", "-i", activations, "--bound", "--repeats", 1)
+    assert code == 0 and "certificates" in out and "of rounding" in out
+    code, out, _ = tokquant("compare", "int8", "-i", activations, "--bound", "--json", "--repeats", 1)
+    [scheme] = json.loads(out)["schemes"]
+    bound = scheme["bound"]
+    assert 0 < bound["error"] < bound["total"] <= 1.001 * sum(bound[part] for part in ("q", "k", "p", "v", "rounding"))
+    assert 0 < bound["tightness"]["median"] <= bound["tightness"]["largest"] <= 1

@@ -73,3 +73,13 @@ def test_scales_go_to_the_schemes_that_need_them():
     [static, dynamic] = tq.compare(q, q, q, schemes=["kv-fp8", "int8"], scales=calibrator.scales()["a"], repeats=1)
     assert static.errors.rel_l1 < 0.1 and dynamic.errors.rel_l1 < 0.03
     assert "fp8_e4m3 head static" in repr(static)
+
+
+def test_a_certificate_is_that_of_error_bound():
+    q, k, v = torch.randn(1, 4, 40, 64), torch.randn(1, 2, 60, 64), torch.randn(1, 2, 60, 64)
+    [result] = tq.compare(q, k, v, schemes=["int8"], causal=True, repeats=1, bound=True)
+    assert result.bound.total.equal(tq.error_bound(q, k, v, "int8", causal=True).total)
+    assert result.row_errors.max() == result.errors.max_abs
+    assert result.tightness.equal(result.row_errors / result.bound.total) and 0.05 < result.tightness.max() <= 1
+    [plain] = tq.compare(q, k, v, schemes=["int8"], causal=True, repeats=1)
+    assert plain.bound is None and plain.tightness is None

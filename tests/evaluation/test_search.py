@@ -6,7 +6,7 @@ import tokquant as tq
 from tests.factories import qkv
 from tokquant.activations import Activations, sample
 from tokquant.evaluation.candidates import default
-from tokquant.evaluation.trials import runs
+from tokquant.evaluation.sampling import runs
 from tokquant.schemes import HeadSchemes
 
 FEW = ["int8", "int8-fast", "kv-int4", "int8-fp16", "fp8"]

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ class Bias(ABC):
     def of_heads(self, heads: slice) -> "Bias":
         """Its part for some heads of Q, once it is expanded."""
 
+    def terms(self, rows: slice, keys: slice, n_q: int, n_k: int) -> Tensor:
+        """What `block` is summed from: magnitudes, float64, that a kernel's rounding is a share of."""
+        return self.block(rows, keys, n_q, n_k, torch.float64).abs()
+
     def tensors(self) -> list[Tensor]:
         """What it keeps in memory."""
         return [x for x in vars(self).values() if isinstance(x, Tensor)]
@@ -64,6 +68,10 @@ class Alibi(Bias):
         i = torch.arange(rows.start, rows.stop, device=self.slopes.device)[:, None] + (n_k - n_q)
         j = torch.arange(keys.start, keys.stop, device=self.slopes.device)
         return -self.slopes.to(dtype)[:, None, None] * (i - j).abs().to(dtype)
+
+    def terms(self, rows: slice, keys: slice, n_q: int, n_k: int) -> Tensor:
+        # kernels count keys from the first of up to 128 queries
+        return super().terms(rows, keys, n_q, n_k) + 128 * self.slopes.double().abs()[:, None, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +125,10 @@ class LowRank(Bias):
     def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
         return self.q_factors[..., rows, :].to(dtype) @ self.k_factors[..., keys, :].to(dtype).mT
 
+    def terms(self, rows: slice, keys: slice, n_q: int, n_k: int) -> Tensor:
+        magnitudes = replace(self, q_factors=self.q_factors.abs(), k_factors=self.k_factors.abs())
+        return self.rank * magnitudes.block(rows, keys, n_q, n_k, torch.float64)
+
 
 @dataclass(frozen=True, eq=False)
 class Dense(Bias):
@@ -137,6 +149,10 @@ class Dense(Bias):
 
     def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
         return self.values[..., rows, keys].to(dtype)
+
+
+KINDS: dict[str, Any] = {each.kind: each for each in (Alibi, KeyVector, LowRank, Dense)}
+"""Each is made of what its `tensors` gave, in that order."""
 
 
 def alibi(slopes: Tensor) -> Alibi:

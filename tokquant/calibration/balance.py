@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from tokquant.calibration.statistics import Statistics
 from tokquant.quantize import check_balance
 from tokquant.schemes.balance import ChannelBalance, RopePairBalance
 from tokquant.transforms import channel_factors, pair_norms, query_maxima, rope_pair_factors
@@ -13,7 +14,7 @@ DIRECTIONS = 16
 """In which the extent of a pair of channels is kept: the largest distance from any point is then known to within 2 %."""
 
 
-class Maxima:
+class Maxima(Statistics):
     """Of K less the offset that its frame takes off, and of Q, of one layer: `[H_kv, 1, D]` and the like, float32.
 
     Args:
@@ -21,15 +22,37 @@ class Maxima:
         moves: whether K has a calibrated offset, which is known only at the end. Extremes of a channel move with it. The
             largest norm of a pair does not, but how far its points reach in a direction does: so many directions are kept
             instead, and the norm taken is at least the true one and at most 2 % more.
+        heads, channels: of K.
+
+    Raises SchemeError where the rule does not fit the head.
     """
 
-    def __init__(self, rule: ChannelBalance | RopePairBalance, moves: bool):
+    def __init__(self, rule: ChannelBalance | RopePairBalance, moves: bool, heads: int, channels: int):
+        check_balance(rule, channels)
         self.rule, self.moves = rule, moves
-        self.largest: dict[str, Tensor] = {}
+        channel, pair = (heads, 1, channels), (heads, 1, channels // 2)
+        kept = (
+            {"q": channel} if isinstance(rule, ChannelBalance) else {"reach": (DIRECTIONS, *pair)} if moves else {"norms": pair}
+        )
+        self.largest = {
+            name: torch.full(shape, -math.inf, dtype=torch.float32, device="cpu")
+            for name, shape in {"above": channel, "below": channel, **kept}.items()
+        }
 
-    def observe(self, q: Tensor, k: Tensor) -> None:
-        """Add q `[B, H_q, N_q, D]` and k `[B, H_kv, N_k, D]`. Raises SchemeError where the rule does not fit the head."""
-        check_balance(self.rule, k.shape[3])
+    def tensors(self) -> dict[str, Tensor]:
+        return self.largest
+
+    def put(self, name: str, value: Tensor) -> None:
+        self.largest[name] = value
+
+    def check(self, tokens: int) -> None:
+        for name, value in self.largest.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{name}: holds a value that is not finite")
+
+    def observe(self, operands: tuple[Tensor, Tensor]) -> None:
+        """Add q `[B, H_q, N_q, D]` and k `[B, H_kv, N_k, D]`."""
+        q, k = operands
         found = {"above": k.float().amax(dim=2, keepdim=True), "below": -k.float().amin(dim=2, keepdim=True)}
         if isinstance(self.rule, ChannelBalance):
             found["q"] = query_maxima(q, k.shape[1])
@@ -58,7 +81,7 @@ class Maxima:
         return rope_pair_factors(norms, k_largest, self.rule.alpha, self.rule.beta, self.rule.top_k)
 
     def _add(self, found: dict[str, Tensor]) -> None:
-        self.largest = {name: torch.maximum(x, self.largest.get(name, x)) for name, x in found.items()}
+        self.largest = {name: torch.maximum(x, self.largest[name]) for name, x in found.items()}
 
 
 def angles() -> list[float]:

@@ -1,16 +1,21 @@
 """Calibrator: watch activations, then fix the static parts of a scheme."""
 
-import torch
-from torch import Tensor
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from tokquant.calibration import observers
-from tokquant.calibration.balance import Maxima
-from tokquant.calibration.observers import Percentile, Statistics
-from tokquant.calibration.scales import Scales, needed
+import torch
+from torch import Tensor, nn
+
+from tokquant.calibration import observers, state
+from tokquant.calibration.layers import Layer
+from tokquant.calibration.scales import Scales, needed, static
+from tokquant.calibration.statistics import Change
+from tokquant.calibration.watching import Watcher
 from tokquant.errors import SchemeError, quote
 from tokquant.inputs import check_tensors
-from tokquant.quantize import asymmetric_scale, frames, symmetric_scale
-from tokquant.schemes import Operand, QuantScheme, resolve
+from tokquant.quantize import asymmetric_scale, symmetric_scale
+from tokquant.schemes import Operand, QuantScheme, SchemeMap, read
 from tokquant.schemes.placement import place
 from tokquant.transforms import Frame, sixteen_bit
 
@@ -19,27 +24,27 @@ class Calibrator:
     """Gathers statistics of Q, K and V layer by layer and turns them into scales.
 
     Args:
-        scheme: with at least one static part; a QuantScheme, a preset's name or a path.
-        observer: `"amax"`, or `"percentile:99.9"` to clip the rest.
+        scheme: with at least one static part; a QuantScheme, a SchemeMap, a preset's name or a path. Layers of a map that
+            need no scales are passed over.
+        observer: `"amax"`; `"percentile:99.9"` to clip the rest; `"mse"` to clip where codes lose least; `"ema:0.99"`, the
+            moving average of each batch's extremes.
 
-    Raises SchemeError where there is nothing to calibrate, or where the observer cannot serve the scheme.
+    Raises SchemeError where there is nothing to calibrate, ValueError for an observer that is none.
     """
 
-    def __init__(self, scheme: QuantScheme | str, observer: str | observers.Observer = "amax"):
-        self.scheme = resolve(scheme)
+    def __init__(self, scheme: QuantScheme | SchemeMap | str, observer: str | observers.Observer = "amax"):
+        self.scheme = read(scheme)
         self.observer = observers.parse(observer)
-        if not needed(self.scheme):
+        if not any(map(needed, self.scheme.schemes())):
             raise SchemeError(
                 f"scheme {self.scheme.name!r} has no static part to calibrate; "
                 "give an operand or a balance scale: static (an operand's per tensor, head or channel), or k smooth: static"
             )
-        _check_balance(self.scheme, self.observer)
-        if isinstance(self.observer, Percentile):
-            _check_percentile(self.scheme)
-        self.layers: dict[str, dict[str, Statistics]] = {}
-        self.maxima: dict[str, Maxima] = {}
-        """By layer, where the scheme has a static balance."""
-        self._types: dict[str, torch.dtype] = {}
+        for each in self.scheme.schemes():
+            _check_balance(each)
+        self.layers: dict[str, Layer] = {}
+        self.sources: dict[str, str] = {}
+        """What the data came from, a name for each digest: for callers to record, so that nothing counts twice."""
 
     def observe(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Add a batch of layer `name`: q `[B, H_q, N_q, D]`, k and v `[B, H_kv, N_k, D]`, any lengths.
@@ -51,111 +56,118 @@ class Calibrator:
             raise ValueError(f"name: {quote(name)} is no name of a layer")
         with torch.no_grad():
             check_tensors(q, k, v)
-        for role, x in (("q", q), ("k", k), ("v", v)):
-            if not bool(x.isfinite().all()):
-                raise ValueError(f"{name}.{role}: holds a value that is not finite")
-        seen = self.layers.get(name)
-        if seen is None:
-            histogram = isinstance(self.observer, Percentile)
-            seen = {role: Statistics(x.shape[1], x.shape[3], histogram) for role, x in (("q", q), ("k", k), ("v", v))}
-        for role, x in (("q", q), ("k", k), ("v", v)):
-            shape, earlier = [x.shape[1], x.shape[3]], list(seen[role].low.shape)
-            if shape != earlier:
-                raise ValueError(f"{name}.{role}: heads and channels {shape} are not {earlier}, as in earlier batches")
-        # calibrated offsets and factors are known only at the end; they are linear, so the extremes can be changed by them then
-        in_frames = frames(q, k, v, without_static_parts(self.scheme))
-        rule = self.scheme.balance
-        if rule != "none" and rule.scale == "static":
-            maxima = self.maxima.get(name) or Maxima(rule, moves=self.scheme.k.smooth == "static")
-            maxima.observe(q, Frame(offset=in_frames[1].offset).apply(k))
-            self.maxima[name] = maxima
-        for role, x, frame in zip("qkv", (q, k, v), in_frames, strict=True):
-            seen[role].observe(x, frame.apply(x))
-        self.layers[name] = seen
-        self._types.setdefault(name, k.dtype)
+            operands = (q.detach(), k.detach(), v.detach())
+            for role, x in zip("qkv", operands, strict=True):
+                if not bool(x.isfinite().all()):
+                    raise ValueError(f"{name}.{role}: holds a value that is not finite")
+            own = static(self.scheme, name)
+            if own is None:
+                return
+            shapes = {role: (x.shape[1], x.shape[3]) for role, x in zip("qkv", operands, strict=True)}
+            layer = self.layers.get(name) or Layer.empty(own, self.observer, shapes, k.dtype)
+            for role, shape in shapes.items():
+                if shape != layer.shapes[role]:
+                    earlier = list(layer.shapes[role])
+                    raise ValueError(
+                        f"{name}.{role}: heads and channels {list(shape)} are not {earlier}, as in earlier batches"
+                    )
+            layer.observe(operands)
+        self.layers[name] = layer
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[None]:
+        """Observe every `torch.nn.functional.scaled_dot_product_attention` that modules of `model` call in this block.
+
+        Layers have the names that the model gives the modules which call it, as `model.layers.0.self_attn`; further calls in
+        one forward of a module end in `:2`, `:3` ... K and V are taken as they are given: a model that repeats their heads
+        for the queries' shows repeated heads, one that gives `enable_gqa=True` its own.
+
+        Raises ValueError if no attention was seen by the end, and as `observe` does, naming the layer. What was seen before
+        an error counts.
+        """
+        with Watcher(model, self.observe).watching():
+            yield
 
     def merge(self, other: "Calibrator") -> None:
-        """Add what another calibrator of the same scheme and observer saw, as if this one had seen it.
+        """Add what another calibrator of the same scheme and observer saw, as if this one had seen it, after its own.
 
-        Raises ValueError if scheme, observer or shapes differ.
+        Raises ValueError, and nothing changes, if scheme, observer or shapes differ, or both saw one source.
         """
         if (self.scheme, self.observer) != (other.scheme, other.observer):
             raise ValueError("merge: the other calibrator has another scheme or observer")
+        if both := self.sources.keys() & other.sources.keys():
+            raise ValueError(f"merge: both have seen {quote(self.sources[min(both)])}, which would count twice")
         for name, theirs in other.layers.items():
-            for role, statistics in self.layers.get(name, {}).items():
-                statistics.check_mergeable(theirs[role], f"{name}.{role}")
-        for name, maxima in other.maxima.items():
-            self.maxima.setdefault(name, Maxima(maxima.rule, maxima.moves)).merge(maxima)
+            if name in self.layers:
+                self.layers[name].check_mergeable(theirs, name)
         for name, theirs in other.layers.items():
             if name not in self.layers:
-                self.layers[name] = {role: statistics.empty() for role, statistics in theirs.items()}
-                self._types[name] = other._types[name]
-            for role, statistics in self.layers[name].items():
-                statistics.merge(theirs[role])
+                self.layers[name] = Layer.empty(theirs.scheme, self.observer, dict(theirs.shapes), theirs.dtype)
+            self.layers[name].merge(theirs)
+        self.sources |= other.sources
 
-    def scales(self) -> Scales:
-        """The scales of every layer seen. Raises ScalesError if there is none."""
-        return Scales(self.scheme, {name: self._layer(name) for name in self.layers})
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all that was seen, atomically, so that `load` goes on from here."""
+        state.write(path, state.State(self.scheme, self.observer, self.layers, self.sources))
 
-    def _layer(self, name: str) -> dict[str, Tensor]:
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Calibrator":
+        """A calibrator as it was saved. Raises ScalesError naming the file and what is wrong with it."""
+        read = state.read(path)
+        calibrator = cls(read.scheme, read.observer)
+        calibrator.layers, calibrator.sources = read.layers, read.sources
+        return calibrator
+
+    def scales(self, margin: float = 1.0) -> Scales:
+        """The scales of every layer seen, their ranges `margin` times as wide as the observer found them.
+
+        What comes later may go beyond what was seen; a margin leaves room for it. Raises ScalesError if there is no layer,
+        ValueError for a margin that is not above zero.
+        """
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < float("inf"):
+            raise ValueError(f"margin: {quote(margin)} is not a number above zero; 1.25 leaves a quarter of room")
+        return Scales(self.scheme, {name: self._layer(layer, margin) for name, layer in self.layers.items()})
+
+    def __repr__(self) -> str:
+        return f"Calibrator({self.scheme.name!r}, '{self.observer}', {len(self.layers)} layers)"
+
+    def _layer(self, layer: Layer, margin: float) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        for operand in (self.scheme.k, self.scheme.q, self.scheme.v):
-            role, statistics = operand.role, self.layers[name][operand.role]
-            offset = None
+        for operand in (layer.scheme.k, layer.scheme.q, layer.scheme.v):
+            role = operand.role
             if operand.smooth == "static":
-                offset = statistics.mean()
-                tensors[f"{role}_offset"] = offset[:, None].to(sixteen_bit(self._types[name])).contiguous()
-            if role == "k" and name in self.maxima:
-                tensors["k_balance"] = self.maxima[name].factors(tensors.get("k_offset"))
+                tensors[f"{role}_offset"] = layer.mean(role)[:, None].to(sixteen_bit(layer.dtype)).contiguous()
+            if f"{role}_balance" in layer.parts:
+                tensors[f"{role}_balance"] = layer.parts[f"{role}_balance"].factors(tensors.get(f"{role}_offset"))
             if operand.scale == "static":
-                low, high = statistics.low, statistics.high
-                if offset is not None:
-                    kept = tensors[f"{role}_offset"][None]
-                    shift = Frame(offset=kept, rotated=self._rotated(role)).apply(torch.zeros_like(kept)).squeeze((0, 2))
-                    low, high = low + shift, high + shift
-                if role in "qk" and "k_balance" in tensors:
-                    factor = tensors["k_balance"].squeeze(1).repeat_interleave(low.shape[0] // len(tensors["k_balance"]), dim=0)
-                    low, high = (low * factor, high * factor) if role == "k" else (low / factor, high / factor)
-                if role == "q" and place(self.scheme.k) == "q" and self.scheme.k.scale == "static":
-                    fold = tensors["k_scale"].float().squeeze(1)
-                    fold = fold.repeat_interleave(low.shape[0] // fold.shape[0], dim=0)
-                    low, high = low * fold, high * fold
-                tensors.update(self._scale(operand, statistics, low, high))
+                seen = layer.parts[f"{role}_scale"]
+                low, high = self.observer.range(seen, operand, self._change(operand, layer, tensors))
+                tensors |= _scale(operand, low, high, margin)
         return tensors
 
-    def _scale(self, operand: Operand, statistics: Statistics, low: Tensor, high: Tensor) -> dict[str, Tensor]:
-        kind = operand.granularity.kind
-        if isinstance(self.observer, Percentile):
-            largest = statistics.quantile(self.observer.percent, per_head=kind == "head")
-            return {f"{operand.role}_scale": symmetric_scale(largest[:, None, None], operand)}
-        low, high = low[:, None], high[:, None]  # [H, 1, D]
-        if kind != "channel":
-            low, high = low.amin(dim=2, keepdim=True), high.amax(dim=2, keepdim=True)
-        if kind == "tensor":
-            low, high = low.amin(dim=0, keepdim=True), high.amax(dim=0, keepdim=True)
-        if operand.symmetric:
-            return {f"{operand.role}_scale": symmetric_scale(torch.maximum(low.abs(), high.abs()), operand)}
-        scale, zero = asymmetric_scale(low, high, operand)
-        return {f"{operand.role}_scale": scale, f"{operand.role}_zero": zero}
-
-    def _rotated(self, role: str) -> bool:
-        return (self.scheme.rotate_v if role == "v" else self.scheme.rotate) == "hadamard"
+    def _change(self, operand: Operand, layer: Layer, found: dict[str, Tensor]) -> Change:
+        """What K's and V's offsets, static factors of balance, and K's scale in Q make of what was seen."""
+        role, shape = operand.role, layer.shapes[operand.role]
+        shift, factor = (torch.full(shape, value, dtype=torch.float32, device="cpu") for value in (0, 1))
+        if operand.smooth == "static":
+            offset = found[f"{role}_offset"][None]
+            rotated = (layer.scheme.rotate_v if role == "v" else layer.scheme.rotate) == "hadamard"
+            shift = Frame(offset=offset, rotated=rotated).apply(torch.zeros_like(offset))[0, :, 0]
+        if role in "qk" and "k_balance" in found:
+            balance = _of_heads(found["k_balance"], shape[0])
+            factor = factor * balance if role == "k" else factor / balance
+        if role == "q" and place(layer.scheme.k) == "q" and layer.scheme.k.scale == "static":
+            factor = factor * _of_heads(found["k_scale"], shape[0])
+        return Change(shift, factor)
 
 
-def without_static_parts(scheme: QuantScheme) -> QuantScheme:
-    """The scheme as it is before its offsets and its factors of balance are known."""
-    changed: dict[str, object] = {
-        role: getattr(scheme, role).model_copy(update={"smooth": "none"})
-        for role in "kv"
-        if getattr(scheme, role).smooth == "static"
-    }
-    if scheme.balance != "none" and scheme.balance.scale == "static":
-        changed["balance"] = "none"
-    return scheme.model_copy(update=changed)
+def _of_heads(x: Tensor, heads: int) -> Tensor:
+    """`[H_kv, 1, D] -> [heads, D]` float32: what belongs to a head of K, for each head that shares it."""
+    return x.float().squeeze(1).repeat_interleave(heads // x.shape[0], dim=0)
 
 
-def _check_balance(scheme: QuantScheme, observer: observers.Observer) -> None:
-    """Extremes of a channel can be multiplied by its factor once that is known; sums of channels and histograms cannot."""
+def _check_balance(scheme: QuantScheme) -> None:
+    """Values of a channel can be multiplied by its factor once that is known; what a rotation adds up cannot."""
     fixed = [role for role in "qk" if getattr(scheme, role).scale == "static"]
     if not fixed or scheme.balance == "none":
         return
@@ -166,27 +178,11 @@ def _check_balance(scheme: QuantScheme, observer: observers.Observer) -> None:
     elif scheme.rotate != "none":
         text = "its scale cannot be static where a static balance is rotated: what the rotation adds up is known only after it"
         raise SchemeError([(fixed[0], f"{text}; use scale: dynamic, or rotate: none")])
-    elif isinstance(observer, Percentile):
-        text = "a static scale under a static balance cannot come from percentiles; use observer 'amax'"
-        raise SchemeError([(fixed[0], text)])
 
 
-def _check_percentile(scheme: QuantScheme) -> None:
-    """A histogram a head holds magnitudes only: not channels, not signs, not values less an offset that comes later."""
-    for operand in (scheme.q, scheme.k, scheme.v):
-        if operand.scale != "static":
-            continue
-        folded = operand.role == "q" and place(scheme.k) == "q"
-        obstacle = (
-            "per channel"
-            if operand.granularity.kind == "channel"
-            else "asymmetric"
-            if not operand.symmetric
-            else "with a static offset"
-            if operand.smooth == "static"
-            else "with K's scale per channel in it"
-            if folded
-            else None
-        )
-        if obstacle:
-            raise SchemeError([(operand.role, f"a static scale {obstacle} cannot come from percentiles; use observer 'amax'")])
+def _scale(operand: Operand, low: Tensor, high: Tensor, margin: float) -> dict[str, Tensor]:
+    if operand.symmetric:
+        return {f"{operand.role}_scale": symmetric_scale(torch.maximum(low.abs(), high.abs()) * margin, operand)}
+    room = (high - low) * ((margin - 1) / 2)
+    scale, zero = asymmetric_scale(low - room, high + room, operand)
+    return {f"{operand.role}_scale": scale, f"{operand.role}_zero": zero}

@@ -1,12 +1,12 @@
 """Calibrated scales: what a scheme with static parts needs for each layer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokquant.errors import ScalesError, nearest
-from tokquant.schemes import Operand, QuantScheme
+from tokquant.errors import ScalesError, SchemeError, nearest
+from tokquant.schemes import Operand, QuantScheme, SchemeMap, of_layer, resolve
 from tokquant.schemes.scheme import SCALE_TYPES
 
 
@@ -19,6 +19,16 @@ def needed(scheme: QuantScheme) -> list[str]:
         if operand.smooth == "static":
             names.append(f"{operand.role}_offset")
     return names
+
+
+def static(scheme: QuantScheme | SchemeMap, layer: str) -> QuantScheme | None:
+    """The scheme of a layer where it needs scales; None where it needs none. Raises SchemeError as `of_layer`."""
+    found = of_layer(scheme, layer)
+    if isinstance(found, QuantScheme):
+        return found if needed(found) else None
+    if fixed := [part.name for _, part in found.parts if needed(part)]:
+        raise SchemeError(f"{layer}: {fixed[0]!r} is static, which a scheme for a range of heads cannot be; make it dynamic")
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +48,36 @@ class LayerScales:
         if self.scheme is not None:
             self.check(self.scheme)
 
+    @classmethod
+    def checked_before(
+        cls, layer: str, names: Sequence[str], tensors: Sequence[Tensor], scheme: QuantScheme | None
+    ) -> "LayerScales":
+        """Scales that were taken apart. Their values are not read again, which would wait for a GPU.
+
+        Raises ScalesError for other names or shapes than `scheme` needs.
+        """
+        made = cls(layer, dict(zip(names, tensors, strict=True)))
+        if scheme is not None:
+            made.check_form(scheme)
+            object.__setattr__(made, "scheme", scheme)
+        return made
+
     def check(self, scheme: QuantScheme) -> None:
         """Raise ScalesError unless these are just what `scheme` needs: finite, and scales and factors above zero."""
+        self.check_form(scheme)
+        for name, value in self.tensors.items():
+            if name.endswith(("_scale", "_zero")):
+                spec: Operand = getattr(scheme, name[0])
+                value = value.to(SCALE_TYPES[spec.scale_dtype])  # as it will be used
+            if not bool(value.float().isfinite().all()):
+                raise ScalesError(f"{self.layer}.{name}: holds a value that is not finite")
+            if name.endswith("_scale") and not bool((value.float() > 0).all()):
+                raise ScalesError(f"{self.layer}.{name}: holds a scale that is not above zero")
+            if name.endswith("_balance") and not bool(((value.float() > 0) & (1 / value.float()).isfinite()).all()):
+                raise ScalesError(f"{self.layer}.{name}: holds a factor that is not above zero")
+
+    def check_form(self, scheme: QuantScheme) -> None:
+        """Raise ScalesError unless names, types and shapes are those that `scheme` needs."""
         wanted = needed(scheme)
         for name in self.tensors:
             if name not in wanted:
@@ -56,14 +94,6 @@ class LayerScales:
             if value.ndim != 3 or any(size != 1 for size, free in zip(value.shape, _free(name, spec), strict=True) if not free):
                 of = f" of {spec.granularity}" if name.endswith(("_scale", "_zero")) else ""
                 raise ScalesError(f"{self.layer}.{name}: shape {list(value.shape)} is not {_shape(name, spec)}{of}")
-            if name.endswith(("_scale", "_zero")):
-                value = value.to(SCALE_TYPES[spec.scale_dtype])  # as it will be used
-            if not bool(value.float().isfinite().all()):
-                raise ScalesError(f"{self.layer}.{name}: holds a value that is not finite")
-            if name.endswith("_scale") and not bool((value.float() > 0).all()):
-                raise ScalesError(f"{self.layer}.{name}: holds a scale that is not above zero")
-            if name.endswith("_balance") and not bool(((value.float() > 0) & (1 / value.float()).isfinite()).all()):
-                raise ScalesError(f"{self.layer}.{name}: holds a factor that is not above zero")
 
     def scale(self, spec: Operand, x: Tensor) -> Tensor:
         """The scale of an operand `[B, H, N, D]`, with a batch dimension, where the operand is."""
@@ -114,9 +144,9 @@ class Scales(Mapping[str, LayerScales]):
     `scales["layers.0"]` is what `attention(scales=...)` takes. Raises ScalesError as `LayerScales.check` does.
     """
 
-    def __init__(self, scheme: QuantScheme, layers: Mapping[str, Mapping[str, Tensor]]):
+    def __init__(self, scheme: QuantScheme | SchemeMap, layers: Mapping[str, Mapping[str, Tensor]]):
         self.scheme = scheme
-        self._layers = {name: LayerScales(name, dict(tensors), scheme) for name, tensors in layers.items()}
+        self._layers = {name: LayerScales(name, dict(tensors), resolve(scheme, name)) for name, tensors in layers.items()}
         if not self._layers:
             raise ScalesError("there are no layers; observe at least one")
 

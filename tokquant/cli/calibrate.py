@@ -1,5 +1,6 @@
 """`tokquant calibrate`: from activations to a file of scales."""
 
+import hashlib
 from pathlib import Path
 from typing import Annotated
 
@@ -7,9 +8,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from tokquant.activations import sample
+from tokquant.calibration import observers
 from tokquant.calibration.calibrator import Calibrator
+from tokquant.calibration.scales import Scales
 from tokquant.cli import options, output
 from tokquant.export import save_scales
+from tokquant.schemes import resolve
 
 
 def calibrate(
@@ -18,34 +23,75 @@ def calibrate(
     input: Annotated[
         list[Path] | None, typer.Option("--input", "-i", help="Activation files; repeat for more. The sample if left out.")
     ] = None,
-    observer: Annotated[str, typer.Option("--observer", help="amax, or percentile:99.9 to clip the rest.")] = "amax",
+    observer: Annotated[
+        str, typer.Option("--observer", help="amax; percentile:99.9 or mse to clip; ema:0.99 to average over batches.")
+    ] = "amax",
+    margin: Annotated[
+        float, typer.Option("--margin", help="Ranges are so many times as wide as the observer found them.")
+    ] = 1.0,
+    state: Annotated[
+        Path | None,
+        typer.Option("--state", help="A file to go on from if it exists, written after each input; none counts twice."),
+    ] = None,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
     """Calibrate a static scheme on activations and write its scales, with the scheme in the file."""
-    if not output_path.parent.is_dir():
-        raise ValueError(f"--output: there is no folder {output_path.parent}")
-    calibrator = Calibrator(scheme, observer)
-    paths: list[Path | None] = [*input] if input else [None]
-    for path in paths:
+    for name, path in (("--output", output_path), ("--state", state)):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{name}: there is no folder {path.parent}")
+    calibrator = _begun(scheme, observer, state)
+    paths = input or [sample()]
+    for number, path in enumerate(paths, start=1):
         layers = options.Layers(path, device)
-        for name, (q, k, v) in layers.each(layers.name):
-            with layers.naming(name):
-                calibrator.observe(name, q, k, v)
-    scales = calibrator.scales()
+        _observe_file(calibrator, layers, f"{layers.name}, {number} of {len(paths)}", state)
+    scales = calibrator.scales(margin)
     save_scales(output_path, scales)
     if json:
         output.print_json(
             {
                 "scheme": scales.scheme.name,
+                "observer": str(calibrator.observer),
                 "output": str(output_path),
                 "layers": {
                     layer: {name: list(value.shape) for name, value in part.tensors.items()} for layer, part in scales.items()
                 },
             }
         )
-        return
-    table = Table(title=escape(f"{scales.scheme.name} calibrated with {observer}, written to {output_path}"))
+    else:
+        output.console().print(_table(scales, f"calibrated with {calibrator.observer}, written to {output_path}"))
+
+
+def _begun(scheme: str, observer: str, state: Path | None) -> Calibrator:
+    """A new calibrator, or the one in the state file, which must be of this scheme and observer."""
+    if state is None or not state.exists():
+        return Calibrator(scheme, observer)
+    calibrator = Calibrator.load(state)
+    if (calibrator.scheme, calibrator.observer) != (resolve(scheme), observers.parse(observer)):
+        raise ValueError(
+            f"--state: {state} is of scheme {calibrator.scheme.name!r} and observer {calibrator.observer}; "
+            "give those, or another file"
+        )
+    return calibrator
+
+
+def _observe_file(calibrator: Calibrator, layers: options.Layers, what: str, state: Path | None) -> None:
+    """Add the layers of a file and write the state, which a file that it has seen leaves as it is."""
+    if state is not None:
+        with open(layers.file.path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest in calibrator.sources:
+            return
+        calibrator.sources[digest] = layers.name
+    for name, (q, k, v) in layers.each(what):
+        with layers.naming(name):
+            calibrator.observe(name, q, k, v)
+    if state is not None:
+        calibrator.save(state)
+
+
+def _table(scales: Scales, title: str) -> Table:
+    table = Table(title=escape(f"{scales.scheme.name} {title}"))
     table.add_column("layer")
     table.add_column("tensor")
     for column in ("shape", "smallest", "largest"):
@@ -54,4 +100,4 @@ def calibrate(
         for name, value in part.tensors.items():
             low, high = value.float().min().item(), value.float().max().item()
             table.add_row(escape(layer), name, "x".join(map(str, value.shape)), f"{low:.4g}", f"{high:.4g}")
-    output.console().print(table)
+    return table

@@ -1,23 +1,30 @@
 """`tokquant compare`: schemes side by side over a file of activations."""
 
-import io
+from collections import Counter
+from dataclasses import fields
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from tokquant.calibration.scales import Scales, needed
 from tokquant.cli import options, output
-from tokquant.errors import SchemeError
+from tokquant.evaluation import page
+from tokquant.evaluation.bound import Bound
+from tokquant.evaluation.candidates import fits
 from tokquant.evaluation.compare import Comparison
 from tokquant.evaluation.compare import compare as compare_layer
+from tokquant.evaluation.machine import machine
+from tokquant.evaluation.report import Report, gather
 from tokquant.files import write_atomically
 from tokquant.schemes import QuantScheme, SchemeMap, preset_names, read, resolve
 
+PARTS = tuple(field.name for field in fields(Bound))
 COLUMNS = {
     "cosine": "cosine",
     "rel_l1": "rel. L1",
@@ -28,6 +35,8 @@ COLUMNS = {
     "quantize_ms": "quantize ms",
     "sdpa_ms": "SDPA ms",
 }
+
+PARTS = tuple(field.name for field in fields(Bound))
 
 
 def compare(
@@ -43,8 +52,14 @@ def compare(
     causal: options.Causal = False,
     device: options.Device = None,
     repeats: options.Repeats = 5,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also measure what Q, K, V and P each add to the error, and find the worst rows.")
+    ] = False,
+    bound: Annotated[bool, typer.Option("--bound", help="Certify the errors, and say which operand they come from.")] = False,
     json: options.Json = False,
-    html: Annotated[Path | None, typer.Option("--html", help="Also write the table as a page.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also write a page: errors by layer and head, and with all of --explain.")
+    ] = None,
 ) -> None:
     """Compare schemes on activations: means over the layers of errors against float64, bits, and times beside torch's SDPA."""
     if html is not None and not html.parent.is_dir():
@@ -55,52 +70,64 @@ def compare(
     chosen: list[QuantScheme | SchemeMap] = [read(scheme) for scheme in schemes] if schemes else []
     if not schemes:
         head_dim = next(iter(layers.file.values()))[0].shape[-1]
-        chosen = [scheme for name in preset_names() if not needed(scheme := resolve(name)) and _fits(scheme, head_dim)]
+        chosen = [scheme for name in preset_names() if not needed(scheme := resolve(name)) and fits(scheme, head_dim)]
         fixed = [None] * len(chosen)
     chosen += [each.scheme for each in calibrated]
     fixed += calibrated
-    results: list[list[Comparison]] = [[] for _ in chosen]
+    results: dict[str, list[Comparison]] = {}
+    shapes: Counter[str] = Counter()
+    asked = {"backend": backend, "causal": causal, "repeats": repeats, "bound": bound, "explained": explain or html is not None}
     for name, (q, k, v) in layers.each("layers"):
         with layers.naming(name):
-            own = [None if each is None else each[name] for each in fixed]
-            compared = compare_layer(q, k, v, chosen, layer=name, scales=own, backend=backend, causal=causal, repeats=repeats)
-        for place, result in enumerate(compared):
-            results[place].append(result)
-    rows = [{"scheme": scheme.name, **_summary(each)} for scheme, each in zip(chosen, results, strict=True)]
-    table = _table(rows, f"{layers.name}: {len(layers.file)} layers of head_dim {q.shape[3]}, backend {rows[0]['backend']}")
-    if html is not None:
-        page = Console(record=True, width=160, file=io.StringIO())
-        page.print(table)
-        write_atomically(html, page.export_html().encode())
-    if json:
-        output.print_json({"input": str(layers.file.path), "schemes": rows})
-    else:
-        output.console().print(table)
-
-
-def _fits(scheme: QuantScheme, head_dim: int) -> bool:
-    try:
-        scheme.bits_per_value(head_dim)
-    except SchemeError:
-        return False
-    return True
-
-
-def _summary(results: list[Comparison]) -> dict:
-    return {
-        "cosine": fmean(r.errors.cosine for r in results),
-        "rel_l1": fmean(r.errors.rel_l1 for r in results),
-        "worst_rel_l1": max(r.errors.rel_l1 for r in results),
-        "rmse": fmean(r.errors.rmse for r in results),
-        "bits": {role: fmean(r.bits[role] for r in results) for role in "qkv"},
-        "ms": fmean(r.ms for r in results),
-        "quantize_ms": fmean(r.quantize_ms for r in results),
-        "sdpa_ms": fmean(r.sdpa_ms for r in results),
-        "backend": results[0].backend,
+            own = [None if each is None else each.get(name) for each in fixed]
+            results[name] = compare_layer(q, k, v, chosen, layer=name, scales=own, **asked)
+        shapes[_shape(q, k)] += 1
+    chose = next(iter(results.values()))[0].backend
+    setting = {
+        "activations": layers.name,
+        "layers": "; ".join(f"{count} of {shape}" for shape, count in shapes.items()),
+        "attention": f"{'causal' if causal else 'every query sees every key'}, scores times head_dim ** -0.5",
+        "timed runs": str(repeats),
+        "tokquant": version("tokquant"),
+        **machine(layers.device, chose),
+        "date": date.today().isoformat(),
     }
+    report = gather(layers.name, setting, chosen, results)
+    if json:
+        output.print_json(report.to_json() | {"input": str(layers.file.path)})
+    else:
+        title = f"{layers.name}: {len(layers.file)} layers of head_dim {q.shape[3]}, backend {chose}"
+        output.console().print(_table(report, title, explain))
+        if bound:
+            output.console().print(_bounds(report))
+    if html is not None:
+        write_atomically(html, page.render(report).encode())
 
 
-def _table(rows: list[dict], title: str) -> Table:
+def _shape(q: Tensor, k: Tensor) -> str:
+    (batch, heads, queries, head_dim), (_, kv_heads, keys, _) = q.shape, k.shape
+    tokens = f"{queries} tokens" if queries == keys else f"{queries} queries and {keys} keys"
+    over = f" over {kv_heads}" if kv_heads != heads else ""
+    return f"batch {batch}, {heads} heads{over}, {tokens}, head_dim {head_dim}, {str(q.dtype).removeprefix('torch.')}"
+
+
+def _bounds(report: Report) -> Table:
+    table = Table(
+        title="certificates",
+        caption="the largest error over channels, and the bound that it stays below, with its parts: means over queries and "
+        "layers; tightness is error / bound",
+    )
+    for heading in ("scheme", "error", "bound", *(f"of {part}" for part in PARTS[1:]), "tightness: median", "largest"):
+        table.add_column(heading, justify="left" if heading == "scheme" else "right")
+    for judged in report.schemes:
+        bound = judged.bound
+        assert bound is not None
+        numbers = [f"{bound[key]:.2e}" for key in ("error", *PARTS)]
+        table.add_row(escape(judged.name), *numbers, *(f"{bound['tightness'][key]:.2f}" for key in ("median", "largest")))
+    return table
+
+
+def _table(report: Report, title: str, explained: bool) -> Table:
     table = Table(
         title=escape(title),
         caption="errors against float64; bits as stored, at this head_dim; ms are means over layers of interleaved medians, "
@@ -109,14 +136,18 @@ def _table(rows: list[dict], title: str) -> Table:
     table.add_column("scheme")
     for heading in COLUMNS.values():
         table.add_column(heading, justify="right")
-    for row in rows:
+    if explained:
+        table.add_column("of q / k / v / p", justify="right")
+    for judged in report.schemes:
+        row = judged.summary()
         table.add_row(
-            escape(row["scheme"]),
+            escape(judged.name),
             f"{row['cosine']:.6f}",
             output.percent(row["rel_l1"]),
             output.percent(row["worst_rel_l1"]),
             f"{row['rmse']:.2e}",
             " / ".join(output.bits(row["bits"][role]) for role in "qkv"),
             *(f"{row[key]:.2f}" for key in ("ms", "quantize_ms", "sdpa_ms")),
+            *([" / ".join(output.percent(row["parts"][role]) for role in "qkvp")] if explained else []),
         )
     return table

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from tokquant import reference
@@ -11,9 +12,11 @@ from tokquant.attention import Backend, Scheme, attention, choose_backend, quant
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import quote
+from tokquant.evaluation.bound import Bound, error_bound
+from tokquant.evaluation.explain import Explanation, explain
 from tokquant.evaluation.peers import sdpa
 from tokquant.inputs import check_tensors, features_of
-from tokquant.metrics import Errors, errors
+from tokquant.metrics import Errors, errors, head_errors
 from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap, of_layer
 from tokquant.timing import interleaved_medians
 
@@ -25,6 +28,8 @@ class Comparison:
     scheme: LayerScheme
     backend: str
     errors: Errors
+    heads: tuple[Errors, ...]
+    """Those of each head of Q."""
     bits: Mapping[str, float]
     """Bits per value of q, k and v as stored: codes, scales and zeros."""
     ms: float
@@ -33,6 +38,20 @@ class Comparison:
     """Quantization of q, k and v."""
     sdpa_ms: float
     """torch's scaled_dot_product_attention on the same tensors, timed in turn with the scheme."""
+    row_errors: Tensor
+    """The largest error over the channels of each query, `[B, H_q, N_q]` float64: what a bound bounds."""
+    bound: Bound | None = None
+    """What those are certified to stay below, where it was asked for."""
+
+    @property
+    def tightness(self) -> Tensor | None:
+        """Error over bound of each query, from 0 to 1."""
+        if self.bound is None:
+            return None
+        return torch.where(self.row_errors == 0, 0.0, self.row_errors / self.bound.total)
+
+    explanation: Explanation | None = None
+    """Where the errors come from, if that was asked for."""
 
 
 def compare(
@@ -52,6 +71,8 @@ def compare(
     scales: LayerScales | Sequence[LayerScales | None] | None = None,
     backend: Backend = "auto",
     repeats: int = 5,
+    bound: bool = False,
+    explained: bool = False,
 ) -> list[Comparison]:
     """Run each scheme on q `[B, H_q, N_q, D]`, k and v `[B, H_kv, N_k, D]` and measure it.
 
@@ -60,6 +81,9 @@ def compare(
         layer: which layer of maps this is.
         scales: one layer's scales for the schemes that need some, or a list with those of each scheme.
         repeats: timed runs of each.
+        bound: also certify the errors, by `error_bound`, which takes as long as a few float64 attentions.
+        explained: also measure what Q, K, V and P each add to the errors, and find the worst rows: five further passes of
+            float64 attention, over at most 512 queries.
         The rest is as for `attention`.
 
     Returns: one Comparison a scheme, in order. Raises as `attention` does.
@@ -85,10 +109,14 @@ def compare(
                 scheme=scheme,
                 backend=choose_backend(backend, q.device),
                 errors=errors(out, exact),
+                heads=tuple(head_errors(out, exact)),
                 bits={role: x.bits_per_value for role, x in zip("qkv", codes, strict=True)},
                 ms=ms,
                 quantize_ms=quantize_ms,
                 sdpa_ms=sdpa_ms,
+                row_errors=(out.double() - exact).abs().amax(dim=-1),
+                bound=error_bound(q, k, v, scheme, scales=layer_scales, **arguments) if bound else None,  # type: ignore[arg-type]
+                explanation=explain(q, k, v, codes, out, exact, features) if explained else None,
             )
         )
     return results

@@ -14,6 +14,7 @@ from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import SchemeError
 from tokquant.evaluation.front import Floats
+from tokquant.evaluation.sampling import runs
 from tokquant.inputs import check_tensors, features_of
 from tokquant.kernels.compile import compile
 from tokquant.metrics import errors
@@ -24,9 +25,6 @@ from tokquant.timing import interleaved_medians
 
 Activations = Mapping[str, tuple[Tensor, Tensor, Tensor]]
 Progress = Callable[[Iterator[str], int], Iterator[str]]
-
-RUN = 32
-"""Queries next to each other that are taken where not all are."""
 
 
 @dataclass(frozen=True)
@@ -128,15 +126,6 @@ def scales_for(scheme: LayerScheme, q: Tensor, k: Tensor, v: Tensor) -> LayerSca
     calibrator = Calibrator(scheme)
     calibrator.observe("layer", q, k, v)
     return calibrator.scales()["layer"]
-
-
-def runs(n: int, wanted: int | None) -> list[slice]:
-    """Runs of queries spread over n, about as many queries as wanted, the last one among them."""
-    if wanted is None or wanted >= n:
-        return [slice(0, n)]
-    long = min(RUN, wanted)
-    starts = np.linspace(n - long, 0, wanted // long).astype(int)
-    return [slice(int(start), int(start) + long) for start in sorted(set(starts))]
 
 
 def _bits(q: Tensor, k: Tensor, scheme: LayerScheme, cost: str) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokquant.calibration.scales import LayerScales
+from tokquant.errors import UnsupportedError
 from tokquant.kernels import generate, launch, targets
 from tokquant.kernels.plan import WHOLE
 from tokquant.kernels.products import takes_tokens_last
@@ -52,6 +53,11 @@ def quantize_operands(
         kq = run.keys(k, k_frame)
         qq = run.queries(q, q_frame, kq)
         vq = run.values(v, v_frame)
+    if run.lost is not None and q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            f"scheme: {scheme.name!r} has scales that may not fit their type, which is looked at: no CUDA graph can wait for "
+            "that; capture attention on what quantize returned, or use symmetric parts and scale_dtype: fp32"
+        )
     if run.lost is not None and bool(run.lost):
         # a type does not hold a value; the definition says which
         qq, kq, vq = define(q, k, v, scheme, scales)

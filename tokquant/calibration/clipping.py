@@ -1,0 +1,98 @@
+"""Where to clip: percentiles, and the range whose codes lose least."""
+
+import torch
+from torch import Tensor
+
+from tokquant.calibration.histogram import Histogram
+from tokquant.calibration.statistics import Change
+from tokquant.quantize import asymmetric_scale, codes_of, symmetric_scale
+from tokquant.schemes import Operand
+
+CELLS = 512
+"""Cells in which the values under a scale are told apart, each time that a range is narrowed."""
+STEP = 2**0.5
+COARSE = [STEP**-i for i in range(11)]
+FINE = [1 - i / 24 for i in range(13)]
+SHARES = (COARSE, COARSE, FINE)
+"""Shares of a range that are tried in each round: down to 1/32 and then again, and last in steps of 4 %."""
+
+
+def percentile(seen: Histogram, operand: Operand, change: Change, percent: float) -> tuple[Tensor, Tensor]:
+    """The range that `percent` of the values under each scale lie in, in the shape of the scales.
+
+    Symmetric, it is that of magnitudes; asymmetric, each end leaves out half of the rest.
+    """
+    widest = low, high = seen.widest(operand.granularity.kind, change, operand.symmetric)
+    for _ in range(2):
+        counts, _ = seen.cells(low, high, change, CELLS)
+        cell = (high - low) / CELLS
+        if operand.symmetric:
+            # the first half of the cells is the negative magnitudes, largest first
+            folded = counts[:, CELLS // 2 :] + counts[:, : CELLS // 2].flip(1)
+            largest = high * _reached(folded, percent).reshape(high.shape)
+            found = -largest, largest
+        else:
+            upper, lower = (_reached(x, (percent + 100) / 2).reshape(high.shape) for x in (counts, counts.flip(1)))
+            found = low + (high - low) * (1 - lower), high - (high - low) * (1 - upper)
+        # once more among narrower cells; one beyond, as the last has what lies outside
+        low = torch.maximum(found[0] - 2 * cell, widest[0])
+        high = torch.minimum(found[1] + 2 * cell, widest[1])
+    return found
+
+
+def least_error(seen: Histogram, operand: Operand, change: Change) -> tuple[Tensor, Tensor]:
+    """The range whose codes have the least expected squared error under each scale, in the shape of the scales.
+
+    Codes are those of the operand's precision, and scales as they are stored. A range is pulled in towards 0, or asymmetric
+    towards the mean: both ends together, then each alone.
+    """
+    widest = low, high = seen.widest(operand.granularity.kind, change, operand.symmetric)
+    for number, shares in enumerate(SHARES):
+        counts, means = seen.cells(low, high, change, CELLS)
+        centre = torch.zeros_like(low)
+        if not operand.symmetric:
+            centre = ((counts * means).sum(dim=1) / counts.sum(dim=1)).float().reshape(low.shape).clamp(low, high)
+        counts, means = counts.float(), means.float()
+        for ends in ((1, 1),) if operand.symmetric else ((1, 1), (0, 1), (1, 0)):
+            start, best = (low, high), torch.full_like(low, float("inf"), dtype=torch.float64)
+            for share in shares:
+                tried = _pulled(*start, centre, share, ends)
+                error = _error(counts, means, *tried, operand).reshape(best.shape)
+                low, high = (torch.where(error < best, new, old) for new, old in zip(tried, (low, high), strict=True))
+                best = torch.minimum(error, best)
+        if number + 1 < len(SHARES):
+            # once more among narrower cells, from the next wider range
+            low, high = _pulled(low, high, centre, STEP, (1, 1))
+            low, high = torch.maximum(low, widest[0]), torch.minimum(high, widest[1])
+    return low, high
+
+
+def _reached(counts: Tensor, percent: float) -> Tensor:
+    """The share of the cells `[G, n]`, the last one in part, that hold `percent` of the values: `[G, 1]`."""
+    total = counts.cumsum(dim=1)
+    wanted = total[:, -1:] * (percent / 100)
+    cell = torch.searchsorted(total, wanted).clamp(max=counts.shape[1] - 1)
+    within = counts.gather(1, cell)
+    return (cell + (wanted - (total.gather(1, cell) - within)) / within).float() / counts.shape[1]
+
+
+def _pulled(low: Tensor, high: Tensor, centre: Tensor, share: float, ends: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The range with a share of the way from the centre to those of its ends that are 1."""
+    pulled = (centre + (end - centre) * share for end in (low, high))
+    first, second = (new if moves else old for new, old, moves in zip(pulled, (low, high), ends, strict=True))
+    return first, second
+
+
+def _error(counts: Tensor, means: Tensor, low: Tensor, high: Tensor, operand: Operand) -> Tensor:
+    """The sum of squared errors of the cells `[G, n]` when their means are coded in these ranges: `[G]`, float64.
+
+    What the values of a cell differ among one another is missing; as they share a code, it is the same in every range.
+    """
+    low, high = low.reshape(-1, 1), high.reshape(-1, 1)
+    if operand.symmetric:
+        scale, zero = symmetric_scale(high, operand).float(), None
+    else:
+        scale, zero = (x.float() for x in asymmetric_scale(low, high, operand))
+    values = operand.format.decode(codes_of(means, scale, zero, operand))
+    back = values * scale if zero is None else (values + 2 ** (operand.format.bits - 1)) * scale + zero
+    return ((means - back).square_() * counts).sum(dim=1, dtype=torch.float64)

@@ -1,0 +1,104 @@
+"""What is remembered of a layer: for each tensor of its scales, the statistics that it will come from."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokquant.calibration.balance import Maxima
+from tokquant.calibration.histogram import MOST
+from tokquant.calibration.observers import Observer
+from tokquant.calibration.statistics import Mean
+from tokquant.quantize import frames
+from tokquant.schemes import QuantScheme
+from tokquant.transforms import Frame
+
+Operands = tuple[Tensor, Tensor, Tensor]
+Shapes = dict[str, tuple[int, int]]
+"""Heads and channels of q, k and v."""
+
+
+@dataclass
+class Layer:
+    """Statistics of one layer, by the names of the tensors in `LayerScales` (a zero comes with its scale)."""
+
+    scheme: QuantScheme
+    shapes: Shapes
+    dtype: torch.dtype
+    parts: dict[str, Any]
+    tokens: dict[str, int]
+    """How many each operand had, over all batches."""
+
+    @classmethod
+    def empty(cls, scheme: QuantScheme, observer: Observer, shapes: Shapes, dtype: torch.dtype) -> "Layer":
+        """A layer that has seen nothing."""
+        parts: dict[str, Any] = {}
+        for operand in (scheme.q, scheme.k, scheme.v):
+            if operand.smooth == "static":
+                parts[f"{operand.role}_offset"] = Mean(*shapes[operand.role])
+            if operand.role == "k" and scheme.balance != "none" and scheme.balance.scale == "static":
+                parts["k_balance"] = Maxima(scheme.balance, operand.smooth == "static", *shapes["k"])
+            if operand.scale == "static":
+                parts[f"{operand.role}_scale"] = observer.statistics(*shapes[operand.role])
+        return cls(scheme, shapes, dtype, parts, dict.fromkeys("qkv", 0))
+
+    def observe(self, operands: Operands) -> None:
+        """Add a batch, in the frame its codes will be taken in.
+
+        Raises ValueError, and nothing of the batch counts, where a transform makes a value that is not finite.
+        """
+        tokens = {role: x.shape[0] * x.shape[2] for role, x in zip("qkv", operands, strict=True)}
+        self._check_room(tokens)
+        seen = dict(zip("qkv", operands, strict=True))
+        framed = dict(zip("qkv", frames(*operands, without_static_parts(self.scheme)), strict=True))
+        given: dict[str, Any] = {}
+        for name in self.parts:
+            role, _, kind = name.partition("_")
+            # calibrated offsets and factors are known only at the end; they are linear, so what was seen can be changed by them
+            given[name] = framed[role].apply(seen[role]) if kind == "scale" else seen[role]
+            if kind == "balance":
+                given[name] = seen["q"], Frame(offset=framed["k"].offset).apply(seen["k"])
+            if kind == "scale" and framed[role].turns and not bool(given[name].isfinite().all()):
+                raise ValueError(f"{role}: holds a value that is not finite once it is balanced or rotated")
+        for name, part in self.parts.items():
+            part.observe(given[name])
+        self._count(tokens)
+
+    def check_mergeable(self, other: "Layer", name: str) -> None:
+        """Raise ValueError if the other saw other heads or channels, or too much."""
+        for role, shape in self.shapes.items():
+            if other.shapes[role] != shape:
+                raise ValueError(f"merge: {name}.{role}: heads and channels {list(other.shapes[role])} are not {list(shape)}")
+        self._check_room(other.tokens)
+
+    def merge(self, other: "Layer") -> None:
+        """Add what another saw."""
+        for name, part in self.parts.items():
+            part.merge(other.parts[name])
+        self._count(other.tokens)
+
+    def mean(self, role: str) -> Tensor:
+        """`[H, D]` float32."""
+        return (self.parts[f"{role}_offset"].sum / self.tokens[role]).float()
+
+    def _check_room(self, tokens: dict[str, int]) -> None:
+        for role, more in tokens.items():
+            if self.tokens[role] + more > MOST:
+                raise ValueError(f"{role}: {self.tokens[role]} tokens and {more} more; a calibration counts up to {MOST}")
+
+    def _count(self, tokens: dict[str, int]) -> None:
+        for role, more in tokens.items():
+            self.tokens[role] += more
+
+
+def without_static_parts(scheme: QuantScheme) -> QuantScheme:
+    """The scheme as it is before its offsets and its factors of balance are known."""
+    changed: dict[str, object] = {
+        role: getattr(scheme, role).model_copy(update={"smooth": "none"})
+        for role in "kv"
+        if getattr(scheme, role).smooth == "static"
+    }
+    if scheme.balance != "none" and scheme.balance.scale == "static":
+        changed["balance"] = "none"
+    return scheme.model_copy(update=changed)

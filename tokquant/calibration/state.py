@@ -1,0 +1,143 @@
+"""A calibration to and from safetensors, so that it can be gone on with."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from tokquant.calibration import observers
+from tokquant.calibration.layers import Layer
+from tokquant.calibration.scales import static
+from tokquant.errors import ScalesError, quote
+from tokquant.export import checksum, read_tensors
+from tokquant.files import write_atomically
+from tokquant.inputs import DTYPES
+from tokquant.schemes import QuantScheme, SchemeMap
+from tokquant.schemes.maps import of_data
+
+FORMAT = "1"
+TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+LARGEST = 2**20
+"""Heads times channels that a file may claim."""
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a calibrator knows."""
+
+    scheme: QuantScheme | SchemeMap
+    observer: observers.Observer
+    layers: dict[str, Layer]
+    sources: dict[str, str]
+
+
+def write(path: str | os.PathLike, state: State) -> None:
+    """Write statistics as `<layer>.k_scale.low` ..., atomically; the rest, and a checksum of all, is in the metadata."""
+    tensors = {
+        f"{name}.{part}.{kept}": value.contiguous()
+        for name, layer in state.layers.items()
+        for part, statistics in layer.parts.items()
+        for kept, value in statistics.tensors().items()
+    }
+    layers = {
+        name: {"dtype": str(layer.dtype).removeprefix("torch."), "shapes": layer.shapes, "tokens": layer.tokens}
+        for name, layer in state.layers.items()
+    }
+    document = json.dumps(
+        {
+            "scheme": state.scheme.to_data(),
+            "observer": str(state.observer),
+            "layers": layers,
+            "sources": state.sources,
+        }
+    )
+    metadata = {
+        "format": "pt",
+        "tokquant.calibration": FORMAT,
+        "tokquant.state": document,
+        "tokquant.sha256": _digest(tensors, document),
+    }
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def read(path: str | os.PathLike) -> State:
+    """Read what `write` wrote and check all of it. Raises ScalesError naming the file and what is wrong."""
+    tensors, metadata = read_tensors(path, ScalesError)
+    if "tokquant.calibration" not in metadata:
+        raise ScalesError(f"{path}: holds no calibration; it was not written by Calibrator.save")
+    if metadata["tokquant.calibration"] != FORMAT:
+        written = quote(metadata["tokquant.calibration"])
+        raise ScalesError(f"{path}: format {written} is not {FORMAT!r}; this version cannot read it")
+    document = metadata.get("tokquant.state", "")
+    try:
+        state = _state(tensors, document)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ScalesError(f"{path}: {error}") from None
+    if metadata.get("tokquant.sha256") != _digest(tensors, document):
+        raise ScalesError(f"{path}: the calibration is not the one that was written (checksum differs)")
+    return state
+
+
+def _state(tensors: dict[str, Tensor], document: str) -> State:
+    try:
+        data = json.loads(document)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its description cannot be read: {error}") from None
+    if not isinstance(data, dict) or not all(isinstance(data.get(name), dict) for name in ("scheme", "layers", "sources")):
+        raise ValueError("its description lacks scheme, layers or sources")
+    scheme, observer = of_data(data["scheme"]), observers.parse(data.get("observer"))
+    layers = {name: _layer(name, given, scheme, observer) for name, given in data["layers"].items()}
+    expected = {
+        f"{name}.{part}.{kept}": (statistics, kept, value)
+        for name, layer in layers.items()
+        for part, statistics in layer.parts.items()
+        for kept, value in statistics.tensors().items()
+    }
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise ValueError(f"{quote(name)} is missing")
+        if name not in expected:
+            raise ValueError(f"{quote(name)} does not belong to a calibration of this scheme")
+        found, (statistics, kept, empty) = tensors[name], expected[name]
+        if (found.shape, found.dtype) != (empty.shape, empty.dtype):
+            written, right = (f"{list(x.shape)} of {x.dtype}" for x in (found, empty))
+            raise ValueError(f"{quote(name)} is {written}; it should be {right}")
+        statistics.put(kept, found)
+    for name, layer in layers.items():
+        for part, statistics in layer.parts.items():
+            try:
+                statistics.check(layer.tokens[part[0]])
+            except ValueError as error:
+                raise ValueError(f"{name}.{part}.{error}") from None
+    return State(scheme, observer, layers, data["sources"])
+
+
+def _layer(name: str, given: Any, scheme: QuantScheme | SchemeMap, observer: observers.Observer) -> Layer:
+    """An empty layer as it is described. Raises ValueError."""
+    shapes, tokens = (given.get(key) if isinstance(given, dict) else None for key in ("shapes", "tokens"))
+    if not isinstance(shapes, dict) or not isinstance(tokens, dict) or given.get("dtype") not in TYPES or not _counts(tokens):
+        raise ValueError(f"layer {quote(name)} is described wrongly: it needs dtype, shapes and tokens")
+    for role in "qkv":
+        pair = shapes.get(role)
+        if not isinstance(pair, list) or len(pair) != 2 or any(type(n) is not int or n < 1 for n in pair):
+            raise ValueError(f"layer {quote(name)}: {quote(pair)} is no pair of heads and channels of {role}")
+        if pair[0] * pair[1] > LARGEST:
+            raise ValueError(f"layer {quote(name)}: {quote(pair)}, heads and channels of {role}, is more than {LARGEST}")
+    own = static(scheme, name)
+    if own is None:
+        raise ValueError(f"layer {quote(name)} needs no scales of scheme {scheme.name!r}")
+    layer = Layer.empty(own, observer, {role: tuple(shapes[role]) for role in "qkv"}, TYPES[given["dtype"]])
+    layer.tokens = tokens
+    return layer
+
+
+def _counts(tokens: dict) -> bool:
+    return sorted(tokens) == list("kqv") and all(type(n) is int and n > 0 for n in tokens.values())
+
+
+def _digest(tensors: dict[str, Tensor], document: str) -> str:
+    return hashlib.sha256(f"{checksum(tensors)} {document}".encode()).hexdigest()

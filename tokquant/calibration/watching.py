@@ -1,0 +1,87 @@
+"""Seeing the attention of any torch model: which module runs, and what it gives to torch's attention."""
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
+OF_MODULE = torch.nn.functional.multi_head_attention_forward
+
+
+class Watcher(TorchFunctionMode):
+    """Gives name, q, k and v of each attention that runs inside a module of `model` to `observe`."""
+
+    def __init__(self, model: nn.Module, observe: Callable[[str, Tensor, Tensor, Tensor], None]):
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: a {type(model).__name__}; give a torch.nn.Module, or q, k and v to observe()")
+        self.model, self.observe = model, observe
+        self.running: list[list] = []
+        """Of the modules that run, the innermost last: its name, and how often it has attended."""
+        self.seen = self.ran = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch in this block. Raises ValueError at its end if no attention was seen."""
+        with ExitStack() as stack:
+            for name, module in self.model.named_modules():
+                for hook in self._hooks(module, name or type(self.model).__name__):
+                    stack.callback(hook.remove)
+            stack.enter_context(self)
+            yield
+        if not self.seen:
+            raise ValueError(
+                "watch: "
+                + ("no torch scaled_dot_product_attention was seen" if self.ran else "the model did not run")
+                + "; run it in the block, uncompiled, with attention that goes through torch's (transformers: "
+                "attn_implementation='sdpa'; nn.MultiheadAttention: need_weights=False), or give q, k and v to observe()"
+            )
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is OF_MODULE and self.running:
+            with self:
+                return _without_dispatch(func)(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func is ATTENTION and self.running:
+            self._attended(*_operands(*args, **kwargs))
+        return out
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        innermost = self.running[-1]
+        innermost[1] += 1
+        name, times = innermost
+        name = name if times == 1 else f"{name}:{times}"
+        try:
+            self.observe(name, q, k, v)
+        except (ValueError, TypeError) as error:
+            raise error if str(error).startswith(f"{name}.") else type(error)(f"{name}: {error}") from None
+        self.seen = True
+
+    def _hooks(self, module: nn.Module, name: str) -> Iterator[Any]:
+        def enter(*_: Any) -> None:
+            self.ran = True
+            self.running.append([name, 0])
+
+        def leave(*_: Any) -> None:
+            self.running.pop()
+
+        yield module.register_forward_pre_hook(enter)
+        # also where the module raises and its caller goes on
+        yield module.register_forward_hook(leave, always_call=True)
+
+
+def _operands(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query, key, value
+
+
+def _without_dispatch(func: Callable) -> Callable:
+    """The function as it is where no mode watches: what it calls is then seen, and not the function itself, again and again."""
+    assert isinstance(func, types.FunctionType)
+    names = {**func.__globals__, "has_torch_function": lambda _: False}
+    return types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)

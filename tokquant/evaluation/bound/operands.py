@@ -1,0 +1,163 @@
+"""What is known of Q, K and V beside their codes, as float64 matrices whose products are logits and their errors."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tokquant.evaluation.bound.half_steps import decoded, half_steps, rounding_of
+from tokquant.quantize import for_query_heads
+from tokquant.schemes.placement import place
+from tokquant.tensor import QuantizedTensor
+
+Product = tuple[Tensor, Tensor]
+"""`[B, H_q, N_q, E]` and `[B, H_q, N_k, E]`: a number for each pair, from the rows that are asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """Operands of one attention. Everything is float64, of Q's heads, and in no unit but that of the tensors given."""
+
+    logits: Product
+    """Scores of the codes, before `scale`, without what an offset of K took off a row."""
+    q_error: Product
+    k_error: Product
+    """What rounding of Q, and then of K, added to a score; how much it may have added at most where not `signed`."""
+    signed: bool
+    """Whether the tensors are known; else only their codes are."""
+    lowered: Tensor | None
+    """What K's offset took off a row `[B, H_q, N_q, 1]`, before `scale`, as a kernel adds it back."""
+    lowered_exactly: Tensor | None
+    lowered_terms: Tensor | None
+    """The magnitude of the terms it is summed from."""
+    norms: Product
+    """`[B, H_q, N_q, 1]`, `[B, H_q, N_k, 1]`: their product is at least the sum of magnitudes of a score's terms."""
+    v: Tensor
+    """`[B, H_q, N_k, D]`: the tensor, or what its codes stand for."""
+    decoded_v: Tensor
+    v_error: Tensor
+    """|decoded - v|, or half of each step."""
+    times_p: Tensor
+    """What rounding of P is multiplied with, in the output's frame."""
+    v_terms: Tensor
+    """Magnitudes that are summed with P, in the frame of the codes."""
+    v_constant: Tensor
+    """What is added to the output for all tokens at once, with the sum of P: `[B, H_q, 1, D]`."""
+    log2_weight: Tensor | None
+    """V per token: what P is multiplied by before it is rounded, `[B, H_q, 1, N_k]`."""
+    inverse_weight: Tensor | None
+
+
+def known(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, tensors: tuple[Tensor, Tensor, Tensor] | None) -> Known:
+    """What codes, and the tensors they were taken of, say."""
+    folded = place(k.spec) == "q"
+    q_turned = decoded(q)
+    k_turned = k.stored_values().double() if folded else decoded(k)
+    k_norm = k_turned.norm(dim=-1, keepdim=True)
+    if k.origin is not None and place(k.spec) == "scores":
+        # codes and origins are two products
+        origin = k.spread(k.origin).double()
+        k_norm = (k_turned - origin).norm(dim=-1, keepdim=True) + k.shape[3] ** 0.5 * origin.abs()
+    means = None
+    if k.companion is not None:
+        means = q.frame.offset_of_tokens(q.shape[2]).double()
+        k_norm = torch.hypot(k_norm, k.companion.double().norm(dim=-1, keepdim=True))
+    left, right = _beside(q_turned, means), _beside(k_turned, None if k.companion is None else k.companion.double())
+    q_norm = left.norm(dim=-1, keepdim=True)
+    constant = _constant(k)
+    lowered_exactly = q.logit_offset
+    if tensors is not None:
+        exact_q, exact_k = (x.double() for x in tensors[:2])
+        centred = exact_k if constant is None else exact_k - constant
+        plain_q = replace(q.frame, offset=None).undo(q_turned)
+        k_values = k.stored_values().double() * k.spread(k.scale).double() if folded else k_turned  # type: ignore[arg-type]
+        plain_k = replace(k.frame, offset=None).undo(k_values)
+        q_error = (plain_q - exact_q if means is None else plain_q + means - exact_q, centred)
+        lost = None if k.companion is None else k.companion.double() - centred
+        # in the tensors' own frame, which rounded factors of a balance undo but nearly, logits less errors are exact
+        left, right = _beside(plain_q, means), _beside(plain_k, None if k.companion is None else k.companion.double())
+        k_error = (left, _beside(plain_k - centred, lost))
+        if constant is not None:
+            lowered_exactly = (exact_q * for_query_heads(constant, q, k)).sum(dim=-1, keepdim=True)
+    else:
+        k_steps = half_steps(k) if not folded else half_steps(k) / k.spread(k.scale).double()  # type: ignore[arg-type]
+        q_error = (half_steps(q), k_turned.abs() + k_steps)
+        lost = None if k.companion is None else rounding_of(k.companion.double(), k.dtype)
+        k_error = (_beside(q_turned.abs(), None if means is None else means.abs()), _beside(k_steps, lost))
+
+    def of_heads(x: Tensor) -> Tensor:
+        return for_query_heads(x, q, k)
+
+    whole = v.frame.undo(decoded(v))
+    times_p, v_terms, v_constant = _with_p(v)
+    return Known(
+        logits=(left, of_heads(right)),
+        q_error=(q_error[0], of_heads(q_error[1])),
+        k_error=(k_error[0], of_heads(k_error[1])),
+        signed=tensors is not None,
+        lowered=q.logit_offset,
+        lowered_exactly=lowered_exactly,
+        lowered_terms=None if q.logit_offset is None else _lowered_terms(q, q_turned, k),
+        norms=(q_norm, of_heads(k_norm)),
+        v=of_heads(whole if tensors is None else tensors[2].double()),
+        decoded_v=of_heads(whole),
+        v_error=of_heads(_in_output(half_steps(v), v) if tensors is None else (whole - tensors[2].double()).abs()),
+        times_p=of_heads(times_p),
+        v_terms=of_heads(v_terms),
+        v_constant=of_heads(v_constant),
+        log2_weight=None if v.log2_weight is None else of_heads(v.log2_weight.double()).mT,
+        inverse_weight=None if v.inverse_weight is None else of_heads(v.inverse_weight.double()).mT,
+    )
+
+
+def _constant(k: QuantizedTensor) -> Tensor | None:
+    """What a score lacks for every key alike, as a vector that queries meet `[B, H_kv, 1, D]`."""
+    constant = None if k.offset is None else k.offset.double()
+    if place(k.spec) == "q" and k.origin is not None:
+        origin = replace(k.frame, offset=None).undo(k.origin.double())
+        constant = origin if constant is None else constant + origin
+    return constant
+
+
+def _lowered_terms(q: QuantizedTensor, turned: Tensor, k: QuantizedTensor) -> Tensor:
+    """By norms, the sums of magnitudes behind `logit_offset` `[B, H_q, N_q, 1]`: that of K's offset and that of its origin."""
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        return left.norm(dim=-1, keepdim=True) * for_query_heads(right.double().norm(dim=-1, keepdim=True), turned, k)
+
+    terms = torch.zeros_like(turned[..., :1])
+    if k.offset is not None:
+        terms = product(q.frame.undo(turned), k.offset)
+    if place(k.spec) == "q" and k.origin is not None:
+        terms = terms + product(turned / q.frame.fold.double(), k.origin)  # type: ignore[union-attr]
+    return terms
+
+
+def _with_p(v: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What P's rounding meets, the magnitudes that P sums, and what is added for all tokens at once."""
+    where, stored = place(v.spec), v.stored_values().double()
+    origin = None if v.origin is None or where == "operand" else v.spread(v.origin).double()
+    if where in ("none", "operand"):
+        met = decoded(v)
+    elif where == "p":
+        met = stored  # P is rounded with its weight
+    else:
+        met = stored * v.spread(v.scale).double()  # type: ignore[arg-type]
+    terms = (met if v.log2_weight is None else met * v.log2_weight.double().exp2()).abs()
+    constant = torch.zeros_like(met[:, :, :1])
+    if origin is not None:
+        terms = terms + origin.abs()
+        constant = constant + origin if where == "output" else constant
+    return replace(v.frame, offset=None).undo(met), terms, v.frame.undo(constant)
+
+
+def _in_output(steps: Tensor, v: QuantizedTensor) -> Tensor:
+    """Bounds of each channel after V's rotation is undone: sums of magnitudes instead of butterflies."""
+    if not v.frame.rotated:
+        return steps
+    order = v.shape[3] & -v.shape[3]
+    return (steps.unflatten(3, (-1, order)).sum(dim=-1, keepdim=True) * order**-0.5).expand(-1, -1, -1, -1, order).flatten(3)
+
+
+def _beside(x: Tensor, more: Tensor | None) -> Tensor:
+    return x if more is None else torch.cat([x, more], dim=3)

@@ -1,0 +1,109 @@
+"""Models that call torch's scaled_dot_product_attention, quantized for the time of a block and without a change in them."""
+
+import inspect
+import warnings
+from functools import partial
+from types import FunctionType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import multi_head_attention_forward
+from torch.nn.functional import scaled_dot_product_attention as torch_attention
+from torch.overrides import TorchFunctionMode
+
+from tokquant.attention import Backend, Scheme, check_scales, choose_backend, scheme_of
+from tokquant.calibration.scales import LayerScales
+from tokquant.errors import UnsupportedError, nearest, quote
+from tokquant.inputs import check_no_grad
+from tokquant.schemes import QuantScheme
+from tokquant.sdpa import scaled_dot_product_attention
+
+Fallback = Literal["error", "warn", "silent"]
+FALLBACKS = ("error", "warn", "silent")
+POSITIONS = ("query", "key", "value", "attn_mask")
+MULTI_HEAD = inspect.signature(multi_head_attention_forward)
+
+
+class quantized_sdpa(TorchFunctionMode):
+    """`with tokquant.quantized_sdpa("int8"):` calls of `torch.nn.functional.scaled_dot_product_attention` in this thread are
+    `tokquant.scaled_dot_product_attention`'s, those in nn.MultiheadAttention and nn.TransformerEncoderLayer too.
+
+    Blocks nest: the inner one is asked first, and what it leaves to torch goes to the next. torch's fused path of encoder
+    layers, which never calls that function, is off inside.
+
+    Args:
+        scheme, scales, backend: as for `tokquant.attention`, for every call.
+        fallback: what a call does that cannot be quantized: `error` raises, saying why; `warn` runs it in torch and warns, once
+            for each reason and place; `silent` runs it in torch.
+
+    Raises: SchemeError, ScalesError and ValueError at once for what no call could take.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme = "int8",
+        *,
+        scales: LayerScales | None = None,
+        backend: Backend = "auto",
+        fallback: Fallback = "error",
+    ):
+        super().__init__()
+        if fallback not in FALLBACKS:
+            raise ValueError(f"fallback: {quote(fallback)}; use one of {', '.join(FALLBACKS)}{nearest(fallback, FALLBACKS)}")
+        found, self.fallback = scheme_of(scheme, None, scales), fallback
+        if isinstance(found, QuantScheme):
+            check_scales(found, scales)
+        choose_backend(backend, torch.device("meta"))  # for what it says of a name that is none
+        self._quantized = partial(scaled_dot_product_attention, scheme=found, scales=scales, backend=backend)
+        self._multi_head = _with_attention(self._attend)
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch_attention:
+            return self._attend(*args, **kwargs)
+        if function is multi_head_attention_forward:
+            if MULTI_HEAD.bind(*args, **kwargs).arguments.get("need_weights", True):
+                self._leave(
+                    UnsupportedError("need_weights: True asks for probabilities, which no quantized kernel keeps; give False")
+                )
+            else:
+                function = self._multi_head
+        return function(*args, **kwargs)
+
+    def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            for name, x in (*zip(POSITIONS, args, strict=False), *kwargs.items()):
+                check_no_grad(name, x)
+        except RuntimeError as error:
+            self._leave(error)
+            return torch_attention(*args, **kwargs)
+        try:
+            return self._quantized(*args, **kwargs)
+        except (TypeError, ValueError, UnsupportedError) as error:
+            self._leave(error)
+            return torch_attention(*args, **kwargs)
+
+    def _leave(self, error: Exception) -> None:
+        """A call is to run in torch: raise, warn or do nothing."""
+        if self.fallback == "error":
+            raise error
+        if self.fallback == "warn":
+            # the place that called torch
+            warnings.warn(f"scaled_dot_product_attention is torch's here, not quantized: {error}", stacklevel=4)
+
+
+def _with_attention(attend: Any) -> FunctionType:
+    """torch's own multi-head attention with another function for the one it calls.
+
+    A mode is off while torch runs a function that it was asked about, so that what this one calls would never be seen. Its code
+    runs with a name changed; nothing of torch is.
+    """
+    names = {
+        **vars(torch.nn.functional),
+        "scaled_dot_product_attention": attend,
+        "has_torch_function": lambda tensors: False,
+    }
+    made = FunctionType(multi_head_attention_forward.__code__, names, argdefs=multi_head_attention_forward.__defaults__)
+    made.__kwdefaults__ = multi_head_attention_forward.__kwdefaults__
+    return made

@@ -1,0 +1,166 @@
+"""Operators of torch.library that stand for public functions while torch.compile traces: opaque there, with known shapes.
+
+A scheme is a preset's name or a YAML document, a bias its kind and its tensors, calibrated scales their names and tensors.
+Eager calls go past all of this: an operator's dispatch takes longer than looking whether something traces.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from tokquant.bias import Bias
+from tokquant.bias.kinds import KINDS
+from tokquant.calibration.scales import LayerScales
+from tokquant.errors import ScalesError, nearest, quote
+from tokquant.inputs import check_no_grad
+from tokquant.schemes import HeadSchemes, LayerScheme, QuantScheme, SchemeMap, of_layer, preset, preset_names
+from tokquant.tensor import Coded
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+LIBRARY = torch.library.Library("tokquant", "FRAGMENT")
+
+FEATURES = (
+    "bool causal=False, float? scale=None, str bias_kind='none', Tensor[]? bias=None, SymInt?[]? window=None, "
+    "float? softcap=None, Tensor? sinks=None, str layer='', str[]? scale_names=None, Tensor[]? scales=None, "
+    "str backend='auto', bool deterministic=False"
+)
+
+
+def operator(*more: str, tags: Sequence[torch.Tag] = ()) -> Callable[[Function], Function]:
+    """Decorate a public function of q, k, v and a scheme: `torch.ops.tokquant.<its name>` stands for it where it is traced, and
+    `<its name>_lse` where it is to return the LSE.
+
+    Args:
+        more: arguments beside `FEATURES`, as a schema writes them.
+        tags: of the operators.
+    """
+
+    def of(function: Function) -> Function:
+        name = function.__name__
+        for lse in (False, True):
+            returns, own = ("(Tensor, Tensor)", f"{name}_lse") if lse else ("Tensor", name)
+            schema = f"(Tensor q, Tensor k, Tensor v, str scheme, *, {', '.join((*more, FEATURES))}) -> {returns}"
+            LIBRARY.define(own + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+            LIBRARY.impl(own, _running(function, lse), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"tokquant::{own}", _shaped(lse), lib=LIBRARY)
+        plain, with_lse = getattr(torch.ops.tokquant, name), getattr(torch.ops.tokquant, f"{name}_lse")
+        on_codes = untraced(f"{name} of QuantizedTensors")(function)
+
+        @wraps(function)
+        def door(*args: Any, **given: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                return function(*args, **given)
+            if any(isinstance(x, Coded) for x in (*args, *given.values())):
+                return on_codes(*args, **given)
+            return (with_lse if given.pop("return_lse", False) else plain)(*args[:3], **_flat(*args[3:], **given))
+
+        return door  # type: ignore[return-value]
+
+    return of
+
+
+def untraced(what: str) -> Callable[[Function], Function]:
+    """Decorate what a graph ends at: torch.compile goes on behind it, and with fullgraph=True says that it is `what`."""
+
+    def of(function: Function) -> Function:
+        eager = torch._disable_dynamo(function)
+
+        @wraps(function)
+        def door(*args: Any, **given: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                return function(*args, **given)
+            torch._dynamo.graph_break(f"tokquant: {what} is no operator; call it outside of what fullgraph=True compiles")
+            return eager(*args, **given)
+
+        return door  # type: ignore[return-value]
+
+    return of
+
+
+def _flat(
+    scheme: object, *, layer: str | None = None, bias: Bias | None = None, scales: LayerScales | None = None, **rest: Any
+) -> dict[str, Any]:
+    """Arguments as an operator takes them."""
+    if bias is not None:
+        rest |= {"bias_kind": bias.kind, "bias": bias.tensors()}
+    if scales is not None:
+        if scales.scheme is None:
+            raise ScalesError(
+                "scales: LayerScales without a scheme; give them one, and they are checked once, when they are made"
+            )
+        layer = scales.layer if layer is None else layer
+        rest |= {"layer": scales.layer, "scale_names": list(scales.tensors), "scales": list(scales.tensors.values())}
+    return {"scheme": document(scheme, layer), **rest}
+
+
+def _running(function: Callable, lse: bool) -> Callable:
+    """What an operator does: the function itself."""
+
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scheme: str,
+        *,
+        bias_kind: str = "none",
+        bias: list[Tensor] | None = None,
+        layer: str = "",
+        scale_names: list[str] | None = None,
+        scales: list[Tensor] | None = None,
+        **rest: Any,
+    ) -> Any:
+        made = of_document(scheme)
+        whole = None
+        if scales is not None:
+            own = made if isinstance(made, QuantScheme) else None  # heads of different schemes take no scales, and say so
+            whole = LayerScales.checked_before(layer, scale_names or [], scales, own)
+        out = function(q, k, v, made, bias=bias_of(bias_kind, bias or []), scales=whole, return_lse=lse, **rest)
+        return tuple(x.contiguous() for x in out) if lse else out.contiguous()
+
+    return run
+
+
+def _shaped(lse: bool) -> Callable:
+    """What it returns, without numbers."""
+
+    def shape(q: Tensor, k: Tensor, v: Tensor, scheme: str, *, bias: list[Tensor] | None = None, **rest: Any) -> Any:
+        named = {"q": q, "k": k, "v": v, "mask": rest.get("mask"), "sinks": rest.get("sinks")}
+        for name, x in (*named.items(), *(("bias", part) for part in bias or [])):
+            check_no_grad(name, x)
+        out = q.new_empty(q.shape)
+        return (out, q.new_empty(q.shape[:-1], dtype=torch.float32)) if lse else out
+
+    return shape
+
+
+def document(scheme: object, layer: str | None = None) -> str:
+    """A layer's scheme as an operator takes it. Raises SchemeError."""
+    if isinstance(scheme, str) and scheme in preset_names():
+        return scheme
+    found = of_layer(scheme, layer)
+    return (SchemeMap((("*", found),)) if isinstance(found, HeadSchemes) else found).to_yaml()
+
+
+# as torch.compiler.assume_constant_result would, which imports the whole compiler: found once, again for another object
+document._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=256)
+def of_document(written: str) -> LayerScheme:
+    """The scheme that `document` wrote. Raises SchemeError."""
+    if ":" not in written:
+        return preset(written)
+    return of_layer(SchemeMap.from_yaml(written)) if "layers:" in written.splitlines() else QuantScheme.from_yaml(written)
+
+
+def bias_of(kind: str, tensors: Sequence[Tensor]) -> Bias | None:
+    """The bias of a kind that keeps these tensors. Raises ValueError."""
+    if kind == "none" and not tensors:
+        return None
+    if kind not in KINDS:
+        raise ValueError(f"bias_kind: {quote(kind)} is none; use one of none, {', '.join(KINDS)}{nearest(kind, KINDS)}")
+    return KINDS[kind](*tensors)
