@@ -130,12 +130,12 @@ import sys
 import tokquant
 from tokquant.integrations.diffusers import register
 assert "diffusers" not in sys.modules
-register("int8-fast")
+register("int8-fast", backend="reference")
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
 import torch
 q, k, v = (torch.randn(1, 40, 2, 16) for _ in range(3))
 out = dispatch_attention_fn(q, k, v)
-expected = tokquant.attention(*(x.transpose(1, 2) for x in (q, k, v)), "int8-fast").transpose(1, 2)
+expected = tokquant.attention(*(x.transpose(1, 2) for x in (q, k, v)), "int8-fast", backend="reference").transpose(1, 2)
 assert torch.equal(out, expected)
 assert _AttentionBackendRegistry.get_active_backend()[0].value == "tokquant"
 """
@@ -254,12 +254,12 @@ def test_a_map_gives_each_layer_its_scheme(calls):
 
 def test_calibrated_scales_go_to_their_layers(calls):
     model, given = flux()
-    exact = use(model, "none", backend="reference")(**given).sample
-    layers = ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn", "single_transformer_blocks.1.attn"]
     calibrator = tq.Calibrator("kv-fp8")
-    for layer, (_, *seen) in zip(layers, calls, strict=True):
-        calibrator.observe(layer, *seen)
+    with calibrator.watch(model):
+        exact = model(**given).sample
     scales = calibrator.scales()
+    layers = ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn", "single_transformer_blocks.1.attn"]
+    assert set(scales) == set(layers)
     near = use(model, "kv-fp8", scales=scales, backend="reference")(**given).sample
     assert cosine(near, exact) > 0.999 and not torch.equal(near, exact)
 
@@ -298,6 +298,13 @@ def test_what_does_not_fit_a_model_is_named():
     with pytest.raises(tq.UnsupportedError, match="a Linear takes no backends; it has no attention of diffusers"):
         use(torch.nn.Linear(2, 2))
     assert all(processor._attention_backend is None for processor in model.attn_processors.values())
+
+
+def test_a_model_with_schemes_of_its_own_compiles_as_a_whole():
+    model, given = flux()
+    expected = use(model, MAP, backend="reference")(**given).sample
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(**given).sample, expected)
 
 
 def test_layers_that_share_a_processor_have_one_scheme():
