@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from tokquant.attention import Backend, Scheme
-from tokquant.calibration.scales import LayerScales, Scales, needed
+from tokquant.calibration.scales import LayerScales, Scales, static
 from tokquant.errors import ScalesError, SchemeError, UnsupportedError, nearest, quote
 from tokquant.integrations.diffusers import surface
 from tokquant.integrations.diffusers.attention import function_of
@@ -77,19 +77,18 @@ def use(model: Model, scheme: Scheme = "int8", *, scales: Scales | None = None, 
         for pattern, _ in given.layers:
             if not any(fnmatchcase(layer, pattern) for layer in layers):
                 raise SchemeError(f"scheme map {given.name!r}: {quote(pattern)} matches no layer{nearest(pattern, layers)}")
-    schemes = {layer: of_layer(given, layer) for layer in layers}
-    static = [layer for layer, own in schemes.items() if not isinstance(own, HeadSchemes) and needed(own)]
+    fixed = [layer for layer in layers if static(given, layer)]
     if scales is not None:
         if not isinstance(scales, Scales):
             raise TypeError(f"scales: a {type(scales).__name__}; give what load_scales or a Calibrator returns")
-        if not static:
+        if not fixed:
             raise ScalesError(f"scales: scheme {given.name!r} has no static part and no use for them")
         for layer in scales:
             if layer not in layers:
                 raise ScalesError(f"scales: {type(model).__name__} has no layer {quote(layer)}{nearest(layer, layers)}")
     chosen: dict[int, tuple[str, Any]] = {}
     for layer, processor in layers.items():
-        own = _backend(schemes[layer], scales[layer] if scales is not None and layer in static else None, backend)
+        own = _backend(of_layer(given, layer), scales[layer] if scales is not None and layer in fixed else None, backend)
         first, its = chosen.setdefault(id(processor), (layer, own))
         if its is not own:
             raise SchemeError(
