@@ -1,0 +1,11 @@
+"""What attention moves: the exact bytes of a kernel's loads and stores, and what no algorithm can do without.
+
+The bounds are those of Saha and Ye, "The I/O Complexity of Attention, or How Optimal is Flash Attention?" (arXiv 2402.07443),
+with constants, and with operands of different widths.
+"""
+
+from tokquant.io_model.counter import counted, counting
+from tokquant.io_model.traffic import Traffic, traffic
+from tokquant.io_model.workload import Pairs, Workload
+
+__all__ = ["Pairs", "Traffic", "Workload", "counted", "counting", "traffic"]
