@@ -4,8 +4,26 @@ The bounds are those of Saha and Ye, "The I/O Complexity of Attention, or How Op
 with constants, and with operands of different widths.
 """
 
+from tokquant.io_model.bounds import Bounds, Problem, lower_bounds, problem
 from tokquant.io_model.counter import counted, counting
+from tokquant.io_model.rank import Ranked, rank
+from tokquant.io_model.report import Standing, standing
 from tokquant.io_model.traffic import Traffic, traffic
 from tokquant.io_model.workload import Pairs, Workload
 
-__all__ = ["Pairs", "Traffic", "Workload", "counted", "counting", "traffic"]
+__all__ = [
+    "Bounds",
+    "Pairs",
+    "Problem",
+    "Ranked",
+    "Standing",
+    "Traffic",
+    "Workload",
+    "counted",
+    "counting",
+    "lower_bounds",
+    "problem",
+    "rank",
+    "standing",
+    "traffic",
+]
