@@ -7,6 +7,7 @@ from typing import Any
 from tokquant.errors import UnsupportedError
 from tokquant.io_model.workload import Pairs, Walk, Workload
 from tokquant.kernels.compile import Kernel
+from tokquant.kernels.decode_plan import DecodePlan
 from tokquant.kernels.plan import Plan
 from tokquant.kernels.signature import POINTERS, arguments
 
@@ -67,7 +68,7 @@ def traffic(kernel: Kernel, workload: Workload) -> Traffic:
     Raises ValueError where kernel and workload do not go together, UnsupportedError for kernels of sequences of their own
     lengths (count each by itself) and of pages.
     """
-    if not isinstance(kernel.plan, Plan) or kernel.wanted.varlen:
+    if isinstance(kernel.plan, DecodePlan) or kernel.wanted.varlen:
         raise UnsupportedError("kernel: what it moves is not modelled where sequences have lengths of their own, or lie in pages")
     workload.kv_heads(kernel)
     widths = _widths(kernel, workload)
