@@ -27,7 +27,9 @@ def slope(f, low, high):
     return math.log(f(high) / f(low)) / math.log(high / low)
 
 
-@pytest.mark.parametrize(("n", "d", "memory"), [(64, 32, 256), (48, 16, 64), (32, 32, 4), (40, 8, 400), (37, 13, 100), (9, 5, 35)])
+@pytest.mark.parametrize(
+    ("n", "d", "memory"), [(64, 32, 256), (48, 16, 64), (32, 32, 4), (40, 8, 400), (37, 13, 100), (9, 5, 35)]
+)
 def test_square_tiling_is_attention_and_moves_the_words_of_its_formula(n, d, memory, monkeypatch):
     read, largest, b = algorithms.SlowMemory.read, [], algorithms.side(memory)
 
@@ -83,9 +85,7 @@ def test_constants_far_from_d_squared():
     assert algorithms.square_tiling_words(n, d, int(small)) / lower_bounds(words(n, d), small).greatest < 4.5
 
 
-@given(
-    n=st.integers(1, 3000), d=st.integers(1, 300), memory=st.integers(4, 10**6), values=st.sampled_from([256, 2**16, 2**32])
-)
+@given(n=st.integers(1, 3000), d=st.integers(1, 300), memory=st.integers(4, 10**6), values=st.sampled_from([256, 2**16, 2**32]))
 def test_no_bound_is_above_what_an_algorithm_moves(n, d, memory, values):
     least = lower_bounds(words(n, d), memory).greatest
     assert least <= algorithms.square_tiling_words(n, d, memory)

@@ -25,6 +25,7 @@ LAYERS = [
     ("kv_cache", "tune", "varlen"),
     ("decode",),
     ("evaluation",),
+    ("io_model",),
     ("plugins",),
     ("cli",),
     ("__init__", "__main__"),

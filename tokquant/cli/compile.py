@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokquant.cli import options, output
+from tokquant.io_model import bytes_per_score
 from tokquant.kernels import launch
 from tokquant.kernels.compile import Kernel
 from tokquant.kernels.compile import compile as compile_kernel
@@ -109,18 +110,27 @@ def _compare(kernel: Kernel, json: bool) -> None:
     built.sort(key=lambda each: (bool(judged[each].why), -each.prediction.serial_tops))
     if json:
         default = kernel.config
-        output.print_json([{**_report(each), "default": each.config == default, "why_not": judged[each].why} for each in built])
+        reports = ({**_report(each), "bytes_per_score": _moved(each)} for each in built)
+        notes = ({"default": each.config == default, "why_not": judged[each].why} for each in built)
+        output.print_json([report | note for report, note in zip(reports, notes, strict=True)])
         return
     title = f"{kernel.scheme.name} for {kernel.target.name}, head_dim {kernel.head_dim}: what tuning would time, and what not"
     table = Table(title=escape(title))
     table.add_column("queries x keys")
-    for column in ("registers", "spilled", "shared", "blocks", "instructions a score", "predicted TOPS"):
+    for column in ("registers", "spilled", "shared", "blocks", "instructions a score", "bytes a score", "predicted TOPS"):
         table.add_column(column, justify="right")
     table.add_column("")
     for each in built:
         found = each.resources
         numbers = (found.registers, found.spill_bytes, found.shared_bytes, found.blocks_per_multiprocessor)
-        rates = (f"{found.instructions_per_score:.2f}", f"{each.prediction.serial_tops:.0f}")
+        moved = _moved(each)
+        bytes_ = "" if moved is None else f"{moved:.2f}"
+        rates = (f"{found.instructions_per_score:.2f}", bytes_, f"{each.prediction.serial_tops:.0f}")
         note = judged[each].why or ("taken without tuning" if each.config == kernel.config else "")
         table.add_row(str(each.config), *map(str, numbers), *rates, escape(note))
     output.console().print(table)
+
+
+def _moved(kernel: Kernel) -> float | None:
+    """Bytes that move for each score; None for kernels that read pages."""
+    return None if isinstance(kernel.plan, DecodePlan) else bytes_per_score(kernel)

@@ -94,12 +94,12 @@ def io(
     table.add_row("in 16 bits", f"{found.sixteen_bit.total:,}", _share(found.sixteen_bit.total, found))
     table.add_row(f"lower bound ({found.bounds.active.replace('_', ' ')})", f"{found.bounds.greatest:,.0f}", "")
     output.console().print(table)
+    card = kernel.target
+    times = ", ".join(f"{name} {found.milliseconds(moved):.3f} ms" for name, moved in _to_move(found).items())
     output.console().print(
-        f"{found.above_bound:.1f} times the bound for {kernel.target.multiprocessors} multiprocessors of {found.memory:,} bytes. "
+        f"{found.above_bound:.1f} times the bound for {card.multiprocessors} multiprocessors of {found.memory:,} bytes. "
         f"{found.intensity:.0f} operations a byte, {found.sixteen_bit_intensity:.0f} in 16 bits.\n"
-        f"At {kernel.target.terabytes:g} TB/s ({kernel.target.card}): "
-        + ", ".join(f"{name} {found.milliseconds(moved):.3f} ms" for name, moved in _to_move(found).items())
-        + "; caches lie between.",
+        f"At {card.terabytes:g} TB/s ({card.card}): {times}; caches lie between.",
         highlight=False,
     )
 

@@ -6,7 +6,7 @@ with constants, and with operands of different widths.
 
 from tokquant.io_model.bounds import Bounds, Problem, lower_bounds, problem
 from tokquant.io_model.counter import counted, counting
-from tokquant.io_model.rank import Ranked, rank
+from tokquant.io_model.rank import Ranked, bytes_per_score, rank
 from tokquant.io_model.report import Standing, standing
 from tokquant.io_model.traffic import Traffic, traffic
 from tokquant.io_model.workload import Pairs, Workload
@@ -19,6 +19,7 @@ __all__ = [
     "Standing",
     "Traffic",
     "Workload",
+    "bytes_per_score",
     "counted",
     "counting",
     "lower_bounds",

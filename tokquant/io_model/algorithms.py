@@ -31,7 +31,7 @@ class SlowMemory:
 
 
 def side(memory: int) -> int:
-    """B, the side of SquareTiling's squares: four of them fit `memory` words. Raises ValueError where not even one word does."""
+    """B, the side of SquareTiling's squares, four of which fit `memory` words. Raises ValueError for fewer than four words."""
     if type(memory) is not int or memory < 4:
         raise ValueError(f"memory: {quote(memory)}; four squares need a whole number of words from 4")
     return math.isqrt(memory // 4)
@@ -41,8 +41,8 @@ def square_tiling(q: Floats, k: Floats, v: Floats, memory: int) -> tuple[Floats,
     """Algorithm 1 of Saha and Ye, SquareTilingAttention: exp(Q K^T) V over its row sums, and the words it moved.
 
     Squares of B = sqrt(M / 4) in place of flash attention's long tiles: Q K^T goes to slow memory and comes back, which pays
-    where M is well below d^2. A reference for the theory, in float64, that keeps the scores `[N, N]` as the paper's does. As there,
-    scores are neither scaled nor lowered by their maximum, so that large ones overflow.
+    where M is well below d^2. A reference for the theory, in float64, that keeps the scores `[N, N]` as the paper's does; as
+    there, they are neither scaled nor lowered by their maximum, so that large ones overflow.
 
     Args:
         q, k, v: `[N, d]`.
@@ -82,7 +82,7 @@ def square_tiling_words(n: int, head_dim: int, memory: int) -> int:
 def flash_words(n: int, head_dim: int, memory: int) -> int:
     """Words that flash attention moves at best, one block of queries after another: 2 N d, and K and V once for each block.
 
-    A block holds, for each query, the query, its output, a score, a maximum and a sum; beside it there is room for a key and a value.
+    A block holds, for each query, the query, its output, a score, a maximum and a sum, and beside them a key and its value.
     Raises ValueError where no query fits.
     """
     rows = (memory - 2 * head_dim) // (2 * head_dim + 3)

@@ -1,8 +1,8 @@
 """Lower bounds on the bytes that attention moves, for operands of any widths and a fast memory of any size.
 
 Saha and Ye (arXiv 2402.07443) prove Theta(min(N^2 d / sqrt(M), N^2 d^2 / M)) words for a fast memory of M words. Here are
-the constants that their proofs give, in bytes: words of Q, K and sums weigh what they take. Each bound holds alone, and may be 0:
-where all that is computed fits fast memory, nothing but inputs and outputs need move.
+the constants that their proofs give, in bytes: words of Q, K and sums weigh what they take. Each bound holds alone, and may be
+0: where all that is computed fits fast memory, nothing but inputs and outputs need move.
 
 `processors` have a fast memory of their own each; the bytes are those that all of them move. What is computed is what the
 kernels here compute, so masks that a kernel is given at a call do not make it less.
@@ -117,15 +117,16 @@ def compulsory(of: Problem) -> float:
 def pebble(of: Problem, memory: float, processors: int = 1) -> float:
     """Scores as sums of products, each term multiplied (no fast matrix multiplication): a pebble game with weighted words.
 
-    Cut a run into parts that move just no more than M bytes: what a part computes depends on at most 2 M bytes, held or read,
-    and leaves at most 2 M. With I queries and J keys among the former, I d w_q + J d w_k <= 2 M, so that by the inequality of the means
-    at most I J <= M^2 / (d^2 w_q w_k) scores are made of inputs alone; every other score that the part touches has a partial sum
-    of w_a bytes among what it depends on or leaves, which is 4 M / w_a of them. All scores are touched, so there are at least
+    Cut a run into parts, each as long as it moves no more than M bytes: what a part computes depends on at most 2 M bytes,
+    held or read, and leaves at most 2 M. With I queries and J keys among the former, I d w_q + J d w_k <= 2 M, so that at most
+    I J <= M^2 / (d^2 w_q w_k) scores are made of inputs alone (arithmetic and geometric mean). Every other score that the part
+    touches has a partial sum of w_a bytes among what it depends on or leaves, and those are at most 4 M / w_a. All scores are
+    touched, so
 
         parts >= scores / (M^2 / (d^2 w_q w_k) + 4 M / w_a)
 
-    and all but the last of a processor move M, less than a word excepted. With words of one width that is the
-    N^2 d^2 / (M + 4 d^2) - M of Lemma 3.4 of Saha and Ye, with the means in place of their sums: it falls as 1 / M above d^2 words.
+    and all but a processor's last move M bytes, or less by part of a word. In words of one width that is
+    N^2 d^2 / (M + 4 d^2) - M: Lemma 3.4 of Saha and Ye, who bound I J by four times as much. It falls as 1 / M above d^2 words.
     """
     inputs = memory**2 / (of.head_dim**2 * of.q * of.k)
     parts = of.scores / (inputs + 4 * memory / of.sums)
@@ -133,11 +134,11 @@ def pebble(of: Problem, memory: float, processors: int = 1) -> float:
 
 
 def small_memory(of: Problem, memory: float, processors: int = 1) -> float:
-    """Whoever computes attention computes Q K^T, if made to write the scores: what that needs, less those writes (their Theorem 3.7).
+    """Who computes attention has computed Q K^T but for writing the scores: what that takes, less the writes (Theorem 3.7).
 
-    For the product, Smith, Lowery, Langou and van de Geijn's bound (arXiv 1702.02017), with weighted words: while 2 M bytes are read, at
-    most 3 M are at hand, and products of a queries' and b keys' elements into c sums are at most sqrt(a b c) of them (Loomis and
-    Whitney), most where each takes M: (M^3 / (w_q w_k w_a))^(1/2). It falls as 1 / sqrt(M), and says most below d^2 words.
+    For the product, the bound of Smith, Lowery, Langou and van de Geijn (arXiv 1702.02017), in weighted words: while 2 M bytes
+    are read at most 3 M are at hand, and a elements of Q meet b of K in c sums in at most sqrt(a b c) products (Loomis and
+    Whitney), which are most where each of the three takes M bytes. It falls as 1 / sqrt(M), and says most below d^2 words.
     """
     at_hand = math.sqrt(memory**3 / (of.q * of.k * of.sums))
     phases = of.scores * of.head_dim / at_hand
@@ -147,9 +148,10 @@ def small_memory(of: Problem, memory: float, processors: int = 1) -> float:
 def communication(n: int, head_dim: int, memory: float, values: float) -> float:
     """In words, for one head: *any* algorithm that gives exact scores, fast matrix multiplication included (their Theorem 4.8).
 
-    min(N^2 d^2 / (8 M), N^2 / 8) - M: the scores are a message between two who know Q and K, and a run's reads and writes are all
-    that passes. Elements are of a field with `values` elements, of which the proof needs more than N: codes of 8 bits and less
-    are too few, and 0 is returned. Never more than `pebble` says of words of one width, which assumes more.
+    min(N^2 d^2 / (8 M), N^2 / 8) - M: who knows Q and who knows K can only learn the scores from what passes between them, and
+    in a run that is what is read, written and held. Elements are of a field of `values`, which the proof needs to be more than
+    N: codes of 8 bits and less are too few, and 0 is returned. Never more than `pebble` in words of one width, which assumes
+    more.
     """
     if values <= n:
         return 0.0

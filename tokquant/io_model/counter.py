@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ def counted(call: launch.Call) -> Traffic:
     Raises UnsupportedError where the interpreter is off, ValueError where two of its tensors share memory.
     """
     if not launch.interpreted():
-        raise UnsupportedError("counted: loads are counted in Triton's interpreter; set TRITON_INTERPRET=1 before Python starts")
+        raise UnsupportedError(
+            "counted: loads are counted in Triton's interpreter; set TRITON_INTERPRET=1 before Python starts"
+        )
     with counting(dict(zip(ARGUMENTS, call.arguments, strict=False))) as found:
         call.run()
     return Traffic(found)
@@ -74,9 +77,11 @@ def _regions(arguments: dict[str, Any]) -> list[tuple[int, int, str]]:
     regions = sorted(
         (x.data_ptr(), x.data_ptr() + _extent(x), name) for name, x in tensors.items() if torch.is_tensor(x) and x.numel()
     )
-    for (_, end, one), (start, _, other) in zip(regions, regions[1:], strict=False):
+    for (_, end, one), (start, _, other) in pairwise(regions):
         if start < end:
-            raise ValueError(f"arguments: {one} and {other} share memory, so what is read of each cannot be told apart; copy one")
+            raise ValueError(
+                f"arguments: {one} and {other} share memory, so what is read of each cannot be told apart; copy one"
+            )
     return regions
 
 

@@ -38,8 +38,8 @@ def draw(found: Standing, launches: Sequence[Ranked], path: str | os.PathLike) -
         axes.plot(memory, np.where(values > 0, values, np.nan), style, color=color, label=f"bound: {label}")
     axes.plot(memory, [flash_bytes(of, m) for m in memory], "--", color="tab:red", label="flash attention, tiles of any size")
     axes.plot(memory, [square_tiling_bytes(of, m) for m in memory], "--", color="tab:orange", label="SquareTiling")
-    points = {(_held(each, found), each.traffic.total) for each in launches if each.fits}
-    axes.scatter(*zip(*points, strict=True), s=24, color="black", zorder=3, label=f"launches of {found.kernel.scheme.name}")
+    x, y = zip(*((_held(each, found), each.traffic.total) for each in launches if each.fits), strict=True)
+    axes.scatter(x, y, s=24, color="black", zorder=3, label=f"launches of {found.kernel.scheme.name}")
     axes.axvline(found.memory, color="0.7", linewidth=1, label=f"a multiprocessor: {found.memory / 1024:.0f} KiB")
     axes.set(xscale="log", yscale="log", xlabel="bytes of fast memory", ylabel="bytes moved")
     axes.set_ylim(bottom=0.3 * bounds[0].compulsory)

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
+from tokquant.io_model.bounds import problem
 from tokquant.io_model.traffic import Traffic, traffic
 from tokquant.io_model.workload import Workload
 from tokquant.kernels.compile import Kernel
 
 REGISTERS = 255
 """That a thread can have."""
+TOKENS = 8192
+"""Of a sequence in which ends hardly count."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Ranked:
 
     @property
     def fits(self) -> bool:
-        """Whether those are as many as a thread can have; shared memory holds every candidate as far as `candidates` can tell."""
+        """Whether a thread can have so many. Whether shared memory suffices has decided what is a candidate."""
         return self.registers <= REGISTERS
 
 
@@ -40,3 +43,10 @@ def rank(kernel: Kernel, workload: Workload) -> list[Ranked]:
         threads = config.num_warps * each.target.lanes
         found.append(Ranked(each, traffic(each, workload), -(-held // threads)))
     return sorted(found, key=lambda one: (not one.fits, one.traffic.total))
+
+
+def bytes_per_score(kernel: Kernel) -> float:
+    """Bytes that the kernel moves for each score that causality leaves, over a sequence of 8192 tokens."""
+    heads = int(dict(kernel.plan.constants)["SHARED_HEADS"])
+    workload = Workload(heads=heads, n_q=TOKENS, n_k=TOKENS)
+    return traffic(kernel, workload).total / problem(kernel, workload).scores

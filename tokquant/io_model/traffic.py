@@ -1,4 +1,4 @@
-"""The bytes that a launch moves between the kernel and memory, exactly: every load and store of the template, without running it."""
+"""The bytes that a launch moves between kernel and memory, exactly: every load and store of the template, nothing run."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -69,7 +69,9 @@ def traffic(kernel: Kernel, workload: Workload) -> Traffic:
     lengths (count each by itself) and of pages.
     """
     if isinstance(kernel.plan, DecodePlan) or kernel.wanted.varlen:
-        raise UnsupportedError("kernel: what it moves is not modelled where sequences have lengths of their own, or lie in pages")
+        raise UnsupportedError(
+            "kernel: what it moves is not modelled where sequences have lengths of their own, or lie in pages"
+        )
     workload.kv_heads(kernel)
     widths = _widths(kernel, workload)
     moved: dict[str, int] = {}
@@ -86,7 +88,7 @@ def _constants(plan: Plan) -> dict[str, Any]:
 
 def _widths(kernel: Kernel, workload: Workload) -> dict[str, int]:
     """Bytes of an element of each tensor of the kernel."""
-    found = {}
+    found: dict[str, int] = {}
     for name, value in arguments(kernel).items():
         parts = [(f"{name}.{field}", part) for field, part in zip(value._fields, value, strict=True)] if _named(value) else []
         found |= {path: BYTES[part] for path, part in parts or [(name, value)] if part in BYTES}

@@ -34,7 +34,7 @@ class Workload:
     n_q: int
     n_k: int
     window: tuple[int | None, int | None] = (None, None)
-    """(left, right), as `tq.attention` takes it. A right bound that is not given is 0 where the kernel has one: it is causal."""
+    """(left, right), as `tq.attention` takes it. Where the kernel has a right bound and none is given, it is causal: 0."""
     mask: Pairs = Pairs()
     bias: Pairs = Pairs()
     """Of a dense bias."""
