@@ -1,7 +1,9 @@
 """What a kernel moves: the model equals the count of every load and store, byte by byte."""
 
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,6 +137,22 @@ def test_larger_blocks_of_queries_read_keys_less_often():
     )
     assert small.kinds["k"] == 2 * large.kinds["k"] == 8 * 2**17 * 64 * 2**17 // 64
     assert small.kinds["o"] == large.kinds["o"]
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "io.md").read_text()
+
+
+@pytest.mark.parametrize("name", re.findall(r"^\| `([\w-]+)` \| \d+ \|", PAGE, re.MULTILINE))
+def test_the_table_of_the_page_is_what_kernels_move(name):
+    kernel, workload = tq.compile(name, head_dim=128, causal=True, shared_heads=4), Workload(heads=32, n_q=8192, n_k=8192)
+    found = io_model.standing(kernel, workload)
+    moved, kinds = found.traffic.total, found.traffic.kinds
+    beside = 1 - sum(kinds[kind] for kind in "qkvo") / moved
+    least = io_model.rank(kernel, workload)[0].traffic.total
+    assert (
+        f"| `{name}` | {kernel.config.block_m} | {moved / 1e6:.0f} | {100 * (kinds['k'] + kinds['v']) / moved:.0f} % | "
+        f"{100 * beside:.1f} % | {found.sixteen_bit.total / moved:.2f} x | {found.intensity:.0f} | {least / 1e6:.0f} |"
+    ) in PAGE
 
 
 def test_launches_are_ranked_by_what_they_move_with_those_that_cannot_be_held_behind():
