@@ -13,7 +13,7 @@ import tokquant as tq
 from tokquant import bias, io_model
 from tokquant.inputs import features_of
 from tokquant.io_model import Pairs, Workload
-from tokquant.kernels import launch, targets
+from tokquant.kernels import launch, quantize, targets
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.compile import Kernel
 from tokquant.quantize import quantize_operands
@@ -76,7 +76,9 @@ NUMBERS = [pytest.param(n, id=f"{n}: {drawn(n)[0]}", marks=[] if n < 60 else pyt
 def test_bytes_of_a_plan_equal_those_counted(number):
     name, shape, given, dtype, lse, block_m = drawn(number)
     call, kernel, workload = prepared(SCHEMES[name], shape, given, dtype, lse, block_m)
-    assert dict(io_model.traffic(kernel, workload).tensors) == dict(io_model.counted(call).tensors)
+    with io_model.counting() as launches:
+        call.run()
+    assert [launch.traffic for launch in launches] == [io_model.traffic(kernel, workload)]
 
 
 def test_random_plans_reach_every_kind_of_traffic():
@@ -97,15 +99,30 @@ NAMES = {
 
 @pytest.mark.parametrize("name", ["int8", "kv-int4-kivi"])
 def test_counting_does_not_disturb_the_results(name):
-    from triton.runtime.interpreter import interpreter_builder
+    from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
+    run = GridExecutor.__call__
     call, _, _ = prepared(preset(name), (33, 70, 64, 2), {"causal": True}, lse=True)
     out, lse = (x.clone() for x in call.run())
     call.out.fill_(float("nan"))
     call.lse.fill_(float("nan"))
-    io_model.counted(call)
+    with io_model.counting():
+        call.run()
     assert torch.equal(call.out, out) and torch.equal(call.lse, lse)
-    assert "create_masked_load" not in vars(interpreter_builder), "the interpreter is as it was"
+    assert "create_masked_load" not in vars(interpreter_builder) and GridExecutor.__call__ is run, "all is as it was"
+
+
+@pytest.mark.parametrize(
+    ("name", "reads"), [("int8-fast", (1, 1, 2)), ("int8", (1, 1, 1)), ("fp8", (2, 2, 2)), ("kv-int4", (1, 1, 1))]
+)
+def test_quantization_reads_as_often_as_its_page_says(name, reads):
+    q, k, v = qkv(100, 200, 64, 2, dtype=torch.float16)
+    with io_model.counting() as launches:
+        operands = quantize.quantize_operands(q, k, v, preset(name))
+    read = sum(launch.traffic.tensors["X.data"] for launch in launches)
+    assert read == sum(times * x.nbytes for times, x in zip(reads, (q, k, v), strict=True))
+    # tokens that only fill a group of 16 are written too
+    assert sum(launch.traffic.tensors.get("Y.codes", 0) for launch in launches) == sum(x.codes.nbytes for x in operands)
 
 
 def test_bytes_of_a_causal_kernel_are_what_one_counts_by_hand():
@@ -170,8 +187,8 @@ def test_tensors_that_share_memory_cannot_be_told_apart():
     given = {"bias": bias.alibi(torch.ones(2)), "sinks": torch.ones(2)}
     given["sinks"] = given["bias"].slopes
     call, _, _ = prepared(preset("int8"), (20, 30, 32, 2), given)
-    with pytest.raises(ValueError, match=r"F\.bias and F\.sinks share memory"):
-        io_model.counted(call)
+    with pytest.raises(ValueError, match=r"F\.bias and F\.sinks share memory"), io_model.counting():
+        call.run()
 
 
 @pytest.mark.parametrize(

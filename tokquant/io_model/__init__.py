@@ -5,7 +5,7 @@ with constants, and with operands of different widths.
 """
 
 from tokquant.io_model.bounds import Bounds, Problem, lower_bounds, problem
-from tokquant.io_model.counter import counted, counting
+from tokquant.io_model.counter import Launch, counting
 from tokquant.io_model.rank import Ranked, bytes_per_score, rank
 from tokquant.io_model.report import Standing, standing
 from tokquant.io_model.traffic import Traffic, traffic
@@ -13,6 +13,7 @@ from tokquant.io_model.workload import Pairs, Workload
 
 __all__ = [
     "Bounds",
+    "Launch",
     "Pairs",
     "Problem",
     "Ranked",
@@ -20,7 +21,6 @@ __all__ = [
     "Traffic",
     "Workload",
     "bytes_per_score",
-    "counted",
     "counting",
     "lower_bounds",
     "problem",

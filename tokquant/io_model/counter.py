@@ -1,10 +1,12 @@
-"""Counts what a launch moves: every load and store of it in Triton's interpreter, byte by byte."""
+"""Counts what launches move: every load and store of them in Triton's interpreter, byte by byte."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -12,45 +14,48 @@ from torch import Tensor
 
 from tokquant.errors import UnsupportedError
 from tokquant.io_model.traffic import Traffic
-from tokquant.kernels import launch
-
-ARGUMENTS = ("Q", "K", "V", "Out", "Lse", "F")
+from tokquant.kernels.launch import interpreted
 
 
-def counted(call: launch.Call) -> Traffic:
-    """Run the call in the interpreter and count. Its results are those of `call.run()`, in `call.out` and `call.lse`.
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel."""
 
-    Raises UnsupportedError where the interpreter is off, ValueError where two of its tensors share memory.
-    """
-    if not launch.interpreted():
-        raise UnsupportedError(
-            "counted: loads are counted in Triton's interpreter; set TRITON_INTERPRET=1 before Python starts"
-        )
-    with counting(dict(zip(ARGUMENTS, call.arguments, strict=False))) as found:
-        call.run()
-    return Traffic(found)
+    kernel: str
+    traffic: Traffic
+    """By its arguments: tensors, and fields of named tuples of tensors."""
 
 
 @contextmanager
-def counting(arguments: dict[str, Any]) -> Iterator[Counter[str]]:
-    """Bytes that kernels load from and store to each tensor among these arguments, while the context is open.
+def counting() -> Iterator[list[Launch]]:
+    """Every launch of a Triton kernel while the context is open, with the bytes that it loads and stores. Results are as ever.
 
-    Args:
-        arguments: of kernels, by name: tensors on the CPU, and named tuples of tensors.
+    Raises UnsupportedError where the interpreter is off. A launch raises ValueError where two of its tensors share memory.
     """
+    if not interpreted():
+        raise UnsupportedError("counting: needs Triton's interpreter; set TRITON_INTERPRET=1 before Python starts")
+    from triton.runtime.interpreter import GridExecutor
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    regions = _regions(arguments)
-    starts = np.array([start for start, _, _ in regions], dtype=np.uint64)
-    load, store, found = builder.create_masked_load, builder.create_masked_store, Counter[str]()
+    run, load, store = GridExecutor.__call__, builder.create_masked_load, builder.create_masked_store
+    launches: list[Launch] = []
+    regions: list[tuple[int, int, str]] = []
+    found: Counter[str] = Counter()
+
+    def counted_run(self: Any, *arguments: Any, **options: Any) -> Any:
+        found.clear()
+        regions[:] = _regions(dict(zip(self.arg_names, arguments, strict=False)))
+        result = run(self, *arguments, **options)
+        launches.append(Launch(self.fn.__name__, Traffic(dict(found))))
+        return result
 
     def count(pointers: Any, mask: Any) -> None:
         width = pointers.get_element_ty().primitive_bitwidth // 8
         # lanes at one address are served at once
         touched = np.unique(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)])
         if touched.size:
-            _, end, name = regions[int(np.searchsorted(starts, touched[0], side="right")) - 1]
-            assert int(touched[-1]) + width <= end, f"beyond {name}"
+            low, high = int(touched[0]), int(touched[-1]) + width
+            [name] = [name for start, end, name in regions if start <= low and high <= end]
             found[name] += width * touched.size
 
     def counted_load(pointers: Any, mask: Any, *rest: Any) -> Any:
@@ -61,16 +66,17 @@ def counting(arguments: dict[str, Any]) -> Iterator[Counter[str]]:
         count(pointers, mask)
         return store(pointers, value, mask, *rest)
 
-    # those without a mask go through these too
-    builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
-    try:
-        yield found
-    finally:
-        del builder.create_masked_load, builder.create_masked_store
+    # loads and stores without a mask go through these too
+    with (
+        patch.object(GridExecutor, "__call__", counted_run),
+        patch.object(builder, "create_masked_load", counted_load),
+        patch.object(builder, "create_masked_store", counted_store),
+    ):
+        yield launches
 
 
-def _regions(arguments: dict[str, Any]) -> list[tuple[int, int, str]]:
-    """First and last address, and name, of every tensor, in order."""
+def _regions(arguments: Mapping[str, Any]) -> list[tuple[int, int, str]]:
+    """First address, end and name of every tensor."""
     tensors: dict[str, Any] = {}
     for name, value in arguments.items():
         tensors |= {f"{name}.{part}": x for part, x in value._asdict().items()} if hasattr(value, "_asdict") else {name: value}
@@ -79,9 +85,7 @@ def _regions(arguments: dict[str, Any]) -> list[tuple[int, int, str]]:
     )
     for (_, end, one), (start, _, other) in pairwise(regions):
         if start < end:
-            raise ValueError(
-                f"arguments: {one} and {other} share memory, so what is read of each cannot be told apart; copy one"
-            )
+            raise ValueError(f"counting: {one} and {other} share memory, so that they cannot be told apart; copy one")
     return regions
 
 

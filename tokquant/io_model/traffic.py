@@ -41,7 +41,7 @@ class Traffic:
     """Bytes moved, either way. Several lanes of one load at one address move it once; masked lanes move nothing."""
 
     tensors: Mapping[str, int]
-    """By the kernel's own names: `Q.codes`, `K.scale`, `F.mask`, `Out.data`, `Lse` ..."""
+    """By the kernel's own names: of attention `Q.codes`, `K.scale`, `F.mask`, `Out.data`, `Lse` ..."""
 
     @property
     def total(self) -> int:
@@ -50,19 +50,19 @@ class Traffic:
 
     @property
     def kinds(self) -> dict[str, int]:
-        """By what they are: q, k and v (codes), o, lse, scales, zeros, means, sums, weights, bias, mask, sinks."""
+        """By what they are, of attention: codes of q, k, v; o, lse, scales, zeros, means, sums, weights, bias, mask, sinks."""
         found: dict[str, int] = {}
         for name, moved in self.tensors.items():
-            kind = KINDS.get(name) or KINDS[name.partition(".")[2]]
+            kind = KINDS.get(name) or KINDS.get(name.partition(".")[2], name)
             found[kind] = found.get(kind, 0) + moved
-        order = list(dict.fromkeys(KINDS.values()))
-        return dict(sorted(found.items(), key=lambda entry: order.index(entry[0])))
+        order = dict.fromkeys([*KINDS.values(), *found])
+        return {kind: found[kind] for kind in order if kind in found}
 
 
 def traffic(kernel: Kernel, workload: Workload) -> Traffic:
     """What a launch of the kernel under its `config` moves: keys and values once for each block of queries of each head.
 
-    Equal, tensor by tensor, to what `counted` finds in Triton's interpreter. Caches are not in it: what a level between the
+    Equal, tensor by tensor, to what `counting` finds in Triton's interpreter. Caches are not in it: what a level between the
     kernel and memory keeps is moved as often as the kernel asks for it.
 
     Raises ValueError where kernel and workload do not go together, UnsupportedError for kernels of sequences of their own
