@@ -94,6 +94,17 @@ def test_no_bound_is_above_what_an_algorithm_moves(n, d, memory, values):
     assert bounds.communication(n, d, memory, values) <= algorithms.square_tiling_words(n, d, memory)
 
 
+WIDTHS = st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0])
+
+
+@given(n=st.integers(1, 10**5), d=st.integers(1, 300), memory=st.integers(64, 10**7), q=WIDTHS, k=WIDTHS, v=WIDTHS, o=WIDTHS)
+def test_no_bound_of_mixed_widths_is_above_what_an_algorithm_moves(n, d, memory, q, k, v, o):
+    of = words(n, d, q=q, k=k, v=v, o=o, sums=4.0)
+    least = lower_bounds(of, memory).greatest
+    assert least <= algorithms.flash_bytes(of, memory) * (1 + 1e-9)
+    assert least <= algorithms.square_tiling_bytes(of, memory) * (1 + 1e-9)
+
+
 @pytest.mark.parametrize(("q", "k", "millions"), [(2, 2, 14.5), (1, 1, 4.2), (1, 0.5, 2.0)])
 def test_bytes_of_the_pebble_game_with_227_kilobytes(q, k, millions):
     of = words(8192, 128, q=q, k=k, v=k, o=2.0, sums=4.0)

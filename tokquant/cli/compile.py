@@ -97,6 +97,8 @@ def _report(kernel: Kernel) -> dict:
     }
     if isinstance(kernel.plan, DecodePlan):
         report["bandwidth"] = {**asdict(kernel.bandwidth), "predicted": kernel.bandwidth.predicted}
+    else:
+        report["bytes_per_score"] = bytes_per_score(kernel)
     return report
 
 
@@ -110,9 +112,7 @@ def _compare(kernel: Kernel, json: bool) -> None:
     built.sort(key=lambda each: (bool(judged[each].why), -each.prediction.serial_tops))
     if json:
         default = kernel.config
-        reports = ({**_report(each), "bytes_per_score": _moved(each)} for each in built)
-        notes = ({"default": each.config == default, "why_not": judged[each].why} for each in built)
-        output.print_json([report | note for report, note in zip(reports, notes, strict=True)])
+        output.print_json([{**_report(each), "default": each.config == default, "why_not": judged[each].why} for each in built])
         return
     title = f"{kernel.scheme.name} for {kernel.target.name}, head_dim {kernel.head_dim}: what tuning would time, and what not"
     table = Table(title=escape(title))
@@ -123,14 +123,8 @@ def _compare(kernel: Kernel, json: bool) -> None:
     for each in built:
         found = each.resources
         numbers = (found.registers, found.spill_bytes, found.shared_bytes, found.blocks_per_multiprocessor)
-        moved = _moved(each)
-        bytes_ = "" if moved is None else f"{moved:.2f}"
-        rates = (f"{found.instructions_per_score:.2f}", bytes_, f"{each.prediction.serial_tops:.0f}")
+        moved = "" if isinstance(each.plan, DecodePlan) else f"{bytes_per_score(each):.2f}"
+        rates = (f"{found.instructions_per_score:.2f}", moved, f"{each.prediction.serial_tops:.0f}")
         note = judged[each].why or ("taken without tuning" if each.config == kernel.config else "")
         table.add_row(str(each.config), *map(str, numbers), *rates, escape(note))
     output.console().print(table)
-
-
-def _moved(kernel: Kernel) -> float | None:
-    """Bytes that move for each score; None for kernels that read pages."""
-    return None if isinstance(kernel.plan, DecodePlan) else bytes_per_score(kernel)

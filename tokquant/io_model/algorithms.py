@@ -106,8 +106,9 @@ def flash_bytes(of: Problem, memory: float) -> float:
 
 
 def square_tiling_bytes(of: Problem, memory: float) -> float:
-    """SquareTiling in bytes, with squares of sums throughout; what only fills squares in part is not counted."""
-    b = math.sqrt(memory / 4 / of.sums)
-    d = of.head_dim
-    once = of.scores * of.sums + of.outputs * (d * of.o + of.lse + 2 * of.sums)
-    return once + of.scores * d / b * (of.q + of.k + of.v + of.sums)
+    """SquareTiling in bytes, with squares as wide as sums; what only fills squares in part is not counted."""
+    d, b = of.head_dim, math.sqrt(memory / 4 / of.sums)
+    # each at least once
+    queries, keys, passes = max(of.scores / b, of.queries), max(of.scores / b, of.keys), max(d / b, 1)
+    read = queries * d * of.q + keys * d * (of.k + of.v) + of.scores * passes * of.sums
+    return read + of.scores * of.sums + of.outputs * (d * of.o + of.lse + 2 * of.sums)
