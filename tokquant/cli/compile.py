@@ -1,7 +1,7 @@
 """`tokquant compile`: a scheme's kernel for a GPU that need not be here, and what it takes of it."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -90,7 +90,7 @@ def _bandwidth(kernel: Kernel) -> str:
 
 
 def _report(kernel: Kernel) -> dict:
-    report = {
+    report: dict[str, Any] = {
         "config": asdict(kernel.config),
         "resources": asdict(kernel.resources),
         "prediction": {**asdict(kernel.prediction), "share": kernel.prediction.share},
