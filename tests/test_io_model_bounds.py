@@ -131,7 +131,8 @@ def test_each_processor_may_begin_with_its_memory_full():
     of = words(2**14, 64)
     one, four = (bounds.pebble(of, 2**14, processors) for processors in (1, 4))
     assert one - four == pytest.approx(3 * (2**14 - 1))
-    assert bounds.pebble(of, 2**14, 10**6) == 0 == bounds.small_memory(of, 2**14, 10**6)
+    for memory in (0.5, 2**14):
+        assert bounds.pebble(of, memory, 10**13) == 0 == bounds.small_memory(of, memory, 10**13)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100"])

@@ -130,7 +130,7 @@ def pebble(of: Problem, memory: float, processors: int = 1) -> float:
     """
     inputs = memory**2 / (of.head_dim**2 * of.q * of.k)
     parts = of.scores / (inputs + 4 * memory / of.sums)
-    return max(0.0, (memory - of.widest) * (parts - processors))
+    return max(0.0, memory - of.widest) * max(0.0, parts - processors)
 
 
 def small_memory(of: Problem, memory: float, processors: int = 1) -> float:
@@ -142,7 +142,7 @@ def small_memory(of: Problem, memory: float, processors: int = 1) -> float:
     """
     at_hand = math.sqrt(memory**3 / (of.q * of.k * of.sums))
     phases = of.scores * of.head_dim / at_hand
-    return max(0.0, (2 * memory - of.widest) * (phases - processors) - of.scores * of.sums)
+    return max(0.0, max(0.0, 2 * memory - of.widest) * max(0.0, phases - processors) - of.scores * of.sums)
 
 
 def communication(n: int, head_dim: int, memory: float, values: float) -> float:
