@@ -1,0 +1,1 @@
+"""tokquant inside of other libraries."""

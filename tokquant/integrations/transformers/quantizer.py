@@ -1,0 +1,122 @@
+"""Checkpoints that carry their scheme and its scales: `from_pretrained` applies them, `save_pretrained` keeps them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from tokquant.attention import Backend, Scheme
+from tokquant.calibration.scales import Scales
+from tokquant.errors import ScalesError
+from tokquant.export import checksum
+from tokquant.integrations.transformers.registration import NAME, known
+from tokquant.integrations.transformers.settings import Setting, place
+from tokquant.schemes import QuantScheme, SchemeMap, read
+
+
+@register_quantization_config(NAME)
+class TokquantConfig(QuantizationConfigMixin):
+    """`from_pretrained(path, quantization_config=TokquantConfig(scheme))`: the model attends by the scheme.
+
+    `save_pretrained` writes the scheme into config.json and static scales beside the weights, `model.layers.0.self_attn.k_scale`.
+    Loading that again, `tokquant.integrations.transformers` imported, applies them; where it is not, the model is the plain
+    one. Weights stay as they are.
+
+    Args: as for `register`. Raises SchemeError, ScalesError, TypeError and ValueError as it does.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme | dict = "int8",
+        scales: Scales | dict | None = None,
+        backend: Backend = "auto",
+        quant_method: str = NAME,
+    ):
+        self.quant_method = quant_method  # type: ignore[assignment]
+        if isinstance(scheme, dict):  # of a config.json
+            scheme = SchemeMap.from_data(scheme) if "layers" in scheme else QuantScheme(**scheme)
+        self.scheme, self.backend = read(scheme), backend
+        self.scales = None if isinstance(scales, dict) else scales
+        self.saved: dict | None = scales if isinstance(scales, dict) else None
+        """Of scales that are in the checkpoint: layers, with the shape of each tensor, and a checksum."""
+        if self.saved is None:
+            Setting(self.scheme, self.scales, backend)  # what does not fit says so now
+
+    def to_dict(self) -> dict[str, Any]:
+        scheme = self.scheme
+        found = scheme.to_data() if isinstance(scheme, SchemeMap) else scheme.model_dump(mode="json", exclude_defaults=True)
+        scales: dict | None = self.saved
+        if self.scales is not None:
+            layers = {layer: {name: list(x.shape) for name, x in part.tensors.items()} for layer, part in self.scales.items()}
+            scales = {
+                "layers": layers,
+                "scheme": self.scales.scheme.model_dump(mode="json", exclude_defaults=True),
+                "sha256": checksum(by_full_name(self.scales)),
+            }
+        return {"quant_method": NAME, "scheme": found} | ({"scales": scales} if scales else {})
+
+
+@register_quantizer(NAME)
+class TokquantQuantizer(HfQuantizer):
+    """What transformers calls while it loads and saves a model with a TokquantConfig."""
+
+    quantization_config: TokquantConfig
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        known()
+        if config._attn_implementation is None:
+            config._attn_implementation = NAME
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for layer, tensors in (self.quantization_config.saved or {}).get("layers", {}).items():
+            try:
+                module = model.get_submodule(layer)
+            except AttributeError:
+                raise ScalesError(f"{layer}: has scales in the checkpoint, and is no module of {type(model).__name__}") from None
+            for name, shape in tensors.items():
+                module.register_buffer(name, torch.empty(shape, device="meta"))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        config = self.quantization_config
+        if config.saved is not None:
+            layers = {
+                layer: {name: _taken(model.get_submodule(layer), name) for name in tensors}
+                for layer, tensors in config.saved["layers"].items()
+            }
+            config.scales = Scales(QuantScheme(**config.saved["scheme"]), layers)
+            # what a checkpoint lacks comes out as whatever was in memory
+            if checksum(by_full_name(config.scales)) != config.saved["sha256"]:
+                raise ScalesError("scales: those of the checkpoint are missing, or are not those that were saved (checksum differs)")
+            config.saved = None
+        setting = Setting(config.scheme, config.scales, config.backend)
+        setting.check(model)
+        place(model, setting)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict]:
+        scales = self.quantization_config.scales
+        return model.state_dict() | ({} if scales is None else by_full_name(scales)), {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def by_full_name(scales: Scales) -> dict[str, Tensor]:
+    """All tensors, as `model.layers.0.self_attn.k_scale`."""
+    return {f"{layer}.{name}": value.contiguous() for layer, part in scales.items() for name, value in part.tensors.items()}
+
+
+def _taken(module: torch.nn.Module, name: str) -> Tensor:
+    """A buffer, that the module has no more: as one it would follow the model to other types."""
+    value = module.get_buffer(name)
+    del module._buffers[name]
+    return value

@@ -1,0 +1,3 @@
+"""recording"""
+def observing(): pass
+def record(): pass
