@@ -24,6 +24,7 @@ LAYERS = [
     ("kv_cache", "tune", "varlen"),
     ("decode",),
     ("evaluation",),
+    ("integrations",),
     ("plugins",),
     ("cli",),
     ("__init__", "__main__"),

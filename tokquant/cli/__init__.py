@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tokquant.cli import bench, cache, calibrate, compare, compile, doctor, run, schemes, show, tune
+from tokquant.cli import bench, cache, calibrate, compare, compile, doctor, eval, record, run, schemes, show, tune
 from tokquant.plugins import load
 
 app = typer.Typer(
@@ -39,7 +39,7 @@ def plugins(
         load(path)
 
 
-for _module in (run, compare, schemes, show, compile, tune, bench, calibrate, doctor):
+for _module in (run, compare, schemes, show, compile, tune, bench, calibrate, record, eval, doctor):
     app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
 app.add_typer(cache.app, name="cache")
 

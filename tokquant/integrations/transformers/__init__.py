@@ -5,7 +5,7 @@ Importing this imports transformers; importing tokquant does not.
 
 from tokquant.integrations.transformers.cache import TokquantCache
 from tokquant.integrations.transformers.quantizer import TokquantConfig
-from tokquant.integrations.transformers.recording import observing, record
+from tokquant.integrations.transformers.recording import observing, record, run_observed
 from tokquant.integrations.transformers.registration import register, use
 
-__all__ = ["TokquantCache", "TokquantConfig", "observing", "record", "register", "use"]
+__all__ = ["TokquantCache", "TokquantConfig", "observing", "record", "register", "run_observed", "use"]

@@ -48,7 +48,9 @@ class TokquantLayer(CacheLayerMixin):
         (batch, heads, new, d), before = k.shape, self.columns
         earlier = True if self.tokens is None else self.tokens
         if not np.all((True if tokens is None else tokens[:, :before]) == earlier):
-            raise ValueError("attention_mask: it masks other columns than when their keys came; keep it, and add ones to its end")
+            raise ValueError(
+                "attention_mask: it masks other columns than when their keys came; keep it, and add ones to its end"
+            )
         if self.held is None:
             scheme, scales = self.setting.of(name)
             made = dict(batch=batch, kv_heads=heads, head_dim=d, dtype=k.dtype, device=k.device, capacity=self.capacity)

@@ -41,7 +41,7 @@ class TokquantConfig(QuantizationConfigMixin):
         self.scheme, self.backend = read(scheme), backend
         self.scales = None if isinstance(scales, dict) else scales
         self.saved: dict | None = scales if isinstance(scales, dict) else None
-        """Of scales that are in the checkpoint: layers, with the shape of each tensor, and a checksum."""
+        """Of scales that are in the checkpoint: shape and type of each layer's, and a checksum."""
         if self.saved is None:
             Setting(self.scheme, self.scales, backend)  # what does not fit says so now
 
@@ -50,7 +50,7 @@ class TokquantConfig(QuantizationConfigMixin):
         found = scheme.to_data() if isinstance(scheme, SchemeMap) else scheme.model_dump(mode="json", exclude_defaults=True)
         scales: dict | None = self.saved
         if self.scales is not None:
-            layers = {layer: {name: list(x.shape) for name, x in part.tensors.items()} for layer, part in self.scales.items()}
+            layers = {layer: {name: _form(x) for name, x in part.tensors.items()} for layer, part in self.scales.items()}
             scales = {
                 "layers": layers,
                 "scheme": self.scales.scheme.model_dump(mode="json", exclude_defaults=True),
@@ -76,9 +76,13 @@ class TokquantQuantizer(HfQuantizer):
             try:
                 module = model.get_submodule(layer)
             except AttributeError:
-                raise ScalesError(f"{layer}: has scales in the checkpoint, and is no module of {type(model).__name__}") from None
-            for name, shape in tensors.items():
-                module.register_buffer(name, torch.empty(shape, device="meta"))
+                raise ScalesError(
+                    f"{layer}: has scales in the checkpoint, and is no module of {type(model).__name__}"
+                ) from None
+            for name, form in tensors.items():
+                # of a type of its own, or it would be cast to the model's
+                empty = torch.empty(form["shape"], dtype=getattr(torch, form["dtype"]), device="meta")
+                module.register_buffer(name, empty)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -91,7 +95,9 @@ class TokquantQuantizer(HfQuantizer):
             config.scales = Scales(QuantScheme(**config.saved["scheme"]), layers)
             # what a checkpoint lacks comes out as whatever was in memory
             if checksum(by_full_name(config.scales)) != config.saved["sha256"]:
-                raise ScalesError("scales: those of the checkpoint are missing, or are not those that were saved (checksum differs)")
+                raise ScalesError(
+                    "scales: those of the checkpoint are missing, or are not those that were saved (checksum differs)"
+                )
             config.saved = None
         setting = Setting(config.scheme, config.scales, config.backend)
         setting.check(model)
@@ -113,6 +119,10 @@ class TokquantQuantizer(HfQuantizer):
 def by_full_name(scales: Scales) -> dict[str, Tensor]:
     """All tensors, as `model.layers.0.self_attn.k_scale`."""
     return {f"{layer}.{name}": value.contiguous() for layer, part in scales.items() for name, value in part.tensors.items()}
+
+
+def _form(x: Tensor) -> dict[str, Any]:
+    return {"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")}
 
 
 def _taken(module: torch.nn.Module, name: str) -> Tensor:

@@ -19,9 +19,7 @@ RESERVED = ("flash", "sdpa", "flex_attention", "eager", "/", "|", ":", "@")
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def register(
-    scheme: Scheme = "int8", *, scales: Scales | None = None, name: str = NAME, backend: Backend = "auto"
-) -> None:
+def register(scheme: Scheme = "int8", *, scales: Scales | None = None, name: str = NAME, backend: Backend = "auto") -> None:
     """Make `attn_implementation=name` known to transformers, with what runs in models that `use` gave no scheme of their own.
 
     Args:
