@@ -20,7 +20,7 @@ class Agreement:
     same: int = 0
 
     def add(self, logits: Tensor, exact: Tensor, targets: Tensor) -> None:
-        """Add tokens: logits and exact ones `[N, vocabulary]`, and what came next `[N]`. Raises ValueError where shapes differ."""
+        """Add tokens: logits and exact ones `[N, vocabulary]`, what came next `[N]`. Raises ValueError where shapes differ."""
         if logits.shape != exact.shape or logits.shape[:1] != targets.shape:
             shapes = ", ".join(str(list(x.shape)) for x in (logits, exact, targets))
             raise ValueError(f"logits, exact, targets: shapes {shapes} do not fit; give [N, vocabulary] twice, and [N]")

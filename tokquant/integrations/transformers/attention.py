@@ -53,17 +53,16 @@ def attend(
                 raise UnsupportedError(f"{argument}: {reason}")
         if dropout:
             raise UnsupportedError(f"dropout: {dropout} of the probabilities is for training; call model.eval()")
-        if key.shape[-1] != value.shape[-1] or query.shape[-1] != key.shape[-1]:
+        if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
             sizes = ", ".join(str(x.shape[-1]) for x in (query, key, value))
             raise UnsupportedError(f"head_dim: that of query, key and value is {sizes}; tokquant takes one size for all three")
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        window = sliding_window if causal and attention_mask is None else None
-        mask = attention_mask
-        if isinstance(mask, Ordered):
-            causal, window = True, mask.window
-            mask = None if mask.tokens is None or isinstance(key, Appended) else mask.tokens[:, None, None]
-        elif mask is not None:
-            causal = False
+        # a mask that is written out has the order of tokens in it
+        causal, window, tokens = False, None, None
+        if attention_mask is None:
+            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+            window = sliding_window if causal else None
+        elif isinstance(attention_mask, Ordered):
+            causal, window, tokens = True, attention_mask.window, attention_mask.tokens
         features: dict[str, Any] = dict(scale=scaling, softcap=softcap, sinks=s_aux)
         features["window"] = None if window is None else (window - 1, 0)
         if isinstance(key, Appended):
@@ -71,26 +70,23 @@ def attend(
                 raise UnsupportedError("position_bias: decoding on codes adds no bias; leave the TokquantCache out")
             if not causal:
                 raise UnsupportedError(
-                    "attention_mask: a TokquantCache is attended causally, within windows and without padding, and by nothing "
-                    "else; leave it out (for cross attention: EncoderDecoderCache(TokquantCache(...), DynamicCache()))"
+                    "attention_mask: a TokquantCache is attended to causally, within windows and without padding, and by "
+                    "nothing else; leave it out (for cross attention: EncoderDecoderCache(TokquantCache(...), DynamicCache()))"
                 )
-            tokens = attention_mask.on_host() if isinstance(attention_mask, Ordered) else None
-            out = key.attend(query, name, tokens, **features)
+            known = attention_mask.on_host() if isinstance(attention_mask, Ordered) else None
+            out = key.attend(query, name, known, **features)
         else:
+            assert not isinstance(value, Appended)
             if setting.observe is not None:
-                setting.observe(name, *(x.detach() for x in (query, key, value)))
+                setting.observe(name, query.detach(), key.detach(), value.detach())
             if position_bias is not None:
                 features["bias"] = bias.dense(position_bias[..., : key.shape[2]])
+            mask = attention_mask if not causal else None if tokens is None else tokens[:, None, None]
             scheme, scales = setting.of(name)
-            out = attention(
-                query, key, value, scheme, causal=causal, mask=mask, scales=scales, backend=setting.backend, **features
-            )  # type: ignore[assignment]
+            features |= dict(causal=causal, mask=mask, scales=scales, backend=setting.backend)
+            out = attention(query, key, value, scheme, **features)  # type: ignore[assignment]
     except (ValueError, TypeError, RuntimeError) as error:
-        raise _named(error, name) from None
+        if not str(error).startswith(name):
+            error.args = (f"{name}: {error}",)
+        raise
     return out.transpose(1, 2).contiguous(), None
-
-
-def _named(error: Exception, name: str) -> Exception:
-    """The same error, saying which module."""
-    error.args = (f"{name}: {error}",)
-    return error

@@ -10,6 +10,7 @@ from tokquant.errors import UnsupportedError
 from tokquant.integrations.transformers.cache_layer import TokquantLayer
 from tokquant.integrations.transformers.settings import IMPLEMENTATIONS, Setting
 from tokquant.kv_cache import Memory
+from tokquant.schemes import SchemeMap, resolve
 from tokquant.schemes.appending import check_append_only
 
 CODED = ("full_attention", "sliding_attention")
@@ -48,8 +49,9 @@ class TokquantCache(Cache):
         backend: Backend = "auto",
     ):
         setting = Setting(scheme, scales, backend)
-        for each in setting.schemes:
-            check_append_only(each)
+        parts = [each for _, each in setting.scheme.layers] if isinstance(setting.scheme, SchemeMap) else [setting.scheme]
+        for each in parts:
+            check_append_only(resolve(each))
         if isinstance(model, PreTrainedModel):
             setting.check(model)
             config = model.config.get_text_config(decoder=True)

@@ -31,7 +31,7 @@ class TokquantLayer(CacheLayerMixin):
         self.tokens: np.ndarray | None = None
         """`[B, columns]`, False where a column is padding; None where none is."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple["Appended", "Appended"]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
         """What attention appends and attends to, in place of both keys and values."""
         both = Appended(self, key_states, value_states)
         return both, both
@@ -85,7 +85,7 @@ class TokquantLayer(CacheLayerMixin):
         self._empty()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the newest `-tokens_to_remove` columns back. Raises ValueError for a number above zero, or below what there is."""
+        """Take the newest `-tokens_to_remove` columns back. Raises ValueError for more than there are, or above zero."""
         if not -self.columns <= tokens_to_remove <= 0:
             raise ValueError(f"crop: {tokens_to_remove} of {self.columns} columns; give minus the number to remove")
         if self.held is None or tokens_to_remove == 0:
@@ -123,7 +123,8 @@ class Appended:
     def __init__(self, layer: TokquantLayer, k: Tensor, v: Tensor):
         batch, heads, new, d = k.shape
         self.shape = torch.Size((batch, heads, layer.columns + new, d))
-        self._layer, self._new = layer, (k.detach(), v.detach())
+        self._layer = layer
+        self._new: tuple[Tensor, ...] = (k, v)
 
     @property
     def by_name(self) -> bool:
@@ -133,8 +134,8 @@ class Appended:
     def attend(self, q: Tensor, name: str, tokens: np.ndarray | None, **features: Any) -> Tensor:
         """Append, once, and attend: q `[B, H_q, n, D]` -> `[B, H_q, n, D]`."""
         if self._new:
-            self._layer.append(name, *self._new, tokens)  # type: ignore[call-arg]
-            self._new = ()  # type: ignore[assignment]
+            self._layer.append(name, *self._new, tokens=tokens)
+            self._new = ()
         return self._layer.attend(q, **features)
 
     @classmethod

@@ -21,9 +21,9 @@ from tokquant.schemes import QuantScheme, SchemeMap, read
 class TokquantConfig(QuantizationConfigMixin):
     """`from_pretrained(path, quantization_config=TokquantConfig(scheme))`: the model attends by the scheme.
 
-    `save_pretrained` writes the scheme into config.json and static scales beside the weights, `model.layers.0.self_attn.k_scale`.
-    Loading that again, `tokquant.integrations.transformers` imported, applies them; where it is not, the model is the plain
-    one. Weights stay as they are.
+    `save_pretrained` writes the scheme into config.json, and static scales beside the weights, as
+    `model.layers.0.self_attn.k_scale`. Loading that again applies them where `tokquant.integrations.transformers` is imported;
+    elsewhere the model is the plain one. Weights stay as they are.
 
     Args: as for `register`. Raises SchemeError, ScalesError, TypeError and ValueError as it does.
     """

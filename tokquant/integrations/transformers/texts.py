@@ -34,7 +34,7 @@ def load(path: str | os.PathLike, *, device: torch.device, dtype: torch.dtype | 
 
 
 def read(path: str | os.PathLike) -> list[str]:
-    """The texts of a file: of .jsonl the `text` of each line, or the line where it is a string; else each line that is not empty.
+    """The texts of a file: of .jsonl each line's `text`, or the line where it is a string; else each line that is not empty.
 
     Raises ValueError naming file and line.
     """
@@ -50,16 +50,17 @@ def read(path: str | os.PathLike) -> list[str]:
                 entry = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: is no JSON: {error}") from None
-            line = entry.get("text") if isinstance(entry, dict) else entry
-            if not isinstance(line, str):
+            text = entry.get("text") if isinstance(entry, dict) else entry
+            if not isinstance(text, str):
                 raise ValueError(f'{path}, line {number}: {quote(entry)} has no text; write {{"text": "..."}}')
+            line = text
         if line.strip():
             texts.append(line)
     return texts
 
 
 def windows(tokenizer: Any, texts: Iterable[str], tokens: int, limit: int | None = None) -> list[Tensor]:
-    """The tokens of all texts one after another, cut into `[1, tokens]`, the first `limit` of them; what is left over is left out.
+    """The tokens of all texts one after another, cut into `[1, tokens]`, the first `limit` of them; the rest is left out.
 
     Raises ValueError where there is not one.
     """
