@@ -7,9 +7,7 @@ import sys
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
-
+import transformers
 from tiny_models import DECODERS, SIZES, cosine, decoder, eagerly, prompts
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 

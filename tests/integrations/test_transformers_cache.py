@@ -4,9 +4,7 @@ import copy
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
-
+import transformers
 from tiny_models import DECODERS, SIZES, cosine, decoder, eagerly, prompts
 
 import tokquant as tq
@@ -91,11 +89,10 @@ def test_right_padding_is_not_kept_either():
     exact = eagerly(model)(**given).logits
     assert (out - exact)[tokens].abs().max() < 2e-5 and cache.layers[1].held.lengths == [13, 20]
     # what comes next is behind the padding, at its own position
-    step = dict(
-        attention_mask=torch.cat([given["attention_mask"], torch.ones(2, 1).long()], 1), position_ids=torch.tensor([[13], [20]])
-    )
-    ids = torch.tensor([[5], [6]])
-    decoded = use(model, "none", backend="reference")(ids, past_key_values=cache, **step).logits[0, 0]
+    mask = torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)
+    ids, places = torch.tensor([[5], [6]]), torch.tensor([[13], [20]])
+    use(model, "none", backend="reference")
+    decoded = model(ids, attention_mask=mask, position_ids=places, past_key_values=cache).logits[0, 0]
     alone = torch.cat([given["input_ids"][:1, :13], ids[:1]], dim=1)
     assert (decoded - eagerly(model)(alone).logits[0, -1]).abs().max() < 2e-5
 
@@ -161,11 +158,8 @@ def test_speech_is_generated_with_the_cross_attention_in_16_bits():
 
     def steps(own):
         both = transformers.EncoderDecoderCache(own, transformers.DynamicCache())
-        out = [
-            model(input_features=features, decoder_input_ids=ids, past_key_values=both).logits
-            for ids in (start[:, :3], start[:, 3:])
-        ]
-        return torch.cat(out, dim=1)
+        given = dict(input_features=features, past_key_values=both)
+        return torch.cat([model(decoder_input_ids=ids, **given).logits for ids in (start[:, :3], start[:, 3:])], dim=1)
 
     exact = eagerly(model)(input_features=features, decoder_input_ids=start).logits
     use(model, "none", backend="reference")
@@ -184,14 +178,6 @@ def test_four_bits_take_about_a_quarter_of_sixteen():
     plain = transformers.DynamicCache(config=model.config)
     generated(model, given, plain)
     sixteen = sum(x.nbytes for layer in plain.layers for x in (layer.keys, layer.values))
-    stored = sum(
-        part.nbytes
-        for layer in cache.layers
-        for half in layer.held._held.store.__dict__.values()
-        if hasattr(half, "parts")
-        for part in half.parts.values()
-    )
-    assert stored == cache.nbytes == cache.memory.packed + cache.memory.slack
     # 4 bits, a scale and a zero of 16 for 32 channels: 5 of 16; at 128 channels it is 4.25
     assert 0.3 < cache.nbytes / sixteen < 0.33 and cache.layers[0].held.bits_per_value == 5
 
@@ -211,9 +197,7 @@ def test_a_mask_that_changes_its_mind_is_refused_and_nothing_is_appended():
     model, given = use(decoder(), "kv-int8", backend="reference"), prompts("left")
     cache = cache_of(model, "kv-int8")
     model(**given, past_key_values=cache)
-    with pytest.raises(
-        ValueError, match=r"layers\.0\.self_attn: attention_mask: it masks other columns than when their keys came"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn: attention_mask: it masks other columns"):
         model(torch.tensor([[5], [6]]), past_key_values=cache)
     assert cache.get_seq_length() == 20 and cache.layers[0].held.lengths == [13, 20]
     packed = torch.ones(2, 1, 3, 23, dtype=torch.bool)

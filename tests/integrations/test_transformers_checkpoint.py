@@ -1,15 +1,13 @@
 """Checkpoints that carry their scheme and scales."""
 
-import json
+import copy
 import subprocess
 import sys
 
 import pytest
 import safetensors.torch
 import torch
-
-transformers = pytest.importorskip("transformers")
-
+import transformers
 from tiny_models import decoder, prompts
 
 import tokquant as tq
@@ -46,9 +44,10 @@ def scales():
 def test_scales_and_scheme_come_back_as_they_were(plain, scales, tmp_path, dtype):
     model = load(plain, quantization_config=TokquantConfig("kv-fp8", scales), dtype=dtype)
     assert model.config._attn_implementation == "tokquant" and not any("scale" in name for name in model.state_dict())
-    # types of the model are no matter to its scales
-    model.to(torch.float16).to(dtype).save_pretrained(tmp_path / "kept")
-    with safetensors.safe_open(tmp_path / "kept" / "model.safetensors", "pt") as file:
+    # the type of a model is no matter to its scales
+    model.save_pretrained(tmp_path / "kept")
+    copy.deepcopy(model).to(torch.float16).save_pretrained(tmp_path / "half")
+    with safetensors.safe_open(tmp_path / "half" / "model.safetensors", "pt") as file:
         for layer in LAYERS:
             for name, value in scales[layer].tensors.items():
                 assert torch.equal(file.get_tensor(f"{layer}.{name}"), value)
@@ -59,17 +58,16 @@ def test_scales_and_scheme_come_back_as_they_were(plain, scales, tmp_path, dtype
     assert not torch.equal(again(**given).logits, use(decoder().to(dtype), "none")(**given).logits)
     # and once more
     again.save_pretrained(tmp_path / "twice")
-    assert (tmp_path / "twice" / "model.safetensors").read_bytes() == (tmp_path / "kept" / "model.safetensors").read_bytes()
-    assert json.loads((tmp_path / "twice" / "config.json").read_text()) == json.loads(
-        (tmp_path / "kept" / "config.json").read_text()
-    )
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / "kept" / name).read_bytes()
 
 
 def test_a_map_comes_back(plain, tmp_path):
-    data = {"name": "mine", "layers": {f"{LAYERS[0]}": "int4", "*": "int8"}}
+    # in its order: the first pattern that matches decides
+    data = {"name": "mine", "layers": {LAYERS[0]: "int4", "*": "int8"}}
     model = load(plain, quantization_config=TokquantConfig(tq.SchemeMap.from_data(data), backend="reference"))
     model.save_pretrained(tmp_path / "kept")
-    assert json.loads((tmp_path / "kept" / "config.json").read_text())["quantization_config"]["scheme"] == data
+
     given, expected = prompts(), use(decoder(), tq.SchemeMap.from_data(data), backend="reference")
     assert torch.equal(model(**given).logits, expected(**given).logits)
     again = load(tmp_path / "kept")
@@ -101,7 +99,7 @@ def test_scales_that_were_changed_or_lost_are_refused(plain, scales, tmp_path):
     for changed in ({key: 2 * tensors[key]}, {}):
         rest = {name: value for name, value in tensors.items() if name != key}
         path.write_bytes(safetensors.torch.save(rest | changed, {"format": "pt"}))
-        with pytest.raises(tq.ScalesError, match="v_scale|those of the checkpoint"):
+        with pytest.raises(tq.ScalesError, match=r"those of the checkpoint|is not finite|not above zero"):
             load(tmp_path / "kept")
 
 

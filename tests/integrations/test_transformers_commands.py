@@ -4,11 +4,9 @@ import json
 import math
 
 import pytest
-import torch
-
-transformers = pytest.importorskip("transformers")
-
 import tokenizers
+import torch
+import transformers
 from tiny_models import SIZES, decoder, eagerly
 
 import tokquant as tq
@@ -42,6 +40,7 @@ def lines(tmp_path):
 @pytest.fixture
 def tokquant(capsys, monkeypatch):
     def run(*words):
+        capsys.readouterr()  # of what wrote the model
         monkeypatch.setattr("sys.argv", ["tokquant", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -141,7 +140,7 @@ def test_eval_measures_schemes_for_prompts_and_step_by_step(tokquant, folder, li
     assert report["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
     none, int8, four = report["schemes"]
     assert none["prefill"]["perplexity"] == pytest.approx(report["perplexity"], rel=1e-5)
-    assert none["prefill"]["kl"] < 1e-8 and none["decode"]["kl"] < 1e-8 and none["decode"]["top1"] == 1
+    assert none["prefill"]["kl"] < 1e-7 and none["decode"]["kl"] < 1e-7 and none["decode"]["top1"] == 1
     assert none["prefill"]["tokens"] == 62 and none["decode"]["tokens"] == 10
     assert 1e-7 < int8["prefill"]["kl"] < 0.01 < four["prefill"]["kl"] < 0.5 and int8["decode"] is None
     # on the same codes as in a prompt

@@ -1,5 +1,6 @@
 """Options and loading of what runs on a local model of transformers."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,9 +26,13 @@ def load(
 ) -> tuple["PreTrainedModel", list[Tensor]]:
     """The model, and windows `[1, tokens]` of the texts. Raises ValueError naming what is wrong."""
     try:
+        import transformers
+
         from tokquant.integrations.transformers import texts as local
     except ImportError as error:
         raise ValueError(f"--model: transformers cannot be imported ({error}); pip install 'tokquant[hf]'") from None
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     found = local.read(texts)
     kind = None if dtype is None else options.dtype_of(dtype)
     loaded, tokenizer = local.load(model, device=options.device_of(device), dtype=kind)

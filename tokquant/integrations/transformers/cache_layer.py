@@ -124,7 +124,7 @@ class Appended:
         batch, heads, new, d = k.shape
         self.shape = torch.Size((batch, heads, layer.columns + new, d))
         self._layer = layer
-        self._new: tuple[Tensor, ...] = (k, v)
+        self._new: tuple[Tensor, Tensor] | None = k, v
 
     @property
     def by_name(self) -> bool:
@@ -133,9 +133,9 @@ class Appended:
 
     def attend(self, q: Tensor, name: str, tokens: np.ndarray | None, **features: Any) -> Tensor:
         """Append, once, and attend: q `[B, H_q, n, D]` -> `[B, H_q, n, D]`."""
-        if self._new:
-            self._layer.append(name, *self._new, tokens=tokens)
-            self._new = ()
+        if self._new is not None:
+            self._layer.append(name, *self._new, tokens)
+            self._new = None
         return self._layer.attend(q, **features)
 
     @classmethod

@@ -37,7 +37,7 @@ class TokquantConfig(QuantizationConfigMixin):
     ):
         self.quant_method = quant_method  # type: ignore[assignment]
         if isinstance(scheme, dict):  # of a config.json
-            scheme = SchemeMap.from_data(scheme) if "layers" in scheme else QuantScheme(**scheme)
+            scheme = SchemeMap.from_yaml(scheme["map"]) if "map" in scheme else QuantScheme(**scheme)
         self.scheme, self.backend = read(scheme), backend
         self.scales = None if isinstance(scales, dict) else scales
         self.saved: dict | None = scales if isinstance(scales, dict) else None
@@ -47,13 +47,14 @@ class TokquantConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         scheme = self.scheme
-        found = scheme.to_data() if isinstance(scheme, SchemeMap) else scheme.model_dump(mode="json", exclude_defaults=True)
+        # a map as text: transformers sorts keys, and the first pattern decides
+        found = {"map": scheme.to_yaml()} if isinstance(scheme, SchemeMap) else _written(scheme)
         scales: dict | None = self.saved
         if self.scales is not None:
             layers = {layer: {name: _form(x) for name, x in part.tensors.items()} for layer, part in self.scales.items()}
             scales = {
                 "layers": layers,
-                "scheme": self.scales.scheme.model_dump(mode="json", exclude_defaults=True),
+                "scheme": _written(self.scales.scheme),
                 "sha256": checksum(by_full_name(self.scales)),
             }
         return {"quant_method": NAME, "scheme": found} | ({"scales": scales} if scales else {})
@@ -119,6 +120,10 @@ class TokquantQuantizer(HfQuantizer):
 def by_full_name(scales: Scales) -> dict[str, Tensor]:
     """All tensors, as `model.layers.0.self_attn.k_scale`."""
     return {f"{layer}.{name}": value.contiguous() for layer, part in scales.items() for name, value in part.tensors.items()}
+
+
+def _written(scheme: QuantScheme) -> dict[str, Any]:
+    return scheme.model_dump(mode="json", exclude_defaults=True)
 
 
 def _form(x: Tensor) -> dict[str, Any]:
