@@ -12,7 +12,7 @@ from tiny_models import DECODERS, SIZES, cosine, decoder, eagerly, prompts
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 import tokquant as tq
-from tokquant.integrations.transformers import register, use
+from tokquant.integrations.transformers import TokquantCache, observing, register, use
 from tokquant.integrations.transformers.masks import Ordered
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -135,10 +135,28 @@ def test_masks_of_order_and_padding_are_written_out_only_for_who_asks(create, pa
         assert torch.equal(look(mask), look(exact)) and type(look(mask)) is torch.Tensor
 
 
+def test_a_mask_stays_what_it_is_on_its_way_to_another_device():
+    config = transformers.MistralConfig(**SIZES, sliding_window=5)
+    register("none")
+    config._attn_implementation = "tokquant"
+    given = dict(inputs_embeds=torch.zeros(2, 20, 4), attention_mask=prompts("left")["attention_mask"], past_key_values=None)
+    mask = create_sliding_window_causal_mask(config, **given)
+    moved = mask.to("cpu", non_blocking=True)
+    assert isinstance(moved, Ordered) and moved.window == 5 and torch.equal(moved.tokens, mask.tokens)
+    assert torch.equal(moved & True, mask & True) and type(mask.to(torch.float16)) is torch.Tensor
+
+
+def test_a_compiled_model_attends_as_it_does_otherwise():
+    model, given = use(decoder("mistral, a window"), "kv-int8", backend="reference"), prompts("left")
+    caches = [TokquantCache(model, "kv-int8", backend="reference") for _ in range(2)]
+    exact = model(**given, past_key_values=caches[0]).logits
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(compiled(**given, past_key_values=caches[1]).logits, exact)
+    assert caches[0].memory == caches[1].memory and caches[1].layers[0].held.lengths == [13, 20]
+
+
 def names_seen(model, given):
     seen = []
-    from tokquant.integrations.transformers import observing
-
     with observing(model, lambda name, q, k, v: seen.append((name, q.shape, k.shape))):
         model(**given)
     return seen

@@ -9,12 +9,22 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
-ASKED = {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda")} | {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.is_floating_point,
-}
-"""What is asked of a mask without looking into it."""
+PROPERTIES = (
+    "shape",
+    "ndim",
+    "dtype",
+    "device",
+    "layout",
+    "requires_grad",
+    "is_leaf",
+    "grad",
+    "grad_fn",
+    "is_sparse",
+    "is_cuda",
+)
+METHODS = ("size", "dim", "stride", "storage_offset", "is_contiguous", "is_floating_point", "numel")
+ASKED = {getattr(Tensor, name).__get__ for name in PROPERTIES} | {getattr(Tensor, name) for name in METHODS}
+"""What is asked of a mask without looking into it, by models and by what compiles them."""
 
 
 class Ordered(Tensor):
@@ -27,7 +37,7 @@ class Ordered(Tensor):
     """Keys that a query sees, itself included; None for all before it."""
     tokens: Tensor | None
     """`[B, N_k]` boolean, False where a key is padding; None where none is."""
-    whole: Callable[[], Tensor | None]
+    whole: Callable[[], Tensor]
     """The mask written out."""
     _on_host: np.ndarray | None = None
 
@@ -38,9 +48,26 @@ class Ordered(Tensor):
         return self._on_host
 
     @classmethod
+    def of(cls, shape: tuple[int, ...], window: int | None, tokens: Tensor | None, whole: Callable, device: Any) -> "Ordered":
+        """A mask of this shape; nothing is kept but one element."""
+        made = torch.ones((), dtype=torch.bool, device=device).expand(shape).as_subclass(cls)
+        made.window, made.tokens, made.whole = window, tokens, whole
+        return made
+
+    def moved(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `Tensor.to`: the same mask on another device, written out for another type."""
+        like = torch.empty(0, dtype=torch.bool, device=self.device).to(*args, **kwargs)
+        if like.dtype != torch.bool:
+            return self.whole().to(*args, **kwargs)
+        tokens = None if self.tokens is None else self.tokens.to(like.device)
+        return Ordered.of(tuple(self.shape), self.window, tokens, lambda: self.whole().to(like.device), like.device)
+
+    @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in ASKED:
             return super().__torch_function__(func, types, args, kwargs or {})
+        if func is Tensor.to and isinstance(args[0], Ordered):  # layers of one model may be on several devices
+            return args[0].moved(*args[1:], **(kwargs or {}))
         args, kwargs = tree_map(lambda x: x.whole() if isinstance(x, Ordered) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -91,7 +118,4 @@ def mask(
     window = local_size if local_size is not None and local_size < kv_length else None
     if tokens is None and window is None:
         return None
-    # of one element: only its shape is ever read
-    ordered = torch.ones((), dtype=torch.bool, device=device).expand(batch_size, 1, q_length, kv_length).as_subclass(Ordered)
-    ordered.window, ordered.tokens, ordered.whole = window, tokens, whole
-    return ordered
+    return Ordered.of((batch_size, 1, q_length, kv_length), window, tokens, whole, device)
