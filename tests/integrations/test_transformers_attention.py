@@ -115,6 +115,17 @@ def test_a_mask_of_the_callers_is_heeded():
     assert (model(given["input_ids"], attention_mask=mask).logits - exact).abs().max() < 2e-5
 
 
+def test_packed_sequences_do_not_see_one_another():
+    model, ids = decoder(), prompts(batch=1)["input_ids"]
+    places = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    exact = torch.cat([eagerly(model)(part).logits for part in (ids[:, :8], ids[:, 8:])], dim=1)
+    use(model, "none", backend="reference")
+    assert (model(ids, position_ids=places, use_cache=False).logits - exact).abs().max() < 2e-5
+    starts = dict(cu_seq_lens_q=torch.tensor([0, 8, 20]), cu_seq_lens_k=torch.tensor([0, 8, 20]))
+    with pytest.raises(NotImplementedError, match=r"layers\.0\.self_attn: cu_seq_lens_q: packed sequences are told by"):
+        model(ids, **starts)
+
+
 @pytest.mark.parametrize("create", [create_causal_mask, create_sliding_window_causal_mask])
 @pytest.mark.parametrize("padding", [None, "left"])
 def test_masks_of_order_and_padding_are_written_out_only_for_who_asks(create, padding):

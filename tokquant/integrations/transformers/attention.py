@@ -51,6 +51,8 @@ def attend(
         for argument, reason in REFUSED.items():
             if rest.get(argument) is not None and rest[argument] is not False:
                 raise UnsupportedError(f"{argument}: {reason}")
+        if rest.get("cu_seq_lens_q") is not None and attention_mask is None:
+            raise UnsupportedError("cu_seq_lens_q: packed sequences are told by position_ids that begin anew; give those too")
         if dropout:
             raise UnsupportedError(f"dropout: {dropout} of the probabilities is for training; call model.eval()")
         if not query.shape[-1] == key.shape[-1] == value.shape[-1]:

@@ -51,17 +51,17 @@ class TokquantLayer(CacheLayerMixin):
             raise ValueError(
                 "attention_mask: it masks other columns than when their keys came; keep it, and add ones to its end"
             )
-        if self.held is None:
+        held = self.held
+        if held is None:
             scheme, scales = self.setting.of(name)
             made = dict(batch=batch, kv_heads=heads, head_dim=d, dtype=k.dtype, device=k.device, capacity=self.capacity)
-            self.held = KVCache(scheme, scales=scales, backend=self.setting.backend, **made)  # type: ignore[arg-type]
-            self.is_initialized = True
+            held = KVCache(scheme, scales=scales, backend=self.setting.backend, **made)  # type: ignore[arg-type]
         order, counts = _packed(tokens, new, k.device)
         if order is None:
-            self.held.append(k, v)
+            held.append(k, v)
         else:
-            self.held.append(_rows(k, order), _rows(v, order), counts=counts)
-        self.columns, self.tokens = before + new, tokens
+            held.append(_rows(k, order), _rows(v, order), counts=counts)
+        self.held, self.columns, self.tokens, self.is_initialized = held, before + new, tokens, True
 
     def attend(self, q: Tensor, **features: Any) -> Tensor:
         """Attention of the newest columns' queries `[B, H_q, n, D]`; 0 where a column is padding."""

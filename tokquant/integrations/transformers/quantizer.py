@@ -23,7 +23,8 @@ class TokquantConfig(QuantizationConfigMixin):
 
     `save_pretrained` writes the scheme into config.json, and static scales beside the weights, as
     `model.layers.0.self_attn.k_scale`. Loading that again applies them where `tokquant.integrations.transformers` is imported;
-    elsewhere the model is the plain one. Weights stay as they are.
+    elsewhere the model is the plain one. Weights stay as they are, and `backend` is of this process
+    alone.
 
     Args: as for `register`. Raises SchemeError, ScalesError, TypeError and ValueError as it does.
     """

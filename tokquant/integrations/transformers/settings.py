@@ -100,9 +100,8 @@ def place(model: nn.Module, setting: Setting | None) -> None:
 def place_of(module: nn.Module, registered: Setting | None, yields: bool, by_name: bool = False) -> tuple[str, Setting]:
     """The name of an attention module and what is in force there: its model's own setting where the registered one yields.
 
-    The name is that of the class where nothing, nor the caller (`by_name`), needs it.
-
-    Raises ValueError where there is neither.
+    Where neither that nor the caller (`by_name`) needs a name, it may be that of the class. Raises ValueError where nothing is
+    in force, or a name is needed and there is none.
     """
     found: Place | None = module.__dict__.get(ATTRIBUTE)
     setting = found.setting if found and found.setting and yields else registered
