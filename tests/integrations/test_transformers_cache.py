@@ -147,6 +147,35 @@ def test_sequences_are_chosen_and_repeated():
     assert (model(ids[1:], attention_mask=mask[1:], past_key_values=second).logits - exact[1:]).abs().max() < 1e-5
 
 
+def test_a_window_lets_go_of_what_it_has_passed():
+    small = tq.QuantScheme(**tq.preset("none").model_dump() | {"name": "small", "cache": {"page": 16}})
+    model, given = decoder("gemma2, softcap and a scale"), prompts("left", tokens=240)
+    exact = eagerly(model)(**given).logits[:, -40:]
+    use(model, "none", backend="reference")
+    cache, parts, end = cache_of(model, small), [], 0
+    for n in (200, 10, 30):
+        ids, mask = given["input_ids"][:, end : end + n], given["attention_mask"][:, : end + n]
+        places = torch.arange(end, end + n)[None]
+        parts.append(model(ids, attention_mask=mask, position_ids=places, past_key_values=cache).logits)
+        end += n
+    assert (torch.cat(parts[1:], dim=1) - exact).abs().max() < 5e-5
+    windowed, whole = cache.layers
+    # 7 before each query and 128 to take back, in pages of 16, and the last chunk
+    assert whole.held.lengths == [233, 240] and all(7 + 128 <= n - 30 < 7 + 128 + 16 for n in windowed.held.lengths)
+    assert cache.get_seq_length() == 240
+    cache.crop(-35)
+    again = model(
+        given["input_ids"][:, 205:],
+        position_ids=torch.arange(205, 240)[None],
+        attention_mask=given["attention_mask"],
+        past_key_values=cache,
+    )
+    assert (again.logits - exact[:, 5:]).abs().max() < 5e-5
+    cache.crop(-100)
+    with pytest.raises(ValueError, match="crop: -100; a layer with a window keeps 128 tokens to take back"):
+        cache.crop(-100)
+
+
 def test_speech_is_generated_with_the_cross_attention_in_16_bits():
     config = transformers.WhisperConfig(
         vocab_size=128, d_model=64, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,

@@ -25,8 +25,8 @@ class TokquantCache(Cache):
 
     The model must attend by tokquant (`use`, or `attn_implementation="tokquant"`). Prompts and generated tokens alike are
     attended to on the codes, so that a prompt in one piece, in chunks or token by token gives the same. Padding is never
-    kept, on whichever side it is. Beams share pages; `crop` (assisted decoding) takes tokens back. All tokens are kept in
-    layers with a window too. For a model with cross attention: `EncoderDecoderCache(TokquantCache(...), DynamicCache())`.
+    kept, on whichever side it is. Beams share pages; `crop` (assisted decoding) takes tokens back. Layers with a window let go
+    of what it has passed. For a model with cross attention: `EncoderDecoderCache(TokquantCache(...), DynamicCache())`.
 
     Args:
         model: a model, or the config of one.

@@ -12,12 +12,15 @@ from tokquant.errors import UnsupportedError
 from tokquant.integrations.transformers.settings import Setting
 from tokquant.kv_cache import KVCache
 
+DRAFT = 128
+"""Tokens that are kept beyond a window, for `crop` to take as many back."""
+
 
 class TokquantLayer(CacheLayerMixin):
     """A KVCache of each sequence's own tokens, and which of the columns that the model counts they are."""
 
     is_croppable = True
-    is_sliding = False  # all tokens are kept, so all layers are masked alike
+    is_sliding = False  # columns are counted from the first token, so all layers are masked alike
     supports_early_init = False
 
     def __init__(self, setting: Setting, capacity: int | None):
@@ -30,6 +33,9 @@ class TokquantLayer(CacheLayerMixin):
         self.columns, self.is_initialized = 0, False
         self.tokens: np.ndarray | None = None
         """`[B, columns]`, False where a column is padding; None where none is."""
+        self.behind = 0
+        self.forgotten = np.zeros(0, bool)
+        """Sequences of which tokens are gone that no query can see any more: those beyond `behind` before it."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
         """What attention appends and attends to, in place of both keys and values."""
@@ -39,8 +45,10 @@ class TokquantLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the first append makes the cache, as it knows its module's name."""
 
-    def append(self, name: str, k: Tensor, v: Tensor, tokens: np.ndarray | None) -> None:
+    def append(self, name: str, k: Tensor, v: Tensor, tokens: np.ndarray | None, behind: int | None) -> None:
         """Add columns `[B, H_kv, n, D]` but for padding; `tokens` `[B, columns + n]` says what is none, all where None.
+
+        No query sees more than the `behind` tokens before it, or all where None.
 
         Raises ValueError where it says something else of earlier columns than it did then, else as `KVCache`; the layer is
         then as it was.
@@ -57,6 +65,10 @@ class TokquantLayer(CacheLayerMixin):
             made = dict(batch=batch, kv_heads=heads, head_dim=d, dtype=k.dtype, device=k.device, capacity=self.capacity)
             held = KVCache(scheme, scales=scales, backend=self.setting.backend, **made)  # type: ignore[arg-type]
         order, counts = _packed(tokens, new, k.device)
+        if self.held is None:
+            self.forgotten = np.zeros(batch, bool)
+        if behind is not None:
+            self.behind, self.forgotten = behind, self.forgotten | (np.array(held.forget(behind + DRAFT)) > 0)
         if order is None:
             held.append(k, v)
         else:
@@ -92,7 +104,10 @@ class TokquantLayer(CacheLayerMixin):
             return
         kept = self.columns + tokens_to_remove
         removed = -tokens_to_remove if self.tokens is None else self.tokens[:, kept:].sum(axis=1)
-        self.held.truncate((np.array(self.held.lengths) - removed).tolist())
+        left = np.array(self.held.lengths) - removed
+        if (self.forgotten & (left < self.behind)).any():
+            raise ValueError(f"crop: {tokens_to_remove}; a layer with a window keeps {DRAFT} tokens to take back, and no more")
+        self.held.truncate(left.tolist())
         self.columns, self.tokens = kept, None if self.tokens is None else self.tokens[:, :kept]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -104,6 +119,7 @@ class TokquantLayer(CacheLayerMixin):
             chosen = indices.tolist()
             self.held = self.held.fork(chosen)
             self.tokens = None if self.tokens is None else self.tokens[chosen]
+            self.forgotten = self.forgotten[chosen]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Go on with each sequence so many times."""
@@ -134,7 +150,8 @@ class Appended:
     def attend(self, q: Tensor, name: str, tokens: np.ndarray | None, **features: Any) -> Tensor:
         """Append, once, and attend: q `[B, H_q, n, D]` -> `[B, H_q, n, D]`."""
         if self._new is not None:
-            self._layer.append(name, *self._new, tokens)
+            behind, _ = features["window"] or (None, None)
+            self._layer.append(name, *self._new, tokens, behind)
             self._new = None
         return self._layer.attend(q, **features)
 
