@@ -8,7 +8,7 @@ import transformers
 from tiny_models import DECODERS, SIZES, cosine, decoder, eagerly, prompts
 
 import tokquant as tq
-from tokquant.integrations.transformers import TokquantCache, use
+from tokquant.integrations.transformers import TokquantCache, register, run_observed, use
 
 NEW = 4
 
@@ -256,13 +256,14 @@ def test_a_map_gives_each_layer_of_a_cache_its_scheme_and_its_scales():
     model, given = decoder(), prompts()
     names = [f"model.layers.{i}.self_attn" for i in range(2)]
     calibrator = tq.Calibrator("kv-fp8")
-    from tokquant.integrations.transformers import run_observed
-
     run_observed(model, [given["input_ids"]], calibrator.observe)
     mixed = tq.SchemeMap.from_data({"layers": {names[0]: "kv-fp8", "*": "kv-int4"}})
-    # the model itself attends by one that needs no names
-    use(model, "none", backend="reference")
-    cache = cache_of(model, mixed, scales=calibrator.scales())
-    model(**given, past_key_values=cache)
-    assert [layer.held.scheme.name for layer in cache.layers] == ["kv-fp8", "kv-int4"]
-    assert cache.layers[0].held.scales.layer == names[0]
+    # models that themselves attend by one scheme, and need no names
+    register("none", backend="reference")
+    other = decoder()
+    other.set_attn_implementation("tokquant")
+    for each in (use(model, "none", backend="reference"), other):
+        cache = TokquantCache(each.config, mixed, scales=calibrator.scales(), backend="reference")
+        each(**given, past_key_values=cache)
+        assert [layer.held.scheme.name for layer in cache.layers] == ["kv-fp8", "kv-int4"]
+        assert cache.layers[0].held.scales.layer == names[0]

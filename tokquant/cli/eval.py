@@ -19,7 +19,10 @@ DEFAULT = ("int8", "kv-int8", "kv-int4")
 def eval(
     model: models.Model,
     texts: models.Texts,
-    schemes: Annotated[list[str] | None, options.SCHEME] = None,
+    schemes: Annotated[
+        list[str] | None,
+        typer.Option("--scheme", "-s", help=f"A preset or a YAML file; repeat for more. {', '.join(DEFAULT)} if left out."),
+    ] = None,
     scales: Annotated[
         list[Path] | None, typer.Option("--scales", help="Calibrated scales; adds the scheme they were made for. Repeatable.")
     ] = None,
