@@ -13,7 +13,7 @@ import tokquant as tq
 from tokquant import cli
 from tokquant.activations import Activations
 from tokquant.evaluation.logits import Agreement
-from tokquant.integrations.transformers import texts
+from tokquant.integrations.transformers import evaluate, texts
 
 LAYERS = [f"model.layers.{i}.self_attn" for i in range(SIZES["num_hidden_layers"])]
 LINES = ["the quick brown fox", "jumps over", "", "the lazy dog " * 12]
@@ -147,6 +147,21 @@ def test_eval_measures_schemes_for_prompts_and_step_by_step(tokquant, folder, li
     assert 0.001 < four["decode"]["kl"] < 0.5
     code, out, _ = tokquant(*words, "-s", "int8")
     assert code == 0 and "int8 is not decoded: " in out and "same top-1" in out
+
+
+def test_what_cannot_be_evaluated_is_named(folder, lines):
+    model, found = windows(folder, lines)
+    for given, message in [
+        (dict(schemes="int8"), "schemes: 'int8' alone; give a list"),
+        (dict(schemes=["int8"], scales=[None, None]), "scales: 2 for 1 schemes"),
+        (dict(schemes=["int8"], windows=[]), "windows: there are none"),
+        (
+            dict(schemes=["int8"], windows=[found[0][:, :1]]),
+            r"windows: one of shape \[1, 1\]; give \[1, N\] of two tokens or more",
+        ),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=message):
+            evaluate(model, **dict(windows=found[:1], backend="reference", decoded=0) | given)
 
 
 def test_agreement_is_what_its_definition_says():

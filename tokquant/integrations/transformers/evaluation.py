@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from tokquant.attention import Backend, Scheme
 from tokquant.calibration.scales import Scales
-from tokquant.errors import SchemeError
+from tokquant.errors import SchemeError, quote
 from tokquant.evaluation.logits import Agreement
 from tokquant.integrations.transformers.cache import TokquantCache
 from tokquant.integrations.transformers.registration import use
@@ -47,19 +47,21 @@ def evaluate(
 
     Returns: eager attention's own figures, and one Evaluation a scheme, in order. Afterwards the model attends eagerly.
 
-    Raises: as `use`. ValueError for a window of fewer than two tokens.
+    Raises: as `use`. ValueError for no window, or one of another shape.
     """
+    if isinstance(schemes, str | QuantScheme | SchemeMap):
+        raise TypeError(f"schemes: {quote(schemes)} alone; give a list of them")
     chosen = [read(scheme) for scheme in schemes]
     fixed = list(scales) if scales is not None else [None] * len(chosen)
+    if len(fixed) != len(chosen):
+        raise ValueError(f"scales: {len(fixed)} for {len(chosen)} schemes; give one for each, None where it needs none")
     baseline = Agreement()
     found = [_begin(model, *each, decoded, backend) for each in zip(chosen, fixed, strict=True)]
     with torch.no_grad():
         for ids in windows:
             ids = ids.to(model.device)
-            if ids.shape[1] < 2:
-                raise ValueError(
-                    f"windows: one of {ids.shape[1]} tokens; the next token is what is predicted, so give two or more"
-                )
+            if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
+                raise ValueError(f"windows: one of shape {list(ids.shape)}; give [1, N] of two tokens or more")
             targets, first = ids[0, 1:], max(ids.shape[1] - 1 - decoded, 0)
             model.set_attn_implementation("eager")
             exact = model(input_ids=ids, use_cache=False).logits[0, :-1]
@@ -71,6 +73,8 @@ def evaluate(
                     cache = TokquantCache(model, result.scheme, scales=own, backend=backend)
                     logits = _one_by_one(model, ids, first, cache)
                     result.decode.add(logits, exact[first:], targets[first:])
+    if not baseline.tokens:
+        raise ValueError("windows: there are none; give at least one")
     model.set_attn_implementation("eager")
     return baseline, found
 
