@@ -24,9 +24,10 @@ class TokquantCache(Cache):
     """Keys and values of a model in the codes of a scheme, a `tokquant.KVCache` a layer, for `generate(past_key_values=...)`.
 
     The model must attend by tokquant (`use`, or `attn_implementation="tokquant"`). Prompts and generated tokens alike are
-    attended to on the codes, so that a prompt in one piece, in chunks or token by token gives the same. Padding is never
-    kept, on whichever side it is. Beams share pages; `crop` (assisted decoding) takes tokens back. Layers with a window let go
-    of what it has passed. For a model with cross attention: `EncoderDecoderCache(TokquantCache(...), DynamicCache())`.
+    attended to on the codes, so that a prompt in one piece, in chunks or token by token gives the same where the scheme keeps
+    no tokens in 16 bits. Padding is never kept, on whichever side it is. Beams share pages; `crop` (assisted decoding) takes
+    tokens back. Layers with a window let go of what it has passed. For a model with cross attention:
+    `EncoderDecoderCache(TokquantCache(...), DynamicCache())`.
 
     Args:
         model: a model, or the config of one.
