@@ -27,7 +27,7 @@ python_maximum_signature_line_length = 100
 
 nitpick_ignore_regex = [
     # other libraries: their inventories would have to be fetched
-    ("py:.*", r"(torch|numpy|pydantic|pathlib|os|collections|typing|types)\..*"),
+    ("py:.*", r"(torch|numpy|pydantic|transformers|diffusers|pathlib|os|collections|typing|types)\..*"),
     # types that signatures name and `tokquant` does not
     ("py:.*", r"tokquant\.\w+\..*"),
 ]

@@ -13,8 +13,10 @@ import pytest
 from typer.main import get_command
 
 import tokquant as tq
+from tokquant import io_model
 from tokquant.activations import Activations, sample
 from tokquant.cli import app
+from tokquant.integrations import diffusers, transformers
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -53,7 +55,7 @@ def test_every_page_is_there_and_in_the_menu(site):
 
 def test_every_public_name_is_documented(site):
     text = (site / "api.html").read_text()
-    for module in (tq, tq.bias, tq.folding):
+    for module in (tq, tq.bias, tq.folding, io_model, transformers, diffusers):
         for name in getattr(module, "__all__", ("fold", "split", "Folded")):
             kind = "module-" if isinstance(getattr(module, name), ModuleType) else ""
             assert f'id="{kind}{module.__name__}.{name}"' in text, name

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokquant.calibration.scales import Scales
 from tokquant.errors import ScalesError, SchemeError, quote
 from tokquant.files import write_atomically
-from tokquant.schemes import QuantScheme
+from tokquant.schemes.maps import of_data
 
 FORMAT = "1"
 SUFFIXES = (*(f"{role}_{kind}" for role in "qkv" for kind in ("scale", "zero", "offset")), "k_balance")
@@ -32,7 +32,7 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
         for layer, part in scales.items()
         for name, value in sorted(part.tensors.items())
     }
-    scheme = json.dumps(scales.scheme.model_dump(mode="json"), sort_keys=True)
+    scheme = json.dumps(scales.scheme.to_data())
     metadata = {
         "format": "pt",
         "tokquant.format": FORMAT,
@@ -54,7 +54,7 @@ def load_scales(path: str | os.PathLike) -> Scales:
         written = quote(metadata.get("tokquant.format"))
         raise ScalesError(f"{path}: format {written} is not {FORMAT!r}; this version cannot read it")
     try:
-        scheme = QuantScheme(**json.loads(metadata["tokquant.scheme"]))
+        scheme = of_data(json.loads(metadata["tokquant.scheme"]))
     except (SchemeError, ValueError, TypeError, RecursionError) as error:
         raise ScalesError(f"{path}: its scheme cannot be read: {error}") from None
     layers: dict[str, dict[str, Tensor]] = {}

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from factories import qkv
 
 import tokquant as tq
 from tokquant.reference import Features, oracle
@@ -190,3 +191,41 @@ def test_static_q_covers_k_per_channel_folded_in():
     codes, _, _ = tq.quantize(q, k, v, s, scales=calibrator.scales()["a"])
     error = codes.frame.apply(q) - codes.frame.apply(codes.dequantize())
     assert bool((error.abs() <= codes.scale.float() * 0.5001).all())
+
+
+MAP = """
+schemes:
+  offset: {q: {precision: int8}, k: {precision: int8, smooth: static}, v: {precision: fp16}, p: {precision: fp16}}
+layers:
+  layers.0: kv-fp8
+  layers.1: offset
+  layers.2: {heads: {"0": int8, "1": kv-int4}}
+  "*": int8
+"""
+
+
+def test_a_map_is_calibrated_layer_by_layer(tmp_path):
+    schemes = tq.SchemeMap.from_yaml(MAP)
+    calibrator = tq.Calibrator(schemes)
+    tensors = {f"layers.{i}": qkv(40, heads=2, seed=i) for i in range(4)}
+    for name, operands in tensors.items():
+        calibrator.observe(name, *operands)
+    calibrator.save(tmp_path / "state.safetensors")
+    tq.save_scales(tmp_path / "scales.safetensors", tq.Calibrator.load(tmp_path / "state.safetensors").scales())
+    scales = tq.load_scales(tmp_path / "scales.safetensors")
+    assert scales.scheme == schemes and list(scales) == ["layers.0", "layers.1"]
+    assert set(scales["layers.0"].tensors) == {"k_scale", "v_scale"} and set(scales["layers.1"].tensors) == {"k_offset"}
+    for name, operands in tensors.items():
+        own = scales.get(name)
+        alone = tq.Calibrator(schemes[name]) if own else None
+        if alone:
+            alone.observe(name, *operands)
+        expected = tq.attention(*operands, schemes[name], scales=alone.scales()[name] if alone else None)
+        assert torch.equal(tq.attention(*operands, schemes, layer=name, scales=own), expected)
+    with pytest.raises(tq.SchemeError, match="'same' has no static part"):
+        tq.Calibrator(tq.SchemeMap((("*", tq.preset("int8")),), "same"))
+    by_heads = tq.HeadSchemes(((1, tq.preset("int8")), (1, tq.preset("kv-fp8"))))
+    with pytest.raises(tq.SchemeError, match=r"layers\.9: 'kv-fp8' is static, which a scheme for a range of heads cannot be"):
+        tq.Calibrator(tq.SchemeMap((("*", by_heads),))).observe("layers.9", *tensors["layers.0"])
+    with pytest.raises(tq.SchemeError, match="is a map of layers, and a quantization_config has one scheme"):
+        tq.export_checkpoint_scales(tmp_path / "out.safetensors", scales)

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from tokquant.calibration import observers, state
 from tokquant.calibration.layers import Layer
-from tokquant.calibration.scales import Scales, needed
+from tokquant.calibration.scales import Scales, needed, static
 from tokquant.calibration.statistics import Change
 from tokquant.calibration.watching import Watcher
 from tokquant.errors import SchemeError, quote
 from tokquant.inputs import check_tensors
 from tokquant.quantize import asymmetric_scale, symmetric_scale
-from tokquant.schemes import Operand, QuantScheme, resolve
+from tokquant.schemes import Operand, QuantScheme, SchemeMap, read
 from tokquant.schemes.placement import place
 from tokquant.transforms import Frame, sixteen_bit
 
@@ -24,22 +24,24 @@ class Calibrator:
     """Gathers statistics of Q, K and V layer by layer and turns them into scales.
 
     Args:
-        scheme: with at least one static part; a QuantScheme, a preset's name or a path.
+        scheme: with at least one static part; a QuantScheme, a SchemeMap, a preset's name or a path. Layers of a map that
+            need no scales are passed over.
         observer: `"amax"`; `"percentile:99.9"` to clip the rest; `"mse"` to clip where codes lose least; `"ema:0.99"`, the
             moving average of each batch's extremes.
 
     Raises SchemeError where there is nothing to calibrate, ValueError for an observer that is none.
     """
 
-    def __init__(self, scheme: QuantScheme | str, observer: str | observers.Observer = "amax"):
-        self.scheme = resolve(scheme)
+    def __init__(self, scheme: QuantScheme | SchemeMap | str, observer: str | observers.Observer = "amax"):
+        self.scheme = read(scheme)
         self.observer = observers.parse(observer)
-        if not needed(self.scheme):
+        if not any(map(needed, self.scheme.schemes())):
             raise SchemeError(
                 f"scheme {self.scheme.name!r} has no static part to calibrate; "
                 "give an operand or a balance scale: static (an operand's per tensor, head or channel), or k smooth: static"
             )
-        _check_balance(self.scheme)
+        for each in self.scheme.schemes():
+            _check_balance(each)
         self.layers: dict[str, Layer] = {}
         self.sources: dict[str, str] = {}
         """What the data came from, a name for each digest: for callers to record, so that nothing counts twice."""
@@ -58,15 +60,18 @@ class Calibrator:
             for role, x in zip("qkv", operands, strict=True):
                 if not bool(x.isfinite().all()):
                     raise ValueError(f"{name}.{role}: holds a value that is not finite")
+            own = static(self.scheme, name)
+            if own is None:
+                return
             shapes = {role: (x.shape[1], x.shape[3]) for role, x in zip("qkv", operands, strict=True)}
-            layer = self.layers.get(name) or Layer.empty(self.scheme, self.observer, shapes, k.dtype)
+            layer = self.layers.get(name) or Layer.empty(own, self.observer, shapes, k.dtype)
             for role, shape in shapes.items():
                 if shape != layer.shapes[role]:
                     earlier = list(layer.shapes[role])
                     raise ValueError(
                         f"{name}.{role}: heads and channels {list(shape)} are not {earlier}, as in earlier batches"
                     )
-            layer.observe(operands, self.scheme)
+            layer.observe(operands)
         self.layers[name] = layer
 
     @contextmanager
@@ -97,7 +102,7 @@ class Calibrator:
                 self.layers[name].check_mergeable(theirs, name)
         for name, theirs in other.layers.items():
             if name not in self.layers:
-                self.layers[name] = Layer.empty(self.scheme, self.observer, dict(theirs.shapes), theirs.dtype)
+                self.layers[name] = Layer.empty(theirs.scheme, self.observer, dict(theirs.shapes), theirs.dtype)
             self.layers[name].merge(theirs)
         self.sources |= other.sources
 
@@ -128,7 +133,7 @@ class Calibrator:
 
     def _layer(self, layer: Layer, margin: float) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        for operand in (self.scheme.k, self.scheme.q, self.scheme.v):
+        for operand in (layer.scheme.k, layer.scheme.q, layer.scheme.v):
             role = operand.role
             if operand.smooth == "static":
                 tensors[f"{role}_offset"] = layer.mean(role)[:, None].to(sixteen_bit(layer.dtype)).contiguous()
@@ -146,12 +151,12 @@ class Calibrator:
         shift, factor = (torch.full(shape, value, dtype=torch.float32, device="cpu") for value in (0, 1))
         if operand.smooth == "static":
             offset = found[f"{role}_offset"][None]
-            rotated = (self.scheme.rotate_v if role == "v" else self.scheme.rotate) == "hadamard"
+            rotated = (layer.scheme.rotate_v if role == "v" else layer.scheme.rotate) == "hadamard"
             shift = Frame(offset=offset, rotated=rotated).apply(torch.zeros_like(offset))[0, :, 0]
         if role in "qk" and "k_balance" in found:
             balance = _of_heads(found["k_balance"], shape[0])
             factor = factor * balance if role == "k" else factor / balance
-        if role == "q" and place(self.scheme.k) == "q" and self.scheme.k.scale == "static":
+        if role == "q" and place(layer.scheme.k) == "q" and layer.scheme.k.scale == "static":
             factor = factor * _of_heads(found["k_scale"], shape[0])
         return Change(shift, factor)
 

@@ -23,6 +23,7 @@ Shapes = dict[str, tuple[int, int]]
 class Layer:
     """Statistics of one layer, by the names of the tensors in `LayerScales` (a zero comes with its scale)."""
 
+    scheme: QuantScheme
     shapes: Shapes
     dtype: torch.dtype
     parts: dict[str, Any]
@@ -40,9 +41,9 @@ class Layer:
                 parts["k_balance"] = Maxima(scheme.balance, operand.smooth == "static", *shapes["k"])
             if operand.scale == "static":
                 parts[f"{operand.role}_scale"] = observer.statistics(*shapes[operand.role])
-        return cls(shapes, dtype, parts, dict.fromkeys("qkv", 0))
+        return cls(scheme, shapes, dtype, parts, dict.fromkeys("qkv", 0))
 
-    def observe(self, operands: Operands, scheme: QuantScheme) -> None:
+    def observe(self, operands: Operands) -> None:
         """Add a batch, in the frame its codes will be taken in.
 
         Raises ValueError, and nothing of the batch counts, where a transform makes a value that is not finite.
@@ -50,7 +51,7 @@ class Layer:
         tokens = {role: x.shape[0] * x.shape[2] for role, x in zip("qkv", operands, strict=True)}
         self._check_room(tokens)
         seen = dict(zip("qkv", operands, strict=True))
-        framed = dict(zip("qkv", frames(*operands, without_static_parts(scheme)), strict=True))
+        framed = dict(zip("qkv", frames(*operands, without_static_parts(self.scheme)), strict=True))
         given: dict[str, Any] = {}
         for name in self.parts:
             role, _, kind = name.partition("_")

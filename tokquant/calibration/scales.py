@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokquant.errors import ScalesError, nearest
-from tokquant.schemes import Operand, QuantScheme
+from tokquant.errors import ScalesError, SchemeError, nearest
+from tokquant.schemes import LayerScheme, Operand, QuantScheme, SchemeMap, of_layer, resolve
 from tokquant.schemes.scheme import SCALE_TYPES
 
 
@@ -19,6 +19,16 @@ def needed(scheme: QuantScheme) -> list[str]:
         if operand.smooth == "static":
             names.append(f"{operand.role}_offset")
     return names
+
+
+def static(scheme: LayerScheme | SchemeMap, layer: str) -> QuantScheme | None:
+    """The scheme of a layer where it needs scales; None where it needs none. Raises SchemeError as `of_layer`."""
+    found = of_layer(scheme, layer)
+    if isinstance(found, QuantScheme):
+        return found if needed(found) else None
+    if fixed := [part.name for _, part in found.parts if needed(part)]:
+        raise SchemeError(f"{layer}: {fixed[0]!r} is static, which a scheme for a range of heads cannot be; make it dynamic")
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,9 +144,9 @@ class Scales(Mapping[str, LayerScales]):
     `scales["layers.0"]` is what `attention(scales=...)` takes. Raises ScalesError as `LayerScales.check` does.
     """
 
-    def __init__(self, scheme: QuantScheme, layers: Mapping[str, Mapping[str, Tensor]]):
+    def __init__(self, scheme: QuantScheme | SchemeMap, layers: Mapping[str, Mapping[str, Tensor]]):
         self.scheme = scheme
-        self._layers = {name: LayerScales(name, dict(tensors), scheme) for name, tensors in layers.items()}
+        self._layers = {name: LayerScales(name, dict(tensors), resolve(scheme, name)) for name, tensors in layers.items()}
         if not self._layers:
             raise ScalesError("there are no layers; observe at least one")
 

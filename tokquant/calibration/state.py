@@ -11,11 +11,13 @@ from torch import Tensor
 
 from tokquant.calibration import observers
 from tokquant.calibration.layers import Layer
+from tokquant.calibration.scales import static
 from tokquant.errors import ScalesError, quote
 from tokquant.export import checksum, read_tensors
 from tokquant.files import write_atomically
 from tokquant.inputs import DTYPES
-from tokquant.schemes import QuantScheme
+from tokquant.schemes import QuantScheme, SchemeMap
+from tokquant.schemes.maps import of_data
 
 FORMAT = "1"
 TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -27,7 +29,7 @@ LARGEST = 2**20
 class State:
     """All that a calibrator knows."""
 
-    scheme: QuantScheme
+    scheme: QuantScheme | SchemeMap
     observer: observers.Observer
     layers: dict[str, Layer]
     sources: dict[str, str]
@@ -47,7 +49,7 @@ def write(path: str | os.PathLike, state: State) -> None:
     }
     document = json.dumps(
         {
-            "scheme": state.scheme.model_dump(mode="json"),
+            "scheme": state.scheme.to_data(),
             "observer": str(state.observer),
             "layers": layers,
             "sources": state.sources,
@@ -87,7 +89,7 @@ def _state(tensors: dict[str, Tensor], document: str) -> State:
         raise ValueError(f"its description cannot be read: {error}") from None
     if not isinstance(data, dict) or not all(isinstance(data.get(name), dict) for name in ("scheme", "layers", "sources")):
         raise ValueError("its description lacks scheme, layers or sources")
-    scheme, observer = QuantScheme(**data["scheme"]), observers.parse(data.get("observer"))
+    scheme, observer = of_data(data["scheme"]), observers.parse(data.get("observer"))
     layers = {name: _layer(name, given, scheme, observer) for name, given in data["layers"].items()}
     expected = {
         f"{name}.{part}.{kept}": (statistics, kept, value)
@@ -114,7 +116,7 @@ def _state(tensors: dict[str, Tensor], document: str) -> State:
     return State(scheme, observer, layers, data["sources"])
 
 
-def _layer(name: str, given: Any, scheme: QuantScheme, observer: observers.Observer) -> Layer:
+def _layer(name: str, given: Any, scheme: QuantScheme | SchemeMap, observer: observers.Observer) -> Layer:
     """An empty layer as it is described. Raises ValueError."""
     shapes, tokens = (given.get(key) if isinstance(given, dict) else None for key in ("shapes", "tokens"))
     if not isinstance(shapes, dict) or not isinstance(tokens, dict) or given.get("dtype") not in TYPES or not _counts(tokens):
@@ -125,7 +127,10 @@ def _layer(name: str, given: Any, scheme: QuantScheme, observer: observers.Obser
             raise ValueError(f"layer {quote(name)}: {quote(pair)} is no pair of heads and channels of {role}")
         if pair[0] * pair[1] > LARGEST:
             raise ValueError(f"layer {quote(name)}: {quote(pair)}, heads and channels of {role}, is more than {LARGEST}")
-    layer = Layer.empty(scheme, observer, {role: tuple(shapes[role]) for role in "qkv"}, TYPES[given["dtype"]])
+    own = static(scheme, name)
+    if own is None:
+        raise ValueError(f"layer {quote(name)} needs no scales of scheme {scheme.name!r}")
+    layer = Layer.empty(own, observer, {role: tuple(shapes[role]) for role in "qkv"}, TYPES[given["dtype"]])
     layer.tokens = tokens
     return layer
 

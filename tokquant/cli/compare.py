@@ -79,7 +79,7 @@ def compare(
     asked = {"backend": backend, "causal": causal, "repeats": repeats, "bound": bound, "explained": explain or html is not None}
     for name, (q, k, v) in layers.each("layers"):
         with layers.naming(name):
-            own = [None if each is None else each[name] for each in fixed]
+            own = [None if each is None else each.get(name) for each in fixed]
             results[name] = compare_layer(q, k, v, chosen, layer=name, scales=own, **asked)
         shapes[_shape(q, k)] += 1
     chose = next(iter(results.values()))[0].backend

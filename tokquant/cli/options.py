@@ -10,7 +10,7 @@ import typer
 from torch import Tensor
 
 from tokquant.activations import Activations, sample
-from tokquant.calibration.scales import Scales
+from tokquant.calibration.scales import Scales, static
 from tokquant.cli import output
 from tokquant.errors import nearest, quote
 from tokquant.export import load_scales
@@ -93,7 +93,7 @@ class Layers(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
     def scales(self, path: Path) -> Scales:
         """Scales from a file, which must have all of these layers."""
         scales = load_scales(path)
-        if missing := [name for name in self.file if name not in scales]:
+        if missing := [name for name in self.file if static(scales.scheme, name) and name not in scales]:
             raise ValueError(
                 f"{path}: has no layer {', '.join(missing[:4])} of {self.name}; it has {', '.join(list(scales)[:4])}"
             )

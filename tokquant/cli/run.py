@@ -33,7 +33,7 @@ def run(
     rows = []
     for name, (q, k, v) in layers.each(resolved.name):
         with layers.naming(name):
-            own = None if calibrated is None else calibrated[name]
+            own = None if calibrated is None else calibrated.get(name)
             rows += [
                 (name, r)
                 for r in compare(q, k, v, [resolved], layer=name, scales=own, backend=backend, causal=causal, repeats=repeats)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokquant.errors import SchemeError, nearest, quote
-from tokquant.schemes import QuantScheme, resolve
+from tokquant.schemes import QuantScheme, SchemeMap, read, resolve
 
 STRATEGIES = {"head": "attn_head", "tensor": "tensor"}
 """Granularities by their names there."""
@@ -22,15 +22,16 @@ WHY = {
 }
 
 
-def to_compressed_tensors(scheme: QuantScheme | str, targets: str | Sequence[str] = "re:.*self_attn$") -> dict[str, Any]:
+def to_compressed_tensors(
+    scheme: QuantScheme | SchemeMap | str, targets: str | Sequence[str] = "re:.*self_attn$"
+) -> dict[str, Any]:
     """The `quantization_config` of a config.json that says what `scheme` does to the KV cache, or to Q, K and V.
 
     `targets` are the attention modules, by class or as `re:` and a pattern of their names; they count where Q has codes.
 
     Raises SchemeError for every part of the scheme that cannot be expressed, with what could be.
     """
-    scheme = resolve(scheme)
-    check_expressible(scheme)
+    scheme = expressible(scheme)
     args = {
         "num_bits": 8,
         "type": "float",
@@ -99,12 +100,17 @@ def fp8_scheme(granularity: str, q: bool = False) -> QuantScheme:
     return QuantScheme(name=("qkv-fp8" if q else "kv-fp8") + ("-tensor" if granularity == "tensor" else ""), **operands)
 
 
-def check_expressible(scheme: QuantScheme) -> None:
-    """Raise SchemeError, a line for each part, unless `scheme` is one that those files can express."""
+def expressible(given: QuantScheme | SchemeMap | str) -> QuantScheme:
+    """The scheme, where it is one that those files can express. Raises SchemeError, with a line for each part that is not."""
+    found = read(given)
+    if isinstance(found, SchemeMap) and found.only() is None:
+        raise SchemeError(f"scheme: {found.name!r} is a map of layers, and a quantization_config has one scheme for them all")
+    scheme = resolve(found)
     kind = scheme.k.granularity.kind
-    found = differences(scheme, fp8_scheme(kind if kind in STRATEGIES else "head", q=scheme.q.scaled))
-    if found:
-        raise SchemeError([(place, _cannot(place, written, accepted)) for place, written, accepted in found])
+    beyond = differences(scheme, fp8_scheme(kind if kind in STRATEGIES else "head", q=scheme.q.scaled))
+    if beyond:
+        raise SchemeError([(place, _cannot(place, written, accepted)) for place, written, accepted in beyond])
+    return scheme
 
 
 def differences(scheme: QuantScheme, theirs: QuantScheme) -> list[tuple[str, str, str]]:

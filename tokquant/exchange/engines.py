@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tokquant.calibration.scales import Scales
 from tokquant.errors import ScalesError, SchemeError, nearest, quote
-from tokquant.exchange.compressed_tensors import check_expressible
+from tokquant.exchange.compressed_tensors import expressible
 from tokquant.files import write_atomically
+from tokquant.schemes import QuantScheme
 
 FORMATS = ("compressed-tensors", "modelopt", "sglang")
 
@@ -41,26 +42,26 @@ def export_checkpoint_scales(
         raise ValueError(f"format: {quote(format)} is none; use {', '.join(FORMATS)}{nearest(format, FORMATS)}")
     if format != "sglang" and (model_type is not None or tp_size != 1):
         raise ValueError(f"model_type and tp_size: only format sglang has them, not {format}")
-    check_expressible(scales.scheme)
+    scheme = expressible(scales.scheme)
     if format == "compressed-tensors":
         tensors = {f"{layer}.{name}": value for layer, part in scales.items() for name, value in part.tensors.items()}
     else:
-        _check_kv_per_tensor(scales, format)
+        _check_kv_per_tensor(scheme, format)
         if format == "sglang":
             write_atomically(path, json.dumps(_sglang(scales, model_type, tp_size), indent=2).encode())
             return
         tensors = {
             f"{layer}.{name[0]}_proj.{name}": value for layer, part in scales.items() for name, value in part.tensors.items()
         }
-    if scales.scheme.k.granularity.kind == "tensor":
+    if scheme.k.granularity.kind == "tensor":
         # ModelOpt's are scalars; vLLM takes either
         tensors = {name: value.reshape([] if format == "modelopt" else [1]) for name, value in tensors.items()}
     written = {name: _float32(value) for name, value in tensors.items()}
     write_atomically(path, safetensors.torch.save(written, {"format": "pt"}))
 
 
-def _check_kv_per_tensor(scales: Scales, format: str) -> None:
-    scheme, found = scales.scheme, []
+def _check_kv_per_tensor(scheme: QuantScheme, format: str) -> None:
+    found = []
     if scheme.q.scaled:
         found.append(("q.precision", f"{scheme.q.precision} cannot be expressed in {format}, which has K and V only; use fp16"))
     for operand in (scheme.k, scheme.v):

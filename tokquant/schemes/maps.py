@@ -179,11 +179,16 @@ def load(path: str | os.PathLike) -> QuantScheme | SchemeMap:
     def parse(text: bytes) -> QuantScheme | SchemeMap:
         data = document.read(text)
         if isinstance(data, dict) and "layers" in data:
-            return SchemeMap.from_data({"name": name_of(Path(path)), **data})
+            return of_data({"name": name_of(Path(path)), **data})
         return QuantScheme.from_yaml(text)
 
     found = load_document(path, parse)
     return found.named_after(Path(path)) if isinstance(found, QuantScheme) else found
+
+
+def of_data(data: Mapping[str, Any]) -> QuantScheme | SchemeMap:
+    """What `to_data` gave: a scheme, or a map where there are layers. Raises SchemeError."""
+    return SchemeMap.from_data(data) if "layers" in data else QuantScheme(**data)
 
 
 def of_layer(scheme: object, layer: str | None = None) -> LayerScheme:

@@ -223,6 +223,14 @@ class QuantScheme(Strict):
         """The scheme with its file's name, where it has none of its own."""
         return self if "name" in self.model_fields_set else self.model_copy(update={"name": name_of(path)})
 
+    def schemes(self) -> "list[QuantScheme]":
+        """Itself: of a SchemeMap, all that are in it."""
+        return [self]
+
+    def to_data(self) -> dict[str, Any]:
+        """Every field, as plain data."""
+        return self.model_dump(mode="json")
+
     def to_yaml(self) -> str:
         """The scheme as a YAML document that `from_yaml` reads back to an equal one."""
         return write_yaml({"name": self.name, **self.model_dump(mode="json", exclude_defaults=True)})
