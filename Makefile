@@ -20,8 +20,7 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 docs: .venv/installed-dev
-	$(BIN)/python docs/figures.py
-	$(BIN)/python -m sphinx -W -n -b html docs docs/_build
+	$(BIN)/python -m sphinx -W -b html docs docs/_build
 
 clean:
 	rm -rf .venv docs/_build

@@ -25,6 +25,7 @@ autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 
+nitpicky = True
 nitpick_ignore_regex = [
     # other libraries: their inventories would have to be fetched
     ("py:.*", r"(torch|numpy|pydantic|transformers|diffusers|pathlib|os|collections|typing|types)\..*"),

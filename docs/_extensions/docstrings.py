@@ -55,7 +55,7 @@ def _table(lines: list[str]) -> Iterator[str]:
     yield from ["", ".. list-table::", "    :header-rows: 1", ""]
     for row in lines[:1] + lines[2:]:
         for column, cell in enumerate(row.strip("|").split("|")):
-            yield f"    {'-' if column else '* -'} {cell.strip()}".replace("    - ", "      - ")
+            yield f"    {' ' if column else '*'} - {cell.strip()}"
     yield ""
 
 
