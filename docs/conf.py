@@ -21,6 +21,7 @@ smartquotes = False  # --scales has two hyphens
 # docstrings put code in single backticks, as Markdown does
 default_role = "code"
 autodoc_member_order = "bysource"
+autodoc_default_options = {"exclude-members": "model_config"}  # pydantic's own
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100

@@ -77,7 +77,10 @@ def setup(app):
         lines[:] = list(converted(lines))
 
     def sign(app, what, name, subject, options, signature, returned):
-        return (fields(subject), None) if isinstance(subject, type) and issubclass(subject, BaseModel) else None
+        if isinstance(subject, type) and issubclass(subject, BaseModel):
+            return fields(subject), None
+        # a function that is a default is its name, not where it lies in memory
+        return (re.sub(r"<function (\w+) at 0x\w+>", r"\1", signature), returned) if signature else None
 
     app.connect("autodoc-process-docstring", convert)
     app.connect("autodoc-process-signature", sign)
