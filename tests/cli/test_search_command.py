@@ -41,6 +41,8 @@ def test_search_prints_the_map_and_json(tokquant):
     [
         (("--budget", "bits"), "budget: 'bits' is none"),
         (("--budget", "bits=8", "-o", "nowhere/map.yaml"), "--output: there is no folder nowhere"),
+        (("--budget", "bits=8", "-o", "map.txt"), "--output: map.txt has to end in .yaml"),
+        (("--budget", "bits=8", "-o", "."), "--output: . is a folder"),
         (("--budget", "bits=32", "-c", "int8", "--plot", "front.txt"), "plot: 'front.txt' is not one of .svg"),
     ],
 )

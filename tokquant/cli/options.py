@@ -1,5 +1,6 @@
 """Options that mean the same in every command."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,18 @@ def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"--dtype: {quote(name)} is none; use {', '.join(DTYPES)}{nearest(name, DTYPES)}")
     return DTYPES[name]
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Raise ValueError, before any work is done, where a file cannot be written."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder; name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{option}: nothing can be written in folder {path.parent}")
 
 
 class Layers(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
