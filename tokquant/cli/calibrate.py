@@ -14,7 +14,7 @@ from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import Scales
 from tokquant.cli import options, output
 from tokquant.export import save_scales
-from tokquant.schemes import resolve
+from tokquant.schemes import read
 
 
 def calibrate(
@@ -37,9 +37,8 @@ def calibrate(
     json: options.Json = False,
 ) -> None:
     """Calibrate a static scheme on activations and write its scales, with the scheme in the file."""
-    for name, path in (("--output", output_path), ("--state", state)):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{name}: there is no folder {path.parent}")
+    options.check_writable("--output", output_path)
+    options.check_writable("--state", state)
     calibrator = _begun(scheme, observer, state)
     paths = input or [sample()]
     for number, path in enumerate(paths, start=1):
@@ -67,7 +66,7 @@ def _begun(scheme: str, observer: str, state: Path | None) -> Calibrator:
     if state is None or not state.exists():
         return Calibrator(scheme, observer)
     calibrator = Calibrator.load(state)
-    if (calibrator.scheme, calibrator.observer) != (resolve(scheme), observers.parse(observer)):
+    if (calibrator.scheme, calibrator.observer) != (read(scheme), observers.parse(observer)):
         raise ValueError(
             f"--state: {state} is of scheme {calibrator.scheme.name!r} and observer {calibrator.observer}; "
             "give those, or another file"
