@@ -30,7 +30,7 @@ class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
         try:
             self._file = safetensors.safe_open(self.path, framework="pt")
         except OSError as error:
-            raise ValueError(f"{self.path}: {error.strerror or error}") from None
+            raise ValueError(f"{self.path}: {error.strerror or str(error).removesuffix(f': {self.path}')}") from None
         except safetensors.SafetensorError as error:
             raise ValueError(f"{self.path}: not a safetensors file, or not a whole one ({error})") from None
         found: dict[str, set[str]] = {}

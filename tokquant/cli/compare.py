@@ -36,8 +36,6 @@ COLUMNS = {
     "sdpa_ms": "SDPA ms",
 }
 
-PARTS = tuple(field.name for field in fields(Bound))
-
 
 def compare(
     schemes: Annotated[
@@ -62,8 +60,7 @@ def compare(
     ] = None,
 ) -> None:
     """Compare schemes on activations: means over the layers of errors against float64, bits, and times beside torch's SDPA."""
-    if html is not None and not html.parent.is_dir():
-        raise ValueError(f"--html: there is no folder {html.parent}")
+    options.check_writable("--html", html)
     layers = options.Layers(input, device)
     calibrated = [layers.scales(path) for path in scales or []]
     fixed: list[Scales | None] = [None] * len(schemes) if schemes else []
