@@ -51,6 +51,11 @@ class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
         q, k, v = (self._file.get_tensor(f"{layer}.{role}") for role in "qkv")
         return q, k, v
 
+    def head_dims(self) -> set[int]:
+        """How many channels heads have, over all layers. No activations are read."""
+        shapes = (self._file.get_slice(f"{layer}.q").get_shape() for layer in self._layers)
+        return {shape[-1] for shape in shapes if shape}
+
     def __contains__(self, layer: object) -> bool:
         return layer in self._layers
 

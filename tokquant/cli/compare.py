@@ -40,7 +40,7 @@ COLUMNS = {
 def compare(
     schemes: Annotated[
         list[str] | None,
-        typer.Argument(help="Presets or YAML files; if left out, every preset that fits and needs no calibration."),
+        typer.Argument(help="Presets or YAML files; if left out, every preset that fits all layers and needs no calibration."),
     ] = None,
     input: options.Input = None,
     scales: Annotated[
@@ -66,8 +66,8 @@ def compare(
     fixed: list[Scales | None] = [None] * len(schemes) if schemes else []
     chosen: list[QuantScheme | SchemeMap] = [read(scheme) for scheme in schemes] if schemes else []
     if not schemes:
-        head_dim = next(iter(layers.file.values()))[0].shape[-1]
-        chosen = [scheme for name in preset_names() if not needed(scheme := resolve(name)) and fits(scheme, head_dim)]
+        dynamic = [scheme for name in preset_names() if not needed(scheme := resolve(name))]
+        chosen = [scheme for scheme in dynamic if all(fits(scheme, head_dim) for head_dim in layers.file.head_dims())]
         fixed = [None] * len(chosen)
     chosen += [each.scheme for each in calibrated]
     fixed += calibrated
