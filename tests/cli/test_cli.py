@@ -187,6 +187,14 @@ def write(path, **tensors):
     return path
 
 
+def test_what_is_compared_by_itself_fits_every_layer(tokquant, tmp_path):
+    layers = {f"{name}__{r}": torch.randn(1, 1, 8, d) for name, d in (("a", 32), ("b", 48)) for r in "qkv"}
+    code, out, err = tokquant("compare", "-i", write(tmp_path / "x.safetensors", **layers), "--repeats", 1, "--json")
+    assert code == 0, err
+    names = {each["scheme"] for each in json.loads(out)["schemes"]}
+    assert "int8" in names and "kv-int4-kivi" not in names  # groups of 32 channels do not divide 48
+
+
 def test_layers_of_any_name_are_shown_as_they_are(tokquant, tmp_path):
     x = torch.randn(1, 1, 8, 32)
     path = tmp_path / "odd.safetensors"
@@ -309,6 +317,7 @@ def test_doctor_says_of_compiler_and_instruction_set_each_what_is_wrong_with_it(
     ("words", "message"),
     [
         (("run", "-s", "int9"), "no preset 'int9'.*did you mean 'int8'"),
+        (("run", "-s", ""), "no preset ''; use one of"),
         (("run", "-s", "none.yaml"), "none.yaml: No such file"),
         (("run", "-s", "kv-fp8"), "scheme 'kv-fp8' is static and needs k_scale, v_scale.*tokquant calibrate"),
         (("run", "-i", "none.safetensors"), "^error: none.safetensors: No such file or directory$"),

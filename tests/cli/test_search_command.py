@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import safetensors.torch
+import torch
 
 from tokquant.activations import sample
 from tokquant.schemes import preset, read
@@ -34,6 +36,13 @@ def test_search_prints_the_map_and_json(tokquant):
     code, out, _ = tokquant(*SEARCH, "--rows", 64, "--json")
     found = json.loads(out)
     assert code == 0 and found["cost"] <= 7.5 and len(found["map"]["layers"]) == 6 and found["held_out"] == {}
+
+
+def test_held_out_activations_are_of_the_same_layers(tokquant, tmp_path):
+    path = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({f"other.{r}": torch.ones(1, 1, 8, 32) for r in "qkv"}, path)
+    code, _, err = tokquant(*SEARCH, "--held-out", path)
+    assert code == 2 and err.startswith("error: held_out: lacks layer 'layers.0'")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ ScaleFile = Annotated[
     Path | None,
     typer.Option("--scales", help="Calibrated scales of a static scheme, from `tokquant calibrate`; they bring it."),
 ]
-Backend = Annotated[Any, typer.Option("--backend", help="auto, triton, cpu or reference.")]
+Backend = Annotated[Any, typer.Option("--backend", metavar="<str>", help="auto, triton, cpu or reference.")]
 Causal = Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own place, counted from the end.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; medians are shown.")]
 Layer = Annotated[str | None, typer.Option("--layer", help="Which layer, where the scheme is a map of layers.")]
@@ -83,6 +83,9 @@ class Layers(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
         with self.naming(layer):
             q, k, v = (x.to(self.device) for x in self.file[layer])
         return q, k, v
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.file
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.file)
