@@ -66,6 +66,27 @@ def test_the_readme_shows_the_example_as_it_is():
     assert code in shown
 
 
+SCRIPTS = {
+    "quantize_and_attend": ["mine: relative L1", "certified, mean over queries"],
+    "calibrate_export_load": ["layers.0.self_attn {'k_scale'", "'strategy': 'attn_head'"],
+    "search": ["on tokens not seen", "layers.5: "],
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_example_runs_as_it_says(name):
+    result = subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(text in result.stdout for text in SCRIPTS[name])
+
+
+@pytest.mark.compiled
+def test_the_kernel_example_compiles_its_kernel():
+    result = subprocess.run([sys.executable, ROOT / "examples" / "inspect_kernel.py"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"\d+ registers, \d+ bytes spilled, [0-9.]+ instructions a score", result.stdout)
+
+
 def test_the_cache_example_prints_the_figures_of_its_page_and_they_are_in_order():
     result = subprocess.run([sys.executable, ROOT / "examples" / "kv_cache.py"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -86,3 +107,16 @@ def test_the_cache_example_prints_the_figures_of_its_page_and_they_are_in_order(
     assert error["kv-int2-kivi"] > error["kv-int4 (Hadamard)"] > error["kv-int4-kivi"] > error["kv-int8"]
     assert error["fireq without its balance"] > 2 * error["fireq, calibrated"] > 2 * error["fireq, calibrated, top_k 8"]
     assert "a prompt of 600 tokens, answers of [601, 603]" in result.stdout
+
+
+def test_the_example_of_generation_prints_caches_that_are_smaller_and_near():
+    pytest.importorskip("transformers")
+    result = subprocess.run([sys.executable, ROOT / "examples" / "generate_with_cache.py"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    printed = re.findall(r"^(\S+) +(\d+) +(0\.\d+) +(0\.\d+)$", result.stdout, re.M)
+    share = {name: float(of) for name, _, of, _ in printed}
+    near = {name: float(cosine) for name, _, _, cosine in printed}
+    assert set(share) == {"kv-int8", "kv-int4"}
+    # of tokens that are no padding, 900 of 1000 at the beginning
+    assert share["kv-int4"] < 0.27 and share["kv-int8"] < 0.5
+    assert near["kv-int8"] > 0.999 and 0.999 > near["kv-int4"] > 0.9

@@ -7,9 +7,11 @@ from importlib import resources
 from pathlib import Path
 
 import safetensors
+import safetensors.torch
 from torch import Tensor
 
 from tokquant.errors import nearest, quote
+from tokquant.files import write_atomically
 
 
 def sample() -> Path:
@@ -68,6 +70,14 @@ class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+
+def save(path: str | os.PathLike, layers: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Write Q, K and V of layers `[B, H, N, D]` as an activation file, atomically."""
+    tensors = {
+        f"{layer}.{role}": x.contiguous() for layer, operands in layers.items() for role, x in zip("qkv", operands, strict=True)
+    }
+    write_atomically(path, safetensors.torch.save(tensors))
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -127,6 +127,16 @@ class KVCache:
         """
         self._held.truncate(whole_numbers("lengths", lengths, self.batch, self._held.lengths))
 
+    def forget(self, keep: int) -> list[int]:
+        """Free whole pages of each sequence's oldest tokens, but of its `keep` newest: for attention within a window.
+
+        `lengths` and positions count what is left from then on, and `decode` sees no difference within the window. Where the
+        scheme keeps tokens in 16 bits, nothing is freed. Returns how many tokens of each sequence are gone.
+        """
+        if type(keep) is not int or keep < 0:
+            raise ValueError(f"keep: {quote(keep)} is not a whole number from 0")
+        return self._held.forget(keep).tolist()
+
     def evict(self, sequences: Numbers) -> None:
         """Empty these sequences and free their pages; others can begin in their places."""
         lengths = self._held.lengths.copy()

@@ -139,6 +139,13 @@ class BlockTable:
         self.pool.give(self.numbers[b, keep : self.held[b]])
         self.held[b] = keep
 
+    def forget(self, b: int, pages: int) -> None:
+        """Let go of a sequence's first pages."""
+        left = self.held[b] - pages
+        self.pool.give(self.numbers[b, :pages])
+        self.numbers[b, :left] = self.numbers[b, pages : self.held[b]]
+        self.held[b], self._tensor = left, None
+
     def fork(self, sequences: np.ndarray) -> "BlockTable":
         """A table of these sequences, whose pages are shared until one of them is written."""
         forked = BlockTable(self.pool, len(sequences))

@@ -69,6 +69,20 @@ class Sequences:
             self.lengths[b] = lengths[b]
         self._foresee()
 
+    def forget(self, keep: int) -> np.ndarray:
+        """Let go of whole pages of the oldest tokens, but of the `keep` newest; how many tokens of each that were."""
+        page = self.table.pool.page
+        pages = np.maximum(self.lengths - keep, 0) // page
+        if self.windows.slots:  # whose places are counted from the first token
+            pages = np.zeros_like(pages)
+        for b in np.nonzero(pages)[0].tolist():
+            self.table.forget(b, int(pages[b]))
+        self.lengths -= pages * page
+        self.packed -= pages * page
+        if pages.any():
+            self._foresee()
+        return pages * page
+
     def fork(self, chosen: np.ndarray) -> "Sequences":
         """These sequences once more: pages shared, windows copied."""
         forked = copy.copy(self)

@@ -271,6 +271,8 @@ def test_candidates_are_compared_best_first(tokquant):
     assert code == 0 and len(found) >= 4
     rates = [each["prediction"]["serial_tops"] for each in found if not each["why_not"]]
     assert rates == sorted(rates, reverse=True) and all(0 < each["prediction"]["share"] < 1 for each in found)
+    moved = {each["config"]["block_m"]: each["bytes_per_score"] for each in found}
+    assert moved[64] == pytest.approx(2 * moved[128], rel=0.05), "each block of queries reads all keys and values"
     code, out, _ = tokquant("compile", "int8-fast", "--head-dim", "64", "--candidates")
     assert code == 0 and "taken without tuning" in out
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokquant.errors import ScalesError, SchemeError, nearest
-from tokquant.schemes import Operand, QuantScheme, SchemeMap, of_layer, resolve
+from tokquant.schemes import LayerScheme, Operand, QuantScheme, SchemeMap, of_layer, resolve
 from tokquant.schemes.scheme import SCALE_TYPES
 
 
@@ -21,7 +21,7 @@ def needed(scheme: QuantScheme) -> list[str]:
     return names
 
 
-def static(scheme: QuantScheme | SchemeMap, layer: str) -> QuantScheme | None:
+def static(scheme: LayerScheme | SchemeMap, layer: str) -> QuantScheme | None:
     """The scheme of a layer where it needs scales; None where it needs none. Raises SchemeError as `of_layer`."""
     found = of_layer(scheme, layer)
     if isinstance(found, QuantScheme):

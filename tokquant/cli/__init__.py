@@ -7,7 +7,23 @@ from typing import Annotated
 
 import typer
 
-from tokquant.cli import bench, cache, calibrate, compare, compile, doctor, exchange, run, schemes, search, show, tune
+from tokquant.cli import (
+    bench,
+    cache,
+    calibrate,
+    compare,
+    compile,
+    doctor,
+    eval,
+    exchange,
+    io,
+    record,
+    run,
+    schemes,
+    search,
+    show,
+    tune,
+)
 from tokquant.plugins import load
 
 app = typer.Typer(
@@ -39,7 +55,7 @@ def plugins(
         load(path)
 
 
-for _module in (run, compare, search, schemes, show, compile, tune, bench, calibrate, doctor):
+for _module in (run, compare, search, schemes, show, compile, tune, io, bench, calibrate, record, eval, doctor):
     app.command()(getattr(_module, _module.__name__.rpartition(".")[2]))
 app.command("export")(exchange.export)
 app.command("import")(exchange.import_scales)

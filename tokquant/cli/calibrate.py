@@ -1,6 +1,8 @@
 """`tokquant calibrate`: from activations to a file of scales."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +14,7 @@ from tokquant.activations import sample
 from tokquant.calibration import observers
 from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import Scales
-from tokquant.cli import options, output
+from tokquant.cli import models, options, output
 from tokquant.export import save_scales
 from tokquant.schemes import read
 
@@ -23,6 +25,10 @@ def calibrate(
     input: Annotated[
         list[Path] | None, typer.Option("--input", "-i", help="Activation files; repeat for more. The sample if left out.")
     ] = None,
+    model: Annotated[Path | None, models.MODEL] = None,
+    texts: Annotated[Path | None, models.TEXTS] = None,
+    tokens: models.Tokens = 512,
+    windows: models.Windows = None,
     observer: Annotated[
         str, typer.Option("--observer", help="amax; percentile:99.9 or mse to clip; ema:0.99 to average over batches.")
     ] = "amax",
@@ -34,16 +40,30 @@ def calibrate(
         typer.Option("--state", help="A file to go on from if it exists, written after each input; none counts twice."),
     ] = None,
     device: options.Device = None,
+    dtype: models.Dtype = None,
     json: options.Json = False,
 ) -> None:
-    """Calibrate a static scheme on activations and write its scales, with the scheme in the file."""
+    """Calibrate a static scheme on activations, or on a model that reads texts, and write its scales, with the scheme."""
     options.check_writable("--output", output_path)
     options.check_writable("--state", state)
+    if (model is None) != (texts is None) or (model is not None and input):
+        raise ValueError("--model: give --model and --texts together, or --input")
     calibrator = _begun(scheme, observer, state)
-    paths = input or [sample()]
+    if model is not None and texts is not None:
+        with _counted(calibrator, texts, state) as new:
+            if new:
+                loaded, ids = models.load(model, texts, tokens, windows, device, dtype)
+                from tokquant.integrations.transformers import run_observed
+
+                run_observed(loaded, output.progress(ids, "windows", len(ids)), calibrator.observe)
+    paths = [] if model is not None else input or [sample()]
     for number, path in enumerate(paths, start=1):
-        layers = options.Layers(path, device)
-        _observe_file(calibrator, layers, f"{layers.name}, {number} of {len(paths)}", state)
+        with _counted(calibrator, path, state) as new:
+            if new:
+                layers = options.Layers(path, device)
+                for name, (q, k, v) in layers.each(f"{layers.name}, {number} of {len(paths)}"):
+                    with layers.naming(name):
+                        calibrator.observe(name, q, k, v)
     scales = calibrator.scales(margin)
     save_scales(output_path, scales)
     if json:
@@ -74,19 +94,26 @@ def _begun(scheme: str, observer: str, state: Path | None) -> Calibrator:
     return calibrator
 
 
-def _observe_file(calibrator: Calibrator, layers: options.Layers, what: str, state: Path | None) -> None:
-    """Add the layers of a file and write the state, which a file that it has seen leaves as it is."""
-    if state is not None:
-        with open(layers.file.path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest in calibrator.sources:
-            return
-        calibrator.sources[digest] = layers.name
-    for name, (q, k, v) in layers.each(what):
-        with layers.naming(name):
-            calibrator.observe(name, q, k, v)
-    if state is not None:
+@contextmanager
+def _counted(calibrator: Calibrator, path: Path, state: Path | None) -> Iterator[bool]:
+    """Whether an input is new to the calibration; if so, it is noted and the state written once it is observed."""
+    if state is None:
+        yield True
+        return
+    digest = _digest(path)
+    new = digest not in calibrator.sources
+    yield new
+    if new:
+        calibrator.sources[digest] = path.name
         calibrator.save(state)
+
+
+def _digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
 
 
 def _table(scales: Scales, title: str) -> Table:

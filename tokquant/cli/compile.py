@@ -1,13 +1,14 @@
 """`tokquant compile`: a scheme's kernel for a GPU that need not be here, and what it takes of it."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from tokquant.cli import options, output
+from tokquant.io_model import bytes_per_score
 from tokquant.kernels import launch
 from tokquant.kernels.compile import Kernel
 from tokquant.kernels.compile import compile as compile_kernel
@@ -89,13 +90,15 @@ def _bandwidth(kernel: Kernel) -> str:
 
 
 def _report(kernel: Kernel) -> dict:
-    report = {
+    report: dict[str, Any] = {
         "config": asdict(kernel.config),
         "resources": asdict(kernel.resources),
         "prediction": {**asdict(kernel.prediction), "share": kernel.prediction.share},
     }
     if isinstance(kernel.plan, DecodePlan):
         report["bandwidth"] = {**asdict(kernel.bandwidth), "predicted": kernel.bandwidth.predicted}
+    else:
+        report["bytes_per_score"] = bytes_per_score(kernel)
     return report
 
 
@@ -114,13 +117,14 @@ def _compare(kernel: Kernel, json: bool) -> None:
     title = f"{kernel.scheme.name} for {kernel.target.name}, head_dim {kernel.head_dim}: what tuning would time, and what not"
     table = Table(title=escape(title))
     table.add_column("queries x keys")
-    for column in ("registers", "spilled", "shared", "blocks", "instructions a score", "predicted TOPS"):
+    for column in ("registers", "spilled", "shared", "blocks", "instructions a score", "bytes a score", "predicted TOPS"):
         table.add_column(column, justify="right")
     table.add_column("")
     for each in built:
         found = each.resources
         numbers = (found.registers, found.spill_bytes, found.shared_bytes, found.blocks_per_multiprocessor)
-        rates = (f"{found.instructions_per_score:.2f}", f"{each.prediction.serial_tops:.0f}")
+        moved = "" if isinstance(each.plan, DecodePlan) else f"{bytes_per_score(each):.2f}"
+        rates = (f"{found.instructions_per_score:.2f}", moved, f"{each.prediction.serial_tops:.0f}")
         note = judged[each].why or ("taken without tuning" if each.config == kernel.config else "")
         table.add_row(str(each.config), *map(str, numbers), *rates, escape(note))
     output.console().print(table)

@@ -22,6 +22,8 @@ class Target:
     """32-bit registers of a multiprocessor."""
     shared_bytes: int
     """Shared memory of a multiprocessor, all of which one block may take but for a kilobyte."""
+    tensor_memory_bytes: int = 0
+    """Of a multiprocessor, where its tensor cores have a memory of their own for sums."""
     warps: int
     fp8: bool = True
     """Whether tensor cores multiply OCP's e4m3 and e5m2."""
@@ -37,6 +39,11 @@ class Target:
     """A clock of one multiprocessor."""
     issued: int = 128
     """Instructions of one thread that a multiprocessor starts a clock."""
+
+    @property
+    def fast_bytes(self) -> int:
+        """All that kernels can keep in one multiprocessor: registers, shared memory and tensor memory."""
+        return 4 * self.registers + self.shared_bytes + self.tensor_memory_bytes
 
 
 def _rates(int8: int, fp8: int, fp16: int, fp32: int = 256) -> MappingProxyType[str, int]:
@@ -64,7 +71,7 @@ TARGETS = {
             card="H100 SXM", multiprocessors=132, gigahertz=1.83, terabytes=3.35, rates=_rates(8192, 8192, 4096),
         ),
         Target(
-            name="sm_100", arch=100, shared_bytes=228 * _KB, warps=64,
+            name="sm_100", arch=100, shared_bytes=228 * _KB, tensor_memory_bytes=256 * _KB, warps=64,
             card="B200", multiprocessors=148, gigahertz=1.85, terabytes=8.0, rates=_rates(16384, 16384, 8192),
         ),
         Target(

@@ -1,0 +1,47 @@
+"""The paper's tables: the script runs, and its page says what its figures say."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FIGURES = ROOT / "benchmarks" / "results" / "paper-errors.json"
+NAMES = ["FP8, e5m2 without scales", "FP8, e4m3 scaled", "half INT8", "full INT8", "tokquant int8"]
+
+
+def by_input(rows):
+    return {(row["data"], row["scale"], row["tokens"], row["scheme"]): row["rel_l1"] for row in rows}
+
+
+def test_the_script_finds_the_papers_order_of_schemes(tmp_path):
+    path = tmp_path / "errors.json"
+    command = [sys.executable, ROOT / "benchmarks" / "paper" / "errors.py", "--tokens", "256", "--rows", "64", "--output", path]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = by_input(json.loads(path.read_text())["rows"])
+    for data in ("normal", "uniform"):
+        for scale in ("1", "1/8"):
+            e5m2, e4m3, half, full, ours = (found[data, scale, 256, name] for name in NAMES)
+            assert e5m2 > e4m3 > full > ours > 0.9 * half
+    assert "| 256 | tokquant int8 |" in result.stdout
+
+
+def test_long_sequences_leave_int8_where_it_is_and_not_the_papers_arithmetic():
+    found = by_input(json.loads(FIGURES.read_text())["rows"])
+    assert found["normal", "1/8", 16384, "tokquant int8"] < 0.015
+    assert found["normal", "1/8", 16384, "full INT8"] == pytest.approx(0.043, abs=0.001)
+
+
+def test_the_page_has_the_figures_of_the_run():
+    found, rows = by_input(json.loads(FIGURES.read_text())["rows"]), 0
+    for line in (ROOT / "docs" / "paper.md").read_text().splitlines():
+        if head := re.match(r"\| (?:(normal|uniform), scores times (1|D\^-1/2)[^:]*: )?(\d+) \|", line):
+            data, scale = (head[1], head[2].replace("D^-1/2", "1/8")) if head[1] else (data, scale)
+            written = [float(x) for x in re.findall(r"([\d.]+) %", line)]
+            assert written == pytest.approx([100 * found[data, scale, int(head[3]), name] for name in NAMES], abs=0.006)
+            rows += 1
+    assert rows == 9

@@ -1,0 +1,113 @@
+"""`tokquant io`: the bytes that a scheme's kernel moves, exactly, beside what no algorithm can do without."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from tokquant.cli import options, output
+from tokquant.evaluation import plot
+from tokquant.io_model import rank, standing
+from tokquant.io_model.plot import draw
+from tokquant.io_model.report import Standing
+from tokquant.io_model.workload import Workload
+from tokquant.kernels.compile import compile
+from tokquant.kernels.targets import TARGETS
+
+
+def io(
+    scheme: Annotated[str, typer.Argument(help="A preset or the path of a YAML file.")] = "int8",
+    layer: options.Layer = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Keys, and queries if --queries is left out.")] = 8192,
+    queries: Annotated[int | None, typer.Option("--queries", min=1, help="The last ones; as many as keys if left out.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
+    heads: Annotated[int, typer.Option("--heads", min=1, help="Of Q.")] = 32,
+    kv_heads: Annotated[int | None, typer.Option("--kv-heads", min=1, help="Of K and V; as many as Q's if left out.")] = None,
+    head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 128,
+    causal: options.Causal = False,
+    lse: Annotated[bool, typer.Option("--lse", help="With the log-sum-exp as a second output.")] = False,
+    target: Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")] = "sm_90",
+    dtype: options.Dtype = "fp16",
+    memory: Annotated[
+        int | None,
+        typer.Option("--fast-memory", min=1, help="Bytes of each multiprocessor for the bound; all it has if left out."),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--plot", help="Draw bytes against fast memory, with the bounds, into this file.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Count the bytes that a kernel moves between its registers and memory, exactly, and compare with the lower bounds.
+
+    Nothing runs and no GPU is needed. Times are those bytes over the datasheet's bandwidth, not measurements.
+    """
+    if picture is not None:
+        plot.check(picture)
+    if heads % (kv_heads or heads):
+        raise ValueError(f"--kv-heads: {kv_heads} does not divide the {heads} heads of Q")
+    kernel = compile(
+        scheme,
+        layer=layer,
+        head_dim=head_dim,
+        causal=causal,
+        return_lse=lse,
+        shared_heads=heads // (kv_heads or heads),
+        dtype=options.dtype_of(dtype),
+        target=target,
+    )
+    workload = Workload(batch=batch, heads=heads, n_q=queries or tokens, n_k=tokens)
+    found, launches = standing(kernel, workload, memory), rank(kernel, workload)
+    if picture is not None:
+        draw(found, launches, picture)
+    if json:
+        output.print_json(
+            {
+                "scheme": kernel.scheme.name,
+                "target": target,
+                "config": asdict(kernel.config),
+                "bytes": found.traffic.total,
+                "kinds": found.traffic.kinds,
+                "tensors": dict(found.traffic.tensors),
+                "operations": found.operations,
+                "intensity": found.intensity,
+                "sixteen_bit": {"bytes": found.sixteen_bit.total, "intensity": found.sixteen_bit_intensity},
+                "fast_memory": found.memory,
+                "processors": kernel.target.multiprocessors,
+                "bounds": {**asdict(found.bounds), "active": found.bounds.active, "times": found.above_bound},
+                "ms": {name: found.milliseconds(moved) for name, moved in _to_move(found).items()},
+                "launches": [
+                    {"config": asdict(each.kernel.config), "bytes": each.traffic.total, "fits": each.fits} for each in launches
+                ],
+            }
+        )
+        return
+    table = Table(title=escape(f"{kernel.scheme.name} for {target}, {kernel.config}"))
+    for name in ("", "bytes", "of all"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, moved in found.traffic.kinds.items():
+        table.add_row(name.upper() if name in ("q", "k", "v", "o", "lse") else name, f"{moved:,}", _share(moved, found))
+    table.add_section()
+    table.add_row("all", f"{found.traffic.total:,}", _share(found.traffic.total, found))
+    table.add_row("in 16 bits", f"{found.sixteen_bit.total:,}", _share(found.sixteen_bit.total, found))
+    table.add_row(f"lower bound ({found.bounds.active.replace('_', ' ')})", f"{found.bounds.greatest:,.0f}", "")
+    output.console().print(table)
+    card = kernel.target
+    times = ", ".join(f"{name} {found.milliseconds(moved):.3f} ms" for name, moved in _to_move(found).items())
+    output.console().print(
+        f"{found.above_bound:.1f} times the bound for {card.multiprocessors} multiprocessors of {found.memory:,} bytes. "
+        f"{found.intensity:.0f} operations a byte, {found.sixteen_bit_intensity:.0f} in 16 bits.\n"
+        f"At {card.terabytes:g} TB/s ({card.card}): {times}; caches lie between.",
+        highlight=False,
+    )
+
+
+def _to_move(found: Standing) -> dict[str, float]:
+    """What memory may have to deliver: from each input and output once to all that the kernel asks for."""
+    return {"inputs and outputs once": found.bounds.compulsory, "everything": found.traffic.total}
+
+
+def _share(moved: float, found: Standing) -> str:
+    return f"{100 * moved / found.traffic.total:.2f} %"

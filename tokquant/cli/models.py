@@ -1,0 +1,42 @@
+"""Options and loading of what runs on a local model of transformers."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from torch import Tensor
+
+from tokquant.cli import options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MODEL = typer.Option("--model", help="The folder of a transformers model and its tokenizer.")
+TEXTS = typer.Option("--texts", help="Texts for the model: one a line, or a .jsonl file with their `text`.")
+Model = Annotated[Path, MODEL]
+Texts = Annotated[Path, TEXTS]
+Tokens = Annotated[int, typer.Option("--tokens", min=2, help="Tokens a window; the texts are cut into windows.")]
+Windows = Annotated[int | None, typer.Option("--windows", min=1, help="How many windows to take; all if left out.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the model: fp16, bf16 or fp32; as it was saved if left out.")]
+
+
+def load(
+    model: Path, texts: Path, tokens: int, windows: int | None, device: str | None, dtype: str | None
+) -> tuple["PreTrainedModel", list[Tensor]]:
+    """The model, and windows `[1, tokens]` of the texts. Raises ValueError naming what is wrong."""
+    try:
+        import transformers
+
+        from tokquant.integrations.transformers import texts as local
+    except ImportError as error:
+        raise ValueError(f"--model: transformers cannot be imported ({error}); pip install 'tokquant[hf]'") from None
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    found = local.read(texts)
+    kind = None if dtype is None else options.dtype_of(dtype)
+    loaded, tokenizer = local.load(model, device=options.device_of(device), dtype=kind)
+    try:
+        return loaded, local.windows(tokenizer, found, tokens, windows)
+    except ValueError as error:
+        raise ValueError(f"{texts}: {error}") from None

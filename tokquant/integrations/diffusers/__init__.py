@@ -1,0 +1,8 @@
+"""tokquant as the attention of diffusers' models: a backend under a name, or schemes for the layers of one model.
+
+Importing this does not import diffusers.
+"""
+
+from tokquant.integrations.diffusers.registration import register, unregister, use
+
+__all__ = ["register", "unregister", "use"]

@@ -1,0 +1,127 @@
+"""`register` and `use`: the two ways in which a model of diffusers comes to a scheme."""
+
+import re
+import warnings
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any, TypeVar
+
+from torch import nn
+
+from tokquant.attention import Backend, Scheme
+from tokquant.calibration.scales import LayerScales, Scales, static
+from tokquant.errors import ScalesError, SchemeError, UnsupportedError, nearest, quote
+from tokquant.integrations.diffusers import surface
+from tokquant.integrations.diffusers.attention import function_of
+from tokquant.schemes import HeadSchemes, LayerScheme, SchemeMap, of_layer, read
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def register(
+    scheme: Scheme = "int8", *, name: str = "tokquant", scales: LayerScales | None = None, backend: Backend = "auto"
+) -> None:
+    """Make a scheme known to diffusers as an attention backend.
+
+    From then on `model.set_attention_backend(name)`, `attention_backend(name)` and the environment variable
+    DIFFUSERS_ATTN_BACKEND take it, the last if this comes before the first import of a model. Registering a name again replaces
+    its scheme, in models that have it too.
+
+    Args:
+        scheme: a QuantScheme, a preset's name, or the path of a YAML file. `use` takes maps of layers.
+        name: lower-case, and none of diffusers' own.
+        scales: for a static scheme, one layer's; they serve all layers. `use` takes those of each.
+        backend: as for `tokquant.attention`.
+
+    Raises:
+        ImportError: diffusers is not installed. UnsupportedError: one whose backends are others than those known here.
+        SchemeError, ScalesError, TypeError, ValueError: arguments that do not fit; nothing is registered then.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_.-]+", name):
+        raise ValueError(f"name: {quote(name)}; use lower-case letters, digits, '_', '-' and '.'")
+    given = _read(scheme)
+    one = given.only() if isinstance(given, SchemeMap) else given
+    untold = "and diffusers does not tell a backend which one calls it; use(model, ...) takes them"
+    if one is None:
+        raise SchemeError(f"scheme: {given.name!r} is a map of layers, {untold}")
+    if isinstance(scales, Scales):
+        raise TypeError(f"scales: these are of {len(scales)} layers, {untold}")
+    surface.add(name, function_of(one, scales, backend))
+
+
+def unregister(name: str = "tokquant") -> None:
+    """Take a registered backend back. Models that still have it say so when they run. Raises ValueError for an unknown name."""
+    surface.remove(name)
+
+
+def use(model: Model, scheme: Scheme = "int8", *, scales: Scales | None = None, backend: Backend = "auto") -> Model:
+    """Let one model attend by a scheme, or each of its layers by its own. Returns the model.
+
+    Nothing needs to be registered, and other models do not change. `model.reset_attention_backend()` takes it back.
+
+    Args:
+        model: `pipe.transformer`, say. Layers have the names of `model.named_modules()`: `transformer_blocks.0.attn`.
+        scheme: a QuantScheme, a preset's name, the path of a YAML file, or a SchemeMap of layers.
+        scales: for static schemes, of layers of the same names.
+        backend: as for `tokquant.attention`.
+
+    Raises:
+        SchemeError: as `register`; a layer that no pattern of a map matches, or a pattern that matches no layer.
+        ScalesError: scales that are missing, unused, or of a layer that is not there.
+        UnsupportedError: as `register`; a model whose attention takes no backends. Where that is some layers, it is a warning.
+        ImportError, TypeError, ValueError: as `register`. The model is then as it was.
+    """
+    layers = _layers(model)
+    given = _read(scheme)
+    if isinstance(given, SchemeMap):
+        for pattern, _ in given.layers:
+            if not any(fnmatchcase(layer, pattern) for layer in layers):
+                raise SchemeError(f"scheme map {given.name!r}: {quote(pattern)} matches no layer{nearest(pattern, layers)}")
+    fixed = [layer for layer in layers if static(given, layer)]
+    if scales is not None:
+        if not isinstance(scales, Scales):
+            raise TypeError(f"scales: a {type(scales).__name__}; give what load_scales or a Calibrator returns")
+        if not fixed:
+            raise ScalesError(f"scales: scheme {given.name!r} has no static part and no use for them")
+        for layer in scales:
+            if layer not in layers:
+                raise ScalesError(f"scales: {type(model).__name__} has no layer {quote(layer)}{nearest(layer, layers)}")
+    chosen: dict[int, tuple[str, Any]] = {}
+    for layer, processor in layers.items():
+        own = _backend(of_layer(given, layer), scales[layer] if scales is not None and layer in fixed else None, backend)
+        first, its = chosen.setdefault(id(processor), (layer, own))
+        if its is not own:
+            raise SchemeError(
+                f"scheme: {layer} shares its processor with {first}, and with it the scheme; set_processor() parts them"
+            )
+    for processor in layers.values():
+        processor._attention_backend = chosen[id(processor)][1]
+    return model
+
+
+@cache
+def _backend(scheme: LayerScheme, scales: LayerScales | None, backend: Backend) -> Any:
+    """One for all layers of a scheme: torch.compile then compiles them once."""
+    return surface.unlisted(function_of(scheme, scales, backend))
+
+
+def _read(scheme: Scheme) -> LayerScheme | SchemeMap:
+    return scheme if isinstance(scheme, HeadSchemes) else read(scheme)
+
+
+def _layers(model: object) -> dict[str, Any]:
+    """The processors of a model's attention that take a backend, by the names of their modules."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: a {type(model).__name__}; give a torch.nn.Module, such as pipe.transformer")
+    found = {name: module.processor for name, module in model.named_modules() if getattr(module, "processor", None) is not None}
+    layers = {name: processor for name, processor in found.items() if hasattr(processor, "_attention_backend")}
+    rest = sorted({type(processor).__name__ for name, processor in found.items() if name not in layers})
+    if not layers:
+        reason = f"its attention is {', '.join(rest)}" if rest else "it has no attention of diffusers"
+        raise UnsupportedError(f"model: a {type(model).__name__} takes no backends; {reason}")
+    if rest:
+        count = len(found) - len(layers)
+        warnings.warn(
+            f"model: {count} of {len(found)} layers stay as they are; {', '.join(rest)} takes no backend", stacklevel=3
+        )
+    return layers

@@ -1,0 +1,94 @@
+"""transformers' attention interface: what a model asks for, in the words of `tokquant.attention`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokquant import bias
+from tokquant.attention import attention
+from tokquant.errors import UnsupportedError
+from tokquant.integrations.transformers.cache_layer import Appended
+from tokquant.integrations.transformers.masks import Ordered
+from tokquant.integrations.transformers.settings import Setting, place_of
+
+REFUSED = {
+    "cache": "continuous batching keeps 16-bit pages of its own; use generate() with a TokquantCache",
+    "output_attentions": "probabilities are never written out; use attn_implementation='eager' to look at them",
+    "indices": "attention to chosen keys is not computed here; use attn_implementation='eager'",
+    "block_indices": "attention to chosen blocks of keys is not computed here; use attn_implementation='eager'",
+    "sinks": "sinks of this form are not known here; use attn_implementation='eager'",
+}
+"""Arguments that would change the result, and are not taken."""
+
+
+@torch.compiler.disable
+def attend(
+    registered: Setting | None,
+    yields: bool,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | Appended,
+    value: Tensor | Appended,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """Attention of `module`: query `[B, H_q, N_q, D]`, key and value `[B, H_kv, N_k, D]` -> `[B, N_q, H_q, D]`, and no weights.
+
+    `registered` is what the implementation was registered with; it yields to a model's own setting, or does not.
+
+    Raises, with the module's name in front: UnsupportedError for what is not computed here, else as `tokquant.attention`.
+    """
+    name, setting = place_of(module, registered, yields, by_name=isinstance(key, Appended) and key.by_name)
+    try:
+        for argument, reason in REFUSED.items():
+            if rest.get(argument) is not None and rest[argument] is not False:
+                raise UnsupportedError(f"{argument}: {reason}")
+        if rest.get("cu_seq_lens_q") is not None and attention_mask is None:
+            raise UnsupportedError("cu_seq_lens_q: packed sequences are told by position_ids that begin anew; give those too")
+        if dropout:
+            raise UnsupportedError(f"dropout: {dropout} of the probabilities is for training; call model.eval()")
+        if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
+            sizes = ", ".join(str(x.shape[-1]) for x in (query, key, value))
+            raise UnsupportedError(f"head_dim: that of query, key and value is {sizes}; tokquant takes one size for all three")
+        # a mask that is written out has the order of tokens in it
+        causal, window, tokens = False, None, None
+        if attention_mask is None:
+            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+            window = sliding_window if causal else None
+        elif isinstance(attention_mask, Ordered):
+            causal, window, tokens = True, attention_mask.window, attention_mask.tokens
+        features: dict[str, Any] = dict(scale=scaling, softcap=softcap, sinks=s_aux)
+        features["window"] = None if window is None else (window - 1, 0)
+        if isinstance(key, Appended):
+            if position_bias is not None:
+                raise UnsupportedError("position_bias: decoding on codes adds no bias; leave the TokquantCache out")
+            if not causal:
+                raise UnsupportedError(
+                    "attention_mask: a TokquantCache is attended to causally, within windows and without padding, and by "
+                    "nothing else; leave it out (for cross attention: EncoderDecoderCache(TokquantCache(...), DynamicCache()))"
+                )
+            known = attention_mask.on_host() if isinstance(attention_mask, Ordered) else None
+            out = key.attend(query, name, known, **features)
+        else:
+            assert not isinstance(value, Appended)
+            if setting.observe is not None:
+                setting.observe(name, query.detach(), key.detach(), value.detach())
+            if position_bias is not None:
+                features["bias"] = bias.dense(position_bias[..., : key.shape[2]])
+            mask = attention_mask if not causal else None if tokens is None else tokens[:, None, None]
+            scheme, scales = setting.of(name)
+            features |= dict(causal=causal, mask=mask, scales=scales, backend=setting.backend)
+            out = attention(query, key, value, scheme, **features)  # type: ignore[assignment]
+    except (ValueError, TypeError, RuntimeError) as error:
+        if not str(error).startswith(name):
+            error.args = (f"{name}: {error}",)
+        raise
+    return out.transpose(1, 2).contiguous(), None

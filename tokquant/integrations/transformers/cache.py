@@ -1,0 +1,95 @@
+"""TokquantCache: a cache of transformers that keeps codes, and is attended to on them."""
+
+import torch
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+
+from tokquant.attention import Backend, Scheme
+from tokquant.calibration.scales import Scales
+from tokquant.errors import UnsupportedError
+from tokquant.integrations.transformers.cache_layer import TokquantLayer
+from tokquant.integrations.transformers.settings import IMPLEMENTATIONS, Setting
+from tokquant.kv_cache import Memory
+from tokquant.schemes import SchemeMap, resolve
+from tokquant.schemes.appending import check_append_only
+
+CODED = ("full_attention", "sliding_attention")
+"""Types of layers whose keys and values are kept in codes."""
+
+OTHERS = ("linear_attention", "conv", "dummy")
+"""Types of layers that keep no keys and values; they stay as transformers has them."""
+
+
+class TokquantCache(Cache):
+    """Keys and values of a model in the codes of a scheme, a `tokquant.KVCache` a layer, for `generate(past_key_values=...)`.
+
+    The model must attend by tokquant (`use`, or `attn_implementation="tokquant"`). Prompts and generated tokens alike are
+    attended to on the codes, so that a prompt in one piece, in chunks or token by token gives the same where the scheme keeps
+    no tokens in 16 bits. Padding is never kept, on whichever side it is. Beams share pages; `crop` (assisted decoding) takes
+    tokens back. Layers with a window let go of what it has passed. For a model with cross attention:
+    `EncoderDecoderCache(TokquantCache(...), DynamicCache())`.
+
+    Args:
+        model: a model, or the config of one.
+        scheme: as for `use`; no part of it may see later tokens.
+        scales: those of a static scheme.
+        capacity: tokens that the pages of each layer are made for, once, for all sequences together; they grow where None.
+        backend: what keeps the pages: as for `tokquant.KVCache`.
+
+    Raises: SchemeError for a scheme that sees later tokens, ScalesError for missing scales, UnsupportedError for a model that
+    attends by something else or has layers of another kind (chunked attention, for one).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PreTrainedConfig,
+        scheme: Scheme,
+        *,
+        scales: Scales | None = None,
+        capacity: int | None = None,
+        backend: Backend = "auto",
+    ):
+        setting = Setting(scheme, scales, backend)
+        parts = [each for _, each in setting.scheme.layers] if isinstance(setting.scheme, SchemeMap) else [setting.scheme]
+        for each in parts:
+            check_append_only(resolve(each))
+        if isinstance(model, PreTrainedModel):
+            setting.check(model)
+            config = model.config.get_text_config(decoder=True)
+            if config._attn_implementation not in IMPLEMENTATIONS:
+                raise UnsupportedError(
+                    f"model: it attends by {config._attn_implementation!r}, which reads no codes; call "
+                    "tokquant.integrations.transformers.use(model, scheme), or load it with attn_implementation='tokquant'"
+                )
+        elif isinstance(model, PreTrainedConfig):
+            config = model.get_text_config(decoder=True)
+        else:
+            raise TypeError(f"model: a {type(model).__name__}; give a transformers model, or its config")
+        layers: list = []
+        for kind, options in zip(*get_layer_types_and_kwargs(config), strict=True):
+            if kind in OTHERS:
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
+            elif kind in CODED:
+                layers.append(TokquantLayer(setting, capacity))
+            else:
+                raise UnsupportedError(
+                    f"model: layer {len(layers)} is of type {kind!r}, which cannot be kept in codes; known are "
+                    f"{', '.join(CODED + OTHERS)}"
+                )
+        super().__init__(layers=layers)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        # waits for a GPU once, not in each layer
+        super().reorder_cache(beam_idx.cpu())  # type: ignore[arg-type]
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes now taken by all layers in codes."""
+        parts = [layer.held.memory for layer in self.layers if isinstance(layer, TokquantLayer) and layer.held is not None]
+        return Memory(*(sum(getattr(part, name) for part in parts) for name in ("packed", "slack", "windows")))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages and windows."""
+        memory = self.memory
+        return memory.packed + memory.slack + memory.windows

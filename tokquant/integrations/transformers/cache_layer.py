@@ -1,0 +1,190 @@
+"""One layer of a TokquantCache, and what it hands to attention in place of keys and values."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from tokquant.decode import decode
+from tokquant.errors import UnsupportedError
+from tokquant.integrations.transformers.settings import Setting
+from tokquant.kv_cache import KVCache
+
+DRAFT = 128
+"""Tokens that are kept beyond a window, for `crop` to take as many back."""
+
+
+class TokquantLayer(CacheLayerMixin):
+    """A KVCache of each sequence's own tokens, and which of the columns that the model counts they are."""
+
+    is_croppable = True
+    is_sliding = False  # columns are counted from the first token, so all layers are masked alike
+    supports_early_init = False
+
+    def __init__(self, setting: Setting, capacity: int | None):
+        super().__init__()
+        self.setting, self.capacity = setting, capacity
+        self._empty()
+
+    def _empty(self) -> None:
+        self.held: KVCache | None = None
+        self.columns, self.is_initialized = 0, False
+        self.tokens: np.ndarray | None = None
+        """`[B, columns]`, False where a column is padding; None where none is."""
+        self.behind = 0
+        self.forgotten = np.zeros(0, bool)
+        """Sequences of which tokens are gone that no query can see any more: those beyond `behind` before it."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """What attention appends and attends to, in place of both keys and values."""
+        both = Appended(self, key_states, value_states)
+        return both, both
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the first append makes the cache, as it knows its module's name."""
+
+    def append(self, name: str, k: Tensor, v: Tensor, tokens: np.ndarray | None, behind: int | None) -> None:
+        """Add columns `[B, H_kv, n, D]` but for padding; `tokens` `[B, columns + n]` says what is none, all where None.
+
+        No query sees more than the `behind` tokens before it, or all where None.
+
+        Raises ValueError where it says something else of earlier columns than it did then, else as `KVCache`; the layer is
+        then as it was.
+        """
+        (batch, heads, new, d), before = k.shape, self.columns
+        earlier = True if self.tokens is None else self.tokens
+        if not np.all((True if tokens is None else tokens[:, :before]) == earlier):
+            raise ValueError(
+                "attention_mask: it masks other columns than when their keys came; keep it, and add ones to its end"
+            )
+        held = self.held
+        if held is None:
+            scheme, scales = self.setting.of(name)
+            made = dict(batch=batch, kv_heads=heads, head_dim=d, dtype=k.dtype, device=k.device, capacity=self.capacity)
+            held = KVCache(scheme, scales=scales, backend=self.setting.backend, **made)  # type: ignore[arg-type]
+        order, counts = _packed(tokens, new, k.device)
+        if self.held is None:
+            self.forgotten = np.zeros(batch, bool)
+        if behind is not None:
+            self.behind, self.forgotten = behind, self.forgotten | (np.array(held.forget(behind + DRAFT)) > 0)
+        if order is None:
+            held.append(k, v)
+        else:
+            held.append(_rows(k, order), _rows(v, order), counts=counts)
+        self.held, self.columns, self.tokens, self.is_initialized = held, before + new, tokens, True
+
+    def attend(self, q: Tensor, **features: Any) -> Tensor:
+        """Attention of the newest columns' queries `[B, H_q, n, D]`; 0 where a column is padding."""
+        assert self.held is not None
+        order, counts = _packed(self.tokens, q.shape[2], q.device)
+        if order is None:
+            return decode(q, self.held, **features)  # type: ignore[return-value]
+        return _rows(decode(_rows(q, order), self.held, counts=counts, **features), order.argsort(dim=1))  # type: ignore[arg-type]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        """Begin anew, with sequences of any number."""
+        self._empty()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the newest `-tokens_to_remove` columns back. Raises ValueError for more than there are, or above zero."""
+        if not -self.columns <= tokens_to_remove <= 0:
+            raise ValueError(f"crop: {tokens_to_remove} of {self.columns} columns; give minus the number to remove")
+        if self.held is None or tokens_to_remove == 0:
+            return
+        kept = self.columns + tokens_to_remove
+        removed = -tokens_to_remove if self.tokens is None else self.tokens[:, kept:].sum(axis=1)
+        left = np.array(self.held.lengths) - removed
+        if (self.forgotten & (left < self.behind)).any():
+            raise ValueError(f"crop: {tokens_to_remove}; a layer with a window keeps {DRAFT} tokens to take back, and no more")
+        self.held.truncate(left.tolist())
+        self.columns, self.tokens = kept, None if self.tokens is None else self.tokens[:, :kept]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these sequences, which share pages with those they come from."""
+        if self.held is not None:
+            chosen = indices.tolist()
+            self.held = self.held.fork(chosen)
+            self.tokens = None if self.tokens is None else self.tokens[chosen]
+            self.forgotten = self.forgotten[chosen]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Go on with each sequence so many times."""
+        if self.held is not None:
+            self.batch_select_indices(torch.arange(self.held.batch).repeat_interleave(repeats))
+
+    def __repr__(self) -> str:
+        return f"TokquantLayer({self.held or self.setting.scheme.name})"
+
+
+class Appended:
+    """New keys and values of a layer, and by their order all that it holds; it stands for both.
+
+    They are appended when they are first attended to, for only then it is known which of them are padding.
+    """
+
+    def __init__(self, layer: TokquantLayer, k: Tensor, v: Tensor):
+        batch, heads, new, d = k.shape
+        self.shape = torch.Size((batch, heads, layer.columns + new, d))
+        self._layer = layer
+        self._new: tuple[Tensor, Tensor] | None = k, v
+
+    @property
+    def by_name(self) -> bool:
+        """Whether the layer has to be known by name."""
+        return self._layer.setting.by_name
+
+    def attend(self, q: Tensor, name: str, tokens: np.ndarray | None, **features: Any) -> Tensor:
+        """Append, once, and attend: q `[B, H_q, n, D]` -> `[B, H_q, n, D]`."""
+        if self._new is not None:
+            behind, _ = features["window"] or (None, None)
+            self._layer.append(name, *self._new, tokens, behind)
+            self._new = None
+        return self._layer.attend(q, **features)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        raise _unread()
+
+    def __getitem__(self, index: Any) -> Any:
+        raise _unread()
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name) if name.startswith("__") else _unread()
+
+
+def _unread() -> UnsupportedError:
+    return UnsupportedError(
+        "a TokquantCache gives codes, which only tokquant's attention reads: call "
+        "tokquant.integrations.transformers.use(model, scheme), or load the model with attn_implementation='tokquant'"
+    )
+
+
+def _packed(tokens: np.ndarray | None, new: int, device: torch.device) -> tuple[Tensor | None, list[int]]:
+    """The order in which the newest columns of each sequence have their tokens first `[B, new]`, and how many those are.
+
+    None where all are.
+    """
+    if tokens is None or tokens[:, -new:].all():
+        return None, []
+    newest = tokens[:, -new:]
+    order = np.argsort(~newest, axis=1, kind="stable")
+    return torch.from_numpy(order).to(device), newest.sum(axis=1).tolist()
+
+
+def _rows(x: Tensor, order: Tensor) -> Tensor:
+    """`[B, H, n, D]` with the tokens of each sequence in another order `[B, n]`."""
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

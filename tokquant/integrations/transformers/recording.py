@@ -1,0 +1,63 @@
+"""What a model's attention is given: to calibrate on, to keep in a file."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tokquant.integrations.transformers.registration import observe
+from tokquant.integrations.transformers.settings import ATTRIBUTE, Observer
+
+
+@contextmanager
+def observing(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
+    """Inside, the model attends exactly (preset `none`), and each attention gives its module's name, q, k and v to `observer`.
+
+    K is as it is cached, after RoPE, and K and V have their own heads: what `Calibrator.observe` takes. Afterwards the model
+    attends as before. Raises as `use`.
+    """
+    implementations = [
+        (each, each.config._attn_implementation) for each in model.modules() if isinstance(each, PreTrainedModel)
+    ]
+    places = [(module, module.__dict__.get(ATTRIBUTE)) for module in model.modules()]
+    observe(model, observer)
+    try:
+        yield
+    finally:
+        for each, implementation in implementations:
+            each.set_attn_implementation(implementation)
+        for module, place in places:
+            if place is None:
+                delattr(module, ATTRIBUTE)
+            else:
+                setattr(module, ATTRIBUTE, place)
+
+
+def run_observed(model: PreTrainedModel, windows: Iterable[Tensor], observer: Observer) -> None:
+    """Run a model on token ids `[B, N]` of any lengths, `observing` it. Raises as that does."""
+    with observing(model, observer), torch.no_grad():
+        for ids in windows:
+            model(input_ids=ids.to(model.device), use_cache=False)
+
+
+def record(model: PreTrainedModel, windows: Iterable[Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Q, K and V of each attention of a model, on the CPU, as `tokquant.activations.save` takes them.
+
+    Args:
+        windows: token ids `[B, N]`, all of one length.
+
+    Returns: for each module `[sum of B, H, N, D]`. Raises ValueError where lengths differ; else as `use`.
+    """
+    found: dict[str, list[tuple[Tensor, ...]]] = {}
+
+    def keep(name: str, *operands: Tensor) -> None:
+        found.setdefault(name, []).append(tuple(x.cpu().clone() for x in operands))
+
+    run_observed(model, windows, keep)
+    lengths = {operands[0].shape[2] for parts in found.values() for operands in parts}
+    if len(lengths) > 1:
+        raise ValueError(f"windows: of {' and '.join(map(str, sorted(lengths)))} tokens; give windows of one length")
+    joined = {name: tuple(torch.cat(each) for each in zip(*parts, strict=True)) for name, parts in found.items()}
+    return joined  # type: ignore[return-value]

@@ -1,0 +1,81 @@
+"""`register` and `use`: the two ways in which a model of transformers comes to a scheme."""
+
+from functools import partial
+from typing import TypeVar
+
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from tokquant.attention import Backend, Scheme
+from tokquant.calibration.scales import Scales
+from tokquant.errors import UnsupportedError, quote
+from tokquant.integrations.transformers.attention import attend
+from tokquant.integrations.transformers.masks import mask
+from tokquant.integrations.transformers.settings import IMPLEMENTATIONS, Observer, Setting, place
+
+NAME = "tokquant"
+RESERVED = ("flash", "sdpa", "flex_attention", "eager", "/", "|", ":", "@")
+"""What transformers looks for in a name and then treats it as another implementation, or as a kernel to download."""
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def register(scheme: Scheme = "int8", *, scales: Scales | None = None, name: str = NAME, backend: Backend = "auto") -> None:
+    """Make `attn_implementation=name` known to transformers, with what runs in models that `use` gave no scheme of their own.
+
+    Args:
+        scheme: a QuantScheme, a preset's name, a path, or a SchemeMap of modules' names, `model.layers.0.self_attn`.
+        scales: those of a static scheme, for modules of the same names.
+        name: another one, to have several at a time. Registering a name again replaces what it stood for.
+        backend: as for `tokquant.attention`.
+
+    Raises: SchemeError, ScalesError, TypeError and ValueError for what does not fit; nothing is registered then.
+    """
+    if not isinstance(name, str) or not name or any(part in name for part in RESERVED):
+        raise ValueError(f"name: {quote(name)} means something else to transformers; leave out {', '.join(RESERVED)}")
+    _register(name, Setting(scheme, scales, backend))
+
+
+def use(model: Model, scheme: Scheme, *, scales: Scales | None = None, backend: Backend = "auto") -> Model:
+    """Let a model attend by a scheme from now on, whatever other models do. Returns the model.
+
+    `model.set_attn_implementation("sdpa")` takes it back; a second call replaces the first; a copy of the model goes on with
+    the same.
+
+    Args: as for `register`. Names are those of `model.named_modules()`.
+
+    Raises: SchemeError where a pattern of a map matches no module, ScalesError where scales are of a module that is not there,
+    UnsupportedError for a model that does not look up its attention; else as `register`. The model is then as it was.
+    """
+    return _use(model, Setting(scheme, scales, backend))
+
+
+def observe(model: Model, observer: Observer) -> Model:
+    """Let a model attend exactly, and give name, q, k and v of each attention to `observer`."""
+    return _use(model, Setting("none", observe=observer))
+
+
+def _use(model: Model, setting: Setting) -> Model:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: a {type(model).__name__}; give a transformers.PreTrainedModel")
+    setting.check(model)
+    if not model._can_set_attn_implementation():
+        raise UnsupportedError(
+            f"model: {type(model).__name__} has its attention written out and looks up no other; it cannot be replaced"
+        )
+    known()
+    model.set_attn_implementation(NAME)
+    place(model, setting)
+    return model
+
+
+def known() -> None:
+    """Make the implementation known, with nothing for models that have no scheme of their own."""
+    if NAME not in IMPLEMENTATIONS:
+        _register(NAME, None)
+
+
+def _register(name: str, setting: Setting | None) -> None:
+    AttentionInterface.register(name, partial(attend, setting, name == NAME))
+    # without it transformers makes no masks at all
+    AttentionMaskInterface.register(name, mask)
+    IMPLEMENTATIONS.add(name)

@@ -1,0 +1,128 @@
+"""What is in force in a module of a model: a scheme, its scales, and the module's name."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tokquant.attention import BACKENDS, Backend
+from tokquant.calibration.scales import LayerScales, Scales, needed
+from tokquant.errors import ScalesError, SchemeError, nearest, quote
+from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap, of_layer, read
+
+ATTRIBUTE = "_tokquant"
+"""Of a module: its Place."""
+
+IMPLEMENTATIONS: set[str] = set()
+"""Names under which tokquant's attention is registered."""
+
+Observer = Callable[[str, Tensor, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A scheme or a map of them, as `register` and `use` take it. Raises SchemeError, ScalesError and ValueError."""
+
+    scheme: Any
+    scales: Scales | None = None
+    backend: Backend = "auto"
+    observe: Observer | None = None
+    """Sees name, q, k and v of each attention."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "scheme", read(self.scheme))
+        if self.backend not in BACKENDS:
+            known = ", ".join(BACKENDS)
+            raise ValueError(f"backend: {quote(self.backend)} is none; use one of {known}{nearest(self.backend, BACKENDS)}")
+        if self.scales is not None and not isinstance(self.scales, Scales):
+            raise TypeError(f"scales: a {type(self.scales).__name__}; give what load_scales or a Calibrator returns")
+        static = [scheme for scheme in self.scheme.schemes() if needed(scheme)]
+        if static and self.scales is None:
+            raise ScalesError(
+                f"scales: scheme {static[0].name!r} is static; calibrate it (`tokquant calibrate --model`) and give its scales"
+            )
+        if self.scales is not None and not static:
+            raise ScalesError(f"scales: scheme {self.scheme.name!r} has no static part and no use for them")
+
+    @property
+    def by_name(self) -> bool:
+        """Whether a layer has to be known by name."""
+        several = isinstance(self.scheme, SchemeMap) and self.scheme.only() is None
+        return several or self.scales is not None or self.observe is not None
+
+    def of(self, name: str) -> tuple[LayerScheme, LayerScales | None]:
+        """Scheme and scales of the module of this name. Raises SchemeError or ScalesError where it has none."""
+        scheme = of_layer(self.scheme, name)
+        static = isinstance(scheme, QuantScheme) and needed(scheme)
+        return scheme, self.scales[name] if static and self.scales is not None else None
+
+    def check(self, model: nn.Module) -> None:
+        """Raise SchemeError or ScalesError unless every pattern and every layer of the scales is of a module of `model`."""
+        names = [name for name, _ in model.named_modules() if name]
+        if isinstance(self.scheme, SchemeMap):
+            for pattern, _ in self.scheme.layers:
+                alone = replace(self.scheme, layers=((pattern, self.scheme.schemes()[0]),))
+                if not any(_has(alone, name) for name in names):
+                    raise SchemeError(
+                        f"scheme map {self.scheme.name!r}: {quote(pattern)} matches no module of {type(model).__name__}"
+                        f"{nearest(pattern, names)}"
+                    )
+        for name in self.scales or ():
+            if name not in names:
+                raise ScalesError(f"scales: {type(model).__name__} has no module {quote(name)}{nearest(name, names)}")
+
+    def __deepcopy__(self, memo: dict) -> "Setting":
+        return self  # a copied model goes on with the same
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A module's name in its model, and the model's own setting."""
+
+    name: str
+    setting: Setting | None = None
+
+
+def place(model: nn.Module, setting: Setting | None) -> None:
+    """Note in every module of a model what it is called, and what is in force."""
+    for name, module in model.named_modules():
+        setattr(module, ATTRIBUTE, Place(name, setting))
+
+
+def place_of(module: nn.Module, registered: Setting | None, yields: bool, by_name: bool = False) -> tuple[str, Setting]:
+    """The name of an attention module and what is in force there: its model's own setting where the registered one yields.
+
+    Where neither that nor the caller (`by_name`) needs a name, it may be that of the class. Raises ValueError where nothing is
+    in force, or a name is needed and there is none.
+    """
+    found: Place | None = module.__dict__.get(ATTRIBUTE)
+    setting = found.setting if found and found.setting and yields else registered
+    if setting is None:
+        raise ValueError("tokquant: this model has no scheme; call tokquant.integrations.transformers.use(model, scheme) first")
+    if found is None and (setting.by_name or by_name):
+        place(_model_of(module), None)
+        found = module.__dict__[ATTRIBUTE]
+    return found.name if found else type(module).__name__, setting
+
+
+def _model_of(module: nn.Module) -> PreTrainedModel:
+    """The outermost transformers model that a module is part of. Nothing leads up from a module, so all that live are asked."""
+    alive = (x for x in gc.get_objects() if issubclass(type(x), PreTrainedModel))
+    found = [model for model in alive if any(each is module for each in model.modules())]
+    if not found:
+        raise ValueError(
+            f"tokquant: this {type(module).__name__} is in no transformers model, so it has no name to find its scheme by; "
+            "call tokquant.integrations.transformers.use(model, scheme)"
+        )
+    return max(found, key=lambda model: sum(1 for _ in model.modules()))
+
+
+def _has(schemes: SchemeMap, name: str) -> bool:
+    try:
+        schemes[name]
+    except SchemeError:
+        return False
+    return True

@@ -1,0 +1,30 @@
+"""What attention moves: the exact bytes of a kernel's loads and stores, and what no algorithm can do without.
+
+The bounds are those of Saha and Ye, "The I/O Complexity of Attention, or How Optimal is Flash Attention?" (arXiv 2402.07443),
+with constants, and with operands of different widths.
+"""
+
+from tokquant.io_model.bounds import Bounds, Problem, lower_bounds, problem
+from tokquant.io_model.counter import Launch, counting
+from tokquant.io_model.rank import Ranked, bytes_per_score, rank
+from tokquant.io_model.report import Standing, standing
+from tokquant.io_model.traffic import Traffic, traffic
+from tokquant.io_model.workload import Pairs, Workload
+
+__all__ = [
+    "Bounds",
+    "Launch",
+    "Pairs",
+    "Problem",
+    "Ranked",
+    "Standing",
+    "Traffic",
+    "Workload",
+    "bytes_per_score",
+    "counting",
+    "lower_bounds",
+    "problem",
+    "rank",
+    "standing",
+    "traffic",
+]
