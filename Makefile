@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: .venv/installed
 	$(BIN)/tokquant compare int-flash int8 int8-fast int8-fp16 kv-int4 fp8
@@ -19,8 +19,11 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/installed-dev
+	$(BIN)/python -m sphinx -W -b html docs docs/_build
+
 clean:
-	rm -rf .venv
+	rm -rf .venv docs/_build
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

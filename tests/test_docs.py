@@ -1,5 +1,6 @@
 """README and docs do what they say: their Python runs, their commands exit well, their kernel is the generated one."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -20,6 +21,8 @@ from tokquant.schemes import preset, preset_names
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text()
+COMMANDS = [PAGES[0], ROOT / "docs" / "index.md", ROOT / "docs" / "performance.md"]
+"""Pages whose commands need nothing that a reader has to bring."""
 SHORT = {"compare": ["--repeats", "1"], "bench": ["--repeats", "1", "--tokens", "64", "--head-dim", "32"]}
 """Words that make a command short."""
 
@@ -28,21 +31,29 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> Path:
+    """What one page has built another finds."""
+    return tmp_path_factory.mktemp("kernels")
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path):
+def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, kernels):
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks(page, "python")))
-    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    cached = {**os.environ, "TOKQUANT_CACHE_DIR": str(kernels)}
+    result = subprocess.run([sys.executable, script], cwd=tmp_path, env=cached, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
-def test_commands_of_the_readme_exit_well(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("page", COMMANDS, ids=lambda page: page.name)
+def test_commands_of_a_page_exit_well(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    commands = [line[2:] for block in blocks(PAGES[0], "console") for line in block.splitlines() if line.startswith("$ ")]
-    commands += [command for command in re.findall(r"`(tokquant [^`]+)`", README) if command.islower()]
-    assert len(commands) >= 5
+    commands = [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
+    commands += [command for command in re.findall(r"`(tokquant [^`]+)`", page.read_text()) if command.islower()]
+    assert len(commands) >= 2
     # compiling cannot share a process with the interpreter, and tuning needs a GPU; their own tests run them
-    for command in (command for command in commands if " compile " not in command and " tune " not in command):
+    for command in (command for command in commands if command.split()[1] not in ("compile", "tune")):
         short = next((words for name, words in SHORT.items() if f"tokquant {name}" in command), [])
         monkeypatch.setattr("sys.argv", [*shlex.split(command), *short])
         with pytest.raises(SystemExit) as stop:
@@ -80,5 +91,23 @@ def test_the_errors_of_the_readme_are_those_of_the_sample():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", linked.read_text(), flags=re.M | re.S), re.M)
+            # as code hosts, and MyST, make anchors of headings
+            assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_a_page_names_exist(page):
+    for path, _, name in re.findall(r"`(tests/[\w/]+\.py)(::(\w+))?`", page.read_text()):
+        assert f"def {name}" in (ROOT / path).read_text(), (path, name)
+
+
+def test_the_names_that_explain_a_kernel_are_in_it():
+    text = (ROOT / "docs" / "kernels.md").read_text().partition("## How to read a kernel")[2].partition("\n## ")[0]
+    kernel = generate.render(plan(preset("int8-fast"), head_dim=64, dtype=torch.float16, wanted=Wanted(right=True)))
+    names = set(re.findall(r"`([A-Za-z_.]+)`", text)) - {"unit", "row_block", "l"}
+    assert len(names) > 20 and not {name for name in names if name not in kernel}

@@ -37,7 +37,7 @@ def test_long_sequences_leave_int8_where_it_is_and_not_the_papers_arithmetic():
 
 
 def test_the_page_has_the_figures_of_the_run():
-    found, rows = by_input(json.loads(FIGURES.read_text())["rows"]), 0
+    found, rows, data, scale = by_input(json.loads(FIGURES.read_text())["rows"]), 0, "", ""
     for line in (ROOT / "docs" / "paper.md").read_text().splitlines():
         if head := re.match(r"\| (?:(normal|uniform), scores times (1|D\^-1/2)[^:]*: )?(\d+) \|", line):
             data, scale = (head[1], head[2].replace("D^-1/2", "1/8")) if head[1] else (data, scale)

@@ -3,9 +3,13 @@
 import importlib.util
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokquant.errors import UnsupportedError, quote
 from tokquant.evaluation.search import Found
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 UNITS = {"bits": "bits a value of Q, K and V", "kv_bits": "bits a value of K and V", "ms": "ms"}
 FORMATS = (".svg", ".png", ".pdf")
@@ -25,6 +29,11 @@ def draw(found: Found, path: str | os.PathLike) -> None:
     Raises ValueError for another kind of file, UnsupportedError where matplotlib is not installed.
     """
     check(path)
+    figure(found).savefig(path)
+
+
+def figure(found: Found) -> "Figure":
+    """The picture that `draw` writes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -32,13 +41,13 @@ def draw(found: Found, path: str | os.PathLike) -> None:
     costs, errors = zip(*found.front, strict=True)
     axes.step(costs, errors, where="post", label="maps", zorder=1)
     costs, errors = zip(*found.singles.values(), strict=True)
-    axes.scatter(costs, errors, s=16, color="0.45", label="one scheme for all layers", zorder=2)
+    axes.scatter(costs, errors, s=16, color="0.5", label="one scheme for all layers", zorder=2)
     for name, point in found.singles.items():
         if any(cost <= point[0] and error < point[1] for cost, error in found.singles.values()):
             continue  # names of those that another beats would lie on top of each other
-        axes.annotate(name, point, textcoords="offset points", xytext=(3, 3), fontsize=6, color="0.35")
+        axes.annotate(name, point, textcoords="offset points", xytext=(3, 3), fontsize=6, color="0.5")
     axes.scatter([found.cost], [found.error], s=70, marker="*", color="tab:red", label=found.map.name, zorder=3)
     axes.set(xlabel=UNITS[found.unit], ylabel=found.metric if found.metric != "cosine" else "1 - cosine", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    return figure
