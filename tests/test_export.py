@@ -321,3 +321,17 @@ def test_a_new_file_follows_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+
+
+def test_what_cannot_be_written_is_named_as_it_was_given(tmp_path):
+    for path, error in ((tmp_path / "none" / "x", FileNotFoundError), (tmp_path, IsADirectoryError)):
+        with pytest.raises(error) as caught:
+            files.write_atomically(path, b"x")
+        assert caught.value.filename == str(path) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", [calibrated("kv-fp8")["layers.0"], "a.safetensors"], ids=["one layer", "a path"])
+def test_what_are_no_scales_of_layers_is_said(given, tmp_path):
+    for write in (tq.save_scales, tq.export_checkpoint_scales):
+        with pytest.raises(TypeError, match=r"scales: .*; give all layers', as Calibrator.scales"):
+            write(tmp_path / "x", given)

@@ -166,3 +166,11 @@ def test_what_does_not_fit_is_named(changes, message):
     given = dict(q_weight=torch.ones(96, 8), k_weight=torch.ones(32, 8), factors=ONES) | changes
     with pytest.raises(ValueError, match=message):
         fold(**given)
+
+
+@pytest.mark.parametrize("name", ["q_weight", "k_weight", "q_bias", "factors"])
+@pytest.mark.parametrize("given", [[1.0, 2.0], torch.ones(64, 8, dtype=torch.int8)], ids=["a list", "codes"])
+def test_what_are_no_weights_is_named(name, given):
+    arguments = {"q_weight": torch.ones(64, 8), "k_weight": torch.ones(64, 8), "factors": torch.ones(2, 1, 32)}
+    with pytest.raises((TypeError, ValueError), match=f"{name}: "):
+        fold(**(arguments | {name: given}))

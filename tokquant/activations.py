@@ -32,7 +32,7 @@ class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
         try:
             self._file = safetensors.safe_open(self.path, framework="pt")
         except OSError as error:
-            raise ValueError(f"{self.path}: {error.strerror or error}") from None
+            raise ValueError(f"{self.path}: {error.strerror or str(error).removesuffix(f': {self.path}')}") from None
         except safetensors.SafetensorError as error:
             raise ValueError(f"{self.path}: not a safetensors file, or not a whole one ({error})") from None
         found: dict[str, set[str]] = {}
@@ -52,6 +52,11 @@ class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
             raise ValueError(f"{self.path}: no layer {quote(layer)}{nearest(layer, self._layers)}")
         q, k, v = (self._file.get_tensor(f"{layer}.{role}") for role in "qkv")
         return q, k, v
+
+    def head_dims(self) -> set[int]:
+        """How many channels heads have, over all layers. No activations are read."""
+        shapes = (self._file.get_slice(f"{layer}.q").get_shape() for layer in self._layers)
+        return {shape[-1] for shape in shapes if shape}
 
     def __contains__(self, layer: object) -> bool:
         return layer in self._layers

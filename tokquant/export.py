@@ -27,6 +27,7 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
 
     Name layers as the model does (`model.layers.0.self_attn`) and the names are those that vLLM and compressed-tensors use.
     """
+    check_scales_of_layers(scales)
     tensors = {
         f"{layer}.{name}": value.contiguous().clone()
         for layer, part in scales.items()
@@ -40,6 +41,12 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
         "tokquant.sha256": checksum(tensors, scheme),
     }
     write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def check_scales_of_layers(scales: object) -> None:
+    """Raise TypeError unless these are the scales of all layers."""
+    if not isinstance(scales, Scales):
+        raise TypeError(f"scales: {quote(scales)}; give all layers', as Calibrator.scales() or load_scales(path) returns them")
 
 
 def load_scales(path: str | os.PathLike) -> Scales:
@@ -89,7 +96,7 @@ def open_tensors(path: str | os.PathLike, error_type: type[Exception]) -> Iterat
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
     except OSError as error:
-        raise error_type(f"{path}: {error.strerror or error}") from None
+        raise error_type(f"{path}: {error.strerror or str(error).removesuffix(f': {path}')}") from None
     except safetensors.SafetensorError as error:
         raise error_type(f"{path}: not a safetensors file, or not a whole one ({error})") from None
 

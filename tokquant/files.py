@@ -1,6 +1,7 @@
 """Writing a file so that a reader sees the old bytes or the new ones, never a part."""
 
 import contextlib
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     """Write `data` beside `path`, flush it to disk, then rename it into place.
 
-    Raises OSError as the file system does; whatever stood at `path` is then untouched.
+    Raises OSError as the file system does, naming `path`; whatever stood there is then untouched.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.parent / f".{path.name[:64]}.{secrets.token_hex(8)}"
     try:
         with open(temporary, "xb") as file:
@@ -19,7 +22,9 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):
+            raise type(error)(error.errno, error.strerror, str(path)) from None
         raise

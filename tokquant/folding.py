@@ -44,9 +44,16 @@ def fold(
         factors: `[H_kv, 1, D]`, above zero, equal over each pair of channels that RoPE turns together; `split` gives such.
         rope: which channels are pairs.
 
-    Raises ValueError for shapes that do not fit, and for factors that a pair does not share, naming its channels.
+    Raises TypeError for what is no tensor of floats, and ValueError for shapes that do not fit and for factors that a pair
+    does not share, naming its channels.
     """
     _check_factors(factors, rope)
+    given = {"q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}
+    for name, x in given.items():
+        if not isinstance(x, Tensor | None) or (x is None and name.endswith("weight")):
+            raise TypeError(f"{name}: {quote(x)}; give a torch.Tensor")
+        if x is not None and not x.dtype.is_floating_point:
+            raise TypeError(f"{name}: {x.dtype}; give floating-point weights, which are quantized after they are folded")
     heads, _, d = factors.shape
     for name, weight, bias in (("k", k_weight, k_bias), ("q", q_weight, q_bias)):
         rows = weight.shape[0]
@@ -87,9 +94,11 @@ def _partners(d: int, rope: Rope) -> list[int]:
     return [{"half": (c + d // 2) % d, "interleaved": c ^ 1, "none": c}[rope] for c in range(d)]
 
 
-def _check_factors(factors: Tensor, rope: str) -> None:
+def _check_factors(factors: object, rope: str) -> None:
     if rope not in ("half", "interleaved", "none"):
         raise ValueError(f"rope: {quote(rope)} is none; use half, interleaved or none")
+    if not isinstance(factors, Tensor):
+        raise TypeError(f"factors: {quote(factors)}; give the tensor k_balance of a layer's scales, [H_kv, 1, D]")
     if factors.ndim != 3 or factors.shape[1] != 1 or (rope != "none" and factors.shape[2] % 2):
         raise ValueError(f"factors: shape {list(factors.shape)} is not [H_kv, 1, D], D even under RoPE")
     if not bool((factors.isfinite() & (factors > 0)).all()):

@@ -52,6 +52,9 @@ def scaled_dot_product_attention(
         raise UnsupportedError(
             f"dropout_p: {quote(dropout_p)}; quantized attention has no dropout: give 0.0, or call model.eval()"
         )
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: {quote(flag)} is not a bool")
     headless = query.ndim == key.ndim == value.ndim == 2
     q, k, v = (x[None] if x.ndim == 2 else x for x in (query, key, value))
     n_q, n_k, d, d_v = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
@@ -67,6 +70,10 @@ def scaled_dot_product_attention(
                 raise ValueError(f"{name}: {x.shape[-3]} heads, and others have {heads}; give enable_gqa=True if they share")
         q = q.expand(*q.shape[:-3], heads, -1, -1)
     kv_heads = max(k.shape[-3], v.shape[-3])
+    if {k.shape[-3], v.shape[-3]} - {1, kv_heads}:
+        raise ValueError(f"value: {v.shape[-3]} heads, and key has {k.shape[-3]}; give as many")
+    if q.shape[-3] % kv_heads:
+        raise ValueError(f"key: {kv_heads} heads do not divide the {q.shape[-3]} of query")
     result = (*leading, heads, n_q, d_v)[headless:]
     if attn_mask is not None:
         attn_mask = _mask(attn_mask, leading, heads, n_q, n_k)

@@ -65,6 +65,10 @@ def test_parts_of_a_job_merge_from_their_files(tmp_path):
     assert torch.equal(*(c.scales()["layers.0"].tensors["v_scale"] for c in (one, parts[0])))
     with pytest.raises(ValueError, match=r"merge: both have seen '1.safetensors', which would count twice"):
         one.merge(other)
+    with pytest.raises(ValueError, match=r"merge: this is the calibrator itself"):
+        one.merge(one)
+    with pytest.raises(TypeError, match=r"merge: 'state'; give another Calibrator"):
+        one.merge("state")
 
 
 def rewritten(path, change):

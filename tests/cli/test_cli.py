@@ -107,6 +107,15 @@ def test_calibrate_goes_on_from_its_state_and_counts_no_file_twice(tokquant, tmp
     assert code == 2 and "1.safetensors: holds no calibration" in err
 
 
+def test_calibrate_goes_on_with_a_scheme_map(tokquant, tmp_path):
+    (tmp_path / "map.yaml").write_text('layers: {layers.0: kv-fp8, "*": int8}')
+    words = ["calibrate", "-s", tmp_path / "map.yaml", "-o", tmp_path / "scales", "--state", tmp_path / "state"]
+    for _ in range(2):
+        code, _, err = tokquant(*words)
+        assert code == 0, err
+    assert tq.Calibrator.load(tmp_path / "state").layers["layers.0"].tokens["k"] == 512
+
+
 def test_calibrate_keeps_the_state_of_whole_files_when_one_is_bad(tokquant, tmp_path):
     good = write(tmp_path / "good.safetensors", **{f"a__{r}": torch.randn(1, 2, 8, 32) for r in "qkv"})
     bad = {f"{layer}__{r}": torch.randn(1, 2, 8, 32) for layer in "ab" for r in "qkv"}
@@ -176,6 +185,14 @@ def test_compare_keeps_schemes_of_one_name_apart(tokquant, tmp_path):
 def write(path, **tensors):
     path.write_bytes(safetensors.torch.save({name.replace("__", "."): x for name, x in tensors.items()}))
     return path
+
+
+def test_what_is_compared_by_itself_fits_every_layer(tokquant, tmp_path):
+    layers = {f"{name}__{r}": torch.randn(1, 1, 8, d) for name, d in (("a", 32), ("b", 48)) for r in "qkv"}
+    code, out, err = tokquant("compare", "-i", write(tmp_path / "x.safetensors", **layers), "--repeats", 1, "--json")
+    assert code == 0, err
+    names = {each["scheme"] for each in json.loads(out)["schemes"]}
+    assert "int8" in names and "kv-int4-kivi" not in names  # groups of 32 channels do not divide 48
 
 
 def test_layers_of_any_name_are_shown_as_they_are(tokquant, tmp_path):
@@ -302,9 +319,10 @@ def test_doctor_says_of_compiler_and_instruction_set_each_what_is_wrong_with_it(
     ("words", "message"),
     [
         (("run", "-s", "int9"), "no preset 'int9'.*did you mean 'int8'"),
+        (("run", "-s", ""), "no preset ''; use one of"),
         (("run", "-s", "none.yaml"), "none.yaml: No such file"),
         (("run", "-s", "kv-fp8"), "scheme 'kv-fp8' is static and needs k_scale, v_scale.*tokquant calibrate"),
-        (("run", "-i", "none.safetensors"), "none.safetensors: No such file"),
+        (("run", "-i", "none.safetensors"), "^error: none.safetensors: No such file or directory$"),
         (("run", "--backend", "tritn"), "backend: 'tritn' is none.*did you mean 'triton'"),
         (("run", "-i", __file__), "not a safetensors file"),
         (("show", "int4", "--head-dim", "512"), "head_dim 512 is more than a kernel holds"),
@@ -315,7 +333,7 @@ def test_doctor_says_of_compiler_and_instruction_set_each_what_is_wrong_with_it(
         (("tune", "int8"), "tune: needs a GPU, and q is on cpu; `tokquant compile SCHEME --candidates`"),
         (("tune", "int9"), "no preset 'int9'"),
         (("compile", "int8", "--target", "sm90"), r"target: 'sm90' is none; use one of .*sm_90 \(H100 SXM\)"),
-        (("cache", "import", "none.json"), "none.json: No such file|No such file.*none.json"),
+        (("cache", "import", "none.json"), "^error: none.json: No such file or directory$"),
         (("cache", "import", __file__), "not a list of tuning entries"),
         (("--plugin", "none.py", "doctor"), "plugin: there is no file none.py"),
         (("tune", "int8", "--tokens", "1000000000000"), "tune: needs a GPU"),
@@ -323,6 +341,11 @@ def test_doctor_says_of_compiler_and_instruction_set_each_what_is_wrong_with_it(
         (("calibrate", "-s", "int8", "-o", "x"), "no static part to calibrate"),
         (("calibrate", "-s", "kv-fp8", "-o", "/nonexistent/x"), "--output: there is no folder /nonexistent"),
         (("calibrate", "-s", "kv-fp8", "-o", "x", "--state", "/nonexistent/x"), "--state: there is no folder /nonexistent"),
+        (("calibrate", "-s", "kv-fp8", "-o", "."), "--output: . is a folder; name a file in it"),
+        (("export", "x", "-o", "/nonexistent/x"), "--output: there is no folder /nonexistent"),
+        (("import", "x", "-o", "/nonexistent/x"), "--output: there is no folder /nonexistent"),
+        (("import", "nofile", "-o", "x"), "^error: nofile: No such file or directory$"),
+        (("compare", "int8", "--html", "."), "--html: . is a folder"),
         (("calibrate", "-s", "kv-fp8", "-o", "x", "--observer", "amx"), "observer: 'amx' is none.*did you mean 'amax'"),
         (("calibrate", "-s", "kv-fp8", "-o", "x", "--margin", "0"), "margin: 0.0 is not a number above zero"),
         (("compare", "int8", "fp9"), "no preset 'fp9'"),
@@ -338,7 +361,10 @@ def test_what_the_user_got_wrong_is_one_message(words, message, tokquant):
     assert re.search(message, err), err
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "schemes", "show", "compile", "tune", "bench", "calibrate", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    ["run", "compare", "schemes", "show", "compile", "tune", "bench", "calibrate", "doctor", "search", "export", "import"],
+)
 def test_every_command_explains_itself_and_takes_json(command, tokquant):
     code, out, _ = tokquant(command, "--help")
     assert code == 0 and "--json" in out and len(out.splitlines()) > 8

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import safetensors.torch
+import torch
 
 from tokquant.activations import sample
 from tokquant.schemes import preset, read
@@ -36,11 +38,20 @@ def test_search_prints_the_map_and_json(tokquant):
     assert code == 0 and found["cost"] <= 7.5 and len(found["map"]["layers"]) == 6 and found["held_out"] == {}
 
 
+def test_held_out_activations_are_of_the_same_layers(tokquant, tmp_path):
+    path = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({f"other.{r}": torch.ones(1, 1, 8, 32) for r in "qkv"}, path)
+    code, _, err = tokquant(*SEARCH, "--held-out", path)
+    assert code == 2 and err.startswith("error: held_out: lacks layer 'layers.0'")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--budget", "bits"), "budget: 'bits' is none"),
         (("--budget", "bits=8", "-o", "nowhere/map.yaml"), "--output: there is no folder nowhere"),
+        (("--budget", "bits=8", "-o", "map.txt"), "--output: map.txt has to end in .yaml"),
+        (("--budget", "bits=8", "-o", "."), "--output: . is a folder"),
         (("--budget", "bits=32", "-c", "int8", "--plot", "front.txt"), "plot: 'front.txt' is not one of .svg"),
     ],
 )

@@ -1,12 +1,17 @@
 """Search: maps that keep their budget, beat single schemes, and hold on activations that were not seen."""
 
+from itertools import product
+
+import numpy as np
 import pytest
+import torch
 
 import tokquant as tq
-from tests.factories import qkv
+from tests.factories import qkv, scheme
 from tokquant.activations import Activations, sample
 from tokquant.evaluation.candidates import default
 from tokquant.evaluation.sampling import runs
+from tokquant.evaluation.trials import measure
 from tokquant.schemes import HeadSchemes
 
 FEW = ["int8", "int8-fast", "kv-int4", "int8-fp16", "fp8"]
@@ -90,12 +95,46 @@ def test_time_is_measured_here():
 
 def test_candidates_that_do_not_fit_are_passed_over():
     q, k, v = qkv(64, d=48)
-    names = {scheme.name for scheme in default(48)}
+    names = {each.name for each in default(48)}
     assert "int8" in names and "kv-int4-kivi" not in names
     found = tq.search({"x": (q, k, v)}, ["int8", "kv-int4-kivi"], budget="bits=32")
     assert "kv-int4-kivi" not in found.singles
     huge = {"x": (q, k, v * 1e9)}
     assert "kv-int8" not in tq.search(huge, ["kv-int8", "int8"], budget="bits=32").singles
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_errors_are_counted_only_in_those_of_a_scheme_that_fits_and_errs(scale):
+    layers = {"a": qkv(64, d=32), "b": tuple(x * scale for x in qkv(64, d=48))}
+    group = "kv-int4-kivi" if scale else "int8-fp16"  # groups of 32 channels do not divide 48; nothing errs on zeros
+    with pytest.raises(ValueError, match=f"relative_to: '{group}' (does not fit|has no error).* in layer 'b'"):
+        tq.search(layers, ["int8", "kv-int4"], budget="bits=9", relative_to=group)
+
+
+def test_errors_are_counted_in_those_of_a_map_layer_by_layer():
+    few = {name: SEEN[name] for name in ("layers.0", "layers.1")}
+    other = tq.SchemeMap((("layers.0", tq.preset("int8")), ("*", tq.preset("fp8"))), "other")
+    found = tq.search(few, FEW, budget="bits=9", relative_to=other)
+    for each, name in zip(found.layers, ("int8", "fp8"), strict=True):
+        layer = {each.layer: SEEN[each.layer]}
+        plain = tq.search(layer, [each.scheme], budget="bits=9").error / tq.search(layer, [name], budget="bits=9").error
+        assert each.error == pytest.approx(plain)
+
+
+ALIAS = tq.preset("kv-int4").model_copy(update={"name": "int8"})
+WHOLE = scheme("int8", "int8 tensor", "int8", "fp16", name="whole")
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_what_is_found_is_the_best_of_all_combinations(heads):
+    layers = {f"l.{i}": (x[0] * (1 + i), *x[1:]) for i in range(3) for x in [qkv(64, d=32, heads=4, kv_heads=2, seed=i)]}
+    names = ["int8", "kv-int4", "int8-fp16"]
+    table = measure(layers, [tq.preset(name) for name in names], heads=heads)
+    costs, errors = np.concatenate(table.cost), np.concatenate(table.error)
+    every = [[x[range(len(x)), pick].sum() for x in (costs, errors)] for pick in product(range(3), repeat=len(costs))]
+    for limit in (7.2, 8.0, 9.1):
+        found = tq.search(layers, names, budget=f"bits={limit}", heads=heads)
+        assert found.error == pytest.approx(min(error for cost, error in every if cost <= limit) / 3, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +152,26 @@ def test_candidates_that_do_not_fit_are_passed_over():
         ({"budget": "bits=8", "target": "sm_90"}, "target: 'sm_90' says whose time is predicted, and the cost is bits"),
         ({"budget": "bits=8", "candidates": "int8"}, "candidates: 'int8'; give a list of schemes"),
         ({"budget": "bits=8", "candidates": ["int9"]}, "no preset 'int9'"),
+        (
+            {"budget": "bits=8", "candidates": [tq.SchemeMap((("*", WHOLE),))]},
+            "candidates: 'custom' is a scheme map",
+        ),
+        ({"budget": "bits=8", "candidates": ["int8", ALIAS]}, "candidates: two are called 'int8'"),
+        ({"budget": "bits=8", "name": "int8"}, "name: 'int8', of the map or its file, is a candidate's"),
+        ({"budget": "bits=8", "cost": "kv_bits"}, "cost: 'kv_bits', and the budget is bits=8; leave cost out"),
+        ({"budget": "rmse=8", "metric": "cosine"}, "metric: 'cosine', and the budget is rmse=8; leave metric out"),
+        ({"budget": "bits=8", "rows": 0}, "rows: 0; give a whole number from 1"),
+        ({"budget": "bits=8", "heads": True, "candidates": ["kv-fp8"]}, "heads: candidate 'kv-fp8' is static"),
+        ({"budget": "bits=8", "heads": True, "candidates": [WHOLE]}, "heads: candidate 'whole' has a scale per tensor"),
         ({"budget": "bits=8", "activations": {}}, "activations: there are no layers"),
+        ({"budget": "bits=8", "activations": "a.safetensors"}, "activations: 'a.safetensors'; give .*Activations"),
+        ({"budget": "bits=8", "activations": {"a": qkv()[:2]}}, "activations of 'a': a tuple|activations of 'a': .* is not"),
+        ({"budget": "bits=8", "activations": {"a": (torch.ones(2, 2),) * 3}}, "activations of 'a': q: shape"),
+        ({"budget": "bits=8", "activations": {"a": (qkv()[0].double(),) * 3}}, "activations of 'a': q: torch.float64"),
+        ({"budget": "bits=8", "activations": {"a": (*qkv()[:2], qkv()[2].sqrt())}}, "activations of 'a': v: .*not finite"),
+        ({"budget": "bits=8", "held_out": {"layers.1": SEEN["layers.1"]}}, "held_out: lacks layer 'layers.0'"),
     ],
 )
 def test_what_cannot_be_searched_is_said(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         tq.search(**{"activations": {"layers.0": SEEN["layers.0"]}, "candidates": FEW, **changes})

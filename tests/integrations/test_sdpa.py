@@ -106,7 +106,17 @@ BAD = {
     "other channels": (ValueError, {"key": K[..., :8]}, "key: 8 channels, and query has 16"),
     "other tokens": (ValueError, {"value": V[:, :, :8]}, "value: 8 tokens, and key has 9"),
     "other heads": (ValueError, {"key": K[:, :2], "value": V[:, :2]}, "key: 2 heads, .* enable_gqa=True"),
-    "heads that do not divide": (ValueError, {"key": K[:, :3], "value": V[:, :3], "enable_gqa": True}, "3 heads do not divide"),
+    "heads that do not divide": (
+        ValueError,
+        {"key": K[:, :3], "value": V[:, :3], "enable_gqa": True},
+        "key: 3 heads do not divide the 4 of query",
+    ),
+    "keys and values of other heads": (
+        ValueError,
+        {"key": K[:, :2], "enable_gqa": True},
+        "value: 4 heads, and key has 2; give as many",
+    ),
+    "a word for a bool": (TypeError, {"is_causal": "no"}, "is_causal: 'no' is not a bool"),
     "other batches": (ValueError, {"key": x(3, 4, 9, 16)}, r"before heads, \[2\], \[3\], \[2\], do not broadcast"),
     "a mask too large": (ValueError, {"attn_mask": torch.zeros(3, 1, 6, 9)}, r"attn_mask: shape \[3, 1, 6, 9\] does not"),
     "a mask of integers": (TypeError, {"attn_mask": torch.zeros(6, 9).int()}, "torch.int32 is no mask"),

@@ -78,6 +78,8 @@ def test_a_file_is_a_scheme_or_a_map(tmp_path):
         ("layers: {a: {heads: {}}}", r"layers\.a: .* is not accepted; write \{heads"),
         ("schemes: {x: {q: {precision: int8}}}\nlayers: {a: x}", r"schemes\.x\.k: is missing"),
         ("layers: {a: {q: {precision: int8}, k: {precision: int3}}}", r"layers\.a\.k\.precision: no precision 'int3'"),
+        ("layers: {a: {heads: {0: int8}}}", 'line 1: the key 0; keys are plain words, so quote it: "0"'),
+        ("schemes: {a: int8}", "layers: is empty"),
         ("name: A B\nlayers: {a: int8}", "name: 'A B' is not accepted"),
     ],
 )
@@ -87,6 +89,24 @@ def test_what_is_wrong_is_said_with_its_place(text, message, tmp_path):
     with pytest.raises(SchemeError, match=message) as caught:
         read(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SchemeMap((("*", "int8"),)), r"layers: \('\*', 'int8'\) is no entry; give \(pattern, scheme\)"),
+        (lambda: SchemeMap({"*": preset("int8")}), "layers: '\\*' is no entry.*from_data takes a mapping"),
+        (lambda: SchemeMap((("*", preset("int8")),), "Mine"), "name: 'Mine' is not accepted"),
+        (lambda: SchemeMap((("*", preset("int8")),))[3], "layer: 3 is no name of a layer"),
+        (lambda: HeadSchemes(()), r"heads: \(\) is no part; give \(heads, scheme\)"),
+        (lambda: HeadSchemes(((-1, preset("int8")), (3, preset("int4")))), r"heads: \(-1, a QuantScheme\) is no part"),
+        (lambda: HeadSchemes(((1, "int8"),)), r"heads: \(1, 'int8'\) is no part"),
+        (lambda: HeadSchemes((preset("int8"),)), "heads: a QuantScheme is no part"),
+    ],
+)
+def test_what_is_wrong_in_python_is_said_where_it_is_made(make, message):
+    with pytest.raises(SchemeError, match=message):
+        make()
 
 
 def test_a_map_needs_the_layer_unless_all_take_one_scheme():

@@ -93,6 +93,10 @@ class Calibrator:
 
         Raises ValueError, and nothing changes, if scheme, observer or shapes differ, or both saw one source.
         """
+        if not isinstance(other, Calibrator):
+            raise TypeError(f"merge: {quote(other)}; give another Calibrator")
+        if other is self:
+            raise ValueError("merge: this is the calibrator itself, and all it has seen would count twice")
         if (self.scheme, self.observer) != (other.scheme, other.observer):
             raise ValueError("merge: the other calibrator has another scheme or observer")
         if both := self.sources.keys() & other.sources.keys():

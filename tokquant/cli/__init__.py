@@ -67,5 +67,6 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)

@@ -44,9 +44,8 @@ def calibrate(
     json: options.Json = False,
 ) -> None:
     """Calibrate a static scheme on activations, or on a model that reads texts, and write its scales, with the scheme."""
-    for name, path in (("--output", output_path), ("--state", state)):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{name}: there is no folder {path.parent}")
+    options.check_writable("--output", output_path)
+    options.check_writable("--state", state)
     if (model is None) != (texts is None) or (model is not None and input):
         raise ValueError("--model: give --model and --texts together, or --input")
     calibrator = _begun(scheme, observer, state)

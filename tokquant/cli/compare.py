@@ -36,13 +36,11 @@ COLUMNS = {
     "sdpa_ms": "SDPA ms",
 }
 
-PARTS = tuple(field.name for field in fields(Bound))
-
 
 def compare(
     schemes: Annotated[
         list[str] | None,
-        typer.Argument(help="Presets or YAML files; if left out, every preset that fits and needs no calibration."),
+        typer.Argument(help="Presets or YAML files; if left out, every preset that fits all layers and needs no calibration."),
     ] = None,
     input: options.Input = None,
     scales: Annotated[
@@ -62,15 +60,14 @@ def compare(
     ] = None,
 ) -> None:
     """Compare schemes on activations: means over the layers of errors against float64, bits, and times beside torch's SDPA."""
-    if html is not None and not html.parent.is_dir():
-        raise ValueError(f"--html: there is no folder {html.parent}")
+    options.check_writable("--html", html)
     layers = options.Layers(input, device)
     calibrated = [layers.scales(path) for path in scales or []]
     fixed: list[Scales | None] = [None] * len(schemes) if schemes else []
     chosen: list[QuantScheme | SchemeMap] = [read(scheme) for scheme in schemes] if schemes else []
     if not schemes:
-        head_dim = next(iter(layers.file.values()))[0].shape[-1]
-        chosen = [scheme for name in preset_names() if not needed(scheme := resolve(name)) and fits(scheme, head_dim)]
+        dynamic = [scheme for name in preset_names() if not needed(scheme := resolve(name))]
+        chosen = [scheme for scheme in dynamic if all(fits(scheme, head_dim) for head_dim in layers.file.head_dims())]
         fixed = [None] * len(chosen)
     chosen += [each.scheme for each in calibrated]
     fixed += calibrated

@@ -1,5 +1,6 @@
 """Options that mean the same in every command."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ ScaleFile = Annotated[
     Path | None,
     typer.Option("--scales", help="Calibrated scales of a static scheme, from `tokquant calibrate`; they bring it."),
 ]
-Backend = Annotated[Any, typer.Option("--backend", help="auto, triton, cpu or reference.")]
+Backend = Annotated[Any, typer.Option("--backend", metavar="<str>", help="auto, triton, cpu or reference.")]
 Causal = Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own place, counted from the end.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; medians are shown.")]
 Layer = Annotated[str | None, typer.Option("--layer", help="Which layer, where the scheme is a map of layers.")]
@@ -58,6 +59,18 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def check_writable(option: str, path: Path | None) -> None:
+    """Raise ValueError, before any work is done, where a file cannot be written."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder; name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{option}: nothing can be written in folder {path.parent}")
+
+
 class Layers(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
     """The layers of an activation file, or of the sample, on a device. What is wrong with one names the file and the layer."""
 
@@ -70,6 +83,9 @@ class Layers(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
         with self.naming(layer):
             q, k, v = (x.to(self.device) for x in self.file[layer])
         return q, k, v
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.file
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.file)

@@ -27,7 +27,7 @@ def run(
     """
     layers = options.Layers(input, device)
     calibrated = None if scales is None else layers.scales(scales)
-    resolved = read(scheme or (calibrated.scheme if calibrated else "int8"))
+    resolved = read(scheme if scheme is not None else calibrated.scheme if calibrated else "int8")
     if calibrated and resolved != calibrated.scheme:
         raise ValueError(f"--scheme {scheme} is not what {scales} was calibrated for ({calibrated.scheme.name}); leave one out")
     rows = []

@@ -13,6 +13,7 @@ from tokquant.cli import options, output
 from tokquant.evaluation.plot import check, draw
 from tokquant.evaluation.search import Found
 from tokquant.evaluation.search import search as search_call
+from tokquant.schemes import HeadSchemes
 from tokquant.schemes.scheme import name_of
 
 SHOWN = 12
@@ -28,8 +29,12 @@ def search(
         typer.Option("--candidate", "-c", help="A preset or YAML file; repeat. The presets and pairs of K and V if left out."),
     ] = None,
     input: options.Input = None,
-    metric: Annotated[str, typer.Option("--metric", help="rel_l1, rmse, max_abs or cosine, within a cost.")] = "rel_l1",
-    cost: Annotated[str, typer.Option("--cost", help="bits, kv_bits or ms, within an error.")] = "bits",
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="Of a budget that is a cost: rel_l1 (if left out), rmse, max_abs or cosine.")
+    ] = None,
+    cost: Annotated[
+        str | None, typer.Option("--cost", help="Of a budget that is an error: bits (if left out), kv_bits or ms.")
+    ] = None,
     worst: Annotated[bool, typer.Option("--worst", help="The error of the worst layer, in place of the mean.")] = False,
     relative_to: Annotated[str | None, typer.Option("--relative-to", help="Count errors in those of this scheme.")] = None,
     heads: Annotated[bool, typer.Option("--heads", help="Let ranges of heads take schemes of their own.")] = False,
@@ -45,9 +50,10 @@ def search(
     json: options.Json = False,
 ) -> None:
     """Find a scheme for each layer: the least error within a cost, or the least cost within an error."""
-    for name, path in (("--output", output_path), ("--plot", plot)):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{name}: there is no folder {path.parent}")
+    options.check_writable("--output", output_path)
+    options.check_writable("--plot", plot)
+    if output_path is not None and output_path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"--output: {output_path} has to end in .yaml, by which --scheme knows a file from a preset")
     if plot is not None:
         check(plot)
 
@@ -104,7 +110,7 @@ def _layers(found: Found) -> Table:
         table.add_column(column)
     table.add_column(found.metric, justify="right")
     for each in found.layers:
-        scheme = str(each.scheme) if hasattr(each.scheme, "parts") else each.scheme.name
+        scheme = str(each.scheme) if isinstance(each.scheme, HeadSchemes) else each.scheme.name
         table.add_row(escape(each.layer), scheme, f"{each.error:.4g}")
     return table
 

@@ -1,6 +1,6 @@
 """Schemes side by side: errors against the float64 oracle, bits, and times beside torch's SDPA."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -88,7 +88,7 @@ def compare(
 
     Returns: one Comparison a scheme, in order. Raises as `attention` does.
     """
-    if isinstance(schemes, str | QuantScheme | SchemeMap):
+    if isinstance(schemes, str | LayerScheme | SchemeMap) or not isinstance(schemes, Iterable):
         raise TypeError(f"schemes: {quote(schemes)} alone; give a list of them")
     resolved = [of_layer(scheme, layer) for scheme in schemes]
     check_tensors(q, k, v)

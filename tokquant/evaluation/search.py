@@ -1,24 +1,24 @@
 """Search: a scheme for each layer, from what schemes do to real activations and what they cost."""
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from tokquant.calibration.scales import needed
 from tokquant.errors import nearest, quote
 from tokquant.evaluation import candidates as families
 from tokquant.evaluation import front
 from tokquant.evaluation.front import Front
-from tokquant.evaluation.trials import Activations, Progress, Table, measure
-from tokquant.schemes import HeadSchemes, LayerScheme, QuantScheme, SchemeMap, resolve
+from tokquant.evaluation.trials import Activations, Progress, Table, measure, operands
+from tokquant.schemes import HeadSchemes, LayerScheme, QuantScheme, SchemeMap, read
 
 Metric = Literal["rel_l1", "rmse", "max_abs", "cosine"]
 Cost = Literal["bits", "kv_bits", "ms"]
 Over = Literal["mean", "worst"]
-METRICS = ("rel_l1", "rmse", "max_abs", "cosine")
-COSTS = ("bits", "kv_bits", "ms")
+METRICS, COSTS = get_args(Metric), get_args(Cost)
 ROUNDING = 1e-9
 """Sums of costs that are equal on paper may differ by this."""
 
@@ -57,10 +57,10 @@ def search(
     candidates: Sequence[QuantScheme | str] | None = None,
     *,
     budget: str,
-    metric: Metric = "rel_l1",
-    cost: Cost = "bits",
+    metric: Metric | None = None,
+    cost: Cost | None = None,
     over: Over = "mean",
-    relative_to: QuantScheme | str | None = None,
+    relative_to: QuantScheme | SchemeMap | str | None = None,
     heads: bool = False,
     rows: int | None = 256,
     target: str | None = None,
@@ -79,35 +79,41 @@ def search(
             (`tokquant.evaluation.candidates`). A static one is calibrated on the activations themselves.
         budget: `"bits=8.5"`, `"kv_bits=5"` or `"ms=20"`, the most it may cost; or `"rel_l1=0.01"`, `"rmse=0.001"`,
             `"max_abs=0.1"` or `"cosine=0.999"`, the most it may err, or the least a cosine may be.
-        metric: the error to make small, where the budget is a cost. Of a cosine, what it lacks of 1.
-        cost: what to make small, where the budget is an error. `bits` a value of Q, K and V in a long sequence, scales
-            included; `kv_bits` of K and V alone; `ms` of all layers, quantization included.
+        metric: the error to make small, where the budget is a cost; rel_l1 where None. Of a cosine, what it lacks of 1.
+        cost: what to make small, where the budget is an error; bits where None. `bits` a value of Q, K and V in a long
+            sequence, scales included; `kv_bits` of K and V alone; `ms` of all layers, quantization included.
         over: the mean over the layers, or the worst.
         relative_to: count each layer's error in those of this scheme there.
-        heads: let ranges of heads of K and V take schemes of their own; for the mean of rel_l1.
+        heads: let ranges of heads of K and V take schemes of their own, none static or with a scale per tensor; for the mean
+            of rel_l1.
         rows: queries that are looked at in each head, in runs spread over the sequence; all where None. Keys are always all.
         target: for `ms`, a GPU whose time is predicted from compiled kernels (`sm_90` ...); measured here where None.
         held_out: the same layers' activations on other inputs, which the search does not see: what was found is judged on them.
-        name: of the map.
+        name: of the map; no candidate's.
         progress: wraps the names of the layers, and how many there are, as they are worked on.
         features: causal, scale, window, softcap, mask, sinks and bias, as for `attention`.
 
     Raises ValueError and SchemeError for what cannot be read, and where no combination keeps the budget.
     """
     kind, limit = _budget(budget)
-    metric, cost = (kind, cost) if kind in METRICS else (metric, kind)  # type: ignore[assignment]
-    for what, given, known in (("metric", metric, METRICS), ("cost", cost, COSTS), ("over", over, ("mean", "worst"))):
-        if given not in known:
-            raise ValueError(f"{what}: {quote(given)} is none; use {', '.join(known)}{nearest(given, known)}")
+    metric, cost = _units(budget, kind, metric, cost)
+    if over not in get_args(Over):
+        raise ValueError(f"over: {quote(over)} is none; use mean or worst")
     if heads and (metric, over) != ("rel_l1", "mean"):
         raise ValueError(f"heads: the {over} {metric} of a layer is not a sum over its heads; use the mean of rel_l1")
     if target is not None and cost != "ms":
         raise ValueError(f"target: {quote(target)} says whose time is predicted, and the cost is {cost}; use cost ms")
-    if not activations:
-        raise ValueError("activations: there are no layers")
-    base = None if relative_to is None else resolve(relative_to)
+    if rows is not None and (type(rows) is not int or rows < 1):
+        raise ValueError(f"rows: {quote(rows)}; give a whole number from 1, or None for all")
+    _check_layers(activations, held_out)
+    schemes = _schemes(candidates, activations)
+    if heads:
+        _check_for_heads(schemes)
+    if name in (scheme.name for scheme in schemes):
+        raise ValueError(f"name: {quote(name)}, of the map or its file, is a candidate's; give another")
+    base = None if relative_to is None else read(relative_to)
     judged: dict[str, Any] = dict(metric=metric, rows=rows, relative_to=base, progress=progress, **features)
-    table = measure(activations, _schemes(candidates, activations), cost=cost, heads=heads, target=target, **judged)
+    table = measure(activations, schemes, cost=cost, heads=heads, target=target, **judged)
     fronts = []
     for layer, costs, errors in zip(table.layers, table.cost, table.error, strict=True):
         units = [front.of_options(*each) for each in zip(costs, errors, strict=True)]
@@ -145,12 +151,40 @@ def of_schemes(table: Table, over: Over) -> dict[str, tuple[float, float]]:
     return {scheme.name: (float(c), float(e)) for scheme, c, e in found if np.isfinite(e) and np.isfinite(c)}
 
 
+def _check_layers(activations: object, held_out: object) -> None:
+    for what, given in (("activations", activations), ("held_out", held_out)):
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(f"{what}: {quote(given)}; give tokquant.activations.Activations(path), or {{layer: (q, k, v)}}")
+    assert isinstance(activations, Mapping)
+    if not activations:
+        raise ValueError("activations: there are no layers")
+    if isinstance(held_out, Mapping) and (apart := activations.keys() ^ held_out.keys()):
+        layer = min(apart)
+        raise ValueError(f"held_out: {'has' if layer in held_out else 'lacks'} layer {quote(layer)}; give just the same layers")
+
+
 def _schemes(candidates: Sequence[QuantScheme | str] | None, activations: Activations) -> list[QuantScheme]:
+    """Each once."""
     if candidates is None:
-        return families.default(next(iter(activations.values()))[0].shape[3])
-    if isinstance(candidates, str | QuantScheme) or not candidates:
+        return families.default(operands(activations, next(iter(activations)))[0].shape[3])
+    if isinstance(candidates, str | QuantScheme | SchemeMap) or not candidates:
         raise ValueError(f"candidates: {quote(candidates)}; give a list of schemes to choose among")
-    return [resolve(scheme) for scheme in candidates]
+    found: dict[str, QuantScheme] = {}
+    for scheme in map(read, candidates):
+        if isinstance(scheme, SchemeMap):
+            raise ValueError(f"candidates: {scheme.name!r} is a scheme map; give schemes")
+        if found.setdefault(scheme.name, scheme) != scheme:
+            raise ValueError(f"candidates: two are called {scheme.name!r}; give each a name of its own")
+    return list(found.values())
+
+
+def _check_for_heads(schemes: Sequence[QuantScheme]) -> None:
+    """A head is judged beside others of one scheme, and may end in a range with none of them."""
+    for scheme in schemes:
+        whole = any(x.scaled and x.granularity.kind == "tensor" for x in (scheme.q, scheme.k, scheme.v))
+        if whole or needed(scheme):
+            why = "has a scale per tensor" if whole else "is static"
+            raise ValueError(f"heads: candidate {scheme.name!r} {why}, which schemes of ranges of heads cannot; leave one out")
 
 
 def _choices(table: Table, picked: np.ndarray) -> Iterator[Choice]:
@@ -184,8 +218,18 @@ def _budget(text: object) -> tuple[str, float]:
         value = float("nan")
     if name not in known or not 0 < value < float("inf"):
         example = "write bits=8.5, kv_bits=5, ms=20, rel_l1=0.01, rmse=0.001, max_abs=0.1 or cosine=0.999"
-        raise ValueError(f"budget: {quote(text)} is none; {example}{nearest(name, known)}")
+        raise ValueError(f"budget: {quote(text)} is none; {example}{'' if name in known else nearest(name, known)}")
     return name, 1 - value if name == "cosine" else value
+
+
+def _units(budget: str, kind: str, metric: str | None, cost: str | None) -> tuple[Metric, Cost]:
+    """What errors are measured by and what costs are in: one of them is the budget's."""
+    for what, given, known in (("metric", metric, METRICS), ("cost", cost, COSTS)):
+        if given is not None and given not in known:
+            raise ValueError(f"{what}: {quote(given)} is none; use {', '.join(known)}{nearest(given, known)}")
+        if given is not None and kind in known and given != kind:
+            raise ValueError(f"{what}: {quote(given)}, and the budget is {budget}; leave {what} out")
+    return (kind, cost or "bits") if kind in METRICS else (metric or "rel_l1", kind)  # type: ignore[return-value]
 
 
 def _unreachable(budget: str, whole: Front, summed: int, metric: str, over: str, cost: str) -> str:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tokquant import reference
-from tokquant.attention import attention, ranges
+from tokquant.attention import attention, check_heads, ranges
 from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import LayerScales, needed
-from tokquant.errors import SchemeError
+from tokquant.errors import SchemeError, quote
 from tokquant.evaluation.front import Floats
 from tokquant.evaluation.sampling import runs
 from tokquant.inputs import check_tensors, features_of
@@ -52,7 +52,7 @@ def measure(
     heads: bool = False,
     rows: int | None = 256,
     target: str | None = None,
-    relative_to: QuantScheme | None = None,
+    relative_to: QuantScheme | SchemeMap | None = None,
     progress: Progress | None = None,
     **features: Any,
 ) -> Table:
@@ -60,13 +60,16 @@ def measure(
     layers = list(activations)
     kv_heads, error, price, values = [], [], [], 0
     for layer in progress(iter(layers), len(layers)) if progress else layers:
-        q, k, v = activations[layer]
-        check_tensors(q, k, v)
+        q, k, v = operands(activations, layer)
         judge = _Judge(q, k, v, rows, heads, metric, features)
         own = [of_layer(scheme, layer) for scheme in schemes]
         found = np.stack([judge.error(scheme) for scheme in own], axis=1)
         if relative_to is not None:
-            found = found / judge.error(relative_to).sum()
+            unit = judge.error(of_layer(relative_to, layer)).sum()
+            if not 0 < unit < np.inf:
+                why = "has no error" if unit == 0 else "does not fit, or gives what is no number,"
+                raise ValueError(f"relative_to: {relative_to.name!r} {why} in layer {quote(layer)}; count in another's errors")
+            found = found / unit
         if cost == "ms":
             spent = [_ms(q, k, v, scheme, target, features) for scheme in own]
         else:
@@ -76,6 +79,22 @@ def measure(
         error.append(found)
         price.append(np.repeat(np.array(spent)[None] / len(found), len(found), axis=0))
     return Table(layers, kv_heads, list(schemes), error, price if cost == "ms" else [each / values for each in price])
+
+
+def operands(activations: Activations, layer: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K and V of a layer. Raises ValueError or TypeError, naming it, unless they are finite and can be attended."""
+    given = activations[layer]
+    try:
+        if not isinstance(given, Sequence) or len(given) != 3:
+            raise TypeError(f"{quote(given)} is not (q, k, v)")
+        q, k, v = given
+        check_tensors(q, k, v)
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if not bool(x.isfinite().all()):
+                raise ValueError(f"{name}: holds a value that is not finite")
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"activations of {quote(layer)}: {error}") from None
+    return q, k, v
 
 
 class _Judge:
@@ -106,6 +125,7 @@ class _Judge:
         """What attention by the scheme gives for these queries, `[B, H_q, rows, D]`."""
         q, k, v = self.operands
         if isinstance(scheme, HeadSchemes):
+            check_heads(scheme, k.shape[1], None)
             outs = [
                 _emulated(q[:, rows], k[:, heads], v[:, heads], own, self.features.of_heads(rows), self.only)
                 for rows, heads, own in ranges(scheme, q, k)

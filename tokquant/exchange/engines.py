@@ -11,6 +11,7 @@ from torch import Tensor
 from tokquant.calibration.scales import Scales
 from tokquant.errors import ScalesError, SchemeError, nearest, quote
 from tokquant.exchange.compressed_tensors import expressible
+from tokquant.export import check_scales_of_layers
 from tokquant.files import write_atomically
 from tokquant.schemes import QuantScheme
 
@@ -38,6 +39,7 @@ def export_checkpoint_scales(
 
     Raises SchemeError for what the format cannot express, ScalesError for layers whose names it cannot, and ValueError.
     """
+    check_scales_of_layers(scales)
     if format not in FORMATS:
         raise ValueError(f"format: {quote(format)} is none; use {', '.join(FORMATS)}{nearest(format, FORMATS)}")
     if format != "sglang" and (model_type is not None or tp_size != 1):

@@ -80,7 +80,8 @@ class _Reader:
         while not isinstance(key := next(self.events), yaml.MappingEndEvent):
             name = self.node(key, depth + 1)
             if not isinstance(name, str) or name == "<<":
-                self.refuse(key, f"the key {quote(name)}; keys are plain words")
+                quoted = f', so quote it: "{name}"' if type(name) is int else ""
+                self.refuse(key, f"the key {quote(name)}; keys are plain words{quoted}")
             if name in mapping:
                 self.refuse(key, f"the key {quote(name)} twice")
             mapping[name] = self.node(next(self.events), depth + 1)

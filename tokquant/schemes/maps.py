@@ -18,17 +18,25 @@ from tokquant.schemes.presets import preset
 from tokquant.schemes.scheme import QuantScheme, load_document, name_of, write_yaml
 
 KEYS = ("name", "layers", "schemes")
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
 class HeadSchemes:
     """A layer whose heads take different schemes: each part has the heads of K and V from where the one before ends.
 
-    Queries take the scheme of the head of K and V that they share.
+    Queries take the scheme of the head of K and V that they share. Raises SchemeError for parts that are none.
     """
 
     parts: tuple[tuple[int, QuantScheme], ...]
     """(heads, scheme): how many heads of K and V, in order."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "parts", tuple(self.parts))
+        for part in self.parts or [()]:
+            heads, scheme = part if isinstance(part, tuple) and len(part) == 2 else (None, None)
+            if type(heads) is not int or heads < 1 or not isinstance(scheme, QuantScheme):
+                raise SchemeError([("heads", f"{quote(part)} is no part; give (heads, scheme), such as (6, preset('int8'))")])
 
     @property
     def heads(self) -> int:
@@ -58,7 +66,7 @@ LayerScheme = QuantScheme | HeadSchemes
 class SchemeMap:
     """Schemes of layers: the first pattern that a layer's name matches decides, `*`, `?` and `[0-5]` as in a shell.
 
-    Raises SchemeError where there is no layer.
+    Raises SchemeError where there is no layer, and for a pattern, a scheme or a name that is none.
     """
 
     layers: tuple[tuple[str, LayerScheme], ...]
@@ -68,8 +76,19 @@ class SchemeMap:
     def __post_init__(self):
         if not self.layers:
             raise SchemeError([("layers", 'is empty; write a pattern and its scheme, such as {"*": int8}')])
+        object.__setattr__(self, "layers", tuple(self.layers))
+        for entry in self.layers:
+            pattern, scheme = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, None)
+            if not isinstance(pattern, str) or not isinstance(scheme, LayerScheme):
+                example = "(pattern, scheme), such as ('layers.*', preset('int8')); from_data takes a mapping with names"
+                raise SchemeError([("layers", f"{quote(entry)} is no entry; give {example}")])
+        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+            text = f"{quote(self.name)} is not accepted; use lower-case letters, digits, '.', '_' and '-'"
+            raise SchemeError([("name", text)])
 
     def __getitem__(self, layer: str) -> LayerScheme:
+        if not isinstance(layer, str):
+            raise SchemeError(f"layer: {quote(layer)} is no name of a layer")
         for pattern, scheme in self.layers:
             if fnmatchcase(layer, pattern):
                 return scheme
@@ -104,8 +123,6 @@ class SchemeMap:
         if not isinstance(layers, dict) or not isinstance(given, dict):
             wrong, value = ("layers", layers) if not isinstance(layers, dict) else ("schemes", given)
             found.append((wrong, f"{quote(value)} is not accepted; write a mapping such as " + '{"layers.*": int8}'))
-        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
-            found.append(("name", f"{quote(name)} is not accepted; use lower-case letters, digits, '.', '_' and '-'"))
         if found:
             raise SchemeError(found)
         own = {key: _inline(value, f"schemes.{key}", {"name": key}) for key, value in given.items()}
@@ -178,8 +195,8 @@ def load(path: str | os.PathLike) -> QuantScheme | SchemeMap:
 
     def parse(text: bytes) -> QuantScheme | SchemeMap:
         data = document.read(text)
-        if isinstance(data, dict) and "layers" in data:
-            return of_data({"name": name_of(Path(path)), **data})
+        if isinstance(data, dict) and not {"layers", "schemes"}.isdisjoint(data):
+            return SchemeMap.from_data({"name": name_of(Path(path)), **data})
         return QuantScheme.from_yaml(text)
 
     found = load_document(path, parse)
