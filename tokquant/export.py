@@ -16,7 +16,7 @@ from torch import Tensor
 from tokquant.calibration.scales import Scales
 from tokquant.errors import ScalesError, SchemeError, quote
 from tokquant.files import write_atomically
-from tokquant.schemes.maps import of_data
+from tokquant.schemes.reading import of_data
 
 FORMAT = "1"
 SUFFIXES = (*(f"{role}_{kind}" for role in "qkv" for kind in ("scale", "zero", "offset")), "k_balance")

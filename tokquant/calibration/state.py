@@ -17,7 +17,7 @@ from tokquant.export import checksum, read_tensors
 from tokquant.files import write_atomically
 from tokquant.inputs import DTYPES
 from tokquant.schemes import QuantScheme, SchemeMap
-from tokquant.schemes.maps import of_data
+from tokquant.schemes.reading import of_data
 
 FORMAT = "1"
 TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}

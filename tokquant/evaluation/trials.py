@@ -20,7 +20,7 @@ from tokquant.kernels.compile import compile
 from tokquant.metrics import errors
 from tokquant.quantize import quantize_operands
 from tokquant.schemes import HeadSchemes, LayerScheme, QuantScheme, SchemeMap, of_layer
-from tokquant.schemes.maps import parts_of
+from tokquant.schemes.heads import parts_of
 from tokquant.timing import interleaved_medians
 
 Activations = Mapping[str, tuple[Tensor, Tensor, Tensor]]

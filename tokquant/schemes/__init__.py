@@ -1,9 +1,11 @@
 """Schemes: what a user declares, in Python or YAML."""
 
 from tokquant.schemes.granularity import Granularity
-from tokquant.schemes.maps import HeadSchemes, LayerScheme, SchemeMap, of_layer, read, resolve
+from tokquant.schemes.heads import HeadSchemes, LayerScheme
+from tokquant.schemes.maps import SchemeMap
 from tokquant.schemes.presets import names as preset_names
 from tokquant.schemes.presets import preset
+from tokquant.schemes.reading import of_layer, read, resolve
 from tokquant.schemes.scheme import Cache, Keys, Operand, Probabilities, QuantScheme, Queries, Values
 
 __all__ = [

@@ -1,65 +1,24 @@
-"""Scheme maps: which scheme each layer of a model takes, and where they differ, each range of its heads."""
+"""Scheme maps: which scheme each layer of a model takes, and their YAML documents."""
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from tokquant.errors import SchemeError, nearest, quote
 from tokquant.files import write_atomically
 from tokquant.schemes import document
+from tokquant.schemes.heads import HeadSchemes, LayerScheme, parts_of
 from tokquant.schemes.presets import names as preset_names
 from tokquant.schemes.presets import preset
-from tokquant.schemes.scheme import QuantScheme, load_document, name_of, write_yaml
+from tokquant.schemes.scheme import QuantScheme, write_yaml
 
 KEYS = ("name", "layers", "schemes")
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-
-
-@dataclass(frozen=True)
-class HeadSchemes:
-    """A layer whose heads take different schemes: each part has the heads of K and V from where the one before ends.
-
-    Queries take the scheme of the head of K and V that they share. Raises SchemeError for parts that are none.
-    """
-
-    parts: tuple[tuple[int, QuantScheme], ...]
-    """(heads, scheme): how many heads of K and V, in order."""
-
-    def __post_init__(self):
-        object.__setattr__(self, "parts", tuple(self.parts))
-        for part in self.parts or [()]:
-            heads, scheme = part if isinstance(part, tuple) and len(part) == 2 else (None, None)
-            if type(heads) is not int or heads < 1 or not isinstance(scheme, QuantScheme):
-                raise SchemeError([("heads", f"{quote(part)} is no part; give (heads, scheme), such as (6, preset('int8'))")])
-
-    @property
-    def heads(self) -> int:
-        """Of K and V."""
-        return sum(heads for heads, _ in self.parts)
-
-    @property
-    def name(self) -> str:
-        """The parts' names."""
-        return " + ".join(dict.fromkeys(scheme.name for _, scheme in self.parts))
-
-    def slices(self) -> Iterator[tuple[slice, QuantScheme]]:
-        """The heads of K and V of each part."""
-        start = 0
-        for heads, scheme in self.parts:
-            yield slice(start, start + heads), scheme
-            start += heads
-
-    def __str__(self) -> str:
-        return "; ".join(f"heads {s.start}-{s.stop - 1}: {scheme.name}" for s, scheme in self.slices())
-
-
-LayerScheme = QuantScheme | HeadSchemes
 
 
 @dataclass(frozen=True)
@@ -168,68 +127,6 @@ class SchemeMap:
         """Twelve hexadecimal digits that name what the map does; names do not enter."""
         data = [[pattern, [[n, part.digest()] for n, part in parts_of(scheme)]] for pattern, scheme in self.layers]
         return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]
-
-
-def parts_of(scheme: LayerScheme) -> Iterable[tuple[int | None, QuantScheme]]:
-    """(heads, scheme) of each part of a layer; None where one scheme has them all."""
-    return scheme.parts if isinstance(scheme, HeadSchemes) else ((None, scheme),)
-
-
-def read(scheme: object) -> QuantScheme | SchemeMap:
-    """What users write where a scheme is taken: a QuantScheme, a SchemeMap, a preset's name, or a YAML file of either's path.
-
-    Raises SchemeError.
-    """
-    if isinstance(scheme, QuantScheme | SchemeMap):
-        return scheme
-    if isinstance(scheme, os.PathLike):
-        return load(scheme)
-    if isinstance(scheme, str):
-        is_path = scheme.endswith((".yaml", ".yml")) or "/" in scheme or os.sep in scheme
-        return load(scheme) if is_path else preset(scheme)
-    raise SchemeError(f"scheme: {quote(scheme)} is no scheme; give a QuantScheme, a SchemeMap, a preset's name or a YAML file")
-
-
-def load(path: str | os.PathLike) -> QuantScheme | SchemeMap:
-    """The scheme or the scheme map of a YAML file. Raises SchemeError, also where the file cannot be read."""
-
-    def parse(text: bytes) -> QuantScheme | SchemeMap:
-        data = document.read(text)
-        if isinstance(data, dict) and not {"layers", "schemes"}.isdisjoint(data):
-            return SchemeMap.from_data({"name": name_of(Path(path)), **data})
-        return QuantScheme.from_yaml(text)
-
-    found = load_document(path, parse)
-    return found.named_after(Path(path)) if isinstance(found, QuantScheme) else found
-
-
-def of_data(data: Mapping[str, Any]) -> QuantScheme | SchemeMap:
-    """What `to_data` gave: a scheme, or a map where there are layers. Raises SchemeError."""
-    return SchemeMap.from_data(data) if "layers" in data else QuantScheme(**data)
-
-
-def of_layer(scheme: object, layer: str | None = None) -> LayerScheme:
-    """What users write, for one layer; a map needs the layer's name unless all take one scheme. Raises SchemeError."""
-    if isinstance(scheme, HeadSchemes):
-        return scheme
-    found = read(scheme)
-    if isinstance(found, QuantScheme):
-        return found
-    if layer is not None:
-        return found[layer]
-    if (only := found.only()) is not None:
-        return only
-    example = found.layers[0][0]
-    raise SchemeError(f"scheme: {found.name!r} is a map of layers; say which one this is, as layer={example!r}")
-
-
-def resolve(scheme: object, layer: str | None = None) -> QuantScheme:
-    """As `of_layer`, where one scheme serves all heads. Raises SchemeError."""
-    found = of_layer(scheme, layer)
-    if isinstance(found, HeadSchemes):
-        names = ", ".join(part.name for _, part in found.parts)
-        raise SchemeError(f"scheme: its heads take different schemes ({names}) here, where one is needed; give one of them")
-    return found
 
 
 def _entry(value: object, place: str, own: Mapping[str, QuantScheme]) -> LayerScheme:

@@ -1,0 +1,53 @@
+"""Layers whose heads take different schemes."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from tokquant.errors import SchemeError, quote
+from tokquant.schemes.scheme import QuantScheme
+
+
+@dataclass(frozen=True)
+class HeadSchemes:
+    """A layer whose heads take different schemes: each part has the heads of K and V from where the one before ends.
+
+    Queries take the scheme of the head of K and V that they share. Raises SchemeError for parts that are none.
+    """
+
+    parts: tuple[tuple[int, QuantScheme], ...]
+    """(heads, scheme): how many heads of K and V, in order."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "parts", tuple(self.parts))
+        for part in self.parts or [()]:
+            heads, scheme = part if isinstance(part, tuple) and len(part) == 2 else (None, None)
+            if type(heads) is not int or heads < 1 or not isinstance(scheme, QuantScheme):
+                raise SchemeError([("heads", f"{quote(part)} is no part; give (heads, scheme), such as (6, preset('int8'))")])
+
+    @property
+    def heads(self) -> int:
+        """Of K and V."""
+        return sum(heads for heads, _ in self.parts)
+
+    @property
+    def name(self) -> str:
+        """The parts' names."""
+        return " + ".join(dict.fromkeys(scheme.name for _, scheme in self.parts))
+
+    def slices(self) -> Iterator[tuple[slice, QuantScheme]]:
+        """The heads of K and V of each part."""
+        start = 0
+        for heads, scheme in self.parts:
+            yield slice(start, start + heads), scheme
+            start += heads
+
+    def __str__(self) -> str:
+        return "; ".join(f"heads {s.start}-{s.stop - 1}: {scheme.name}" for s, scheme in self.slices())
+
+
+LayerScheme = QuantScheme | HeadSchemes
+
+
+def parts_of(scheme: LayerScheme) -> Iterable[tuple[int | None, QuantScheme]]:
+    """(heads, scheme) of each part of a layer; None where one scheme has them all."""
+    return scheme.parts if isinstance(scheme, HeadSchemes) else ((None, scheme),)

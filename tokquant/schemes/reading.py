@@ -1,0 +1,70 @@
+"""From what users write where a scheme is taken, to the scheme of a layer."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokquant.errors import SchemeError, quote
+from tokquant.schemes import document
+from tokquant.schemes.heads import HeadSchemes, LayerScheme
+from tokquant.schemes.maps import SchemeMap
+from tokquant.schemes.presets import preset
+from tokquant.schemes.scheme import QuantScheme, load_document, name_of
+
+
+def read(scheme: object) -> QuantScheme | SchemeMap:
+    """What users write where a scheme is taken: a QuantScheme, a SchemeMap, a preset's name, or a YAML file of either's path.
+
+    Raises SchemeError.
+    """
+    if isinstance(scheme, QuantScheme | SchemeMap):
+        return scheme
+    if isinstance(scheme, os.PathLike):
+        return load(scheme)
+    if isinstance(scheme, str):
+        is_path = scheme.endswith((".yaml", ".yml")) or "/" in scheme or os.sep in scheme
+        return load(scheme) if is_path else preset(scheme)
+    raise SchemeError(f"scheme: {quote(scheme)} is no scheme; give a QuantScheme, a SchemeMap, a preset's name or a YAML file")
+
+
+def load(path: str | os.PathLike) -> QuantScheme | SchemeMap:
+    """The scheme or the scheme map of a YAML file. Raises SchemeError, also where the file cannot be read."""
+
+    def parse(text: bytes) -> QuantScheme | SchemeMap:
+        data = document.read(text)
+        if isinstance(data, dict) and not {"layers", "schemes"}.isdisjoint(data):
+            return SchemeMap.from_data({"name": name_of(Path(path)), **data})
+        return QuantScheme.from_yaml(text)
+
+    found = load_document(path, parse)
+    return found.named_after(Path(path)) if isinstance(found, QuantScheme) else found
+
+
+def of_data(data: Mapping[str, Any]) -> QuantScheme | SchemeMap:
+    """What `to_data` gave: a scheme, or a map where there are layers. Raises SchemeError."""
+    return SchemeMap.from_data(data) if "layers" in data else QuantScheme(**data)
+
+
+def of_layer(scheme: object, layer: str | None = None) -> LayerScheme:
+    """What users write, for one layer; a map needs the layer's name unless all take one scheme. Raises SchemeError."""
+    if isinstance(scheme, HeadSchemes):
+        return scheme
+    found = read(scheme)
+    if isinstance(found, QuantScheme):
+        return found
+    if layer is not None:
+        return found[layer]
+    if (only := found.only()) is not None:
+        return only
+    example = found.layers[0][0]
+    raise SchemeError(f"scheme: {found.name!r} is a map of layers; say which one this is, as layer={example!r}")
+
+
+def resolve(scheme: object, layer: str | None = None) -> QuantScheme:
+    """As `of_layer`, where one scheme serves all heads. Raises SchemeError."""
+    found = of_layer(scheme, layer)
+    if isinstance(found, HeadSchemes):
+        names = ", ".join(part.name for _, part in found.parts)
+        raise SchemeError(f"scheme: its heads take different schemes ({names}) here, where one is needed; give one of them")
+    return found
