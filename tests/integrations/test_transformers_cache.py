@@ -234,6 +234,35 @@ def test_a_mask_that_changes_its_mind_is_refused_and_nothing_is_appended():
         model(torch.full((2, 3), 5), attention_mask=packed, past_key_values=cache)
 
 
+def test_after_a_call_that_ended_between_layers_a_cache_is_not_used_on():
+    model, given = use(decoder(), "none", backend="reference"), prompts()
+    cache, step = cache_of(model), torch.tensor([[5], [6]])
+    exact = model(**given, past_key_values=cache).logits
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(step, past_key_values=cache)
+    hook.remove()
+    with pytest.raises(ValueError, match=r"layer 1 holds 20 tokens where layer 0 held 21; .* reset\(\) it"):
+        model(step, past_key_values=cache)
+    cache.reset()
+    torch.testing.assert_close(model(**given, past_key_values=cache).logits, exact)
+
+
+def test_a_cache_of_other_sequences_or_another_model_says_so():
+    model = use(decoder(), "none", backend="reference")
+    cache = cache_of(model)
+    model(**prompts("left"), past_key_values=cache)
+    with pytest.raises(ValueError, match="holds 2 sequences, and 3 come"):
+        generated(model, prompts("left", batch=3, tokens=30), cache)
+    small = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 1})
+    with pytest.raises(ValueError, match="has 1 layers, and the model more"):
+        model(**prompts(), past_key_values=TokquantCache(small, "none", backend="reference"))
+
+
 def test_what_a_cache_cannot_keep_is_refused_at_once():
     model = use(decoder(), "none", backend="reference")
     with pytest.raises(tq.SchemeError, match="smooth"):

@@ -1,6 +1,9 @@
 """TokquantCache: a cache of transformers that keeps codes, and is attended to on them."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
@@ -77,6 +80,27 @@ class TokquantCache(Cache):
                     f"{', '.join(CODED + OTHERS)}"
                 )
         super().__init__(layers=layers)
+        self._first = next((i for i, layer in enumerate(layers) if isinstance(layer, TokquantLayer)), None)
+        self._before = 0
+        """Columns of the first layer in codes before the call that is under way."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """As `Cache.update`.
+
+        Raises ValueError where layers do not hold the same tokens, as after a call that ended between them.
+        """
+        if layer_idx >= len(self.layers):
+            raise ValueError(f"past_key_values: has {len(self.layers)} layers, and the model more; make a cache of this model")
+        layer = self.layers[layer_idx]
+        if isinstance(layer, TokquantLayer):
+            if layer_idx == self._first:
+                self._before = layer.columns
+            elif layer.columns != self._before:
+                raise ValueError(
+                    f"past_key_values: layer {layer_idx} holds {layer.columns} tokens where layer {self._first} held "
+                    f"{self._before}; an earlier call ended between them: reset() it and give all tokens again"
+                )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         # waits for a GPU once, not in each layer
