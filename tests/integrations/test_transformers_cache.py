@@ -281,6 +281,21 @@ def test_what_a_cache_cannot_keep_is_refused_at_once():
         generated(model, prompts(), cache_of(model, "kv-int8", capacity=1))
 
 
+def test_without_a_scheme_a_cache_takes_that_of_the_model_with_its_scales():
+    model, given = decoder(), prompts()
+    with pytest.raises(tq.SchemeError, match=r"scheme: is left out, .*; it has none"):
+        TokquantCache(model)
+    calibrator = tq.Calibrator("kv-fp8")
+    run_observed(model, [given["input_ids"]], calibrator.observe)
+    scales = calibrator.scales()
+    use(model, "kv-fp8", scales=scales, backend="reference")
+    with pytest.raises(tq.SchemeError, match="with others, give the scheme too"):
+        TokquantCache(model, scales=scales)
+    short, long = TokquantCache(model), cache_of(model, "kv-fp8", scales=scales)
+    assert torch.equal(model(**given, past_key_values=short).logits, model(**given, past_key_values=long).logits)
+    assert short.memory == long.memory and short.layers[0].held.scheme.name == "kv-fp8"
+
+
 def test_a_map_gives_each_layer_of_a_cache_its_scheme_and_its_scales():
     model, given = decoder(), prompts()
     names = [f"model.layers.{i}.self_attn" for i in range(2)]

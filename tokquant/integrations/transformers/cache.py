@@ -9,9 +9,9 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types
 
 from tokquant.attention import Backend, Scheme
 from tokquant.calibration.scales import Scales
-from tokquant.errors import UnsupportedError
+from tokquant.errors import SchemeError, UnsupportedError
 from tokquant.integrations.transformers.cache_layer import TokquantLayer
-from tokquant.integrations.transformers.settings import IMPLEMENTATIONS, Setting
+from tokquant.integrations.transformers.settings import IMPLEMENTATIONS, Setting, own
 from tokquant.kv_cache import Memory
 from tokquant.schemes import SchemeMap, resolve
 from tokquant.schemes.appending import check_append_only
@@ -34,7 +34,7 @@ class TokquantCache(Cache):
 
     Args:
         model: a model, or the config of one.
-        scheme: as for `use`; no part of it may see later tokens.
+        scheme: as for `use`; no part of it may see later tokens. None for the model's own, with its scales and backend.
         scales: those of a static scheme.
         capacity: tokens that the pages of each layer are made for, once, for all sequences together; they grow where None.
         backend: what keeps the pages: as for `tokquant.KVCache`.
@@ -46,13 +46,13 @@ class TokquantCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel | PreTrainedConfig,
-        scheme: Scheme,
+        scheme: Scheme | None = None,
         *,
         scales: Scales | None = None,
         capacity: int | None = None,
         backend: Backend = "auto",
     ):
-        setting = Setting(scheme, scales, backend)
+        setting = _own(model, scales, backend) if scheme is None else Setting(scheme, scales, backend)
         parts = [each for _, each in setting.scheme.layers] if isinstance(setting.scheme, SchemeMap) else [setting.scheme]
         for each in parts:
             check_append_only(resolve(each))
@@ -117,3 +117,14 @@ class TokquantCache(Cache):
         """Bytes of all pages and windows."""
         memory = self.memory
         return memory.packed + memory.slack + memory.windows
+
+
+def _own(model: PreTrainedModel | PreTrainedConfig, scales: Scales | None, backend: Backend) -> Setting:
+    """The setting of a model for which a cache is given no scheme. Raises SchemeError where it has none."""
+    found = own(model) if isinstance(model, PreTrainedModel) else None
+    if found is None or scales is not None or backend != "auto":
+        raise SchemeError(
+            "scheme: is left out, which takes scheme, scales and backend that use(model, ...) gave the model; "
+            + ("it has none" if found is None else "with others, give the scheme too")
+        )
+    return found

@@ -91,6 +91,12 @@ def place(model: nn.Module, setting: Setting) -> None:
         setattr(module, ATTRIBUTE, Place(name, setting))
 
 
+def own(model: nn.Module) -> Setting | None:
+    """The setting that `use` or a checkpoint gave a model; None where it has none."""
+    found: Place | None = model.__dict__.get(ATTRIBUTE)
+    return found.setting if found else None
+
+
 def place_of(module: nn.Module, registered: Setting | None, yields: bool, by_name: bool = False) -> tuple[str, Setting]:
     """The name of an attention module and what is in force there: its model's own setting where the registered one yields.
 
