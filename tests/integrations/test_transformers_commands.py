@@ -174,6 +174,8 @@ def test_what_cannot_be_evaluated_is_named(folder, lines):
     )
     with pytest.raises(ValueError, match="model: BertForMaskedLM predicts no next token"):
         evaluate(transformers.BertForMaskedLM(masked).eval(), found[:1], ["int8"])
+    with pytest.raises(TypeError, match=r"model: a str; give a transformers\.PreTrainedModel"):
+        evaluate("llama", found[:1], ["int8"])
 
 
 @pytest.mark.parametrize("last", [slice(None), slice(1)], ids=["of windows that fit", "after an error"])

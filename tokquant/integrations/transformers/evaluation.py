@@ -12,7 +12,7 @@ from tokquant.calibration.scales import Scales
 from tokquant.errors import SchemeError, quote
 from tokquant.evaluation.logits import Agreement
 from tokquant.integrations.transformers.cache import TokquantCache
-from tokquant.integrations.transformers.registration import kept, use
+from tokquant.integrations.transformers.registration import check_model, kept, use
 from tokquant.schemes import QuantScheme, SchemeMap, read
 
 
@@ -51,7 +51,8 @@ def evaluate(
     """
     if isinstance(schemes, str | QuantScheme | SchemeMap):
         raise TypeError(f"schemes: {quote(schemes)} alone; give a list of them")
-    if isinstance(model, PreTrainedModel) and (not model.can_generate() or model.config.is_encoder_decoder):
+    check_model(model)
+    if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(f"model: {type(model).__name__} predicts no next token of its input; give a causal language model")
     chosen = [read(scheme) for scheme in schemes]
     fixed = list(scales) if scales is not None else [None] * len(chosen)

@@ -57,8 +57,7 @@ def observe(model: Model, observer: Observer) -> Model:
 
 
 def _use(model: Model, setting: Setting) -> Model:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: a {type(model).__name__}; give a transformers.PreTrainedModel")
+    check_model(model)
     setting.check(model)
     if not model._can_set_attn_implementation():
         raise UnsupportedError(
@@ -70,9 +69,16 @@ def _use(model: Model, setting: Setting) -> Model:
     return model
 
 
+def check_model(model: object) -> None:
+    """Raise TypeError for what is no model of transformers."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: a {type(model).__name__}; give a transformers.PreTrainedModel")
+
+
 @contextmanager
 def kept(model: PreTrainedModel) -> Iterator[None]:
-    """Afterwards, the model attends as before."""
+    """Afterwards, the model attends as before. Raises TypeError for what is no model of transformers."""
+    check_model(model)
     models = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
     implementations = [each.config._attn_implementation for each in models]
     places = [(module, module.__dict__.get(ATTRIBUTE)) for module in model.modules()]
