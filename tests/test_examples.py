@@ -109,6 +109,18 @@ def test_the_cache_example_prints_the_figures_of_its_page_and_they_are_in_order(
     assert "a prompt of 600 tokens, answers of [601, 603]" in result.stdout
 
 
+def test_the_example_of_logits_prints_each_layer_alone_and_all_of_them():
+    pytest.importorskip("transformers")
+    result = subprocess.run([sys.executable, ROOT / "examples" / "compare_logits.py"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    printed = re.findall(r"^(int\d) +(\S+|all layers) +(\S+) +(\S+)$", result.stdout, re.M)
+    kl = {(scheme, layer): float(divergence) for scheme, layer, divergence, _ in printed}
+    layers = [f"model.layers.{i}.self_attn" for i in range(4)]
+    assert list(kl) == [(scheme, layer) for scheme in ("int8", "int4") for layer in (*layers, "all layers")]
+    assert all(0 < 10 * kl["int8", layer] < kl["int4", layer] < 0.1 for layer in layers)
+    assert all(float(cosine) > 0.999 for scheme, *_, cosine in printed if scheme == "int8")
+
+
 def test_the_example_of_generation_prints_caches_that_are_smaller_and_near():
     pytest.importorskip("transformers")
     result = subprocess.run([sys.executable, ROOT / "examples" / "generate_with_cache.py"], capture_output=True, text=True)

@@ -76,9 +76,11 @@ def scaled_dot_product_attention(
         raise ValueError(f"key: {kv_heads} heads do not divide the {q.shape[-3]} of query")
     result = (*leading, heads, n_q, d_v)[headless:]
     if attn_mask is not None:
-        attn_mask = _mask(attn_mask, leading, heads, n_q, n_k)
+        _check_mask(attn_mask, (*leading, heads, n_q, n_k))
     if 0 in (*result, n_k):
         return query.new_zeros(result)
+    if attn_mask is not None:
+        attn_mask = _mask(attn_mask, leading, n_k)
     window = None
     if is_causal:
         # from the top left: later keys are seen by nobody, and earlier ones by every query that is beyond them
@@ -109,15 +111,17 @@ def _batched(x: Tensor, leading: torch.Size) -> Tensor:
     return x.expand(*leading, *x.shape[-3:]).reshape(-1, *x.shape[-3:])
 
 
-def _mask(mask: Tensor, leading: torch.Size, heads: int, n_q: int, n_k: int) -> Tensor:
-    """A mask as `attention` takes it, with no more copies than there are dimensions before heads that cannot be one."""
+def _check_mask(mask: object, wanted: tuple[int, ...]) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask: a {type(mask).__name__}; give a boolean tensor (True = attend) or floats to add")
-    wanted = (*leading, heads, n_q, n_k)
     try:
         mask.expand(wanted)
     except RuntimeError:
         raise ValueError(f"attn_mask: shape {list(mask.shape)} does not broadcast to {list(wanted)}") from None
+
+
+def _mask(mask: Tensor, leading: torch.Size, n_k: int) -> Tensor:
+    """A mask as `attention` takes it, with no more copies than there are dimensions before heads that cannot be one."""
     mask = mask.expand(*mask.shape[:-1], n_k)
     mask = mask[(None,) * max(0, 3 - mask.ndim)]
     own = mask.shape[:-3]

@@ -51,6 +51,8 @@ CASES = {
     "wide values": ((Q[..., :6], K[..., :6], V), {}),
     "no queries": ((Q[:, :, :0], K, V), {}),
     "no keys": ((Q, K[:, :, :0], V[:, :, :0]), {}),
+    "no queries, a mask": ((Q[:, :, :0], K, V, some(2, 1, 6, 9)[:, :, :0]), {}),
+    "no keys, a mask": ((Q, K[:, :, :0], V[:, :, :0], x(2, 4, 6, 1)), {}),
     "float16": ((Q.half(), K.half(), V.half()), {}),
     "bfloat16": ((Q.bfloat16(), K.bfloat16(), V.bfloat16(), some(6, 9)), {}),
 }

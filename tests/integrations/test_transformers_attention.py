@@ -219,6 +219,24 @@ def test_what_is_registered_serves_models_without_a_scheme_of_their_own():
     assert not torch.equal(model(**given).logits, four)
 
 
+def test_a_registered_map_of_one_scheme_knows_layers_by_their_names():
+    register(tq.SchemeMap.from_data({"layers": {"model.layers.*": "none"}}), name="tokquant-one", backend="reference")
+    model, given = decoder(), prompts()
+    exact = eagerly(model)(**given).logits
+    model.set_attn_implementation("tokquant-one")
+    torch.testing.assert_close(model(**given).logits, exact)
+
+
+def test_a_module_that_is_replaced_leaves_the_others_their_scheme():
+    register(tq.SchemeMap.from_data({"layers": {"*": "none"}}), backend="reference")
+    model, given = use(decoder(), "int4", backend="reference"), prompts()
+    model.model.layers[0].self_attn = decoder().model.layers[0].self_attn
+    model.model.layers[0].self_attn.config = model.config
+    mixed = tq.SchemeMap.from_data({"layers": {"model.layers.0.*": "none", "*": "int4"}})
+    found = model(**given).logits
+    assert torch.equal(found, use(decoder(), mixed, backend="reference")(**given).logits)
+
+
 def test_a_bare_module_without_a_model_says_so():
     register(tq.SchemeMap.from_data({"layers": {"a": "int8", "b": "none"}}), name="tokquant-lost")
     model = decoder()

@@ -234,6 +234,35 @@ def test_a_mask_that_changes_its_mind_is_refused_and_nothing_is_appended():
         model(torch.full((2, 3), 5), attention_mask=packed, past_key_values=cache)
 
 
+def test_after_a_call_that_ended_between_layers_a_cache_is_not_used_on():
+    model, given = use(decoder(), "none", backend="reference"), prompts()
+    cache, step = cache_of(model), torch.tensor([[5], [6]])
+    exact = model(**given, past_key_values=cache).logits
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(step, past_key_values=cache)
+    hook.remove()
+    with pytest.raises(ValueError, match=r"layer 1 holds 20 tokens where layer 0 held 21; .* reset\(\) it"):
+        model(step, past_key_values=cache)
+    cache.reset()
+    torch.testing.assert_close(model(**given, past_key_values=cache).logits, exact)
+
+
+def test_a_cache_of_other_sequences_or_another_model_says_so():
+    model = use(decoder(), "none", backend="reference")
+    cache = cache_of(model)
+    model(**prompts("left"), past_key_values=cache)
+    with pytest.raises(ValueError, match="holds 2 sequences, and 3 come"):
+        generated(model, prompts("left", batch=3, tokens=30), cache)
+    small = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 1})
+    with pytest.raises(ValueError, match="has 1 layers, and the model more"):
+        model(**prompts(), past_key_values=TokquantCache(small, "none", backend="reference"))
+
+
 def test_what_a_cache_cannot_keep_is_refused_at_once():
     model = use(decoder(), "none", backend="reference")
     with pytest.raises(tq.SchemeError, match="smooth"):
@@ -250,6 +279,21 @@ def test_what_a_cache_cannot_keep_is_refused_at_once():
         TokquantCache(chunked, "kv-int8")
     with pytest.raises(tq.CacheFullError, match=r"layers\.0\.self_attn: the cache is full"):
         generated(model, prompts(), cache_of(model, "kv-int8", capacity=1))
+
+
+def test_without_a_scheme_a_cache_takes_that_of_the_model_with_its_scales():
+    model, given = decoder(), prompts()
+    with pytest.raises(tq.SchemeError, match=r"scheme: is left out, .*; it has none"):
+        TokquantCache(model)
+    calibrator = tq.Calibrator("kv-fp8")
+    run_observed(model, [given["input_ids"]], calibrator.observe)
+    scales = calibrator.scales()
+    use(model, "kv-fp8", scales=scales, backend="reference")
+    with pytest.raises(tq.SchemeError, match="with others, give the scheme too"):
+        TokquantCache(model, scales=scales)
+    short, long = TokquantCache(model), cache_of(model, "kv-fp8", scales=scales)
+    assert torch.equal(model(**given, past_key_values=short).logits, model(**given, past_key_values=long).logits)
+    assert short.memory == long.memory and short.layers[0].held.scheme.name == "kv-fp8"
 
 
 def test_a_map_gives_each_layer_of_a_cache_its_scheme_and_its_scales():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import tokenizers
@@ -13,7 +14,7 @@ import tokquant as tq
 from tokquant import cli
 from tokquant.activations import Activations
 from tokquant.evaluation.logits import Agreement
-from tokquant.integrations.transformers import evaluate, texts
+from tokquant.integrations.transformers import evaluate, texts, use
 
 LAYERS = [f"model.layers.{i}.self_attn" for i in range(SIZES["num_hidden_layers"])]
 LINES = ["the quick brown fox", "jumps over", "", "the lazy dog " * 12]
@@ -145,8 +146,14 @@ def test_eval_measures_schemes_for_prompts_and_step_by_step(tokquant, folder, li
     assert 1e-7 < int8["prefill"]["kl"] < 0.01 < four["prefill"]["kl"] < 0.5 and int8["decode"] is None
     # on the same codes as in a prompt
     assert 0.001 < four["decode"]["kl"] < 0.5
+    with torch.no_grad():
+        last = [torch.nn.functional.cross_entropy(eagerly(model)(w).logits[0, -6:-1], w[0, -5:]) for w in found[:2]]
+    exact = pytest.approx(torch.stack(last).mean().exp().item(), rel=1e-5)
+    assert none["decode"]["perplexity"] == exact and four["decode"]["exact_perplexity"] == exact
     code, out, _ = tokquant(*words, "-s", "int8")
     assert code == 0 and "int8 is not decoded: " in out and "same top-1" in out
+    code, out, _ = tokquant(*words, "-s", "kv-int4")
+    assert code == 0 and f"without tokquant {four['decode']['exact_perplexity']:.4f}" in " ".join(out.split())
 
 
 def test_what_cannot_be_evaluated_is_named(folder, lines):
@@ -162,6 +169,25 @@ def test_what_cannot_be_evaluated_is_named(folder, lines):
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             evaluate(model, **dict(windows=found[:1], backend="reference", decoded=0) | given)
+    masked = transformers.BertConfig(
+        vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    with pytest.raises(ValueError, match="model: BertForMaskedLM predicts no next token"):
+        evaluate(transformers.BertForMaskedLM(masked).eval(), found[:1], ["int8"])
+    with pytest.raises(TypeError, match=r"model: a str; give a transformers\.PreTrainedModel"):
+        evaluate("llama", found[:1], ["int8"])
+
+
+@pytest.mark.parametrize("last", [slice(None), slice(1)], ids=["of windows that fit", "after an error"])
+def test_a_model_attends_after_an_evaluation_as_before(folder, lines, last):
+    model, found = windows(folder, lines)
+    use(model, "int4", backend="reference")
+    with torch.no_grad():
+        before = model(found[0]).logits
+    with nullcontext() if last == slice(None) else pytest.raises(ValueError, match="windows: one of shape"):
+        evaluate(model, [found[0], found[0][:, last]], ["none"], backend="reference", decoded=0)
+    with torch.no_grad():
+        assert torch.equal(model(found[0]).logits, before)
 
 
 def test_agreement_is_what_its_definition_says():
@@ -173,11 +199,19 @@ def test_agreement_is_what_its_definition_says():
     kl = torch.nn.functional.kl_div(q.log_softmax(1), p.log_softmax(1), log_target=True, reduction="batchmean")
     assert found.kl == pytest.approx(kl.item(), rel=1e-4)
     assert found.perplexity == pytest.approx(math.exp(torch.nn.functional.cross_entropy(q, targets)), rel=1e-4)
+    assert found.exact_perplexity == pytest.approx(math.exp(torch.nn.functional.cross_entropy(p, targets)), rel=1e-4)
     assert found.top1 == (p.argmax(1) == q.argmax(1)).double().mean()
     found.add(torch.tensor([[0.0, -torch.inf]]).expand(1, 2), torch.tensor([[0.0, -torch.inf]]), torch.tensor([0]))
     assert math.isfinite(found.kl)
     with pytest.raises(ValueError, match=r"shapes \[300, 7\], \[300, 7\], \[2\] do not fit"):
         found.add(p, q, targets[:2])
+
+
+def test_a_folder_without_a_tokenizer_is_named(tokquant, folder, lines):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    code, _, err = tokquant("eval", "--model", folder, "--texts", lines)
+    assert code == 2 and "its tokenizer cannot be read" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """`tokquant eval`: what schemes do to a language model's predictions."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -12,6 +13,9 @@ from tokquant.cli import models, options, output
 from tokquant.evaluation.logits import Agreement
 from tokquant.export import load_scales
 from tokquant.schemes import QuantScheme, SchemeMap, read
+
+if TYPE_CHECKING:
+    from tokquant.integrations.transformers.evaluation import Evaluation
 
 DEFAULT = ("int8", "kv-int8", "kv-int4")
 
@@ -42,8 +46,6 @@ def eval(
     fixed: list[Scales | None] = [None] * len(chosen) + calibrated
     chosen += [each.scheme for each in calibrated]
     loaded, ids = models.load(model, texts, tokens, windows, device, dtype)
-    if loaded.get_output_embeddings() is None:
-        raise ValueError(f"--model: {type(loaded).__name__} predicts no tokens; give a causal language model")
     from tokquant.integrations.transformers.evaluation import evaluate
 
     progress = output.progress(ids, "windows", len(ids))
@@ -59,7 +61,7 @@ def eval(
         title=escape(
             f"{model.name}: {len(ids)} windows of {tokens} tokens, perplexity {baseline.perplexity:.4f} without tokquant"
         ),
-        caption=f"KL in nats a token; decode: the last {decoded} tokens of a window one by one from a cache of codes",
+        caption="KL in nats a token" + _of_decoding(decoded, found),
     )
     table.add_column("scheme")
     for heading in ("perplexity", "KL", "same top-1", "decode perplexity", "KL", "same top-1"):
@@ -73,7 +75,17 @@ def eval(
 
 
 def _figures(a: Agreement) -> dict[str, float]:
-    return {"perplexity": a.perplexity, "kl": a.kl, "top1": a.top1, "tokens": a.tokens}
+    return {"perplexity": a.perplexity, "kl": a.kl, "top1": a.top1, "tokens": a.tokens, "exact_perplexity": a.exact_perplexity}
+
+
+def _of_decoding(decoded: int, found: Sequence["Evaluation"]) -> str:
+    exact = next((r.decode.exact_perplexity for r in found if r.decode), None)
+    if exact is None:
+        return ""
+    return (
+        f"; decode: the last {decoded} tokens of a window one by one from a cache of codes; "
+        f"perplexity of those without tokquant {exact:.4f}"
+    )
 
 
 def _cells(a: Agreement) -> tuple[str, str, str]:

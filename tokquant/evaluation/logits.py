@@ -18,6 +18,7 @@ class Agreement:
     loss: float = 0.0
     divergence: float = 0.0
     same: int = 0
+    exact_loss: float = 0.0
 
     def add(self, logits: Tensor, exact: Tensor, targets: Tensor) -> None:
         """Add tokens: logits and exact ones `[N, vocabulary]`, what came next `[N]`. Raises ValueError where shapes differ."""
@@ -28,6 +29,7 @@ class Agreement:
             rows = slice(start, start + ROWS)
             log_q, log_p = (x[rows].float().log_softmax(dim=-1) for x in (logits, exact))
             self.loss -= log_q.gather(1, targets[rows, None]).sum(dtype=torch.float64).item()
+            self.exact_loss -= log_p.gather(1, targets[rows, None]).sum(dtype=torch.float64).item()
             # a probability of zero takes no part, whatever the logarithm of the other
             terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
             self.divergence += terms.sum(dtype=torch.float64).item()
@@ -37,8 +39,12 @@ class Agreement:
     @property
     def perplexity(self) -> float:
         """exp of the mean loss; infinite where that is beyond float64."""
-        mean = self.loss / self.tokens
-        return math.exp(mean) if mean < 700 else math.inf
+        return _exp(self.loss / self.tokens)
+
+    @property
+    def exact_perplexity(self) -> float:
+        """That of the exact logits, for the same tokens."""
+        return _exp(self.exact_loss / self.tokens)
 
     @property
     def kl(self) -> float:
@@ -49,3 +55,7 @@ class Agreement:
     def top1(self) -> float:
         """Share of tokens for which both hold the same token the most likely."""
         return self.same / self.tokens
+
+
+def _exp(mean: float) -> float:
+    return math.exp(mean) if mean < 700 else math.inf

@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def register(
-    scheme: Scheme = "int8", *, name: str = "tokquant", scales: LayerScales | None = None, backend: Backend = "auto"
+    scheme: Scheme = "int8", *, scales: LayerScales | None = None, name: str = "tokquant", backend: Backend = "auto"
 ) -> None:
     """Make a scheme known to diffusers as an attention backend.
 
@@ -29,8 +29,8 @@ def register(
 
     Args:
         scheme: a QuantScheme, a preset's name, or the path of a YAML file. `use` takes maps of layers.
-        name: lower-case, and none of diffusers' own.
         scales: for a static scheme, one layer's; they serve all layers. `use` takes those of each.
+        name: lower-case, and none of diffusers' own.
         backend: as for `tokquant.attention`.
 
     Raises:

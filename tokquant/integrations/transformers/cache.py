@@ -1,14 +1,17 @@
 """TokquantCache: a cache of transformers that keeps codes, and is attended to on them."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from tokquant.attention import Backend, Scheme
 from tokquant.calibration.scales import Scales
-from tokquant.errors import UnsupportedError
+from tokquant.errors import SchemeError, UnsupportedError
 from tokquant.integrations.transformers.cache_layer import TokquantLayer
-from tokquant.integrations.transformers.settings import IMPLEMENTATIONS, Setting
+from tokquant.integrations.transformers.settings import IMPLEMENTATIONS, Setting, own
 from tokquant.kv_cache import Memory
 from tokquant.schemes import SchemeMap, resolve
 from tokquant.schemes.appending import check_append_only
@@ -31,7 +34,7 @@ class TokquantCache(Cache):
 
     Args:
         model: a model, or the config of one.
-        scheme: as for `use`; no part of it may see later tokens.
+        scheme: as for `use`; no part of it may see later tokens. None for the model's own, with its scales and backend.
         scales: those of a static scheme.
         capacity: tokens that the pages of each layer are made for, once, for all sequences together; they grow where None.
         backend: what keeps the pages: as for `tokquant.KVCache`.
@@ -43,13 +46,13 @@ class TokquantCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel | PreTrainedConfig,
-        scheme: Scheme,
+        scheme: Scheme | None = None,
         *,
         scales: Scales | None = None,
         capacity: int | None = None,
         backend: Backend = "auto",
     ):
-        setting = Setting(scheme, scales, backend)
+        setting = _own(model, scales, backend) if scheme is None else Setting(scheme, scales, backend)
         parts = [each for _, each in setting.scheme.layers] if isinstance(setting.scheme, SchemeMap) else [setting.scheme]
         for each in parts:
             check_append_only(resolve(each))
@@ -77,6 +80,27 @@ class TokquantCache(Cache):
                     f"{', '.join(CODED + OTHERS)}"
                 )
         super().__init__(layers=layers)
+        self._first = next((i for i, layer in enumerate(layers) if isinstance(layer, TokquantLayer)), None)
+        self._before = 0
+        """Columns of the first layer in codes before the call that is under way."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """As `Cache.update`.
+
+        Raises ValueError where layers do not hold the same tokens, as after a call that ended between them.
+        """
+        if layer_idx >= len(self.layers):
+            raise ValueError(f"past_key_values: has {len(self.layers)} layers, and the model more; make a cache of this model")
+        layer = self.layers[layer_idx]
+        if isinstance(layer, TokquantLayer):
+            if layer_idx == self._first:
+                self._before = layer.columns
+            elif layer.columns != self._before:
+                raise ValueError(
+                    f"past_key_values: layer {layer_idx} holds {layer.columns} tokens where layer {self._first} held "
+                    f"{self._before}; an earlier call ended between them: reset() it and give all tokens again"
+                )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         # waits for a GPU once, not in each layer
@@ -93,3 +117,14 @@ class TokquantCache(Cache):
         """Bytes of all pages and windows."""
         memory = self.memory
         return memory.packed + memory.slack + memory.windows
+
+
+def _own(model: PreTrainedModel | PreTrainedConfig, scales: Scales | None, backend: Backend) -> Setting:
+    """The setting of a model for which a cache is given no scheme. Raises SchemeError where it has none."""
+    found = own(model) if isinstance(model, PreTrainedModel) else None
+    if found is None or scales is not None or backend != "auto":
+        raise SchemeError(
+            "scheme: is left out, which takes scheme, scales and backend that use(model, ...) gave the model; "
+            + ("it has none" if found is None else "with others, give the scheme too")
+        )
+    return found

@@ -50,16 +50,17 @@ class TokquantLayer(CacheLayerMixin):
 
         No query sees more than the `behind` tokens before it, or all where None.
 
-        Raises ValueError where it says something else of earlier columns than it did then, else as `KVCache`; the layer is
-        then as it was.
+        Raises ValueError for another number of sequences, or where it says something else of earlier columns than it did then,
+        else as `KVCache`; the layer is then as it was.
         """
-        (batch, heads, new, d), before = k.shape, self.columns
+        (batch, heads, new, d), before, held = k.shape, self.columns, self.held
+        if held is not None and held.batch != batch:
+            raise ValueError(f"past_key_values: holds {held.batch} sequences, and {batch} come; reset() it, or make another")
         earlier = True if self.tokens is None else self.tokens
         if not np.all((True if tokens is None else tokens[:, :before]) == earlier):
             raise ValueError(
                 "attention_mask: it masks other columns than when their keys came; keep it, and add ones to its end"
             )
-        held = self.held
         if held is None:
             scheme, scales = self.setting.of(name)
             made = dict(batch=batch, kv_heads=heads, head_dim=d, dtype=k.dtype, device=k.device, capacity=self.capacity)
@@ -169,7 +170,8 @@ class Appended:
 def _unread() -> UnsupportedError:
     return UnsupportedError(
         "a TokquantCache gives codes, which only tokquant's attention reads: call "
-        "tokquant.integrations.transformers.use(model, scheme), or load the model with attn_implementation='tokquant'"
+        "tokquant.integrations.transformers.use(model, scheme), or load the model with attn_implementation='tokquant'; a model "
+        "that computes with what it cached before it attends (DeepSeek's latent attention) needs a DynamicCache"
     )
 
 

@@ -12,7 +12,7 @@ from tokquant.calibration.scales import Scales
 from tokquant.errors import SchemeError, quote
 from tokquant.evaluation.logits import Agreement
 from tokquant.integrations.transformers.cache import TokquantCache
-from tokquant.integrations.transformers.registration import use
+from tokquant.integrations.transformers.registration import check_model, kept, use
 from tokquant.schemes import QuantScheme, SchemeMap, read
 
 
@@ -45,19 +45,22 @@ def evaluate(
         scales: those of each scheme, None where it needs none.
         decoded: tokens of each window that are also predicted one by one, after the others as a prompt; 0 for none.
 
-    Returns: eager attention's own figures, and one Evaluation a scheme, in order. Afterwards the model attends eagerly.
+    Returns: eager attention's own figures, and one Evaluation a scheme, in order. Afterwards the model attends as before.
 
-    Raises: as `use`. ValueError for no window, or one of another shape.
+    Raises: as `use`. ValueError for a model that predicts no next token, for no window, or one of another shape.
     """
     if isinstance(schemes, str | QuantScheme | SchemeMap):
         raise TypeError(f"schemes: {quote(schemes)} alone; give a list of them")
+    check_model(model)
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(f"model: {type(model).__name__} predicts no next token of its input; give a causal language model")
     chosen = [read(scheme) for scheme in schemes]
     fixed = list(scales) if scales is not None else [None] * len(chosen)
     if len(fixed) != len(chosen):
         raise ValueError(f"scales: {len(fixed)} for {len(chosen)} schemes; give one for each, None where it needs none")
     baseline = Agreement()
-    found = [_begin(model, *each, decoded, backend) for each in zip(chosen, fixed, strict=True)]
-    with torch.no_grad():
+    with kept(model), torch.no_grad():
+        found = [_begin(model, *each, decoded, backend) for each in zip(chosen, fixed, strict=True)]
         for ids in windows:
             ids = ids.to(model.device)
             if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
@@ -75,7 +78,6 @@ def evaluate(
                     result.decode.add(logits, exact[first:], targets[first:])
     if not baseline.tokens:
         raise ValueError("windows: there are none; give at least one")
-    model.set_attn_implementation("eager")
     return baseline, found
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tokquant.integrations.transformers.registration import observe
-from tokquant.integrations.transformers.settings import ATTRIBUTE, Observer
+from tokquant.integrations.transformers.registration import kept, observe
+from tokquant.integrations.transformers.settings import Observer
 
 
 @contextmanager
@@ -18,21 +18,9 @@ def observing(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
     K is as it is cached, after RoPE, and K and V have their own heads: what `Calibrator.observe` takes. Afterwards the model
     attends as before. Raises as `use`.
     """
-    implementations = [
-        (each, each.config._attn_implementation) for each in model.modules() if isinstance(each, PreTrainedModel)
-    ]
-    places = [(module, module.__dict__.get(ATTRIBUTE)) for module in model.modules()]
-    observe(model, observer)
-    try:
+    with kept(model):
+        observe(model, observer)
         yield
-    finally:
-        for each, implementation in implementations:
-            each.set_attn_implementation(implementation)
-        for module, place in places:
-            if place is None:
-                delattr(module, ATTRIBUTE)
-            else:
-                setattr(module, ATTRIBUTE, place)
 
 
 def run_observed(model: PreTrainedModel, windows: Iterable[Tensor], observer: Observer) -> None:

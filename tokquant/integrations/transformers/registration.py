@@ -1,5 +1,7 @@
 """`register` and `use`: the two ways in which a model of transformers comes to a scheme."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -10,7 +12,7 @@ from tokquant.calibration.scales import Scales
 from tokquant.errors import UnsupportedError, quote
 from tokquant.integrations.transformers.attention import attend
 from tokquant.integrations.transformers.masks import mask
-from tokquant.integrations.transformers.settings import IMPLEMENTATIONS, Observer, Setting, place
+from tokquant.integrations.transformers.settings import ATTRIBUTE, IMPLEMENTATIONS, Observer, Setting, place
 
 NAME = "tokquant"
 RESERVED = ("flash", "sdpa", "flex_attention", "eager", "/", "|", ":", "@")
@@ -35,7 +37,7 @@ def register(scheme: Scheme = "int8", *, scales: Scales | None = None, name: str
     _register(name, Setting(scheme, scales, backend))
 
 
-def use(model: Model, scheme: Scheme, *, scales: Scales | None = None, backend: Backend = "auto") -> Model:
+def use(model: Model, scheme: Scheme = "int8", *, scales: Scales | None = None, backend: Backend = "auto") -> Model:
     """Let a model attend by a scheme from now on, whatever other models do. Returns the model.
 
     `model.set_attn_implementation("sdpa")` takes it back; a second call replaces the first; a copy of the model goes on with
@@ -55,8 +57,7 @@ def observe(model: Model, observer: Observer) -> Model:
 
 
 def _use(model: Model, setting: Setting) -> Model:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: a {type(model).__name__}; give a transformers.PreTrainedModel")
+    check_model(model)
     setting.check(model)
     if not model._can_set_attn_implementation():
         raise UnsupportedError(
@@ -66,6 +67,31 @@ def _use(model: Model, setting: Setting) -> Model:
     model.set_attn_implementation(NAME)
     place(model, setting)
     return model
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError for what is no model of transformers."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: a {type(model).__name__}; give a transformers.PreTrainedModel")
+
+
+@contextmanager
+def kept(model: PreTrainedModel) -> Iterator[None]:
+    """Afterwards, the model attends as before. Raises TypeError for what is no model of transformers."""
+    check_model(model)
+    models = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
+    implementations = [each.config._attn_implementation for each in models]
+    places = [(module, module.__dict__.get(ATTRIBUTE)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for each, implementation in zip(models, implementations, strict=True):
+            each.set_attn_implementation(implementation)
+        for module, place in places:
+            if place is None:
+                module.__dict__.pop(ATTRIBUTE, None)
+            else:
+                setattr(module, ATTRIBUTE, place)
 
 
 def known() -> None:

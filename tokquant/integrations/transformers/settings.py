@@ -2,7 +2,8 @@
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,8 +51,7 @@ class Setting:
     @property
     def by_name(self) -> bool:
         """Whether a layer has to be known by name."""
-        several = isinstance(self.scheme, SchemeMap) and self.scheme.only() is None
-        return several or self.scales is not None or self.observe is not None
+        return isinstance(self.scheme, SchemeMap) or self.scales is not None or self.observe is not None
 
     def of(self, name: str) -> tuple[LayerScheme, LayerScales | None]:
         """Scheme and scales of the module of this name. Raises SchemeError or ScalesError where it has none."""
@@ -64,8 +64,7 @@ class Setting:
         names = [name for name, _ in model.named_modules() if name]
         if isinstance(self.scheme, SchemeMap):
             for pattern, _ in self.scheme.layers:
-                alone = replace(self.scheme, layers=((pattern, self.scheme.schemes()[0]),))
-                if not any(_has(alone, name) for name in names):
+                if not any(fnmatchcase(name, pattern) for name in names):
                     raise SchemeError(
                         f"scheme map {self.scheme.name!r}: {quote(pattern)} matches no module of {type(model).__name__}"
                         f"{nearest(pattern, names)}"
@@ -86,10 +85,16 @@ class Place:
     setting: Setting | None = None
 
 
-def place(model: nn.Module, setting: Setting | None) -> None:
+def place(model: nn.Module, setting: Setting) -> None:
     """Note in every module of a model what it is called, and what is in force."""
     for name, module in model.named_modules():
         setattr(module, ATTRIBUTE, Place(name, setting))
+
+
+def own(model: nn.Module) -> Setting | None:
+    """The setting that `use` or a checkpoint gave a model; None where it has none."""
+    found: Place | None = model.__dict__.get(ATTRIBUTE)
+    return found.setting if found else None
 
 
 def place_of(module: nn.Module, registered: Setting | None, yields: bool, by_name: bool = False) -> tuple[str, Setting]:
@@ -103,7 +108,8 @@ def place_of(module: nn.Module, registered: Setting | None, yields: bool, by_nam
     if setting is None:
         raise ValueError("tokquant: this model has no scheme; call tokquant.integrations.transformers.use(model, scheme) first")
     if found is None and (setting.by_name or by_name):
-        place(_model_of(module), None)
+        for name, each in _model_of(module).named_modules():
+            each.__dict__.setdefault(ATTRIBUTE, Place(name))
         found = module.__dict__[ATTRIBUTE]
     return found.name if found else type(module).__name__, setting
 
@@ -118,11 +124,3 @@ def _model_of(module: nn.Module) -> PreTrainedModel:
             "call tokquant.integrations.transformers.use(model, scheme)"
         )
     return max(found, key=lambda model: sum(1 for _ in model.modules()))
-
-
-def _has(schemes: SchemeMap, name: str) -> bool:
-    try:
-        schemes[name]
-    except SchemeError:
-        return False
-    return True

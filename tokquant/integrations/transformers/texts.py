@@ -28,9 +28,13 @@ def load(path: str | os.PathLike, *, device: torch.device, dtype: torch.dtype | 
         if kind is None:
             raise ValueError(f"transformers {transformers.__version__} has no {name}")
         model = kind.from_pretrained(path, dtype=dtype or "auto", local_files_only=True).to(device).eval()
-        return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"{path}: {error}") from None
+    try:
+        return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: its tokenizer cannot be read; save it there, as the model is ({reason})") from None
 
 
 def read(path: str | os.PathLike) -> list[str]:
