@@ -180,7 +180,7 @@ def preset_errors(layers: Layers) -> dict[str, tuple[float, float]]:
 
 def search(layers: Layers) -> Figure:
     """The front of a search: error against bits."""
-    return plot.figure(tq.search(layers, budget="bits=8", name="bits=8"))
+    return plot.figure(tq.search(layers, budget="bits=8", name="bits-8"))
 
 
 FIGURES: tuple[Callable[..., Figure], ...] = (attention, granularities, smoothing, levels, presets, search)
