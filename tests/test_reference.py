@@ -379,3 +379,14 @@ def test_int8_is_accurate_on_the_activations_that_ship():
         assert name != "int8" or max(found) <= 0.0125
         means[name] = sum(found) / 6
     assert means["int-flash"] >= 3 * means["int8"]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_values_of_nothing_overflow_no_sum_where_tiles_lie_far_apart(backend):
+    """V per token, all zero, has the smallest weight there is; the second tile's reference then lies as far down as it goes."""
+    q = torch.ones(1, 1, 3, 32)
+    level = torch.tensor([0.0, -200.0, 250.0]).repeat_interleave(128)
+    k = level[None, None, :, None] / 32**0.5 + torch.zeros(1, 1, 384, 32)
+    out, lse = attention(q, k, torch.zeros_like(k), "kv-int8", return_lse=True, backend=backend)
+    assert torch.equal(out, torch.zeros_like(out))
+    torch.testing.assert_close(lse, torch.full_like(lse, 250 + math.log(128)), rtol=1e-3, atol=0)

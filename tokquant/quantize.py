@@ -279,9 +279,9 @@ def _less_offset(k: Tensor, frame: Frame) -> Tensor:
 def log2_weight(scale: Tensor, nothing: Tensor) -> Tensor:
     """log2 of what P is multiplied by, for V per token, from its scale and whether its codes are all zero `[B, H, N, 1]`."""
     scale = scale.float()
-    # small beside any scale, and large enough that a product with P does not vanish from the normalizer; a token that is not a
-    # number has codes of zero too, and its scale to say so
-    return torch.where(nothing & scale.isfinite(), -64.0, scale.log2())
+    # small beside scales, and large enough that the normalizer, which takes it out again, holds it times 2^64; a token that is
+    # not a number has codes of zero too, and its scale to say so
+    return torch.where(nothing & scale.isfinite(), -32.0, scale.log2())
 
 
 def tile_sums(values: Tensor, tile: int) -> Tensor:

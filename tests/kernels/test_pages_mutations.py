@@ -37,7 +37,7 @@ READING = {
     "V's channels in planes": (INT4, {}, {}, "o = o.reshape(BLOCK_M, V_PLANES", "_ = o.reshape(BLOCK_M, V_PLANES"),
     "P not permuted as V is": (INT8, {}, {}, ".permute(0, 1, 3, 2, 4)", ".permute(0, 1, 2, 3, 4)"),
     "high nibbles not scaled back": (INT4, {}, {}, "K_UNIT = tl.constexpr(0.0625)", "K_UNIT = tl.constexpr(0.125)"),
-    "a token of nothing with its scale": (INT8, {}, {}, "tl.where(v_scale < 0.0, -64.0,", "tl.where(v_scale < 0.0, 0.0,"),
+    "a token of nothing with its scale": (INT8, {}, {}, "tl.where(v_scale < 0.0, -32.0,", "tl.where(v_scale < 0.0, 0.0,"),
     "V's weight left in the normalizer": (INT8, {}, {}, "counted *= weight_out[None, :]", "counted *= 1.0"),
     "zeros of V forgotten": (INT4, {}, {}, "(v_zero * weight_out + V_HALF)", "(v_zero * weight_out)"),
     "zeros of K forgotten": (INT4, {}, {}, "(k_zero + K_HALF * k_scale)", "(k_zero + k_scale)"),

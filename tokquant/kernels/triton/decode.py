@@ -276,7 +276,7 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
                 # V's scale joins the exponent, so that P is rounded with its weight; l takes the weight out again
                 if phase != 1:
                     v_scale = tl.where(inside, v_scale, 1.0)
-                log2_weight = tl.where(v_scale < 0.0, -64.0, log2_scale(tl.abs(v_scale)))
+                log2_weight = tl.where(v_scale < 0.0, -32.0, log2_scale(tl.abs(v_scale)))
                 weight_out = tl.where(log2_weight == log2_weight, tl.exp2(-log2_weight), 0.0)
                 s = s.to(tl.float32) * c[:, None] + log2_weight[None, :]
                 c = tl.full([BLOCK_M], 1.0, tl.float32)
