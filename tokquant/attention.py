@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokquant import reference
 from tokquant.bias import Bias
-from tokquant.calibration.scales import LayerScales, Scales, needed
+from tokquant.calibration.scales import LayerScales, Scales, needed, static
 from tokquant.errors import ScalesError, SchemeError, nearest, quote
 from tokquant.inputs import check_tensors, check_together, features_of
 from tokquant.kernels import launch
@@ -174,8 +174,7 @@ def check_heads(schemes: HeadSchemes, heads: int, scales: object) -> None:
     """Raise SchemeError or ScalesError unless these schemes are of this many heads of K and V, and need no scales."""
     if schemes.heads != heads:
         raise SchemeError(f"scheme: its ranges are of {schemes.heads} heads ({schemes}), and k has {heads}")
-    if fixed := [scheme.name for _, scheme in schemes.parts if needed(scheme)]:
-        raise SchemeError(f"scheme: {fixed[0]!r} is static, which a scheme for a range of heads cannot be; make it dynamic")
+    static(schemes, "scheme")  # refuses parts that are
     if scales is not None:
         raise ScalesError(f"scales: no scheme of these heads has a use for them ({schemes})")
 

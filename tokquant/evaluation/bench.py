@@ -11,13 +11,13 @@ from torch import Tensor
 
 from tokquant.attention import attention as attend
 from tokquant.attention import choose_backend, quantize
-from tokquant.calibration.calibrator import Calibrator
-from tokquant.calibration.scales import LayerScales, needed
+from tokquant.calibration.scales import LayerScales
 from tokquant.decode import decode as decode_cache
 from tokquant.errors import SchemeError
 from tokquant.evaluation import peers
 from tokquant.evaluation.machine import machine
 from tokquant.evaluation.peers import Call, first_line
+from tokquant.evaluation.trials import scales_for
 from tokquant.kernels.cpu.peak import peaks
 from tokquant.kv_cache import KVCache
 from tokquant.schemes import QuantScheme, resolve
@@ -122,7 +122,7 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
     for name, call in peers.attention(q, k, v, causal).items():
         found[name] = call if isinstance(call, str) else Provider(call, work)
     for name, scheme in named.items():
-        scales = _scales(scheme, q, k, v)
+        scales = scales_for(scheme, q, k, v)
         codes = quantize(q, k, v, scheme, scales=scales)
         units = tuple(INTEGERS if as_bytes(scheme, role) else FLOATS for role in "kv")
         found[name] = Provider(partial(attend, *codes, scheme, causal=causal), work, units)
@@ -155,7 +155,7 @@ def decode(
         read = size * (k.numel() + v.numel())
         found[name] = call if isinstance(call, str) else Provider(call, read, (MEMORY,), small[name])  # type: ignore[arg-type]
     for name, scheme in named.items():
-        scales = _scales(scheme, q, k, v)
+        scales = scales_for(scheme, q, k, v)
         codes, codes_of_few = (quantize(*x, scheme=scheme, scales=scales) for x in ((q, k, v), few))
         call, little = (partial(attend, *x, scheme, causal=causal) for x in (codes, codes_of_few))
         found[name] = Provider(call, codes[1].nbytes + codes[2].nbytes, (MEMORY,), little)
@@ -243,14 +243,6 @@ def _tensors(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor
     except RuntimeError as error:
         raise ValueError(f"shape: {shape} cannot be had on {device}: {first_line(error)}") from None
     return q, k, v
-
-
-def _scales(scheme: QuantScheme, q: Tensor, k: Tensor, v: Tensor) -> LayerScales | None:
-    if not needed(scheme):
-        return None
-    calibrator = Calibrator(scheme)
-    calibrator.observe("bench", q, k, v)
-    return calibrator.scales()["bench"]
 
 
 def _failure(call: Call) -> str:
