@@ -1,8 +1,8 @@
 """What every study here is made of: inputs, what attends to them, and how its figures are kept.
 
-A study is a module whose docstring states its question. `measure(small)` yields rows (dataclasses of numbers and words), at sizes
-that a test can run where `small`; `table(rows)` is their Markdown, and `draw(rows)` their picture, or None where a table says it
-all. These two take rows as they are read from JSON, so that a picture can be drawn again without a run.
+A study is a module whose docstring states its question. `measure(small)` yields rows (dataclasses of numbers and words), of
+sizes that a test can run where `small`; `table(rows)` is their Markdown, and `draw(rows)` their picture, or None where a table
+says it all. These two take rows as they are read from JSON, so that a picture can be drawn again without a run.
 """
 
 import json
