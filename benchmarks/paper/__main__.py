@@ -10,9 +10,10 @@ import argparse
 from pathlib import Path
 
 import errors
+import speed
 import study
 
-STUDIES = {each.__name__: each for each in (errors,)}
+STUDIES = {each.__name__: each for each in (errors, speed)}
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import tokquant as tq
 from tokquant import reference
+from tokquant.attention import choose_backend
 from tokquant.evaluation.machine import machine
 from tokquant.evaluation.sampling import runs
 from tokquant.evaluation.trials import scales_for
@@ -95,7 +96,7 @@ def token_scaled(*shape: int, seed: int = 0, sigma: float = 1.0) -> Tensor:
 def run(study: ModuleType, small: bool, results: Path, figures: Path) -> str:
     """Measure; keep the rows as JSON and the picture as SVG. Returns the table in Markdown."""
     rows: Rows = [asdict(row) for row in study.measure(small)]
-    setting = {"small": small, **machine(torch.device("cpu"), "reference")}
+    setting = {"small": small, **machine(torch.device("cpu"), choose_backend("auto", torch.device("cpu")))}
     text = json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n"
     kept(study, results).write_text(text)
     picture(study, rows, figures)
