@@ -9,10 +9,13 @@ python benchmarks/paper --draw                # tables and pictures of what earl
 import argparse
 from pathlib import Path
 
+import depth
 import errors
+import length
+import size
 import study
 
-STUDIES = {each.__name__: each for each in (errors,)}
+STUDIES = {each.__name__: each for each in (errors, length, depth, size)}
 
 
 def main() -> None:
