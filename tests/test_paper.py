@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT / "benchmarks" / "paper"
 FIGURES = ROOT / "benchmarks" / "results" / "paper-errors.json"
-STUDIES = ["errors", "speed"]
+STUDIES = [path.stem for path in PAPER.glob("*.py") if "\ndef measure(" in path.read_text()]
 NAMES = ["FP8, e5m2 without scales", "FP8, e4m3 scaled", "half INT8", "full INT8", "tokquant int8"]
 
 
@@ -75,3 +75,29 @@ def test_the_page_has_the_figures_of_the_run():
             assert written == pytest.approx([100 * found[data, scale, int(head[3]), name] for name in NAMES], abs=0.006)
             rows += 1
     assert rows == 9
+
+
+def test_steps_of_a_rows_largest_lose_what_lies_beside_hot_keys_and_those_of_a_block_do_not(ran):
+    found = {(row["data"], row["tokens"], row["scheme"]): row for row in ran("length")}
+    paper, ours, blocks = (found["hot keys", 4096, name] for name in ("int-flash", "int8", "int-flash-row-block"))
+    assert paper["lost"] > 0.3 and paper["rel_l1"] > 0.3
+    assert blocks["rel_l1"] < 0.2 * paper["rel_l1"] and ours["rel_l1"] < 0.02
+    normal = found["normal", 4096, "int-flash"]
+    assert normal["rel_l1"] == pytest.approx(normal["row_steps"], rel=0.2)
+
+
+def test_peaked_attention_passes_errors_on_to_later_layers(ran):
+    found = {(row["model"], row["logits"], row["layers"], row["scheme"]): row for row in ran("depth")}
+    for name in ("int8", "fp8", "kv-int4"):
+        flat, peaked = (found["attention and MLP", logits, 2, name] for logits in (1.0, 4.0))
+        assert peaked["rel_l2"] > 3 * flat["rel_l2"]
+        assert peaked["rel_l2"] / peaked["alone"] > flat["rel_l2"] / flat["alone"] > 1.1
+
+
+def test_random_models_as_initialized_look_at_nearly_all_keys_and_scaled_ones_do_not(ran):
+    found = {(row["sweep"], row["scheme"]): row for row in ran("size")}
+    for name in ("int8", "fp8", "kv-int4"):
+        flat, peaked = found["width, as initialized", name], found["width", name]
+        assert flat["looked_at"] > 0.98 and 0.1 < peaked["looked_at"] < 0.5
+        assert peaked["attention"] > 2 * flat["attention"] and peaked["kl"] > 2 * flat["kl"]
+    assert found["width", "int8"]["kl"] < found["width", "fp8"]["kl"] < found["width", "kv-int4"]["kl"]

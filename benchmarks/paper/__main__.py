@@ -1,19 +1,18 @@
 """INT-FlashAttention's tables, and answers to the questions that it leaves open: rows as JSON, tables, pictures.
 
-python benchmarks/paper                       # every study at its full size
-python benchmarks/paper errors speed          # some
-python benchmarks/paper errors --small --results /tmp/out --figures /tmp/out
-python benchmarks/paper --draw                # tables and pictures of what earlier runs found
+    python benchmarks/paper                       # every study at its full size
+    python benchmarks/paper errors speed          # some
+    python benchmarks/paper errors --small --results /tmp/out --figures /tmp/out
+    python benchmarks/paper --draw                # tables and pictures of what earlier runs found
 """
 
 import argparse
+from importlib import import_module
 from pathlib import Path
 
-import errors
-import speed
 import study
 
-STUDIES = {each.__name__: each for each in (errors, speed)}
+STUDIES = ("errors", "speed", "values", "probabilities", "length", "depth", "size", "int4", "transforms")
 
 
 def main() -> None:
@@ -29,7 +28,7 @@ def main() -> None:
     for folder in (asked.results, asked.figures):
         folder.mkdir(parents=True, exist_ok=True)
     for name in asked.studies or STUDIES:
-        each = STUDIES[name]
+        each = import_module(name)
         print(f"\n## {name}\n\n{each.__doc__}")
         if asked.draw:
             rows = study.read(each, asked.results)

@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 import matplotlib.style
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 import tokquant as tq
@@ -43,8 +44,8 @@ class Case:
     q: Tensor
     k: Tensor
     v: Tensor
-    rows: int | None = 256
-    """Queries of each head that are looked at, in runs from the first to the last; all where None."""
+    rows: int | list[slice] | None = 256
+    """Queries of each head that are looked at, in runs from the first to the last, or these runs; all where None."""
     causal: bool = False
     scale: float | None = None
 
@@ -54,7 +55,7 @@ class Case:
 
     @cached_property
     def only(self) -> list[slice]:
-        return runs(self.q.shape[2], self.rows)
+        return self.rows if isinstance(self.rows, list) else runs(self.q.shape[2], self.rows)
 
     @cached_property
     def exact(self) -> Tensor:
@@ -126,3 +127,10 @@ def grouped(rows: Rows, *names: str) -> Iterator[tuple[tuple[Any, ...], Rows]]:
     """Rows by what they have under those names, in the order in which it first occurs."""
     for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
         yield key, [row for row in rows if tuple(row[name] for name in names) == key]
+
+
+def in_percent(axes: Axes, *ticks: float) -> None:
+    """Mark these percentages on the y axis, with a grid; where x is marked already."""
+    axes.set_yticks(ticks, [f"{tick:g} %" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
