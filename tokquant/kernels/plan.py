@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -44,6 +44,14 @@ class Plan:
 
     places: tuple[tuple[str, Place], ...]
     """Where the scales of q, k and v enter."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # every launch looks its kernel up
+        return hash((self.name, self.holes, self.constants, self.candidates))
 
     @property
     def config(self) -> Config:
