@@ -90,11 +90,11 @@ def test_a_cuda_graph_would_freeze_lengths_and_is_refused(capturing):
     x = torch.randn(1, 2, 20, 32).half()
     cache.append(x, x)
     cache.device = GPU
-    with pytest.raises(tq.UnsupportedError, match="lengths of a KVCache.* at every replay of a CUDA graph"):
+    with pytest.raises(tq.UnsupportedError, match=r"lengths of a KVCache.* at every replay of a CUDA graph"):
         cache.append(x, x)
     assert cache.lengths == [20]
     cache.device, cache._held.device = x.device, GPU
-    with pytest.raises(tq.UnsupportedError, match="counted on the CPU.* at every replay of a CUDA graph"):
+    with pytest.raises(tq.UnsupportedError, match=r"counted on the CPU.* at every replay of a CUDA graph"):
         tq.decode(x, cache)
     with pytest.raises(tq.UnsupportedError, match="CUDA graph"):
         to_device(np.zeros(3), GPU)
