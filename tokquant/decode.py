@@ -11,6 +11,7 @@ from tokquant.errors import quote
 from tokquant.inputs import Numbers, check_beside_cache, features_of, whole_numbers
 from tokquant.kv_cache import KVCache
 from tokquant.operators import untraced
+from tokquant.transfer import to_device
 
 
 @untraced("decode")
@@ -59,8 +60,8 @@ def decode(
     none = turns = None
     if (given < n_q).any():
         # the last query belongs to the last token: turned so that what is none comes first
-        turns = torch.from_numpy((np.arange(n_q) - (n_q - given[:, None])) % n_q).to(q.device)
-        none = torch.from_numpy(np.arange(n_q) < (n_q - given)[:, None]).to(q.device)[:, None]
+        turns = to_device((np.arange(n_q) - (n_q - given[:, None])) % n_q, q.device)
+        none = to_device(np.arange(n_q) < (n_q - given)[:, None], q.device)[:, None]
         q = _turned(q, turns).masked_fill(none[..., None], 0)
     own = cache.backend if backend == "auto" else backend
     out, lse = _merged(cache.parts(q, replace(features, sinks=None), own), q, sinks)

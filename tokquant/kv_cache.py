@@ -26,6 +26,7 @@ from tokquant.schemes import QuantScheme, SchemeMap, resolve
 from tokquant.schemes.appending import check_append_only, unit, windows
 from tokquant.sequences import Sequences
 from tokquant.tensor import QuantizedTensor
+from tokquant.transfer import refuse_capture
 from tokquant.windows import Windows
 
 STORES: dict[str, Any] = {"triton": TritonPages, "cpu": CpuPages, "reference": ReferencePages}
@@ -111,6 +112,7 @@ class KVCache:
 
         Raises: TypeError, ValueError and RuntimeError for what does not fit; CacheFullError. The cache is then as it was.
         """
+        refuse_capture(self.device, "the lengths of a KVCache, which are counted on the CPU,")
         for name, x in (("k", k), ("v", v)):
             check_beside_cache(name, x, self._shape, self.dtype, self.device)
         if k.shape != v.shape:

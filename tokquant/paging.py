@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokquant.errors import CacheFullError
+from tokquant.transfer import to_device
 
 
 class Paged(Protocol):
@@ -79,7 +80,7 @@ class BlockTable:
     def tensor(self, device: torch.device) -> Tensor:
         """The numbers, int32 `[B, columns]`, on the store's device."""
         if self._tensor is None:
-            self._tensor = torch.from_numpy(self.numbers).to(device)
+            self._tensor = to_device(self.numbers, device)
         return self._tensor
 
     @contextmanager

@@ -12,6 +12,7 @@ from tokquant.paging import BlockTable
 from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
 from tokquant.tensor import QuantizedTensor
+from tokquant.transfer import to_device
 from tokquant.windows import Windows
 
 
@@ -46,7 +47,7 @@ class Sequences:
             if most := split.k.shape[2]:
                 moved, rows = split.moved[split.rows], split.rows
                 table, first = self.table.tensor(self.device), self._tensor(self.packed[rows])
-                table = table if len(rows) == batch else table[torch.from_numpy(rows).to(self.device)]
+                table = table if len(rows) == batch else table[to_device(rows, self.device)]
                 self.store.write(split.k, split.v, table, first, None if (moved == most).all() else self._tensor(moved))
         self.windows.put(k, v, split.kept)
         self.lengths += given.astype(np.int32)
@@ -138,4 +139,4 @@ class Sequences:
             self._own = self._own if self.windows.passes(self.lengths) else 0
 
     def _tensor(self, x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x.astype(np.int32, copy=False)).to(self.device)
+        return to_device(x.astype(np.int32, copy=False), self.device)

@@ -15,6 +15,7 @@ from tokquant.kernels import launch, sequences
 from tokquant.operators import operator
 from tokquant.reference import Features
 from tokquant.schemes import HeadSchemes, QuantScheme
+from tokquant.transfer import refuse_capture
 
 Spans = list[tuple[slice, slice]]
 
@@ -68,6 +69,7 @@ def attention_varlen(
             raise TypeError(f"{name}: a {type(x).__name__}; give a torch.Tensor [tokens, heads, head_dim]")
         if x.ndim != 3:
             raise ValueError(f"{name}: shape {list(x.shape)} has {x.ndim} dimensions; give [tokens, heads, head_dim]")
+    refuse_capture(q.device, "cu_seqlens: lengths, which are read on the CPU,")
     whole = [x.transpose(0, 1)[None] for x in (q, k, v)]
     check_tensors(*whole)
     if isinstance(found, HeadSchemes):
@@ -82,7 +84,7 @@ def attention_varlen(
     chosen = choose_backend(backend, q.device)
     if features.bias is not None:
         features.bias.of_sequence(slice(0), slice(0))  # one that has no parts says so
-    starts = tuple(torch.tensor(each, dtype=torch.int32) for each in (starts_q, starts_k))
+    starts = tuple(torch.tensor(each, dtype=torch.int32, device="cpu") for each in (starts_q, starts_k))
     spans = [(slice(*q_ends), slice(*k_ends)) for q_ends, k_ends in zip(pairwise(starts_q), pairwise(starts_k), strict=True)]
     rest = spans, starts, scales, chosen, return_lse, deterministic
     if isinstance(found, HeadSchemes):

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokquant.reference import Features, in_their_types, matmul_kept
+from tokquant.reference import Features, in_their_types
+from tokquant.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,17 @@ class Windows:
             s = torch.where(_at(attends, q), s, -torch.inf)
             lse = s.logsumexp(dim=-1)
             p = torch.exp(s - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
-            return matmul_kept(p.reshape(b, kv_heads, -1, self.slots), self.v.float()).reshape(q.shape), lse
+            return _matmul_kept(p.reshape(b, kv_heads, -1, self.slots), self.v.float()).reshape(q.shape), lse
 
     def _slot(self, place: np.ndarray) -> np.ndarray:
         return self.sink + place % max(self.ring, 1)
+
+
+def _matmul_kept(p: Tensor, v: Tensor) -> Tensor:
+    """`reference.matmul_kept`, without waiting for a GPU to say whether there is anything that is not finite."""
+    finite = v.isfinite()
+    product, reached = (p @ torch.cat([torch.where(finite, v, 0.0), (~finite).to(v.dtype)], dim=-1)).chunk(2, dim=-1)
+    return torch.where(reached > 0, float("nan"), product)
 
 
 def _joined(window: Tensor, x: Tensor, rows: np.ndarray, slots: np.ndarray, source: np.ndarray) -> Tensor:
@@ -159,4 +167,4 @@ def _joined(window: Tensor, x: Tensor, rows: np.ndarray, slots: np.ndarray, sour
 
 
 def _at(index: np.ndarray, x: Tensor) -> Tensor:
-    return torch.from_numpy(index).to(x.device)
+    return to_device(index, x.device)

@@ -1,8 +1,9 @@
 """Calibrated scales: what a scheme with static parts needs for each layer."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from tokquant.errors import ScalesError, SchemeError, nearest
@@ -43,6 +44,8 @@ class LayerScales:
     tensors: Mapping[str, Tensor]
     scheme: QuantScheme | None = None
     """The scheme they are checked against when they are made."""
+    _copies: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+    """On other devices: each copy waits for a GPU, once."""
 
     def __post_init__(self):
         if self.scheme is not None:
@@ -124,7 +127,12 @@ class LayerScales:
                 f"{self.layer}.{name}: shape {list(value.shape)} does not fit {name[0]} {list(x.shape)}; "
                 f"it takes {list(shape[1:])}"
             )
-        return value.to(x.device).expand(shape)
+        if value.device != x.device:
+            place = name, x.device
+            if place not in self._copies:
+                self._copies[place] = value.to(x.device)
+            value = self._copies[place]
+        return value.expand(shape)
 
 
 def _free(name: str, spec: Operand) -> tuple[bool, bool, bool]:

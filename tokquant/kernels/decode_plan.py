@@ -32,7 +32,7 @@ MANY_ROWS: Table = ((4, 2), (4, 3), (8, 2), (4, 1))
 PLAIN = Wanted()
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DecodePlan(Plan):
     """The plan of a kernel that attends to pages."""
 

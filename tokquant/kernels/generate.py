@@ -85,7 +85,12 @@ def load(plan: Plan | QuantizePlan) -> Any:
     module = types.ModuleType(name)
     module.__file__ = str(path)
     exec(compile(text, str(path), "exec"), module.__dict__)
-    return getattr(module, plan.name)
+    kernel = getattr(module, plan.name)
+    if hasattr(kernel, "used_global_vals"):
+        # nobody changes the constants of this module; Triton would compare each with what it was at every launch
+        _ = kernel.cache_key  # which they are part of
+        kernel.used_global_vals.clear()
+    return kernel
 
 
 @lru_cache(maxsize=256)

@@ -88,9 +88,7 @@ class Call:
     def grid(self) -> tuple[int, int, int]:
         """Blocks: of queries, heads, batch. Raises UnsupportedError for more than a launch takes."""
         b, heads, n_q = self.shape
-        if max(b, heads) > 65535:
-            raise UnsupportedError(f"q: batch {b} and {heads} heads; a launch takes at most 65535 of each, so split the call")
-        return (-(-n_q // self.config.block_m), heads, b)
+        return grid("q", -(-n_q // self.config.block_m), heads, b)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -131,6 +129,15 @@ def prepare(
         lse=lse,
         dtype=q.dtype,
     )
+
+
+def grid(name: str, blocks: int, heads: int, batch: int) -> tuple[int, int, int]:
+    """Blocks of tokens, heads and batch of an operand. Raises UnsupportedError for more than a launch takes."""
+    if max(batch, heads) > 65535:
+        raise UnsupportedError(
+            f"{name}: batch {batch} and {heads} heads; a launch takes at most 65535 of each, so split the call"
+        )
+    return (blocks, heads, batch)
 
 
 def planned(operands: Operands, scheme: QuantScheme, wanted: Wanted) -> Plan:

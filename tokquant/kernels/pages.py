@@ -142,8 +142,9 @@ class TritonPages:
             made.config.block_m,
             made.config.block_n,
         )
+        grid = launch.grid("q", blocks * runs, self.kv_heads, b)
         with _on(q.device):
-            generate.load(made)[(blocks * runs, self.kv_heads, b)](*arguments, **made.config.options())
+            generate.load(made)[grid](*arguments, **made.config.options())
             return (parts[0], lses[0]) if runs == 1 else merged(parts, lses, given.sinks)
 
     def read(self, table_row: Tensor, tokens: int) -> tuple[QuantizedTensor, QuantizedTensor]:

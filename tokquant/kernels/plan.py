@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -44,6 +44,14 @@ class Plan:
 
     places: tuple[tuple[str, Place], ...]
     """Where the scales of q, k and v enter."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # every launch looks its kernel up
+        return hash((self.name, self.holes, self.constants, self.candidates))
 
     @property
     def config(self) -> Config:
@@ -285,7 +293,7 @@ def _meet_in_planes(scheme: QuantScheme, padded: bool) -> bool:
 
 
 def _zero_bits_are_zero(precision: precisions.Precision) -> bool:
-    nothing = torch.zeros(1, dtype=precision.stored)
+    nothing = torch.zeros(1, dtype=precision.stored, device="cpu")
     return not precision.decode(precision.unpack(nothing, precision.packed)).any()
 
 
@@ -326,7 +334,7 @@ def _count(scheme: QuantScheme) -> Any:
 
 def _log2(largest: float | None) -> float:
     # rounded to float32 as the kernel will
-    return torch.tensor(float(largest or 1), dtype=torch.float64).log2().float().item()
+    return torch.tensor(float(largest or 1), dtype=torch.float64, device="cpu").log2().float().item()
 
 
 def _title(scheme: QuantScheme, head_dim: int, wanted: Wanted) -> str:

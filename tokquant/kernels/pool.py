@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tokquant.kernels import generate, quantize_plan
+from tokquant.kernels import generate, launch, quantize_plan
 from tokquant.kernels.decode_plan import sides_shape
 from tokquant.kernels.plan import WHOLE
 from tokquant.kernels.quantize_plan import Task
@@ -129,7 +129,7 @@ class Pool:
         offset, balance = (None if each is None else each.contiguous() for each in (frame.offset, frame.balance))
         given = Turned(offset=offset, balance=balance)
         # n tokens that begin anywhere lie in one tile more, but for a single one
-        grid = ((n + plan.tokens - 2) // plan.tokens + 1, heads, b)
+        grid = launch.grid("k, v", (n + plan.tokens - 2) // plan.tokens + 1, heads, b)
         generate.load(plan)[grid](Source(x, *x.stride()), given, made, table, n, plan.tokens, **plan.options())
 
     def get(self, pages: Tensor, tokens: int) -> QuantizedTensor:

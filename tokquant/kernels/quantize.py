@@ -166,15 +166,15 @@ class _Run:
         )
         given = given._replace(offset=frame.offset, balance=frame.balance, fold=frame.fold)
         scale, zero = self._scales(x, task, given) if spec.scaled else (None, None)
-        codes = _room(x, spec, tokens_last)
-        if plan(task).checked and self.lost is None:
+        codes, made_plan = _room(x, spec, tokens_last), plan(task)
+        if made_plan.checked and self.lost is None:
             self.lost = torch.zeros(1, dtype=torch.int32, device=x.device)
         made = made._replace(codes=codes, lost=self.lost)
         if task.step == "both":
             made = made._replace(scale=scale, zero=zero)
         elif scale is not None:
             made = made._replace(scale=_floats(scale), zero=_floats(zero))
-        _start(plan(task), x, given, made)
+        _start(made_plan, x, given, made)
         return QuantizedTensor(
             codes=codes,
             scale=scale,
@@ -251,4 +251,5 @@ def prepare(plan: QuantizePlan, x: Tensor, given: Turned, made: Coded) -> tuple[
     if made.codes is not None and made.codes.element_size() == 1:
         made = made._replace(codes=made.codes.view(torch.uint8))
     given = Turned(*(None if each is None else each.contiguous() for each in given))
-    return (-(-n // plan.tokens), h, b), (Source(x, *x.stride()), given, made, Table(), n, plan.tokens)
+    grid = launch.grid("q, k, v", -(-n // plan.tokens), h, b)
+    return grid, (Source(x, *x.stride()), given, made, Table(), n, plan.tokens)

@@ -1,7 +1,7 @@
 """Decides what a quantization kernel is made of: fragments, constants, and how many tokens a program takes."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,14 @@ class QuantizePlan:
     num_warps: int
     checked: bool
     """Whether it tells of values that a type does not hold."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # every launch looks its kernel up
+        return hash((self.name, self.holes, self.constants))
 
     def options(self) -> dict[str, Any]:
         """What Triton's compiler is told: torch rounds after a multiplication, so nothing may contract."""

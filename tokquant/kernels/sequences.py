@@ -17,6 +17,7 @@ from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import place
 from tokquant.tensor import QuantizedTensor
+from tokquant.transfer import to_device
 from tokquant.transforms import BLOCK_MEAN
 
 Parts = Sequence[launch.Operands | None]
@@ -52,6 +53,7 @@ def attention(
         _joined([None if part is None else part[index] for part in parts], scheme, of.tolist())
         for index, of in enumerate((q_starts, k_starts, k_starts))
     ]
+    on_device = {name: to_device(of.numpy(), q.device) for name, of in (("q_starts", q_starts), ("k_starts", k_starts))}
     longest_q, longest_k = (int(each.diff().max()) for each in starts)
     call = launch.Call(
         plan=made,
@@ -60,7 +62,7 @@ def attention(
             *operands,
             Rows(out, 0, *out.stride()[1:3]),
             lse,
-            given._replace(q_starts=q_starts.to(q.device), k_starts=k_starts.to(q.device)),
+            given._replace(**on_device),
             features.scale,
             total_q,
             total_k,

@@ -1,6 +1,7 @@
 """The cache folder. What lies in it is for reading: nothing found there is ever run."""
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 from tokquant.files import write_atomically
@@ -8,9 +9,12 @@ from tokquant.files import write_atomically
 
 def folder() -> Path:
     """`TOKQUANT_CACHE_DIR`, else `XDG_CACHE_HOME/tokquant`, else `~/.cache/tokquant`."""
-    if chosen := os.environ.get("TOKQUANT_CACHE_DIR"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tokquant"
+    return _named(os.environ.get("TOKQUANT_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+
+
+@lru_cache(maxsize=16)
+def _named(chosen: str | None, caches: str) -> Path:
+    return Path(chosen) if chosen else Path(caches) / "tokquant"
 
 
 def keep(name: Path, text: str) -> Path:

@@ -82,7 +82,7 @@ def choose(plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: in
     if device.type != "cuda":
         return plan.config
     sizes = [1 << (size - 1).bit_length() for size in (batch_heads, n_q, n_k)]
-    return _choose(folder(), plan, device, *sizes)
+    return _choose(store.folder(), plan, device, *sizes)
 
 
 @lru_cache(maxsize=4096)

@@ -14,11 +14,22 @@ from tokquant.errors import SchemeError, nearest, quote
 try:
     import triton
     import triton.language as tl
-except ImportError:  # Triton has wheels for Linux only; elsewhere its fragments are plain functions nobody calls
-    from types import SimpleNamespace
+except ImportError:  # Triton has wheels for Linux only
 
-    triton: Any = SimpleNamespace(jit=lambda function: function)  # type: ignore[no-redef]
-    tl: Any = SimpleNamespace()  # type: ignore[no-redef]
+    class Absent:
+        """What kernels name while their modules are imported; they are plain functions then, which nobody calls."""
+
+        def jit(self, function: Callable) -> Callable:
+            return function
+
+        def constexpr(self, value: Any) -> Any:
+            return value
+
+        def __getattr__(self, name: str) -> str:
+            return name
+
+    triton: Any = Absent()  # type: ignore[no-redef]
+    tl: Any = Absent()  # type: ignore[no-redef]
 
 __all__ = ["PRECISIONS", "Precision", "get", "names", "register", "same", "tl", "triton"]
 

@@ -11,6 +11,7 @@ from tokquant.decode import decode
 from tokquant.errors import UnsupportedError
 from tokquant.integrations.transformers.settings import Setting
 from tokquant.kv_cache import KVCache
+from tokquant.transfer import to_device
 
 DRAFT = 128
 """Tokens that are kept beyond a window, for `crop` to take as many back."""
@@ -184,7 +185,7 @@ def _packed(tokens: np.ndarray | None, new: int, device: torch.device) -> tuple[
         return None, []
     newest = tokens[:, -new:]
     order = np.argsort(~newest, axis=1, kind="stable")
-    return torch.from_numpy(order).to(device), newest.sum(axis=1).tolist()
+    return to_device(order, device), newest.sum(axis=1).tolist()
 
 
 def _rows(x: Tensor, order: Tensor) -> Tensor:

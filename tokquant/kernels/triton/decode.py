@@ -168,7 +168,7 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
     q_column = tl.arange(0, D_TILE // Q_PACKED)
     if Q_IN_PLANES:
         q_column = k_channel
-    q_at = Q.codes + (batch * Q.batch + head * Q.head + i * Q.row)[:, None] + q_column[None, :]
+    q_at = Q.codes + (batch * Q.batch + head * Q.head + i.to(tl.int64) * Q.row)[:, None] + q_column[None, :]
     q = lay_q(decode_q(load_tile(q_at, here, q_column * Q_PACKED < D, True))).to(Q_VIA)
     q_scale = tl.full([BLOCK_M], LOGIT_BASE * K_UNIT, tl.float32) * scale
     if Q_SCALED:

@@ -14,7 +14,7 @@ def merge(
     held = column < D
     top = float("-inf")
     for start in range(0, runs, BLOCK):
-        part = start + tl.arange(0, BLOCK)
+        part = (start + tl.arange(0, BLOCK)).to(tl.int64)
         top = tl.maximum(top, tl.max(tl.load(Lses + part * rows + row, mask=part < runs, other=float("-inf")), 0))
     reference = tl.where(top == float("-inf"), 0.0, top)
     total = 0.0

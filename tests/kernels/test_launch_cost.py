@@ -1,0 +1,53 @@
+"""What a launch costs the CPU beside Triton's own part: each of its lookups is one of thousands a second."""
+
+import pytest
+import torch
+
+import tokquant as tq
+from tokquant.kernels import generate
+from tokquant.kernels.decode_plan import decode_plan
+from tokquant.kernels.plan import plan
+from tokquant.kernels.quantize_plan import QuantizePlan, Task
+from tokquant.kernels.quantize_plan import plan as quantize_plan
+
+MADE = dict(head_dim=64, dtype=torch.float16)
+PLANS = {
+    "attention": lambda: plan.__wrapped__(tq.preset("int8"), **MADE),
+    "decoding": lambda: decode_plan.__wrapped__(tq.preset("kv-int8"), page=128, **MADE),
+    "quantization": lambda: quantize_plan.__wrapped__(Task(spec=tq.preset("int8").q, step="both", **MADE)),
+}
+
+
+@pytest.mark.parametrize("made", PLANS.values(), ids=PLANS)
+def test_a_plan_is_hashed_once_and_equal_plans_are_one_key(made):
+    class Counted(tuple):
+        hashed = 0
+
+        def __hash__(self):
+            Counted.hashed += 1
+            return super().__hash__()
+
+    one, other = made(), made()
+    assert one is not other and one == other and hash(one) == hash(other)
+    fresh = made()
+    object.__setattr__(fresh, "constants", Counted(fresh.constants))
+    assert hash(fresh) == hash(fresh) == hash(one) and Counted.hashed == 1
+
+
+def test_a_plan_of_pages_is_none_of_attention():
+    of_pages = PLANS["decoding"]()
+    assert of_pages != PLANS["attention"]() and of_pages != quantize_plan(Task(spec=tq.preset("int8").q, step="both", **MADE))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("made", PLANS.values(), ids=PLANS)
+def test_constants_are_in_a_kernels_key_and_compared_at_no_launch(made):
+    found = made()
+    kernel = generate.load(found)
+    assert not kernel.used_global_vals
+    generate.load.cache_clear()
+    name = "D_TILE" if isinstance(found, QuantizePlan) else "LOGIT_BASE"
+    constants = tuple((key, "128" if key == name else value) for key, value in found.constants)
+    object.__setattr__(found, "constants", constants)
+    found.__dict__.pop("_hash")
+    assert generate.load(found).cache_key != kernel.cache_key
