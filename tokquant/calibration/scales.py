@@ -44,7 +44,7 @@ class LayerScales:
     tensors: Mapping[str, Tensor]
     scheme: QuantScheme | None = None
     """The scheme they are checked against when they are made."""
-    _copies: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _copies: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     """On other devices: each copy waits for a GPU, once."""
 
     def __post_init__(self):
