@@ -10,9 +10,14 @@ import argparse
 from pathlib import Path
 
 import errors
+import int4
+import peaked
 import study
+import transform_cost
+import transforms
+import windows
 
-STUDIES = {each.__name__: each for each in (errors,)}
+STUDIES = {each.__name__: each for each in (errors, int4, peaked, windows, transforms, transform_cost)}
 
 
 def main() -> None:

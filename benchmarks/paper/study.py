@@ -46,6 +46,8 @@ class Case:
     """Queries of each head that are looked at, in runs from the first to the last; all where None."""
     causal: bool = False
     scale: float | None = None
+    calibration: tuple[Tensor, Tensor, Tensor] | None = None
+    """What static scales are calibrated on; these tensors themselves where None."""
 
     @cached_property
     def features(self) -> reference.Features:
@@ -61,8 +63,9 @@ class Case:
         return reference.oracle(self.q, self.k, self.v, self.features, self.only)[0]
 
     def attend(self, scheme: tq.QuantScheme) -> Tensor:
-        """Attention as a kernel computes it; static scales are calibrated on these tensors."""
-        codes = quantize_operands(self.q, self.k, self.v, scheme, scales_for(scheme, self.q, self.k, self.v))
+        """Attention as a kernel computes it."""
+        operands = self.q, self.k, self.v
+        codes = quantize_operands(*operands, scheme, scales_for(scheme, *(self.calibration or operands)))
         return reference.attention(*codes, scheme, self.features, only=self.only)[0]
 
     def errors(self, scheme: tq.QuantScheme) -> Errors:
