@@ -1,7 +1,7 @@
 """Where four bits hold: in which of Q, K and V, by which codes, and what the next bit buys.
 
-Each operand is coded alone while the others and P stay in 16 bits, then all three are. Relative L1 errors against float64, medians
-of five draws of 2048 tokens, or of the six layers of the sample; bits count scales and zeros.
+Each operand is coded alone while the others and P stay in 16 bits, then all three are. Relative L1 errors against float64,
+medians of five draws of 2048 tokens, or of the six layers of the sample; bits count scales and zeros.
 """
 
 import math

@@ -65,8 +65,8 @@ def massive_token(n: int, d: int, seed: int, times: float = 100.0) -> Operands:
 
 
 def sink_and_near(n: int, d: int, seed: int) -> Operands:
-    """Queries that look at the first token and at near ones, as language models' do: Q and K have means that RoPE turns apart with
-    distance, and the first key lies in the direction of Q's mean. Its V is small."""
+    """Queries that look at the first token and at near ones, as language models' do: Q and K have means that RoPE turns apart
+    with distance, and the first key lies in the direction of Q's mean. Its V is small."""
     q, k, v = normals(n, d, seed)
     q[..., d // 8 : d // 8 + 8] += 2.5
     k[..., d // 8 : d // 8 + 8] += 2.5

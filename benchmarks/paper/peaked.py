@@ -1,7 +1,7 @@
 """From how peaked an attention on few bits of K fail: logits of normal Q and K times a factor, and heads of a model.
 
-A query's entropy H says how many keys it looks at, 2^H; how far that is below all keys is how peaked attention is, `log2 keys - H`
-bits. K or V is coded alone. Relative L1 errors against float64, medians of five draws.
+A query's entropy H says how many keys it looks at, 2^H, and how far H is below log2 of all keys how peaked attention is. K or V
+is coded alone. Relative L1 errors against float64, medians of five draws.
 """
 
 import math

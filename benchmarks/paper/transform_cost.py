@@ -1,21 +1,26 @@
-"""What transforms cost: the time to quantize Q, K and V with each over the time with none, and the bits that stay what they were.
+"""What transforms cost: the time to quantize Q, K and V with each over the time with none, and bits.
 
-The scheme is `int8` without its smoothing, 8 heads of 4096 tokens and 128 channels in float16; medians of runs in turn on one
-machine, beside attention itself on the codes.
+The scheme is `int8` without its smoothing, 8 heads of 1024 tokens and 128 channels in float16. Medians of
+the process's own time on processors, taken in turn, beside attention itself on the codes.
 """
 
-from collections.abc import Iterator
+import random
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from statistics import median
 
-import torch
 import transforms
 from study import Rows, normal
 
 import tokquant as tq
 from tokquant.evaluation.trials import scales_for
-from tokquant.timing import interleaved_medians
+from tokquant.tensor import Coded
 
-HEADS, TOKENS, HEAD_DIM, RUNS = 8, 4096, 128, 21
+Codes = tuple[Coded, Coded, Coded]
+
+HEADS, TOKENS, HEAD_DIM, RUNS = 8, 1024, 128, 101
 CODES = {
     "q": {"precision": "int8"},
     "k": {"precision": "int8"},
@@ -37,27 +42,35 @@ class Row:
 
 
 def measure(small: bool) -> Iterator[Row]:
-    """Quantization with every transform in turn."""
+    """Quantization with every transform, and attention."""
     shape = (1, 2, 256, HEAD_DIM) if small else (1, HEADS, TOKENS, HEAD_DIM)
     q, k, v = (normal(*shape, seed=seed) for seed in range(3))
-    known = (
-        dict.fromkeys(["none", "mean of K"])
-        if small
-        else {name: None for each in transforms.TRANSFORMS.values() for name in each}
-    )
-    schemes = {name: scheme(name) for name in known}
-    scales = {name: scales_for(each, q, k, v) for name, each in schemes.items()}
-    codes = {name: tq.quantize(q, k, v, each, scales=scales[name]) for name, each in schemes.items()}
+    names = list(dict.fromkeys(name for each in transforms.TRANSFORMS.values() for name in each))[: 2 if small else None]
 
-    def quantize(name: str):
-        return lambda: tq.quantize(q, k, v, schemes[name], scales=scales[name])
+    def quantize(name: str) -> Callable[[], Codes]:
+        made = scheme(name)
+        return partial(tq.quantize, q, k, v, made, scales=scales_for(made, q, k, v))
 
-    runs = [quantize(name) for name in schemes] + [lambda: tq.attention(*codes["none"], schemes["none"])]
-    found = interleaved_medians(runs, 3 if small else RUNS, torch.device("cpu"))
-    for name, ms in zip([*schemes, "attention"], found, strict=True):
-        kept = codes[name if name in codes else "none"]
+    functions = {name: quantize(name) for name in names}
+    codes = {name: function() for name, function in functions.items()}
+    attend = partial(tq.attention, *codes["none"], scheme("none"))
+    times = medians([*functions.values(), attend], 3 if small else RUNS)
+    for name, ms in zip([*names, "attention"], times, strict=True):
+        kept = codes.get(name, codes["none"])
         bits = 8 * sum(x.nbytes for x in kept) / sum(x.shape.numel() for x in kept)
-        yield Row(name, round(ms, 3), round(ms / found[0], 3), round(bits, 3))
+        yield Row(name, round(ms, 3), round(ms / times[0], 3), round(bits, 3))
+
+
+def medians(functions: list[Callable[[], object]], runs: int) -> list[float]:
+    """Milliseconds of each; all in each run, in another order."""
+    times: list[list[float]] = [[] for _ in functions]
+    order = random.Random(0)
+    for _ in range(runs):
+        for place in order.sample(range(len(functions)), len(functions)):
+            start = time.process_time()
+            functions[place]()
+            times[place].append(1e3 * (time.process_time() - start))
+    return [median(each) for each in times]
 
 
 def scheme(transform: str) -> tq.QuantScheme:

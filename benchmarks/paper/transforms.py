@@ -6,6 +6,7 @@ Ratios of relative L1 errors, medians of five draws of 2048 tokens and 128 chann
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import keys
@@ -13,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from study import Case
+from study import Case, Rows, grouped
 
 import tokquant as tq
 from tokquant.activations import Activations, sample
@@ -134,8 +135,8 @@ EDGES = (0.0, 0.4, 0.6, 0.9, 1.1, 1.5, 2.2, 9.0)
 def draw(rows: Rows) -> Figure:
     """Ratios to nothing done, green where a transform helps and orange where it hurts; empty from 0.9 to 1.1."""
     found = ratios(rows)
-    shown = [codes for codes in ("int8 token", "int4 token", "fp8 head") if any(row["codes"] == codes for row in rows)]
-    figure = Figure(figsize=(7.4, 5.2), layout="constrained")
+    shown = [codes for codes in ("int4 token", "fp8 head") if any(row["codes"] == codes for row in rows)]
+    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
     heights = [len(each) - 1 for each in TRANSFORMS.values()]
     grid = figure.subplots(2, len(shown), squeeze=False, height_ratios=heights)
     for line, (operand, transforms) in zip(grid, TRANSFORMS.items(), strict=True):

@@ -1,7 +1,7 @@
 """What 16-bit windows of a KV cache save: the first tokens, and the newest, beside four or two bits for the rest.
 
-Decoding of the 16 newest queries. Relative L1 errors against float64, medians of five draws of 2048 tokens, or of the six layers of
-the sample, 512 tokens, read causally; bits are those of K and V with the windows.
+Decoding of the 16 newest queries. Relative L1 errors against float64, medians of five draws of 2048 tokens, or of the six
+layers of the sample, 512 tokens, read causally; bits are those of K and V with the windows.
 """
 
 from collections.abc import Iterator
