@@ -14,7 +14,7 @@ import keys
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from study import Case, Rows
+from study import Case, Rows, relative_l1
 
 import tokquant as tq
 from tokquant.activations import Activations, sample
@@ -113,8 +113,7 @@ def measure(small: bool) -> Iterator[Row]:
                 if fits(operand, how, d):
                     scheme = tq.QuantScheme(**{role: how if role in operand else plain for role in "qkv"}, p=plain)
                     bits = [each for role, each in scheme.bits_per_value(d).items() if role in operand]
-                    errors = [float(f"{case.errors(scheme).rel_l1:.4g}") for case in cases]
-                    yield Row(data, d, operand, name_of(how), sum(bits) / len(bits), errors)
+                    yield Row(data, d, operand, name_of(how), sum(bits) / len(bits), relative_l1(cases, scheme))
 
 
 def table(rows: Rows) -> str:

@@ -12,7 +12,7 @@ from statistics import median
 import keys
 import torch
 from matplotlib.figure import Figure
-from study import Case, Rows, grouped
+from study import Case, Rows, grouped, relative_l1
 
 import tokquant as tq
 from tokquant import reference
@@ -67,11 +67,10 @@ def measure(small: bool) -> Iterator[Row]:
 
 
 def of(data: str, factor: float, cases: list[Case]) -> Iterator[Row]:
+    """All codes on inputs that are alike."""
     entropy = round(sum(map(entropy_of, cases)) / len(cases), 3)
     for name, scheme in SCHEMES.items():
-        yield Row(
-            data, cases[0].k.shape[2], factor, entropy, name, [float(f"{case.errors(scheme).rel_l1:.4g}") for case in cases]
-        )
+        yield Row(data, cases[0].k.shape[2], factor, entropy, name, relative_l1(cases, scheme))
 
 
 def entropy_of(case: Case) -> float:

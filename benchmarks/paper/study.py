@@ -6,7 +6,7 @@ says it all. These two take rows as they are read from JSON, so that a picture c
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,6 +70,11 @@ class Case:
 
     def errors(self, scheme: tq.QuantScheme) -> Errors:
         return errors(self.attend(scheme), self.exact)
+
+
+def relative_l1(cases: Sequence[Case], scheme: tq.QuantScheme) -> list[float]:
+    """The relative L1 error in each case, to the four digits that are kept."""
+    return [float(f"{case.errors(scheme).rel_l1:.4g}") for case in cases]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from study import Case, Rows, grouped
+from study import Case, Rows, grouped, relative_l1
 
 import tokquant as tq
 from tokquant.activations import Activations, sample
@@ -98,8 +98,7 @@ def measure(small: bool) -> Iterator[Row]:
             for codes in ("int4 token",) if small else CODES:
                 for transform, changes in TRANSFORMS[operand].items():
                     made = scheme(operand, CODES[codes], changes)
-                    errors = [float(f"{case.errors(made).rel_l1:.4g}") for case in cases]
-                    yield Row(data, operand, codes, transform, errors)
+                    yield Row(data, operand, codes, transform, relative_l1(cases, made))
 
 
 def ratios(rows: Rows) -> dict[tuple[str, str, str, str], float]:
