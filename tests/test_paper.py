@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,19 @@ STUDIES = [path.stem for path in PAPER.glob("*.py") if "\ndef measure(" in path.
 NAMES = ["FP8, e5m2 without scales", "FP8, e4m3 scaled", "half INT8", "full INT8", "tokquant int8"]
 
 
+def run(*arguments):
+    """Every study in one process."""
+    result = subprocess.run([sys.executable, PAPER, *STUDIES, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(f"## {name}\n" in result.stdout for name in STUDIES)
+
+
 @pytest.fixture(scope="session")
 def ran(tmp_path_factory):
     """The rows of a study at small sizes, each run once."""
     folder = tmp_path_factory.mktemp("paper")
-
-    @cache
-    def rows(name):
-        command = [sys.executable, PAPER, name, "--small", "--results", folder, "--figures", folder]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        assert "|---|" in result.stdout
-        return json.loads((folder / f"paper-{name}.json").read_text())["rows"]
-
-    return rows
+    run("--small", "--results", folder, "--figures", folder)
+    return lambda name: json.loads((folder / f"paper-{name}.json").read_text())["rows"]
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -40,8 +38,7 @@ def test_a_study_has_rows_like_those_that_are_kept(name, ran):
 
 
 def test_pictures_are_those_of_the_rows_that_are_kept_and_are_shown(tmp_path):
-    result = subprocess.run([sys.executable, PAPER, "--draw", "--figures", tmp_path], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run("--draw", "--figures", tmp_path)
     drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert drawn == {path.name: path.read_bytes() for path in (ROOT / "docs" / "evidence").iterdir()}
     shown = {name for page in (ROOT / "docs").glob("*.md") for name in re.findall(r"\]\(evidence/([^)]+)\)", page.read_text())}

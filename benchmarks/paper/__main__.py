@@ -12,7 +12,10 @@ from pathlib import Path
 
 import study
 
-STUDIES = ("errors", "speed", "values", "probabilities", "length", "depth", "size", "int4", "transforms")
+STUDIES = (
+    *("errors", "speed", "values", "probabilities", "length", "depth", "size"),
+    *("int4", "peaked", "windows", "transforms", "transform_cost"),
+)
 
 
 def main() -> None:

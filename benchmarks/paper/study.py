@@ -6,7 +6,7 @@ says it all. These two take rows as they are read from JSON, so that a picture c
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +48,8 @@ class Case:
     """Queries of each head that are looked at, in runs from the first to the last, or these runs; all where None."""
     causal: bool = False
     scale: float | None = None
+    calibration: tuple[Tensor, Tensor, Tensor] | None = None
+    """What static scales are calibrated on; these tensors themselves where None."""
 
     @cached_property
     def features(self) -> reference.Features:
@@ -63,12 +65,18 @@ class Case:
         return reference.oracle(self.q, self.k, self.v, self.features, self.only)[0]
 
     def attend(self, scheme: tq.QuantScheme) -> Tensor:
-        """Attention as a kernel computes it; static scales are calibrated on these tensors."""
-        codes = quantize_operands(self.q, self.k, self.v, scheme, scales_for(scheme, self.q, self.k, self.v))
+        """Attention as a kernel computes it."""
+        operands = self.q, self.k, self.v
+        codes = quantize_operands(*operands, scheme, scales_for(scheme, *(self.calibration or operands)))
         return reference.attention(*codes, scheme, self.features, only=self.only)[0]
 
     def errors(self, scheme: tq.QuantScheme) -> Errors:
         return errors(self.attend(scheme), self.exact)
+
+
+def relative_l1(cases: Sequence[Case], scheme: tq.QuantScheme) -> list[float]:
+    """The relative L1 error in each case, to the four digits that are kept."""
+    return [float(f"{case.errors(scheme).rel_l1:.4g}") for case in cases]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
