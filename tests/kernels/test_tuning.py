@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from factories import qkv, scheme
+from tokquant.kernels.tuning import Trial
 
 import tokquant as tq
 from tokquant.inputs import features_of
@@ -13,7 +14,6 @@ from tokquant.kernels import launch, targets, tuning
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.plan import Wanted, plan
 from tokquant.kernels.resources import Resources
-from tokquant.kernels.tuning import Trial
 from tokquant.schemes import preset, preset_names
 
 
