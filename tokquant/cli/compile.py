@@ -175,5 +175,5 @@ def _launch_table(kernel: Kernel, trials: list[Trial], given: Workload | Step) -
         numbers = (found.registers, found.spill_bytes, found.shared_bytes, found.blocks_per_multiprocessor)
         rates = (f"{found.instructions_per_score:.2f}", "" if moved is None else f"{moved:.2f}", f"{trial.predicted_ms:.4f}")
         note = trial.why or ("taken without tuning" if trial.untuned(kernel.plan) else "")
-        table.add_row(launch_of(trial), *map(str, numbers), *rates, trial.limit, escape(note))
+        table.add_row(launch_of(trial.config, trial.split), *map(str, numbers), *rates, trial.limit, escape(note))
     return table

@@ -12,11 +12,12 @@ from rich.table import Table
 from tokquant.calibration.scales import LayerScales
 from tokquant.cli import features, options, output
 from tokquant.evaluation.trials import scales_for
+from tokquant.kernels.candidates import Config
 from tokquant.kv_cache import KVCache
 from tokquant.schemes import QuantScheme, resolve
 from tokquant.tune import need_gpu, tune_decode
 from tokquant.tune import tune as tune_call
-from tokquant.tuning.planner import KEEP, Trial
+from tokquant.tuning.planner import KEEP
 from tokquant.tuning.trials import Tuned
 
 
@@ -97,13 +98,19 @@ def _print(name: str, result: Tuned) -> None:
     for trial in result.trials:
         taken = (trial.config, trial.split) == (entry.config, entry.split)
         predicted, measured = ("" if ms is None else f"{ms:.4f}" for ms in (trial.predicted_ms, trial.ms))
-        table.add_row(launch_of(trial), predicted, trial.limit, measured, escape("taken from now on" if taken else trial.why))
+        table.add_row(
+            launch_of(trial.config, trial.split),
+            predicted,
+            trial.limit,
+            measured,
+            escape("taken from now on" if taken else trial.why),
+        )
     output.console().print(table)
     output.console().print(f"the fastest of {entry.timed} that were timed is number {entry.rank} of the planner's order")
     if not result.kept:
         output.console().print("not kept: the cache folder cannot be written (see `tokquant doctor`)")
 
 
-def launch_of(trial: Trial) -> str:
-    """Its tiles, and how keys are split."""
-    return str(trial.config) + ("" if trial.split is None else f", split {trial.split}")
+def launch_of(config: Config, split: int | None) -> str:
+    """In words: the tiles, and how keys are split."""
+    return str(config) + ("" if split is None else f", split {split}")
