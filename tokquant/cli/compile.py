@@ -167,7 +167,7 @@ def _launch_table(kernel: Kernel, trials: list[Trial], given: Workload | Step) -
     for column in ("registers", "spilled", "shared", "blocks", "instructions a score", "bytes a score", "predicted ms"):
         table.add_column(column, justify="right")
     table.add_column("waits for")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     kernels = {each.config: each for each in kernel.candidates()}
     for trial in trials:
         each = kernels[trial.config]
