@@ -29,7 +29,7 @@ def asked(monkeypatch):
         first, second = Config(64, 128, 4, 2), Config(128, 128, 8, 2)
         entry = tuned.Entry(key=key, config=second, ms=0.4, default_ms=0.5, rank=2, timed=2)
         trials = (
-            Trial(first, 0.5, predicted_ms=0.31, limit="multiprocessors"),
+            Trial(first, 0.5, predicted_ms=0.31, limit="processors"),
             Trial(second, 0.4, predicted_ms=0.32, limit="cache"),
             Trial(Config(32, 128, 4, 2), None, "predicted 1.8 x the best", 0.56, "cache"),
         )

@@ -31,7 +31,7 @@ def milliseconds(clocks):
 
 def test_a_launch_takes_as_long_as_the_slowest_of_memory_cache_and_multiprocessors(code):
     for wide, (limit, ms) in {
-        of(): ("multiprocessors", milliseconds(SCORE * 1e6)),
+        of(): ("processors", milliseconds(SCORE * 1e6)),
         of(memory_bytes=3.35e9): ("memory", 1.0),
         of(moved=2 * 5120 * GIGAHERTZ * 1e6): ("cache", 2.0),
         of(memory_bytes=3.35e9, moved=2 * 5120 * GIGAHERTZ * 1e6): ("cache", 2.0),
@@ -47,19 +47,19 @@ def test_merging_comes_after_all_of_it(code):
 
 @pytest.mark.parametrize(("programs", "waves"), [(1, 1), (132, 1), (133, 2), (264, 2), (265, 3)])
 def test_a_wave_that_is_not_full_takes_as_long_as_a_full_one(code, programs, waves):
-    assert expect(kernel(), of(programs=programs)).multiprocessors == pytest.approx(waves * milliseconds(SCORE * 1e6))
+    assert expect(kernel(), of(programs=programs)).processors == pytest.approx(waves * milliseconds(SCORE * 1e6))
 
 
 def test_blocks_beside_one_another_share_their_multiprocessor(code):
     two = kernel()
     code[two.config] = dict(blocks_per_multiprocessor=2)
-    times = [expect(two, of(programs=programs)).multiprocessors for programs in (132, 264, 396)]
+    times = [expect(two, of(programs=programs)).processors for programs in (132, 264, 396)]
     assert times == pytest.approx([count * milliseconds(SCORE * 1e6) for count in (1, 2, 3)])
 
 
 def test_the_last_wave_waits_for_the_longest_program_and_the_others_take_the_mean(code):
     found = expect(kernel(), of(programs=3 * 132, scores=5e5))
-    assert found.multiprocessors == pytest.approx(milliseconds(SCORE * (2 * 5e5 + 1e6)))
+    assert found.processors == pytest.approx(milliseconds(SCORE * (2 * 5e5 + 1e6)))
 
 
 def test_two_warps_leave_half_of_the_schedulers_without_one(code):
@@ -134,7 +134,7 @@ def test_launches_come_by_predicted_time_and_the_best_are_kept_with_the_one_take
     assert left[:2] == trials[:2] and [trial.config for trial in left[2:]] == [made.config]
     third = trials[2]
     assert third.why == f"predicted {third.predicted_ms / trials[0].predicted_ms:.1f} x the best"
-    assert all(trial.limit == "multiprocessors" for trial in trials)
+    assert all(trial.limit == "processors" for trial in trials)
 
 
 def test_without_a_limit_all_that_run_are_timed_and_what_cannot_run_comes_last(code):

@@ -24,20 +24,20 @@ class Expected:
     """Inputs and outputs once, at its bandwidth."""
     cache: float
     """All that programs ask for, at the bandwidth of the cache that they share."""
-    multiprocessors: float
-    """Instructions and products, in waves of blocks."""
+    processors: float
+    """The multiprocessors: instructions and products, in waves of blocks."""
     merging: float = 0.0
     """Afterwards, where the keys were split."""
 
     @property
     def ms(self) -> float:
         """Of the launch, and of merging."""
-        return max(self.memory, self.cache, self.multiprocessors) + self.merging
+        return max(self.memory, self.cache, self.processors) + self.merging
 
     @property
     def limit(self) -> str:
-        """What the launch waits for: `memory`, `cache` or `multiprocessors`."""
-        return max(("memory", "cache", "multiprocessors"), key=lambda name: getattr(self, name))
+        """What the launch waits for: `memory`, `cache` or `processors`."""
+        return max(("memory", "cache", "processors"), key=lambda name: getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def expect(kernel: Kernel, does: Work) -> Expected:
     return Expected(
         memory=does.memory_bytes / target.terabytes / 1e9,
         cache=does.moved / target.cache_terabytes(does.programs) / 1e9,
-        multiprocessors=total / target.gigahertz / 1e6,
+        processors=total / target.gigahertz / 1e6,
         merging=does.merged / target.cache_terabytes(target.multiprocessors) / 1e9,
     )
 
