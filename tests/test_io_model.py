@@ -12,7 +12,7 @@ from factories import SCHEMES, fits, qkv, some_factors
 import tokquant as tq
 from tokquant import bias, io_model
 from tokquant.inputs import features_of
-from tokquant.io_model import Pairs, Workload
+from tokquant.io_model import Workload
 from tokquant.kernels import launch, quantize, targets
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.compile import Kernel
@@ -56,16 +56,7 @@ def prepared(s, shape, given, dtype=torch.float32, lse=False, block_m=32, block_
     config = replace(call.config, block_m=block_m, block_n=block_n or call.config.block_n)
     call = replace(call, config=config)
     kernel = Kernel.of(call.plan, s, shape[2], dtype, targets.DEFAULT, launch.asked(features, lse)[0])
-    pairs = {"mask": features.mask, "bias": getattr(features.bias, "values", None) if "bias" in given else None}
-    pairs = {
-        name: Pairs(bytes=x.element_size(), rows=x.stride(2) != 0, keys=x.stride(3) != 0)
-        for name, x in pairs.items()
-        if x is not None and x.ndim == 4
-    }
-    workload = Workload(
-        batch=q.shape[0], heads=q.shape[1], n_q=q.shape[2], n_k=k.shape[2], window=features.reach(), **pairs,
-        sink_bytes=4 if features.sinks is None else features.sinks.element_size(),
-    )  # fmt: skip
+    workload = Workload.of(q, k, features)
     return call, replace(kernel, config=config), workload
 
 
@@ -165,22 +156,21 @@ def test_the_table_of_the_page_is_what_kernels_move(name):
     found = io_model.standing(kernel, workload)
     moved, kinds = found.traffic.total, found.traffic.kinds
     beside = 1 - sum(kinds[kind] for kind in "qkvo") / moved
-    least = io_model.rank(kernel, workload)[0].traffic.total
+    least = io_model.launches(kernel, workload)[0][1].total
     assert (
         f"| `{name}` | {kernel.config.block_m} | {moved / 1e6:.0f} | {100 * (kinds['k'] + kinds['v']) / moved:.0f} % | "
         f"{100 * beside:.1f} % | {found.sixteen_bit.total / moved:.2f} x | {found.intensity:.0f} | {least / 1e6:.0f} |"
     ) in PAGE
 
 
-def test_launches_are_ranked_by_what_they_move_with_those_that_cannot_be_held_behind():
+def test_launches_come_by_what_they_move():
     kernel = tq.compile("int8-fp16", head_dim=128)
-    found = io_model.rank(kernel, Workload(heads=2, n_q=2048, n_k=2048))
-    assert {each.kernel.config for each in found} == set(kernel.plan.candidates)
-    totals = [each.traffic.total for each in found if each.fits]
+    found = io_model.launches(kernel, Workload(heads=2, n_q=2048, n_k=2048))
+    assert {each.config for each, _ in found} == set(kernel.plan.candidates)
+    totals = [moved.total for _, moved in found]
     assert totals == sorted(totals) and totals[0] < totals[-1]
-    wide = replace(kernel, plan=replace(kernel.plan, candidates=(Config(512, 128, 4, 1), Config(64, 128, 4, 1))))
-    first, last = io_model.rank(wide, Workload(heads=2, n_q=2048, n_k=2048))
-    assert first.fits and not last.fits and last.traffic.total < first.traffic.total
+    score = io_model.bytes_per_score(found[0][0], Workload(heads=2, n_q=2048, n_k=2048))
+    assert score == totals[0] / (2 * 2048 * 2048)
 
 
 def test_tensors_that_share_memory_cannot_be_told_apart():

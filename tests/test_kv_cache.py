@@ -175,7 +175,7 @@ def test_the_reference_reads_what_another_backend_keeps(monkeypatch):
     class Reversed(ReferencePages):
         """Pages in an order of their own."""
 
-        def attention(self, q, table, lengths, features, *, offset=None, longest=None):
+        def attention(self, q, table, lengths, features, *, offset=None, longest=None, deterministic=False):
             out, lse = super().attention(q, table, lengths, features, offset=offset)
             return out + 1, lse
 

@@ -20,7 +20,7 @@ from tokquant.precisions import Precision, register
 from tokquant.schemes import Granularity, HeadSchemes, QuantScheme, SchemeMap, preset
 from tokquant.sdpa import scaled_dot_product_attention
 from tokquant.tensor import QuantizedTensor
-from tokquant.tune import tune
+from tokquant.tune import tune, tune_decode
 from tokquant.varlen import attention_varlen
 
 __version__ = "0.1.0"
@@ -65,4 +65,5 @@ __all__ = [
     "search",
     "to_compressed_tensors",
     "tune",
+    "tune_decode",
 ]

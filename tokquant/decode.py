@@ -26,6 +26,7 @@ def decode(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of the newest tokens' queries to all that a cache holds, on its codes.
 
@@ -39,6 +40,8 @@ def decode(
         window: (left, right) as for `attention`; no query sees later keys.
         return_lse: also return the natural log of the sum of exp(scores), without sinks.
         backend: `auto` or the cache's own, or `reference` to check that one: the emulation on the same codes.
+        deterministic: split packed keys alike in every batch and on every GPU, and leave out what tuning has learned, so that
+            the bits of their part depend on nothing but the sequence. On a CPU it is so in any case.
 
     Returns: `[B, H_q, n_q, D]` in q's type; with `return_lse` also `[B, H_q, n_q]` float32. What is packed and what the
     16-bit windows hold are attended to apart and merged in float32. A query that is none gets 0 and an LSE of -inf.
@@ -64,7 +67,7 @@ def decode(
         none = to_device(np.arange(n_q) < (n_q - given)[:, None], q.device)[:, None]
         q = _turned(q, turns).masked_fill(none[..., None], 0)
     own = cache.backend if backend == "auto" else backend
-    out, lse = _merged(cache.parts(q, replace(features, sinks=None), own), q, sinks)
+    out, lse = _merged(cache.parts(q, replace(features, sinks=None), own, deterministic), q, sinks)
     if turns is not None and none is not None:
         out, lse = out.masked_fill(none[..., None], 0.0), lse.masked_fill(none, -torch.inf)
         back = turns.argsort(dim=1)

@@ -16,6 +16,7 @@ from tokquant.calibration.scales import LayerScales
 from tokquant.errors import CacheFileError, ScalesError, SchemeError, UnsupportedError, quote
 from tokquant.inputs import DTYPES, Numbers, check_beside_cache, sequence_numbers, whole_numbers
 from tokquant.kernels.cpu.pages import CpuPages
+from tokquant.kernels.decode_launch import Call
 from tokquant.kernels.pages import TritonPages
 from tokquant.operators import untraced
 from tokquant.pages import ReferencePages, Store, frame_of
@@ -227,9 +228,20 @@ class KVCache:
 
     # ------------------------------------------------------------------ attention
 
-    def parts(self, q: Tensor, features: Features, backend: str) -> list[tuple[Tensor, Tensor]]:
+    def parts(self, q: Tensor, features: Features, backend: str, deterministic: bool = False) -> list[tuple[Tensor, Tensor]]:
         """Attention to what is packed and to the windows, for `decode` to merge: out and natural LSE of each, float32."""
-        return self._held.attention(q, features, None if backend == self.backend else (self.scheme, self.scales))
+        by_reading = None if backend == self.backend else (self.scheme, self.scales)
+        return self._held.attention(q, features, by_reading, deterministic)
+
+    def launch(self, q: Tensor, features: Features) -> Call:
+        """The launch of what `parts` has a kernel do, for `tune_decode`. Raises UnsupportedError where none does, ValueError
+        where nothing is packed."""
+        if not isinstance(self._held.store, TritonPages):
+            raise UnsupportedError(f"cache: kept by {self.backend}, which has nothing to tune; make it on a GPU")
+        if not self._held.packed.any():
+            raise ValueError("cache: nothing is packed in it yet; append as many tokens as there will be")
+        table, lengths, offset = self._held.places()
+        return self._held.store.prepare(q, table, lengths, features, offset=offset, longest=int(self._held.packed.max()))
 
     # ------------------------------------------------------------------ files
 

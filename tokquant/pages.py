@@ -41,11 +41,13 @@ class Store(Protocol):
         *,
         offset: Tensor | None = None,
         longest: int | None = None,
+        deterministic: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Attention of q `[B, H_q, n_q, D]` to `lengths[b]` packed keys: out `[B, H_q, n_q, D]` and natural LSE, float32.
 
         Query i stands at key `lengths + offset - n_q + i`, offset being how many newer keys lie elsewhere (0 where None).
-        `longest` is the largest of the lengths, which saves asking a device.
+        `longest` is the largest of the lengths, which saves asking a device. With `deterministic`, bits of a sequence's result
+        depend on nothing but the sequence.
         An LSE of -inf where nothing is attended. Features have no sinks, mask or bias.
         """
         ...
@@ -115,6 +117,7 @@ class ReferencePages:
         *,
         offset: Tensor | None = None,
         longest: int | None = None,
+        deterministic: bool = False,
     ) -> tuple[Tensor, Tensor]:
         return attention_by_reading(self, self.scheme, self.scales, q, table, lengths, features, offset)
 

@@ -1,6 +1,7 @@
 """Sequences that grow: how many tokens each has, which of them are packed, and what moves when tokens come and go."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,23 +114,34 @@ class Sequences:
         return self.windows.tokens(b, int(self.lengths[b]), int(self.packed[b]))
 
     def attention(
-        self, q: Tensor, features: Features, by_reading: tuple[QuantScheme, LayerScales | None] | None = None
+        self,
+        q: Tensor,
+        features: Features,
+        by_reading: tuple[QuantScheme, LayerScales | None] | None = None,
+        deterministic: bool = False,
     ) -> list[tuple[Tensor, Tensor]]:
         """Attention to what is packed and to the windows: out and natural LSE of each, float32.
 
         Given a scheme and its scales the emulation attends to what the store reads, in place of the store.
         """
-        parts, newer = [], self.lengths - self.packed - np.minimum(self.lengths, self.windows.sink)
+        parts = []
         if self.packed.any():
-            table, lengths = self.table.tensor(self.device), self._tensor(self.packed)
-            offset = self._tensor(newer) if newer.any() else None
+            table, lengths, offset = self.places()
             if by_reading is None:
-                parts.append(self.store.attention(q, table, lengths, features, offset=offset, longest=int(self.packed.max())))
+                longest = int(self.packed.max())
+                options: dict[str, Any] = dict(offset=offset, longest=longest, deterministic=deterministic)
+                parts.append(self.store.attention(q, table, lengths, features, **options))
             else:
                 parts.append(attention_by_reading(self.store, *by_reading, q, table, lengths, features, offset))
         if self.windows.slots and (self.lengths > self.packed).any():
             parts.append(self.windows.attention(q, self.lengths, self.packed, features))
         return parts
+
+    def places(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What a store is told of what is packed: the table, how many tokens, and how many newer ones lie elsewhere."""
+        newer = self.lengths - self.packed - np.minimum(self.lengths, self.windows.sink)
+        offset = self._tensor(newer) if newer.any() else None
+        return self.table.tensor(self.device), self._tensor(self.packed), offset
 
     def _foresee(self) -> None:
         """How many tokens go on as the last one did: every sequence into a page of its own, or into its ring."""

@@ -1,4 +1,4 @@
-"""The public door to tuning: it checks and directs, as `attention` does."""
+"""The public doors to tuning: they check and direct, as `attention` and `decode` do."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,11 @@ from tokquant.attention import quantize
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError
-from tokquant.inputs import check_tensors, features_of
-from tokquant.kernels import tuning
-from tokquant.kernels.tuning import Tuned
+from tokquant.inputs import check_beside_cache, check_tensors, features_of
+from tokquant.kv_cache import KVCache
 from tokquant.schemes import QuantScheme, SchemeMap, resolve
+from tokquant.tuning.planner import KEEP
+from tokquant.tuning.trials import Tuned, tune_attention, tune_pages
 
 
 def tune(
@@ -29,16 +30,26 @@ def tune(
     sinks: Tensor | None = None,
     scales: LayerScales | None = None,
     return_lse: bool = False,
+    keep: int | None = KEEP,
     repeats: int = 20,
 ) -> Tuned:
     """Find the fastest launch of the kernel that `attention` takes for this call, and keep it for calls of like shape.
 
-    Every candidate's machine code is read first; what spills, does not fit or has far more instructions than others is not
-    timed. The rest runs in turn on the GPU, `repeats` times each, with a cold cache. The result lies in the cache folder
-    (`tokquant cache list`) and is found again by kernel, device, Triton and shape. Causality, masks, biases and so on each
-    make another kernel; sequences of their own lengths (`attention_varlen`) take what was found for a batch.
+    Every candidate's machine code is read first, and a model puts them in order (`tokquant.tuning.planner`). The best `keep` of
+    that order and the launch that is taken without tuning run in turn on the GPU, `repeats` times each, with a cold cache. The
+    result lies in the cache folder (`tokquant cache list`) and is found again by kernel, device, Triton and shape. Causality,
+    masks, biases and so on each make another kernel; sequences of their own lengths (`attention_varlen`) take what was found
+    for a batch.
 
-    Args are as for `attention`. Raises as it does; UnsupportedError where there is no GPU.
+    Args:
+        keep: how many are timed; None times all that run.
+        repeats: timed runs of each; the median counts.
+        The rest is as for `attention`.
+
+    Returns: the entry that is kept, every trial in the planner's order with what was predicted and measured or why it was left
+    out, and `rank`: the place that the planner had given the fastest.
+
+    Raises as `attention`; UnsupportedError where there is no GPU.
     """
     found = resolve(scheme, layer)
     check_tensors(q, k, v)
@@ -46,7 +57,34 @@ def tune(
     need_gpu(q.device)
     with torch.no_grad():
         operands = quantize(q, k, v, found, scales=scales, backend="triton")
-    return tuning.tune(operands, found, features, return_lse=return_lse, repeats=repeats)  # type: ignore[arg-type]
+    return tune_attention(operands, found, features, return_lse=return_lse, keep=keep, repeats=repeats)  # type: ignore[arg-type]
+
+
+def tune_decode(
+    q: Tensor,
+    cache: KVCache,
+    *,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    keep: int | None = KEEP,
+    repeats: int = 20,
+) -> Tuned:
+    """The same for `decode` with a cache that is as full as it will be: warps, stages, and between how many programs its keys
+    are split. `decode(..., deterministic=True)` leaves the result out.
+
+    Args:
+        q, cache, scale, window, softcap: as for `decode`. Sinks and counts make no other kernel.
+        keep, repeats: as for `tune`.
+
+    Raises as `decode`; ValueError where nothing is packed, UnsupportedError where there is no GPU.
+    """
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache: a {type(cache).__name__}; give a tokquant.KVCache")
+    check_beside_cache("q", q, (cache.batch, cache.kv_heads, cache.head_dim), cache.dtype, cache.device, queries=True)
+    features = features_of(q, q, causal=True, scale=scale, window=window, softcap=softcap)
+    need_gpu(q.device)
+    return tune_pages(cache.launch(q, features), keep=keep, repeats=repeats)
 
 
 def need_gpu(device: torch.device) -> None:

@@ -10,7 +10,8 @@ from quantized import differences
 
 import tokquant as tq
 from tokquant import kv_cache
-from tokquant.kernels import pages as module
+from tokquant.kernels import decode_launch as module
+from tokquant.kernels import targets
 from tokquant.kernels.cpu.pages import CpuPages
 from tokquant.kernels.pages import TritonPages
 from tokquant.pages import ReferencePages
@@ -210,11 +211,12 @@ def test_runs_are_the_same_bits_for_a_sequence_in_any_batch(monkeypatch):
 
 
 def test_a_run_is_whole_tiles_and_few_keys_where_a_gpu_waits_for_work():
-    target = module.targets.DEFAULT
-    assert module._run(131072, 8, 128, target, True) == module._run(4096, 512, 128, target, True) == 512
-    long, short = module._run(131072, 8, 128, target, False), module._run(1000, 8, 128, target, False)
+    target, run = targets.DEFAULT, module.keys_of_a_run
+    assert run(131072, 8, 128, target, None) == run(4096, 512, 128, target, None) == 512
+    long, short = run(131072, 8, 128, target, 4), run(1000, 8, 128, target, 4)
     assert long % 128 == short % 128 == 0 and 256 <= short < long and 8 * 131072 / long >= 4 * target.multiprocessors / 2
-    assert module._run(131072, 10**6, 128, target, False) == 131072
+    assert run(131072, 10**6, 128, target, 4) == 131072
+    assert run(131072, 8, 128, target, 8) < long < run(131072, 8, 128, target, 1), "more programs have fewer keys each"
 
 
 def test_a_sequence_without_keys_gives_zero_and_minus_infinity():

@@ -11,8 +11,8 @@ from test_pages import BLOCKS, FEATURES, SCHEMES, dtype_of
 
 import tokquant as tq
 from tokquant import cli
+from tokquant.kernels import decode_launch as module
 from tokquant.kernels import generate, resources
-from tokquant.kernels import pages as module
 from tokquant.kernels.pages import TritonPages
 from tokquant.pages import ReferencePages
 from tokquant.reference import Features

@@ -27,15 +27,23 @@ def entry(config=OTHER, **changed):
     return tuned.Entry(key=key(**changed), config=config, ms=1.5, default_ms=2.0)
 
 
+def nearest(plan, wanted):
+    return tuned.nearest(plan, wanted)[0]
+
+
+def choose(*call):
+    return tuned.choose(*call)[0]
+
+
 @pytest.fixture(autouse=True)
 def nothing_shipped(monkeypatch):
     monkeypatch.setattr(tuned, "_shipped", lambda: ())
 
 
 def test_what_was_recorded_is_found_again():
-    assert tuned.nearest(PLAN, key()) == PLAN.config != OTHER
+    assert nearest(PLAN, key()) == PLAN.config != OTHER
     path = tuned.record(entry())
-    assert tuned.nearest(PLAN, key()) == OTHER
+    assert nearest(PLAN, key()) == OTHER
     kept = json.loads(path.read_text())
     assert kept["key"]["device"] == "NVIDIA H200" and kept["config"]["block_m"] == OTHER.block_m
 
@@ -45,31 +53,31 @@ def test_what_was_recorded_is_found_again():
 )
 def test_another_kernel_device_or_triton_is_not_taken(changed):
     tuned.record(entry(**changed))
-    assert tuned.nearest(PLAN, key()) == PLAN.config
+    assert nearest(PLAN, key()) == PLAN.config
 
 
 def test_of_several_shapes_the_nearest_is_taken():
     near, far = PLAN.candidates[1], PLAN.candidates[3]
     tuned.record(entry(near, n_q=1024, n_k=1024))
     tuned.record(entry(far, n_q=65536, n_k=65536))
-    assert tuned.nearest(PLAN, key(n_q=2048, n_k=2048)) == near
-    assert tuned.nearest(PLAN, key(n_q=32768, n_k=32768)) == far
+    assert nearest(PLAN, key(n_q=2048, n_k=2048)) == near
+    assert nearest(PLAN, key(n_q=32768, n_k=32768)) == far
 
 
 def test_a_shape_far_from_all_that_were_tuned_takes_the_plans_own():
     tuned.record(entry(batch_heads=1, n_q=1, n_k=128))
-    assert tuned.nearest(PLAN, key(n_q=65536, n_k=65536)) == PLAN.config
-    assert tuned.nearest(PLAN, key(batch_heads=1, n_q=2, n_k=256)) == OTHER
+    assert nearest(PLAN, key(n_q=65536, n_k=65536)) == PLAN.config
+    assert nearest(PLAN, key(batch_heads=1, n_q=2, n_k=256)) == OTHER
 
 
 def test_the_same_key_is_replaced():
     paths = {tuned.record(entry(config)) for config in PLAN.candidates[:3]}
-    assert len(paths) == 1 and tuned.nearest(PLAN, key()) == PLAN.candidates[2]
+    assert len(paths) == 1 and nearest(PLAN, key()) == PLAN.candidates[2]
 
 
 def test_an_entry_only_chooses_among_candidates():
     tuned.record(entry(Config(block_m=16, block_n=16, num_warps=32, num_stages=9)))
-    assert tuned.nearest(PLAN, key()) == PLAN.config
+    assert nearest(PLAN, key()) == PLAN.config
 
 
 POISON = {
@@ -90,14 +98,14 @@ def test_a_spoiled_entry_is_none_and_the_next_recording_heals_it(spoil):
     path = tuned.record(entry())
     spoiled = spoil(path.read_text())
     path.write_bytes(spoiled if isinstance(spoiled, bytes) else spoiled.encode())
-    assert tuned.nearest(PLAN, key()) == PLAN.config and list(tuned.entries()) == []
+    assert nearest(PLAN, key()) == PLAN.config and list(tuned.entries()) == []
     tuned.record(entry())
-    assert tuned.nearest(PLAN, key()) == OTHER
+    assert nearest(PLAN, key()) == OTHER
 
 
 def test_a_folder_in_place_of_an_entry_is_passed_over():
     (tuned.folder() / entry().file_name).mkdir(parents=True)
-    assert tuned.nearest(PLAN, key()) == PLAN.config
+    assert nearest(PLAN, key()) == PLAN.config
     assert tuned.record(entry()) is None
 
 
@@ -105,7 +113,7 @@ def test_a_cache_folder_that_cannot_be_written_keeps_nothing_and_harms_nothing(m
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("TOKQUANT_CACHE_DIR", str(tmp_path / "file"))
     assert tuned.record(entry()) is None
-    assert tuned.nearest(PLAN, key()) == PLAN.config and tuned.clear() == 0
+    assert nearest(PLAN, key()) == PLAN.config and tuned.clear() == 0
 
 
 def test_entries_move_to_another_folder(monkeypatch, tmp_path):
@@ -113,10 +121,10 @@ def test_entries_move_to_another_folder(monkeypatch, tmp_path):
         tuned.record(entry(n_q=n))
     assert tuned.export(tmp_path / "entries.json") == 2
     monkeypatch.setenv("TOKQUANT_CACHE_DIR", str(tmp_path / "elsewhere"))
-    assert tuned.nearest(PLAN, key()) == PLAN.config
+    assert nearest(PLAN, key()) == PLAN.config
     for each in tuned.load(tmp_path / "entries.json"):
         tuned.record(each)
-    assert tuned.nearest(PLAN, key()) == OTHER and len(list(tuned.entries())) == 2
+    assert nearest(PLAN, key()) == OTHER and len(list(tuned.entries())) == 2
 
 
 @pytest.mark.parametrize("text", ["{}", "[{}]", "no json", '[{"key": 1}]'])
@@ -138,9 +146,9 @@ def test_clear_removes_entries_and_nothing_else():
 
 def test_entries_that_ship_serve_where_the_folder_has_none(monkeypatch):
     monkeypatch.setattr(tuned, "_shipped", lambda: (entry(n_q=1024),))
-    assert tuned.nearest(PLAN, key()) == OTHER
+    assert nearest(PLAN, key()) == OTHER
     tuned.record(entry(PLAN.candidates[1]))
-    assert tuned.nearest(PLAN, key()) == PLAN.candidates[1], "the nearer one"
+    assert nearest(PLAN, key()) == PLAN.candidates[1], "the nearer one"
 
 
 def test_what_ships_can_be_read():
@@ -154,7 +162,7 @@ def _record_and_read(folder, number, barrier, failures):
     for turn in range(30):
         config = PLAN.candidates[(number + turn) % len(PLAN.candidates)]
         tuned.record(entry(config))
-        found = tuned.nearest(PLAN, key())
+        found = nearest(PLAN, key())
         if found not in PLAN.candidates or len(list(tuned.entries())) != 1:
             failures.put((number, turn))
 
@@ -196,7 +204,7 @@ def test_a_process_that_is_killed_leaves_the_last_whole_entry(tmp_path):
 
 
 def test_the_cpu_takes_what_is_taken_without_tuning():
-    assert tuned.choose(PLAN, torch.device("cpu"), 32, 4096, 4096) == PLAN.config
+    assert choose(PLAN, torch.device("cpu"), 32, 4096, 4096) == PLAN.config
 
 
 def test_a_gpu_takes_what_was_recorded_for_its_name_and_shape(monkeypatch, tmp_path):
@@ -204,9 +212,9 @@ def test_a_gpu_takes_what_was_recorded_for_its_name_and_shape(monkeypatch, tmp_p
     monkeypatch.setattr(tuned, "_triton", lambda: "3.9.0")
     tuned._choose.cache_clear()
     device = torch.device("cuda", 0)
-    assert tuned.choose(PLAN, device, 32, 4000, 3000) == PLAN.config
+    assert choose(PLAN, device, 32, 4000, 3000) == PLAN.config
     tuned.record(entry())
-    assert tuned.choose(PLAN, device, 32, 4000, 3000) == OTHER, "a recording is seen at once"
+    assert choose(PLAN, device, 32, 4000, 3000) == OTHER, "a recording is seen at once"
     monkeypatch.setenv("TOKQUANT_CACHE_DIR", str(tmp_path))
-    assert tuned.choose(PLAN, device, 32, 4000, 3000) == PLAN.config, "and another folder too"
+    assert choose(PLAN, device, 32, 4000, 3000) == PLAN.config, "and another folder too"
     tuned._choose.cache_clear()

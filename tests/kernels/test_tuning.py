@@ -1,7 +1,6 @@
 """Tuning: candidates are read before they are timed, and every one of them computes the same."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,18 +8,22 @@ from factories import qkv, scheme
 
 import tokquant as tq
 from tokquant.inputs import features_of
-from tokquant.kernels import launch, targets, tuning
-from tokquant.kernels.candidates import Config
+from tokquant.io_model import Workload
+from tokquant.kernels import launch, targets
 from tokquant.kernels.plan import Wanted, plan
-from tokquant.kernels.resources import Resources
-from tokquant.kernels.tuning import Trial
 from tokquant.schemes import preset, preset_names
+from tokquant.tuning import trials as tuning
+from tokquant.tuning.planner import Trial, planned
 
 
 def prepared(name, n=200):
     s = preset(name)
     operands = tq.quantize(*qkv(n, n, 64, 2), s, backend="triton")
     return launch.prepare(*operands, s, features_of(*operands[:2], causal=True), return_lse=True)
+
+
+def timed(call, trials):
+    return tuning.time(trials, lambda trial: replace(call, config=trial.config).run, 1, call.out.device)
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-fast", "kv-int8", "int-flash", "fp8", "int8-fp16", "kv-int4-kivi", "none"])
@@ -66,13 +69,12 @@ def test_what_reads_a_value_for_each_pair_takes_small_tiles():
     assert max(config.block_m for config in masked.candidates) <= 64
 
 
-def test_only_what_is_left_is_timed_and_the_first_in_any_case():
+def test_only_what_is_left_is_timed():
     call = prepared("int8-fast", 40)
     configs = call.plan.candidates[:3]
-    trials = [Trial(configs[0], None), Trial(configs[1], None, "spills"), Trial(configs[2], None)]
-    timed = tuning.time(call, trials, repeats=1)
-    assert [trial.ms is None for trial in timed] == [False, True, False]
-    assert timed[1].why == "spills" and all(trial.ms is None or trial.ms > 0 for trial in timed)
+    found = timed(call, [Trial(configs[0]), Trial(configs[1], why="predicted 1.8 x the best"), Trial(configs[2])])
+    assert [trial.ms is None for trial in found] == [False, True, False]
+    assert found[1].why == "predicted 1.8 x the best" and all(trial.ms is None or trial.ms > 0 for trial in found)
 
 
 def test_tuning_without_a_gpu_says_what_to_do():
@@ -97,40 +99,8 @@ def test_a_candidate_that_the_driver_refuses_is_passed_over(monkeypatch):
         return run(self)
 
     monkeypatch.setattr(launch.Call, "run", sometimes)
-    timed = tuning.time(call, [Trial(config, None) for config in call.plan.candidates[:2]], repeats=1)
-    assert timed[0].ms is not None and timed[1] == Trial(refused, None, "does not run: RuntimeError")
-
-
-class Read:
-    """A kernel whose machine code has been read."""
-
-    def __init__(self, number, *, spill_bytes=0, blocks=1, rate=900.0):
-        self.config = Config(64, 64, 4, number)
-        self.resources = Resources(
-            registers=255, spill_bytes=spill_bytes, shared_bytes=9999, blocks_per_multiprocessor=blocks,
-            instructions_per_score=20.0, loop={}, tensor_core={},
-        )  # fmt: skip
-        self.prediction = SimpleNamespace(serial_tops=rate)
-
-
-def whys(*kernels):
-    return [trial.why for trial in tuning.prune(kernels)]
-
-
-def test_what_does_not_fit_spills_or_is_far_slower_is_not_timed():
-    found = whys(Read(1), Read(2, blocks=0, rate=9e9), Read(3, spill_bytes=200), Read(4, rate=500.0), Read(5, rate=600.0))
-    assert [bool(why) for why in found] == [False, True, True, True, False]
-    assert "no block fits" in found[1] and "spills 200 bytes" in found[2] and "20.0 instructions a score" in found[3]
-
-
-def test_the_first_is_timed_unless_it_cannot_run_and_where_all_spill_those_that_do_least():
-    assert whys(Read(1, spill_bytes=500), Read(2)) == ["", ""]
-    assert [bool(why) for why in whys(Read(1, blocks=0), Read(2))] == [True, False]
-    assert [bool(why) for why in whys(Read(1, spill_bytes=400), Read(2, spill_bytes=300), Read(3, spill_bytes=301))] == [
-        False,
-        False,
-        True,
-    ]
+    found = timed(call, [Trial(config) for config in call.plan.candidates[:2]])
+    assert found[0].ms is not None and found[1] == Trial(refused, None, "does not run: RuntimeError")
 
 
 LAUNCHED = [
@@ -150,19 +120,11 @@ def test_what_is_taken_without_tuning_fits_small_gpus(name, head_dim, given, tar
 
 
 @pytest.mark.compiled
-def test_pruning_reads_machine_code():
-    kernel = tq.compile("int8-fast", head_dim=64, target="sm_90")
-    trials = tuning.prune(kernel.candidates())
-    assert [trial.config for trial in trials] == list(kernel.plan.candidates) and trials[0].why == ""
-    for trial, each in zip(trials, kernel.candidates(), strict=True):
-        assert trial.why or (each.resources.fits and each.resources.spill_bytes <= tuning.STACK_BYTES)
-
-
-@pytest.mark.compiled
 def test_a_candidate_that_does_not_compile_is_passed_over(monkeypatch):
     from tokquant.kernels import compile as compile_module
 
     kernel = tq.compile("int8-fast", head_dim=64)
+    kernel = replace(kernel, plan=replace(kernel.plan, candidates=kernel.plan.candidates[:3]))
     build, broken = compile_module._compile, kernel.plan.candidates[1]
 
     def sometimes(each):
@@ -171,8 +133,9 @@ def test_a_candidate_that_does_not_compile_is_passed_over(monkeypatch):
         return build(each)
 
     monkeypatch.setattr(compile_module, "_compile", sometimes)
-    trials = tuning.prune(kernel.candidates()[:3])
-    assert [trial.why for trial in trials] == ["", "does not compile: PassManager::run failed", ""]
+    *read, refused = planned(kernel, Workload(heads=8, n_q=4096, n_k=4096))
+    assert refused == Trial(broken, why="does not compile: PassManager::run failed")
+    assert all(trial.why == "" and trial.predicted_ms > 0 for trial in read) and len(read) == 2
 
 
 @pytest.mark.gpu
@@ -181,11 +144,12 @@ def test_tuning_keeps_the_fastest_and_attention_takes_it():
     from tokquant.kernels import tuned
 
     q, k, v = (torch.randn(1, 8, 1024, 64, device="cuda", dtype=torch.float16) for _ in range(3))
-    result = tq.tune(q, k, v, "int8", causal=True, repeats=5)
+    result = tq.tune(q, k, v, "int8", causal=True, keep=None, repeats=5)
     assert result.kept and result.entry.ms == min(trial.ms for trial in result.trials if trial.ms)
+    assert result.trials[result.rank - 1].config == result.entry.config
     operands = tq.quantize(q, k, v, "int8")
     call = launch.prepare(*operands, preset("int8"), features_of(q, k, causal=True), return_lse=False)
     assert call.config == result.entry.config
-    assert tuned.nearest(call.plan, result.entry.key) == result.entry.config
+    assert tuned.nearest(call.plan, result.entry.key) == (result.entry.config, None)
     fixed = launch.prepare(*operands, preset("int8"), features_of(q, k, causal=True), return_lse=False, deterministic=True)
     assert fixed.config == call.plan.config

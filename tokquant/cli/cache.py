@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokquant.cli import options, output
+from tokquant.cli.tune import launch_of
 from tokquant.kernels import tuned
 
 app = typer.Typer(
@@ -26,13 +27,26 @@ def list_entries(json: options.Json = False) -> None:
         output.print_json([entry.model_dump() for entry in found])
         return
     table = Table(title=escape(f"{len(found)} entries in {tuned.folder()}"))
-    for column in ("kernel", "device", "Triton", "batch x heads", "queries", "keys", "tiles", "ms", "untuned ms"):
+    for column in (
+        "kernel",
+        "device",
+        "Triton",
+        "batch x heads",
+        "queries",
+        "keys",
+        "launch",
+        "ms",
+        "untuned ms",
+        "planned as",
+    ):
         table.add_column(column)
     for entry in found:
         key = entry.key
         untuned = "" if entry.default_ms is None else f"{entry.default_ms:.4f}"
         sizes = (str(size) for size in (key.batch_heads, key.n_q, key.n_k))
-        table.add_row(key.kernel, escape(key.device), key.triton, *sizes, str(entry.config), f"{entry.ms:.4f}", untuned)
+        launch = launch_of(entry.config, entry.split)
+        place = "" if entry.rank is None else f"{entry.rank} of {entry.timed}"
+        table.add_row(key.kernel, escape(key.device), key.triton, *sizes, launch, f"{entry.ms:.4f}", untuned, place)
     output.console().print(table)
 
 

@@ -1,5 +1,6 @@
-"""`tokquant compile`: a scheme's kernel for a GPU that need not be here, and what it takes of it."""
+"""`tokquant compile`: schemes' kernels for a GPU that need not be here, and what they take of it."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -7,59 +8,83 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tokquant.cli import options, output
-from tokquant.io_model import bytes_per_score
+from tokquant.cli import features, options, output
+from tokquant.cli.tune import launch_of
+from tokquant.errors import UnsupportedError
+from tokquant.io_model import Workload, bytes_per_score
 from tokquant.kernels import launch
 from tokquant.kernels.compile import Kernel
 from tokquant.kernels.compile import compile as compile_kernel
 from tokquant.kernels.decode_plan import DecodePlan
 from tokquant.kernels.targets import TARGETS
-from tokquant.kernels.tuning import prune
+from tokquant.tuning.planner import KEEP, Trial, planned
+from tokquant.tuning.work import Step
 
 
 def compile(
-    scheme: Annotated[str, typer.Argument(help="A preset or the path of a YAML file.")] = "int8",
+    schemes: Annotated[list[str] | None, typer.Argument(help="Presets or YAML files; int8, or kv-int8 to decode.")] = None,
     layer: options.Layer = None,
     head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 128,
     target: Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")] = "sm_90",
     causal: options.Causal = False,
+    window: features.Window = None,
+    softcap: features.Softcap = None,
+    mask: features.Mask = "none",
+    bias: features.Bias = "none",
+    bias_rank: features.BiasRank = 16,
+    sinks: features.Sinks = False,
+    lse: features.Lse = False,
+    varlen: Annotated[bool, typer.Option("--varlen", help="For sequences of their own lengths, one after another.")] = False,
     dtype: options.Dtype = "fp16",
     decode: Annotated[bool, typer.Option("--decode", help="The kernel that reads a KV cache, for one new token.")] = False,
     shared_heads: Annotated[int, typer.Option("--shared-heads", min=1, help="Heads of Q to one of K and V.")] = 1,
     candidates: Annotated[
         bool, typer.Option("--candidates", help="Compare every launch that tuning may choose, best prediction first.")
     ] = False,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of a sequence, for predictions.")] = 8192,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="For predictions.")] = 1,
+    kv_heads: Annotated[int, typer.Option("--kv-heads", min=1, help="Heads of K and V, for predictions.")] = 8,
+    keep: Annotated[int, typer.Option("--keep", min=0, help="Launches that tuning is to time; 0 for all that run.")] = KEEP,
     json: options.Json = False,
 ) -> None:
-    """Compile a kernel for a GPU that need not be here: what it takes, what its main loop is made of, how fast that should be.
+    """Compile kernels for a GPU that need not be here: what they take, what their loops are made of, how fast that should be.
 
-    Rates are predicted from instructions and datasheets; nothing is measured.
+    Rates and times are predicted from instructions, bytes and datasheets; nothing is measured. JSON of one scheme is an object,
+    of several, or with --candidates, a list.
     """
-    kernel = compile_kernel(
-        scheme,
-        layer=layer,
-        head_dim=head_dim,
-        causal=causal,
-        shared_heads=shared_heads,
-        decode=decode,
-        target=target,
-        dtype=options.dtype_of(dtype),
+    wanted = features.Wanted(
+        causal=causal, window=window, softcap=softcap, mask=mask, bias=bias, bias_rank=bias_rank, sinks=sinks, lse=lse
     )
-    if candidates:
-        return _compare(kernel, json)
-    resources, predicted = kernel.resources, kernel.prediction
-    if json:
-        output.print_json(
-            {
-                "scheme": kernel.scheme.name,
-                "kernel": kernel.plan.name,
-                "target": target,
-                **_report(kernel),
-                "decisions": kernel.plan.explain(),
-            }
+    kernels = [
+        compile_kernel(
+            name,
+            layer=layer,
+            head_dim=head_dim,
+            **wanted.flags(),
+            varlen=varlen,
+            shared_heads=shared_heads,
+            decode=decode,
+            target=target,
+            dtype=options.dtype_of(dtype),
         )
-        return
-    table = Table(title=escape(f"{kernel.scheme.name} for {target}, head_dim {head_dim}"), show_header=False)
+        for name in schemes or ["kv-int8" if decode else "int8"]
+    ]
+    sizes = batch, kv_heads * shared_heads
+    given: Workload | Step = wanted.step(*sizes, 1, tokens) if decode else wanted.workload(*sizes, tokens, tokens)
+    if candidates:
+        _compare(kernels, given, keep or None, json)
+    elif json:
+        reports = [_whole_report(kernel, given) for kernel in kernels]
+        output.print_json(reports if len(reports) > 1 else reports[0])
+    else:
+        for kernel in kernels:
+            output.console().print(_table(kernel))
+
+
+def _table(kernel: Kernel) -> Table:
+    resources, predicted = kernel.resources, kernel.prediction
+    title = f"{kernel.scheme.name} for {kernel.target.name}, head_dim {kernel.head_dim}"
+    table = Table(title=escape(title), show_header=False)
     table.add_column(style="bold")
     table.add_column()
     rows = {
@@ -71,14 +96,14 @@ def compile(
         "instructions a score": f"{resources.instructions_per_score:.2f} in the loop over whole tiles",
         "tensor-core instructions": ", ".join(f"{count} {name}" for name, count in resources.tensor_core.items()) or "none",
         "predicted": _bandwidth(kernel)
-        if decode
+        if isinstance(kernel.plan, DecodePlan)
         else f"{predicted.serial_tops:.0f} TOPS on {predicted.card} if softmax and products wait for one another, "
         f"{100 * predicted.share:.0f} % of the roofline of {predicted.roofline_tops:.0f}",
         **kernel.plan.explain(),
     }
     for name, value in rows.items():
         table.add_row(name, escape(value))
-    output.console().print(table)
+    return table
 
 
 def _bandwidth(kernel: Kernel) -> str:
@@ -89,7 +114,12 @@ def _bandwidth(kernel: Kernel) -> str:
     )
 
 
-def _report(kernel: Kernel) -> dict:
+def _whole_report(kernel: Kernel, given: Workload | Step) -> dict[str, Any]:
+    about = {"scheme": kernel.scheme.name, "kernel": kernel.plan.name, "target": kernel.target.name}
+    return {**about, **_report(kernel, given), "decisions": kernel.plan.explain()}
+
+
+def _report(kernel: Kernel, given: Workload | Step) -> dict[str, Any]:
     report: dict[str, Any] = {
         "config": asdict(kernel.config),
         "resources": asdict(kernel.resources),
@@ -97,34 +127,53 @@ def _report(kernel: Kernel) -> dict:
     }
     if isinstance(kernel.plan, DecodePlan):
         report["bandwidth"] = {**asdict(kernel.bandwidth), "predicted": kernel.bandwidth.predicted}
-    else:
-        report["bytes_per_score"] = bytes_per_score(kernel)
+    elif not kernel.wanted.varlen:
+        report["bytes_per_score"] = _moved(kernel, given)
     return report
 
 
-def _compare(kernel: Kernel, json: bool) -> None:
+def _moved(kernel: Kernel, given: Workload | Step) -> float | None:
+    """Bytes a score, where they are modelled."""
+    return bytes_per_score(kernel, given) if isinstance(given, Workload) and not kernel.wanted.varlen else None
+
+
+def _compare(kernels: list[Kernel], given: Workload | Step, keep: int | None, json: bool) -> None:
     if launch.interpreted():
-        _ = kernel.compiled  # which says why it cannot be
-    kernels = kernel.candidates()
-    # pruning reads every candidate; one that does not compile has nothing to show but that
-    judged = dict(zip(kernels, prune(kernels), strict=True))
-    built = [each for each, trial in judged.items() if not trial.why.startswith("does not compile")]
-    built.sort(key=lambda each: (bool(judged[each].why), -each.prediction.serial_tops))
+        raise UnsupportedError("compile: Triton's interpreter is on; unset TRITON_INTERPRET before Python starts")
+    reports: list[dict[str, Any]] = []
+    for kernel in kernels:
+        # what does not compile has nothing to show but that
+        trials = [trial for trial in planned(kernel, given, keep) if trial.predicted_ms is not None]
+        if json:
+            reports += _launch_reports(kernel, trials, given)
+        else:
+            output.console().print(_launch_table(kernel, trials, given))
     if json:
-        default = kernel.config
-        output.print_json([{**_report(each), "default": each.config == default, "why_not": judged[each].why} for each in built])
-        return
-    title = f"{kernel.scheme.name} for {kernel.target.name}, head_dim {kernel.head_dim}: what tuning would time, and what not"
+        output.print_json(reports)
+
+
+def _launch_reports(kernel: Kernel, trials: list[Trial], given: Workload | Step) -> Iterator[dict[str, Any]]:
+    kernels = {each.config: each for each in kernel.candidates()}
+    for trial in trials:
+        expected = {"split": trial.split, "predicted_ms": trial.predicted_ms, "limit": trial.limit}
+        chosen = {"default": trial.untuned(kernel.plan), "why_not": trial.why}
+        yield {"scheme": kernel.scheme.name, **_report(kernels[trial.config], given), **expected, **chosen}
+
+
+def _launch_table(kernel: Kernel, trials: list[Trial], given: Workload | Step) -> Table:
+    title = f"{kernel.scheme.name} for {kernel.target.name}, head_dim {kernel.head_dim}: what tuning times, and what not"
     table = Table(title=escape(title))
-    table.add_column("queries x keys")
-    for column in ("registers", "spilled", "shared", "blocks", "instructions a score", "bytes a score", "predicted TOPS"):
+    table.add_column("queries x keys", no_wrap=True)
+    for column in ("registers", "spilled", "shared", "blocks", "instructions a score", "bytes a score", "predicted ms"):
         table.add_column(column, justify="right")
-    table.add_column("")
-    for each in built:
-        found = each.resources
+    table.add_column("waits for")
+    table.add_column("", no_wrap=True)
+    kernels = {each.config: each for each in kernel.candidates()}
+    for trial in trials:
+        each = kernels[trial.config]
+        found, moved = each.resources, _moved(each, given)
         numbers = (found.registers, found.spill_bytes, found.shared_bytes, found.blocks_per_multiprocessor)
-        moved = "" if isinstance(each.plan, DecodePlan) else f"{bytes_per_score(each):.2f}"
-        rates = (f"{found.instructions_per_score:.2f}", moved, f"{each.prediction.serial_tops:.0f}")
-        note = judged[each].why or ("taken without tuning" if each.config == kernel.config else "")
-        table.add_row(str(each.config), *map(str, numbers), *rates, escape(note))
-    output.console().print(table)
+        rates = (f"{found.instructions_per_score:.2f}", "" if moved is None else f"{moved:.2f}", f"{trial.predicted_ms:.4f}")
+        note = trial.why or ("taken without tuning" if trial.untuned(kernel.plan) else "")
+        table.add_row(launch_of(trial.config, trial.split), *map(str, numbers), *rates, trial.limit, escape(note))
+    return table

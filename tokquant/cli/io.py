@@ -8,9 +8,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tokquant.cli import options, output
+from tokquant.cli import features, options, output
 from tokquant.evaluation import plot
-from tokquant.io_model import rank, standing
+from tokquant.io_model import launches, standing
 from tokquant.io_model.plot import draw
 from tokquant.io_model.report import Standing
 from tokquant.io_model.workload import Workload
@@ -28,7 +28,7 @@ def io(
     kv_heads: Annotated[int | None, typer.Option("--kv-heads", min=1, help="Of K and V; as many as Q's if left out.")] = None,
     head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 128,
     causal: options.Causal = False,
-    lse: Annotated[bool, typer.Option("--lse", help="With the log-sum-exp as a second output.")] = False,
+    lse: features.Lse = False,
     target: Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")] = "sm_90",
     dtype: options.Dtype = "fp16",
     memory: Annotated[
@@ -59,9 +59,9 @@ def io(
         target=target,
     )
     workload = Workload(batch=batch, heads=heads, n_q=queries or tokens, n_k=tokens)
-    found, launches = standing(kernel, workload, memory), rank(kernel, workload)
+    found, each = standing(kernel, workload, memory), launches(kernel, workload)
     if picture is not None:
-        draw(found, launches, picture)
+        draw(found, each, picture)
     if json:
         output.print_json(
             {
@@ -78,9 +78,7 @@ def io(
                 "processors": kernel.target.multiprocessors,
                 "bounds": {**asdict(found.bounds), "active": found.bounds.active, "times": found.above_bound},
                 "ms": {name: found.milliseconds(moved) for name, moved in _to_move(found).items()},
-                "launches": [
-                    {"config": asdict(each.kernel.config), "bytes": each.traffic.total, "fits": each.fits} for each in launches
-                ],
+                "launches": [{"config": asdict(other.config), "bytes": moved.total} for other, moved in each],
             }
         )
         return

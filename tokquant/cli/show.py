@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.syntax import Syntax
 
-from tokquant.cli import options, output
+from tokquant.cli import features, options, output
 from tokquant.kernels.compile import compile
 
 
@@ -17,7 +17,7 @@ def show(
     layer: options.Layer = None,
     head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 64,
     causal: options.Causal = False,
-    lse: Annotated[bool, typer.Option("--lse", help="With the log-sum-exp as a second output.")] = False,
+    lse: features.Lse = False,
     dtype: options.Dtype = "fp16",
     json: options.Json = False,
 ) -> None:

@@ -1,56 +1,116 @@
 """`tokquant tune`: the fastest launch of a scheme's kernel on this machine's GPU, found once and kept."""
 
 from dataclasses import asdict
-from typing import Annotated
+from itertools import product
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tokquant.cli import options, output
-from tokquant.kernels.tuning import Tuned
-from tokquant.schemes import resolve
-from tokquant.tune import need_gpu
+from tokquant.calibration.scales import LayerScales
+from tokquant.cli import features, options, output
+from tokquant.evaluation.trials import scales_for
+from tokquant.kernels.candidates import Config
+from tokquant.kv_cache import KVCache
+from tokquant.schemes import QuantScheme, resolve
+from tokquant.tune import need_gpu, tune_decode
 from tokquant.tune import tune as tune_call
+from tokquant.tuning.planner import KEEP
+from tokquant.tuning.trials import Tuned
 
 
 def tune(
-    scheme: Annotated[str, typer.Argument(help="A preset or the path of a YAML file.")] = "int8",
+    schemes: Annotated[list[str] | None, typer.Argument(help="Presets or YAML files; int8, or kv-int8 to decode.")] = None,
     layer: options.Layer = None,
-    tokens: Annotated[list[int] | None, typer.Option("--tokens", min=1, help="Sequence lengths; repeat for more.")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="The kernel that reads a KV cache, for one new token.")] = False,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", min=1, help="Sequence lengths, or keys of a cache; repeat for more.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
     heads: Annotated[int, typer.Option("--heads", min=1, help="Of Q.")] = 32,
     kv_heads: Annotated[int | None, typer.Option("--kv-heads", min=1, help="Of K and V; as many as Q's if left out.")] = None,
     head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 128,
     causal: options.Causal = False,
+    window: features.Window = None,
+    softcap: features.Softcap = None,
+    mask: features.Mask = "none",
+    bias: features.Bias = "none",
+    bias_rank: features.BiasRank = 16,
+    sinks: features.Sinks = False,
+    lse: features.Lse = False,
     dtype: options.Dtype = "fp16",
     device: options.Device = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed runs of each candidate.")] = 20,
+    keep: Annotated[
+        int, typer.Option("--keep", min=0, help="Launches that are timed, the planner's best; 0 for all that run.")
+    ] = KEEP,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed runs of each launch.")] = 20,
     json: options.Json = False,
 ) -> None:
-    """Time a kernel's candidates on random tensors of this shape and keep the fastest: attention then takes it."""
-    where, kind, resolved = options.device_of(device), options.dtype_of(dtype), resolve(scheme, layer)
+    """Time a kernel's best launches on random tensors of this shape and keep the fastest: attention, or decode, then takes it.
+
+    Sequences of their own lengths take what is found for a batch. Static scales are those of the random tensors.
+    """
+    wanted = features.Wanted(
+        causal=causal, window=window, softcap=softcap, mask=mask, bias=bias, bias_rank=bias_rank, sinks=sinks, lse=lse
+    )
+    where, kind = options.device_of(device), options.dtype_of(dtype)
+    resolved = [resolve(name, layer) for name in schemes or ["kv-int8" if decode else "int8"]]
+    shared = kv_heads or heads
+    if heads % shared:
+        raise ValueError(f"--kv-heads: {shared} does not divide the {heads} heads of Q")
+    of_cache = wanted.of_cache() if decode else {}
     need_gpu(where)
+    times: dict[str, Any] = dict(keep=keep or None, repeats=repeats)
     found = []
-    for n in tokens or [1024, 4096, 16384]:
-        q, k, v = (torch.randn(batch, h, n, head_dim, device=where, dtype=kind) for h in (heads, *[kv_heads or heads] * 2))
-        found.append(tune_call(q, k, v, resolved, causal=causal, repeats=repeats))
+    for scheme, n in product(resolved, tokens or [1024, 4096, 16384]):
+        q, k, v = (torch.randn(batch, h, n, head_dim, device=where, dtype=kind) for h in (heads, shared, shared))
+        scales = scales_for(scheme, q, k, v)
+        if decode:
+            found.append((scheme.name, tune_decode(q[:, :, -1:], _cache(scheme, k, v, scales), **of_cache, **times)))
+        else:
+            found.append((scheme.name, tune_call(q, k, v, scheme, scales=scales, **wanted.tensors(q, k), **times)))
     if json:
-        output.print_json([{**result.entry.model_dump(), "kept": result.kept, "trials": _trials(result)} for result in found])
+        output.print_json([{"scheme": name, **_data(result)} for name, result in found])
         return
-    for result in found:
-        table = Table(title=escape(f"{scheme}, {result.entry.key.n_q} tokens, on {result.entry.key.device}"))
-        table.add_column("tiles")
-        table.add_column("ms", justify="right")
-        table.add_column("")
-        for trial in result.trials:
-            note = "taken from now on" if trial.config == result.entry.config else trial.why
-            table.add_row(str(trial.config), "" if trial.ms is None else f"{trial.ms:.4f}", escape(note))
-        output.console().print(table)
-        if not result.kept:
-            output.console().print("not kept: the cache folder cannot be written (see `tokquant doctor`)")
+    for name, result in found:
+        _print(name, result)
 
 
-def _trials(result: Tuned) -> list[dict]:
-    return [asdict(trial) for trial in result.trials]
+def _cache(scheme: QuantScheme, k: torch.Tensor, v: torch.Tensor, scales: LayerScales | None) -> KVCache:
+    batch, heads, _, d = k.shape
+    cache = KVCache(scheme, batch=batch, kv_heads=heads, head_dim=d, dtype=k.dtype, device=k.device, scales=scales)
+    cache.append(k, v)
+    return cache
+
+
+def _data(result: Tuned) -> dict:
+    return {**result.entry.model_dump(), "kept": result.kept, "trials": [asdict(trial) for trial in result.trials]}
+
+
+def _print(name: str, result: Tuned) -> None:
+    entry = result.entry
+    table = Table(title=escape(f"{name}, {entry.key.n_q} x {entry.key.n_k} tokens, on {entry.key.device}"))
+    table.add_column("launch, in the planner's order", no_wrap=True)
+    for column in ("predicted ms", "waits for", "ms", ""):
+        table.add_column(column, justify="right" if "ms" in column else "left")
+    for trial in result.trials:
+        taken = (trial.config, trial.split) == (entry.config, entry.split)
+        predicted, measured = ("" if ms is None else f"{ms:.4f}" for ms in (trial.predicted_ms, trial.ms))
+        table.add_row(
+            launch_of(trial.config, trial.split),
+            predicted,
+            trial.limit,
+            measured,
+            escape("taken from now on" if taken else trial.why),
+        )
+    output.console().print(table)
+    output.console().print(f"the fastest of {entry.timed} that were timed is number {entry.rank} of the planner's order")
+    if not result.kept:
+        output.console().print("not kept: the cache folder cannot be written (see `tokquant doctor`)")
+
+
+def launch_of(config: Config, split: int | None) -> str:
+    """In words: the tiles, and how keys are split."""
+    return str(config) + ("" if split is None else f", split {split}")

@@ -6,7 +6,7 @@ with constants, and with operands of different widths.
 
 from tokquant.io_model.bounds import Bounds, Problem, lower_bounds, problem
 from tokquant.io_model.counter import Launch, counting
-from tokquant.io_model.rank import Ranked, bytes_per_score, rank
+from tokquant.io_model.launches import bytes_per_score, launches
 from tokquant.io_model.report import Standing, standing
 from tokquant.io_model.traffic import Traffic, traffic
 from tokquant.io_model.workload import Pairs, Workload
@@ -16,15 +16,14 @@ __all__ = [
     "Launch",
     "Pairs",
     "Problem",
-    "Ranked",
     "Standing",
     "Traffic",
     "Workload",
     "bytes_per_score",
     "counting",
+    "launches",
     "lower_bounds",
     "problem",
-    "rank",
     "standing",
     "traffic",
 ]

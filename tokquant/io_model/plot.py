@@ -8,8 +8,9 @@ import numpy as np
 from tokquant.evaluation.plot import check
 from tokquant.io_model.algorithms import flash_bytes, square_tiling_bytes
 from tokquant.io_model.bounds import lower_bounds
-from tokquant.io_model.rank import Ranked
 from tokquant.io_model.report import Standing
+from tokquant.io_model.traffic import Traffic
+from tokquant.kernels.compile import Kernel
 
 LINES = {
     "compulsory": ("inputs and outputs once", "0.5", ":"),
@@ -18,7 +19,7 @@ LINES = {
 }
 
 
-def draw(found: Standing, launches: Sequence[Ranked], path: str | os.PathLike) -> None:
+def draw(found: Standing, launches: Sequence[tuple[Kernel, Traffic]], path: str | os.PathLike) -> None:
     """Write bounds, algorithms and launches to an .svg, .png or .pdf file. One processor with one fast memory, of any size.
 
     A launch lies at what its tiles hold: queries, sums and scores, and a tile of keys and values.
@@ -38,7 +39,7 @@ def draw(found: Standing, launches: Sequence[Ranked], path: str | os.PathLike) -
         axes.plot(memory, np.where(values > 0, values, np.nan), style, color=color, label=f"bound: {label}")
     axes.plot(memory, [flash_bytes(of, m) for m in memory], "--", color="tab:red", label="flash attention, tiles of any size")
     axes.plot(memory, [square_tiling_bytes(of, m) for m in memory], "--", color="tab:orange", label="SquareTiling")
-    x, y = zip(*((_held(each, found), each.traffic.total) for each in launches if each.fits), strict=True)
+    x, y = zip(*((_held(kernel, found), moved.total) for kernel, moved in launches), strict=True)
     axes.scatter(x, y, s=24, color="black", zorder=3, label=f"launches of {found.kernel.scheme.name}")
     axes.axvline(found.memory, color="0.7", linewidth=1, label=f"a multiprocessor: {found.memory / 1024:.0f} KiB")
     axes.set(xscale="log", yscale="log", xlabel="bytes of fast memory", ylabel="bytes moved")
@@ -48,8 +49,8 @@ def draw(found: Standing, launches: Sequence[Ranked], path: str | os.PathLike) -
     figure.savefig(path)
 
 
-def _held(one: Ranked, found: Standing) -> float:
+def _held(kernel: Kernel, found: Standing) -> float:
     """Bytes of what a launch's tiles hold."""
-    of, config = found.problem, one.kernel.config
+    of, config = found.problem, kernel.config
     queries = config.block_m * (of.head_dim * (of.q + of.sums) + config.block_n * of.sums)
     return queries + config.block_n * of.head_dim * (of.k + of.v)

@@ -5,9 +5,13 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from tokquant.bias import Dense
 from tokquant.errors import quote
 from tokquant.kernels.compile import Kernel
+from tokquant.reference import Features
+from tokquant.tensor import QuantizedTensor
 
 Integers = NDArray[np.int64]
 
@@ -40,6 +44,21 @@ class Workload:
     """Of a dense bias."""
     sink_bytes: int = 4
 
+    @classmethod
+    def of(cls, q: QuantizedTensor, k: QuantizedTensor, features: Features) -> "Workload":
+        """That of a call: its sizes, its reach, and how wide its mask, its dense bias and its sinks are."""
+        given = features.bias.values if isinstance(features.bias, Dense) else None
+        return cls(
+            batch=q.shape[0],
+            heads=q.shape[1],
+            n_q=q.shape[2],
+            n_k=k.shape[2],
+            window=features.reach(),
+            mask=_pairs(features.mask),
+            bias=_pairs(given),
+            sink_bytes=4 if features.sinks is None else features.sinks.itemsize,
+        )
+
     def __post_init__(self) -> None:
         for name in ("batch", "heads", "n_q", "n_k"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
@@ -66,6 +85,10 @@ class Workload:
         if self.heads % shared:
             raise ValueError(f"heads: {self.heads} is no multiple of the {shared} that share one of K and V in this kernel")
         return self.heads // shared
+
+
+def _pairs(x: Tensor | None) -> Pairs:
+    return Pairs() if x is None else Pairs(bytes=x.itemsize, rows=x.stride(2) != 0, keys=x.stride(3) != 0)
 
 
 def _no_side(side: object) -> bool:

@@ -43,7 +43,11 @@ class Kernel:
 
     def candidates(self) -> "list[Kernel]":
         """The same kernel under every configuration that tuning may choose, this one's own among them."""
-        return [replace(self, config=config) for config in self.plan.candidates]
+        return list(self._candidates)
+
+    @cached_property
+    def _candidates(self) -> "tuple[Kernel, ...]":
+        return tuple(replace(self, config=config) for config in self.plan.candidates)  # kept, as what is read of them is
 
     @cached_property
     def compiled(self) -> Any:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,6 +35,9 @@ PLAIN = Wanted()
 @dataclass(frozen=True, eq=False, repr=False)
 class DecodePlan(Plan):
     """The plan of a kernel that attends to pages."""
+
+    splits: ClassVar[tuple[int | None, ...]] = (4, 1, 2, 8)
+    """Programs for each multiprocessor that keys are split for; the first without tuning."""
 
 
 def check_pages(scheme: QuantScheme, page: int) -> None:

@@ -122,7 +122,7 @@ def prepare(
     operands = (operand(x) for x in (q, k, v))
     return Call(
         plan=made,
-        config=made.config if deterministic else tuned.choose(made, q.device, b * heads, n_q, n_k),
+        config=made.config if deterministic else tuned.choose(made, q.device, b * heads, n_q, n_k)[0],
         operands=(*operands, Rows(out, *out.stride()[:3]), lse, given, features.scale, n_q, n_k),
         shape=(b, heads, n_q),
         out=out,

@@ -1,30 +1,23 @@
 """Keys and values in pages, kept and read by Triton kernels: no copy of them is ever decoded in memory."""
 
-from contextlib import nullcontext
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError
-from tokquant.kernels import generate, launch, quantize_plan, targets
+from tokquant.kernels import launch, quantize_plan, targets, tuned
+from tokquant.kernels.decode_launch import Call, on
 from tokquant.kernels.decode_plan import DecodePlan, check_pages, decode_plan, eight_bits
 from tokquant.kernels.plan import Wanted
 from tokquant.kernels.pool import FEW, Pool
 from tokquant.kernels.quantize import quantize_queries
-from tokquant.kernels.triton.merge import merge
 from tokquant.kernels.triton.operands import Table
 from tokquant.quantize import with_sums
 from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
 from tokquant.tensor import QuantizedTensor
-
-RUN = 512
-"""Keys that a program takes where results must depend on nothing but the sequence."""
-
-SHORTEST = 256
-"""Keys that are worth a program of their own."""
 
 
 class TritonPages:
@@ -78,7 +71,7 @@ class TritonPages:
         Where a scheme has blocks, both are multiples of them. Raises ValueError where a scale does not fit; on a GPU, for up
         to 16 tokens, only once `check` or a larger write looks.
         """
-        with _on(k.device):
+        with on(k.device):
             for pool, x in ((self._k, k), (self._v, v)):
                 pool.write(x, Table(table, table.stride(0), first, counts), self._lost)
         if k.device.type != "cuda" or k.shape[2] > FEW:
@@ -108,44 +101,50 @@ class TritonPages:
 
         Args:
             longest: no length is above it; what all pages of the table hold where None. It saves programs with nothing to do.
-            deterministic: bits depend on nothing but the sequence: keys are split alike on every device and in every batch.
+            deterministic: bits depend on nothing but the sequence: keys are split alike on every device and in every batch,
+                and what tuning has learned is left out.
 
         Raises UnsupportedError for a mask or bias.
         """
+        return self.prepare(q, table, lengths, features, offset=offset, longest=longest, deterministic=deterministic).run()
+
+    def prepare(
+        self,
+        q: Tensor,
+        table: Tensor,
+        lengths: Tensor,
+        features: Features,
+        *,
+        offset: Tensor | None = None,
+        longest: int | None = None,
+        deterministic: bool = False,
+    ) -> Call:
+        """The same but for the launch."""
         launch.check(q.device, features)
         if features.mask is not None or features.bias is not None:
             raise UnsupportedError("mask, bias: no kernel reads them beside pages; use causal and window")
         b, heads, n_q, _ = q.shape
-        shared = heads // self.kv_heads
         wanted, given = launch.asked(features, True)
         longest = table.shape[1] * self.page if longest is None else longest
-        made = self._plan(wanted, shared, n_q, newer=offset is not None)
-        blocks = -(-n_q * shared // made.config.block_m)
-        run = _run(longest, b * self.kv_heads * blocks, made.config.block_n, self._target, deterministic)
-        runs = max(1, -(-longest // run))
-        if runs > 1:
-            made = self._plan(wanted, shared, n_q, newer=offset is not None, one_run=False)
-        qq = quantize_queries(q, self._k.shared(b), self.scheme, self.scales)
-        parts = torch.empty(runs, *q.shape, dtype=torch.float32, device=q.device)
-        lses = torch.empty(runs, *q.shape[:3], dtype=torch.float32, device=q.device)
-        arguments = (
-            launch.operand(qq),
-            self._k.argument(),
-            self._v.argument(),
-            Table(table, table.stride(0), lengths, newer=offset),
-            parts,
-            lses,
-            given,
-            features.scale,
-            n_q,
-            run,
-            made.config.block_m,
-            made.config.block_n,
+        planned = partial(self._plan, wanted, heads // self.kv_heads, n_q, newer=offset is not None)
+        # one kernel's name stands for both: keys that are one run today are several later
+        plan = planned(one_run=True)
+        config, split = (plan.config, None) if deterministic else tuned.choose(plan, q.device, b * heads, n_q, longest)
+        return Call(
+            planned=planned,
+            config=config,
+            split=split,
+            scheme=self.scheme,
+            target=self._target,
+            wanted=wanted,
+            q=quantize_queries(q, self._k.shared(b), self.scheme, self.scales),
+            k=self._k.argument(),
+            v=self._v.argument(),
+            table=Table(table, table.stride(0), lengths, newer=offset),
+            features=given,
+            scale=features.scale,
+            longest=longest,
         )
-        grid = launch.grid("q", blocks * runs, self.kv_heads, b)
-        with _on(q.device):
-            generate.load(made)[grid](*arguments, **made.config.options())
-            return (parts[0], lses[0]) if runs == 1 else merged(parts, lses, given.sinks)
 
     def read(self, table_row: Tensor, tokens: int) -> tuple[QuantizedTensor, QuantizedTensor]:
         """K and V of a sequence's first tokens `[1, H_kv, tokens, D]`, in the canonical layout."""
@@ -196,30 +195,3 @@ class TritonPages:
                 "dtype: Triton's interpreter multiplies bf16 wrongly; use float16 or float32, or backend='reference'"
             )
         return plan
-
-
-def merged(parts: Tensor, lses: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Attention over all keys, of that over runs of them: parts `[runs, B, H, n_q, D]` and natural LSEs, float32.
-
-    sinks: `[H]`, natural logits that take their part of the softmax once.
-    """
-    runs, b, heads, n_q, d = parts.shape
-    out, lse = torch.empty_like(parts[0]), torch.empty_like(lses[0])
-    rows = b * heads * n_q
-    sizes = dict(D=d, D_TILE=1 << (d - 1).bit_length(), SINKS=sinks is not None, BLOCK=16)
-    merge[(rows,)](
-        parts, lses, sinks, out, lse, runs, rows, n_q, heads, **sizes, num_warps=4, num_stages=2, enable_fp_fusion=True
-    )
-    return out, lse
-
-
-def _run(longest: int, programs: int, tile: int, target: targets.Target, deterministic: bool) -> int:
-    """Keys of a program: whole tiles, so few that a GPU has several programs for each multiprocessor."""
-    if deterministic:
-        return max(RUN, tile)
-    runs = max(1, min(-(-4 * target.multiprocessors // programs), longest // max(SHORTEST, tile)))
-    return max(1, -(-longest // (runs * tile))) * tile
-
-
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

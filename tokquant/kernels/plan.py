@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -44,6 +44,9 @@ class Plan:
 
     places: tuple[tuple[str, Place], ...]
     """Where the scales of q, k and v enter."""
+
+    splits: ClassVar[tuple[int | None, ...]] = (None,)
+    """Ways to split the keys between programs, as candidates are ways to launch: here none."""
 
     def __hash__(self) -> int:
         return self._hash

@@ -57,7 +57,7 @@ def attention(
     longest_q, longest_k = (int(each.diff().max()) for each in starts)
     call = launch.Call(
         plan=made,
-        config=made.config if deterministic else tuned.choose(alike, q.device, b * heads, longest_q, longest_k),
+        config=made.config if deterministic else tuned.choose(alike, q.device, b * heads, longest_q, longest_k)[0],
         operands=(
             *operands,
             Rows(out, 0, *out.stride()[1:3]),

@@ -26,7 +26,7 @@ SCALE_POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "fp8_e4m3": "*fp8e4nv"}
 
 def arguments(kernel: "Kernel") -> dict[str, Any]:
     """Name and type of each argument but the tiles; None where the kernel has no such thing."""
-    wanted = kernel.wanted
+    wanted, constants = kernel.wanted, dict(kernel.plan.constants)
     mask = {"none": None, "boolean": "*u8", "additive": "*fp32"}[wanted.mask]
     features = Features(
         "i32" if wanted.left else None,
@@ -42,7 +42,7 @@ def arguments(kernel: "Kernel") -> dict[str, Any]:
         return {
             "Q": _operand(kernel, "q"),
             **{role.upper(): _pages(kernel, role) for role in "kv"},
-            "T": Table(table="*i32", row="i32", lengths="*i32"),
+            "T": Table(table="*i32", row="i32", lengths="*i32", newer="*i32" if constants["NEWER"] == "True" else None),
             "Out": "*fp32",
             "Lse": "*fp32",
             "F": features,

@@ -39,11 +39,22 @@ class Target:
     """A clock of one multiprocessor."""
     issued: int = 128
     """Instructions of one thread that a multiprocessor starts a clock."""
+    schedulers: int = 4
+    """Of a multiprocessor; each starts instructions of its own warps."""
+    port_bytes: int = 64
+    """A clock, that a multiprocessor can take from the cache behind its own."""
+    cache_bytes: int | None = None
+    """A clock, that this cache gives to all of them together; what their ports take where no figure is known."""
 
     @property
     def fast_bytes(self) -> int:
         """All that kernels can keep in one multiprocessor: registers, shared memory and tensor memory."""
         return 4 * self.registers + self.shared_bytes + self.tensor_memory_bytes
+
+    def cache_terabytes(self, processors: int) -> float:
+        """1e12 bytes a second that so many of the multiprocessors get from the cache at best."""
+        ports = self.port_bytes * min(processors, self.multiprocessors)
+        return min(ports, self.cache_bytes or ports) * self.gigahertz / 1e3
 
 
 def _rates(int8: int, fp8: int, fp16: int, fp32: int = 256) -> MappingProxyType[str, int]:
@@ -57,6 +68,7 @@ TARGETS = {
         Target(
             name="sm_80", arch=80, shared_bytes=164 * _KB, warps=64, fp8=False,
             card="A100 SXM", multiprocessors=108, gigahertz=1.41, terabytes=2.04, rates=_rates(4096, 0, 2048, 128),
+            cache_bytes=5120,  # NVIDIA A100 Tensor Core GPU Architecture, whitepaper of 2020
         ),
         Target(
             name="sm_86", arch=86, shared_bytes=100 * _KB, warps=48, fp8=False,
@@ -69,6 +81,7 @@ TARGETS = {
         Target(
             name="sm_90", arch=90, shared_bytes=228 * _KB, warps=64,
             card="H100 SXM", multiprocessors=132, gigahertz=1.83, terabytes=3.35, rates=_rates(8192, 8192, 4096),
+            cache_bytes=5120,  # as the A100
         ),
         Target(
             name="sm_100", arch=100, shared_bytes=228 * _KB, tensor_memory_bytes=256 * _KB, warps=64,

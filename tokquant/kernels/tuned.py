@@ -54,6 +54,16 @@ class Entry(BaseModel):
     ms: float = Field(gt=0)
     default_ms: float | None = Field(gt=0)
     """What the launch without tuning took, timed in turn with it; None where it cannot run."""
+    split: int | None = None
+    """Of a kernel that reads pages: programs for each multiprocessor that its keys are split for."""
+    rank: int | None = Field(default=None, ge=1)
+    """The place that the planner had given it, from 1; None in files from before it did."""
+    timed: int | None = Field(default=None, ge=1)
+    """How many launches were timed."""
+
+    def chooses_for(self, plan: Plan) -> bool:
+        """Whether this launch is one that tuning of the plan may choose."""
+        return self.config in plan.candidates and self.split in plan.splits
 
     @property
     def file_name(self) -> str:
@@ -77,29 +87,31 @@ def key_of(plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: in
     )
 
 
-def choose(plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: int) -> Config:
-    """The launch of the nearest shape that was tuned for this kernel, device and Triton; the plan's own where none was."""
+def choose(plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: int) -> tuple[Config, int | None]:
+    """Launch and split of the nearest shape that was tuned for this kernel, device and Triton; else the plan's own."""
     if device.type != "cuda":
-        return plan.config
+        return plan.config, plan.splits[0]
     sizes = [1 << (size - 1).bit_length() for size in (batch_heads, n_q, n_k)]
     return _choose(store.folder(), plan, device, *sizes)
 
 
 @lru_cache(maxsize=4096)
-def _choose(_: Path, plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: int) -> Config:
+def _choose(_: Path, plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: int) -> tuple[Config, int | None]:
     return nearest(plan, key_of(plan, device, batch_heads, n_q, n_k))
 
 
-def nearest(plan: Plan, key: Key) -> Config:
-    """The configuration of the entry nearest to `key`, or the plan's own. An entry that names no candidate is none."""
+def nearest(plan: Plan, key: Key) -> tuple[Config, int | None]:
+    """Launch and split of the entry nearest to `key`, or the plan's own. An entry that names no candidate is none."""
     same = [
         entry
         for entry in (*entries(key.kernel), *_shipped())
         if (entry.key.kernel, entry.key.device, entry.key.triton) == (key.kernel, key.device, key.triton)
-        and entry.config in plan.candidates
+        and entry.chooses_for(plan)
     ]
     near = min(same, key=lambda entry: entry.key.distance(key), default=None)
-    return near.config if near is not None and near.key.distance(key) <= NEAR else plan.config
+    if near is None or near.key.distance(key) > NEAR:
+        return plan.config, plan.splits[0]
+    return near.config, near.split
 
 
 def record(entry: Entry) -> Path | None:

@@ -1,0 +1,104 @@
+"""Features of attention as options of a command that makes kernels: what a kernel is to have, and tensors to time it with."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+import typer
+from torch import Tensor
+
+from tokquant import bias as biases
+from tokquant.errors import nearest, quote
+from tokquant.io_model.workload import Workload
+from tokquant.tuning.work import Step
+
+MaskKind = Literal["none", "boolean", "additive"]
+BiasKind = Literal["none", "alibi", "key_vector", "lowrank", "dense"]
+
+Window = Annotated[
+    int | None,
+    typer.Option("--window", min=0, help="Keys that a query sees before its own place, and after it where not --causal."),
+]
+Softcap = Annotated[float | None, typer.Option("--softcap", help="Scores are softcap * tanh(score / softcap).")]
+Mask = Annotated[str, typer.Option("--mask", metavar="<str>", help=f"One of {', '.join(get_args(MaskKind))}.")]
+Bias = Annotated[str, typer.Option("--bias", metavar="<str>", help=f"One of {', '.join(get_args(BiasKind))}.")]
+BiasRank = Annotated[int, typer.Option("--bias-rank", min=1, help="Columns of a bias of low rank.")]
+Sinks = Annotated[bool, typer.Option("--sinks", help="With a logit for each head that takes its part of the softmax.")]
+Lse = Annotated[bool, typer.Option("--lse", help="With the log-sum-exp as a second output.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the options say. Raises ValueError for a kind that is none, or a softcap that is not above zero."""
+
+    causal: bool
+    window: int | None
+    softcap: float | None
+    mask: str
+    bias: str
+    bias_rank: int
+    sinks: bool
+    lse: bool
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("mask", get_args(MaskKind)), ("bias", get_args(BiasKind))):
+            given = getattr(self, name)
+            if given not in kinds:
+                raise ValueError(f"--{name}: {quote(given)} is none; use {', '.join(kinds)}{nearest(given, kinds)}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"--softcap: {self.softcap} is not above zero; leave it out for none")
+
+    @property
+    def reach(self) -> tuple[int | None, int | None] | None:
+        """The window as `tq.attention` takes it."""
+        return None if self.window is None else (self.window, 0 if self.causal else self.window)
+
+    def flags(self) -> dict[str, Any]:
+        """Arguments of `tq.compile`."""
+        return dict(
+            causal=self.causal,
+            window=self.window is not None,
+            softcap=self.softcap is not None,
+            mask=self.mask,
+            bias=self.bias,
+            bias_rank=self.bias_rank,
+            sinks=self.sinks,
+            return_lse=self.lse,
+        )
+
+    def workload(self, batch: int, heads: int, n_q: int, n_k: int) -> Workload:
+        """A call of these sizes."""
+        return Workload(batch=batch, heads=heads, n_q=n_q, n_k=n_k, window=self.reach or (None, None))
+
+    def step(self, batch: int, heads: int, queries: int, keys: int) -> Step:
+        """A step of decoding of these sizes."""
+        return Step(batch=batch, heads=heads, queries=queries, keys=keys, left=self.window)
+
+    def of_cache(self) -> dict[str, Any]:
+        """Arguments of `tq.tune_decode`. Raises ValueError for what makes no other kernel, or none."""
+        for name, none in (("mask", "none"), ("bias", "none"), ("sinks", False), ("lse", False)):
+            if getattr(self, name) != none:
+                raise ValueError(f"--{name}: kernels that read a cache have no mask and no bias, and their LSE in any case")
+        return dict(softcap=self.softcap, window=None if self.window is None else (self.window, 0))
+
+    def tensors(self, q: Tensor, k: Tensor) -> dict[str, Any]:
+        """Arguments of `tq.tune` for these, of random numbers: masks and biases are those of all heads."""
+        (_, heads, n_q, _), n_k, on = q.shape, k.shape[2], q.device
+        given: dict[str, Any] = dict(causal=self.causal, window=self.reach, softcap=self.softcap, return_lse=self.lse)
+        if self.mask != "none":
+            values = torch.rand(1, 1, n_q, n_k, dtype=q.dtype, device=on)
+            given["mask"] = values > 0.1 if self.mask == "boolean" else values
+        if self.sinks:
+            given["sinks"] = torch.zeros(heads, device=on)
+        match self.bias:
+            case "alibi":
+                given["bias"] = biases.alibi(biases.alibi_slopes(heads, on))
+            case "key_vector":
+                given["bias"] = biases.key_vector(torch.randn(1, heads, n_k, device=on))
+            case "lowrank":
+                kind = torch.float16 if q.dtype == torch.float32 else q.dtype
+                factors = (torch.randn(1, heads, n, self.bias_rank, dtype=kind, device=on) for n in (n_q, n_k))
+                given["bias"] = biases.lowrank(*factors)
+            case "dense":
+                given["bias"] = biases.dense(torch.randn(1, 1, n_q, n_k, dtype=q.dtype, device=on))
+        return given

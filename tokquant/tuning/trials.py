@@ -1,0 +1,101 @@
+"""Times the launches that the planner leaves, and keeps the fastest."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tokquant.errors import UnsupportedError
+from tokquant.io_model.workload import Workload
+from tokquant.kernels import decode_launch, launch, targets, tuned
+from tokquant.kernels.compile import Kernel
+from tokquant.reference import Features
+from tokquant.schemes import QuantScheme
+from tokquant.timing import interleaved_medians
+from tokquant.tuning.planner import Trial, first_line, planned
+from tokquant.tuning.work import Step
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found."""
+
+    entry: tuned.Entry
+    trials: tuple[Trial, ...]
+    """In the planner's order, the best prediction first."""
+    kept: bool
+    """Whether the entry could be written."""
+
+    @property
+    def rank(self) -> int:
+        """The place of the fastest in the planner's order, from 1."""
+        assert self.entry.rank is not None
+        return self.entry.rank
+
+
+def tune_attention(
+    operands: launch.Operands, scheme: QuantScheme, features: Features, *, return_lse: bool, keep: int | None, repeats: int
+) -> Tuned:
+    """Tune the kernel of this call on its device, and keep the result. Raises UnsupportedError where no candidate runs."""
+    q, k, _ = operands
+    call = launch.prepare(*operands, scheme, features, return_lse, deterministic=True)
+    wanted, _ = launch.asked(features, return_lse)
+    kernel = Kernel.of(call.plan, scheme, q.shape[3], q.dtype, targets.of(q.device), wanted)
+    trials = planned(kernel, Workload.of(q, k, features), keep)
+    timed = time(trials, lambda trial: replace(call, config=trial.config).run, repeats, q.device)
+    return settle(kernel, tuned.key_of(call.plan, q.device, q.shape[0] * q.shape[1], q.shape[2], k.shape[2]), timed)
+
+
+def tune_pages(call: decode_launch.Call, *, keep: int | None, repeats: int) -> Tuned:
+    """The same for attention to pages."""
+    (b, heads, n_q, d), device = call.q.shape, call.q.device
+    kernel = Kernel.of(call.plan, call.scheme, d, call.q.dtype, call.target, call.wanted)
+    step = Step(batch=b, heads=heads, queries=n_q, keys=call.longest, left=call.features.left)
+    trials = planned(kernel, step, keep)
+    timed = time(trials, lambda trial: replace(call, config=trial.config, split=trial.split).run, repeats, device)
+    return settle(kernel, tuned.key_of(call.plan, device, b * heads, n_q, call.longest), timed)
+
+
+def settle(kernel: Kernel, key: tuned.Key, trials: Sequence[Trial]) -> Tuned:
+    """Record the fastest of these, which are in the planner's order."""
+    timed = [trial for trial in trials if trial.ms is not None]
+    if not timed:
+        raise UnsupportedError(f"tune: no candidate of {kernel!r} runs: {'; '.join(trial.why for trial in trials)}")
+    best = min(timed, key=_ms)
+    entry = tuned.Entry(
+        key=key,
+        config=best.config,
+        split=best.split,
+        ms=_ms(best),
+        default_ms=next((trial.ms for trial in timed if trial.untuned(kernel.plan)), None),
+        rank=1 + trials.index(best),
+        timed=len(timed),
+    )
+    return Tuned(entry, tuple(trials), tuned.record(entry) is not None)
+
+
+def time(
+    trials: Sequence[Trial], run: Callable[[Trial], Callable[[], Any]], repeats: int, device: torch.device
+) -> tuple[Trial, ...]:
+    """Time what is left, in turn; `run` makes the launch of a trial."""
+    tried = [trial if trial.why else _tried(trial, run(trial)) for trial in trials]
+    left = [index for index, trial in enumerate(tried) if not trial.why]
+    medians = interleaved_medians([run(tried[index]) for index in left], repeats, device)
+    for index, ms in zip(left, medians, strict=True):
+        tried[index] = replace(tried[index], ms=ms)
+    return tuple(tried)
+
+
+def _tried(trial: Trial, run: Callable[[], Any]) -> Trial:
+    """Run once: what the driver refuses is not timed."""
+    try:
+        run()
+    except Exception as error:  # of Triton or of the driver
+        return replace(trial, why=f"does not run: {first_line(error)}")
+    return trial
+
+
+def _ms(trial: Trial) -> float:
+    assert trial.ms is not None
+    return trial.ms

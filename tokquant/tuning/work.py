@@ -1,0 +1,92 @@
+"""What a launch has to do: its programs, the scores of each, and the bytes of all."""
+
+from dataclasses import dataclass, replace
+
+from tokquant.errors import quote
+from tokquant.io_model.bounds import compulsory, problem
+from tokquant.io_model.traffic import traffic
+from tokquant.io_model.workload import Walk, Workload
+from tokquant.kernels.compile import Kernel
+from tokquant.kernels.decode_launch import keys_of_a_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Of one launch under one configuration."""
+
+    programs: int
+    scores: float
+    """That a program computes on the average, in whole tiles."""
+    longest: int
+    """That the one with most computes."""
+    memory_bytes: float
+    """Inputs and outputs, once: what memory gives and takes where caches keep the rest."""
+    moved: float
+    """Bytes that all programs ask for, which caches serve."""
+    merged: float = 0.0
+    """Bytes that are moved afterwards, where parts are merged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The sizes of a call to `tq.decode`. Raises ValueError where one is none."""
+
+    batch: int = 1
+    heads: int
+    """Of Q; those of K and V follow from the kernel."""
+    queries: int = 1
+    keys: int
+    """Of the longest sequence; the others count as if they were as long."""
+    left: int | None = None
+    """Keys seen before a query's own place, where there is a window."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "heads", "queries", "keys"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name}: {quote(getattr(self, name))} is not a whole number from 1")
+
+
+def work(kernel: Kernel, given: Workload | Step, split: int | None = None) -> Work:
+    """Of attention at a workload, or of a kernel that reads pages at a step of decoding, its keys split so.
+
+    Raises ValueError where kernel and sizes do not go together.
+    """
+    return _of_attention(kernel, given) if isinstance(given, Workload) else _of_pages(kernel, given, split)
+
+
+def _of_attention(kernel: Kernel, workload: Workload) -> Work:
+    # sequences of their own lengths count as a batch of the longest
+    kernel = replace(kernel, wanted=replace(kernel.wanted, varlen=False))
+    tile = kernel.config.block_m * kernel.config.block_n
+    tiles = Walk.of(kernel, workload).tiles
+    return Work(
+        programs=workload.batch * workload.heads * len(tiles),
+        scores=tile * float(tiles.mean()),
+        longest=tile * int(tiles.max()),
+        memory_bytes=compulsory(problem(kernel, workload)),
+        moved=traffic(kernel, workload).total,
+    )
+
+
+def _of_pages(kernel: Kernel, step: Step, split: int | None) -> Work:
+    block_m, block_n = kernel.config.block_m, kernel.config.block_n
+    shared = int(dict(kernel.plan.constants)["SHARED_HEADS"])
+    if step.heads % shared:
+        raise ValueError(f"heads: {step.heads} is no multiple of the {shared} that share one of K and V in this kernel")
+    kv_heads = step.batch * step.heads // shared
+    blocks = -(-step.queries * shared // block_m)
+    run = keys_of_a_run(step.keys, kv_heads * blocks, block_n, kernel.target, split)
+    keys = step.keys if step.left is None else min(step.keys, step.left + step.queries)
+    runs, seeing = -(-step.keys // run), -(-keys // run)
+    bits = kernel.scheme.bits_per_value(kernel.head_dim)
+    codes = kv_heads * keys * kernel.head_dim * (bits["k"] + bits["v"]) / 8
+    # output and LSE of a run in float32
+    part = 4 * step.batch * step.heads * step.queries * (kernel.head_dim + 1)
+    return Work(
+        programs=kv_heads * blocks * seeing,
+        scores=block_m * block_n * -(-keys // block_n) / seeing,
+        longest=block_m * block_n * -(-min(run, keys) // block_n),
+        memory_bytes=codes,
+        moved=codes * blocks + part * seeing,
+        merged=part * (seeing + 1) if runs > 1 else 0.0,
+    )
