@@ -48,7 +48,7 @@ MUTATIONS = {
     ),
     "zeros of integers not halved": (INT4, "- 12582912.0 - HALF", "- 12582912.0"),
     "the tail of tokens not cleared": (preset("int8"), "y = tl.where(here[:, None], y, 0.0).", "y = y."),
-    "a token of nothing that weighs": (preset("kv-int8"), "(values + HALF != 0.0)", "(values + HALF != 1.0)"),
+    "a token of nothing that weighs": (preset("kv-int8"), "(values + HALF != 0)", "(values + HALF != 1)"),
     "the zero of another group": (INT4, "tl.store(Y.zero + scale_at", "tl.store(Y.zero + scale_at + 1"),
 }  # fmt: skip
 

@@ -151,6 +151,7 @@ def plan(task: Task) -> QuantizePlan:
         "SCALE_TOKENS": group_tokens if codes else tokens,
         "SCALE_COLUMNS": d // group_channels,
         "LARGEST": float(largest_code),
+        "CLIP": largest_code * (1 - 2.0**-23),
         "LEVELS": float(precision.levels),
         "HALF": 0 if spec.symmetric else 2 ** (precision.bits - 1),
         "SCALE_SMALLEST": torch.finfo(SCALE_TYPES[spec.scale_dtype]).smallest_normal,
@@ -172,6 +173,7 @@ def plan(task: Task) -> QuantizePlan:
         "ROW": 1 if task.tokens_last else -(-d // stores.packed),
         "COLUMN": task.page if task.tokens_last else 1,
         "VALUES": task.code_sum or task.sum_tokens > 0 or task.weighted,
+        "VALUE_TYPE": "tl.int32" if precision.compute == "tl.int8" else "tl.float32",
         "CODE_SUM": task.code_sum,
         "TILE_SUMS": task.sum_tokens > 0,
         "SUM_TOKENS": min(task.sum_tokens, tokens),
@@ -182,6 +184,8 @@ def plan(task: Task) -> QuantizePlan:
     }
     order_tokens = scales.in_groups if over_tokens else scales.in_groups_of_16 if task.tokens_last else scales.in_order
     holes = {"order_tokens": order_tokens}
+    if codes and scaled:
+        holes["fused"] = scales.fused_interpreted if task.interpreted else scales.fused
     if codes:
         holes["encode"] = _encode(stores, task.interpreted)
     if constants["COMPANION"]:
