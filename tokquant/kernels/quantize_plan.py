@@ -144,6 +144,7 @@ def plan(task: Task) -> QuantizePlan:
         "SCALE_GIVEN": task.step == "codes" and scaled,
         "CODES": codes,
         "SCALED": scaled,
+        "STATIC": spec.scale == "static",
         "SYMMETRIC": spec.symmetric,
         "ASYMMETRIC": not spec.symmetric,
         "GROUP_TOKENS": min(group_tokens, tokens),
@@ -151,7 +152,6 @@ def plan(task: Task) -> QuantizePlan:
         "SCALE_TOKENS": group_tokens if codes else tokens,
         "SCALE_COLUMNS": d // group_channels,
         "LARGEST": float(largest_code),
-        "CLIP": largest_code * (1 - 2.0**-23),
         "LEVELS": float(precision.levels),
         "HALF": 0 if spec.symmetric else 2 ** (precision.bits - 1),
         "SCALE_SMALLEST": torch.finfo(SCALE_TYPES[spec.scale_dtype]).smallest_normal,
@@ -203,7 +203,7 @@ def plan(task: Task) -> QuantizePlan:
         holes=tuple(holes.items()),
         constants=tuple((name, value if isinstance(value, str) else repr(value)) for name, value in constants.items()),
         tokens=tokens,
-        num_warps=max(4, tokens * padded // 2048),
+        num_warps=min(8, max(4, tokens * padded // 2048)),
         checked=bool(constants["CHECK_SCALE"] or constants["CHECK_FP16"]),
     )
 

@@ -49,7 +49,8 @@ def tanh(x):
 
 @triton.jit
 def hadamard(x, M: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr):
-    # butterflies from stride 1: [M, D] times a block-diagonal matrix of order 2^STAGES, not normalized
+    # butterflies from stride 1: [M, D] times a block-diagonal matrix of order 2^STAGES, not normalized. A value finds its
+    # partner as what the sum of their bits lacks: one exchange of a warp's lanes, and nothing goes through shared memory
     for stage in tl.static_range(STAGES):
         pairs = x.reshape(M, D // (2 << stage), 2, 1 << stage)
         bits = pairs.to(tl.int32, bitcast=True)

@@ -1,7 +1,7 @@
 """Quantization with its holes filled for int8 per token: a kernel that runs, and the text of every other.
 
-One program takes a tile of tokens of one head. Its numbers are those of `tokquant.quantize`, bit for bit: divisions are IEEE,
-and launches keep the compiler from contracting a multiplication and an addition, which torch rounds apart.
+One program takes a tile of tokens of one head. Its numbers are those of `tokquant.quantize`, bit for bit: quotients are those
+of IEEE division, and launches keep the compiler from contracting a multiplication and an addition, which torch rounds apart.
 """
 
 from tokquant.kernels.triton.parts import group_max, group_max_magnitude, hadamard
@@ -33,6 +33,7 @@ SCALE_HERE = tl.constexpr(True)  # the scale is made of these extremes
 SCALE_GIVEN = tl.constexpr(False)  # or loaded
 CODES = tl.constexpr(True)
 SCALED = tl.constexpr(True)
+STATIC = tl.constexpr(False)  # scales are not of these values, which may be far beyond them
 SYMMETRIC = tl.constexpr(True)
 ASYMMETRIC = tl.constexpr(False)
 GROUP_TOKENS = tl.constexpr(1)  # of the tile's tokens under one scale
@@ -40,7 +41,6 @@ GROUP_CHANNELS = tl.constexpr(64)
 SCALE_TOKENS = tl.constexpr(1)  # of the whole sequence's tokens
 SCALE_COLUMNS = tl.constexpr(1)  # scales side by side
 LARGEST = tl.constexpr(127.0)  # R
-CLIP = tl.constexpr(126.99998474121094)  # a little less: no rounding makes it a quotient beyond R
 LEVELS = tl.constexpr(255.0)  # steps of an asymmetric operand
 HALF = tl.constexpr(0)  # a stored code of 0 is this many steps above an asymmetric operand's zero
 SCALE_SMALLEST = tl.constexpr(1.1754943508222875e-38)  # normal number of its type
@@ -177,27 +177,28 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
 
     if CODES:
         if SCALED:
-            # y / scale to the last bit without a division an element: -y times a negative reciprocal, and once what that lacks
-            # (Brisebarre, Muller and Raina 2004, algorithm 1). Units keep what it lacks from being subnormal where |y / scale| is
-            # 2^-40 or more; signs are such that a zero keeps its own
+            # y / scale to the last bit without a division an element: a product with the reciprocal, and once what that lacks
+            # (Brisebarre, Muller and Raina 2004). Units keep what it lacks from being subnormal where |y / scale| is 2^-40 or
+            # more; y and the reciprocal have their signs turned, so that a zero keeps its own
             y = y.reshape(TOKENS // GROUP_TOKENS, GROUP_TOKENS, D_TILE // GROUP_CHANNELS, GROUP_CHANNELS)
             unit = tl.where(scale > 4.6e18, 5.421010862427522e-20, tl.where(scale < 2.2e-19, 1.8446744073709552e19, 1.0))
-            divisor = scale * unit
-            inverse = tl.broadcast_to(tl.div_rn(-1.0, divisor)[:, None, :, None], y.shape)
             if ASYMMETRIC:
                 y -= zero[:, None, :, None]
             y *= -unit[:, None, :, None]
-            # before, so that nothing overflows; a NaN stays one
-            if SYMMETRIC:
-                bound = (divisor * CLIP)[:, None, :, None]
-                y = tl.clamp(y, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
-            if ASYMMETRIC:
-                y = tl.clamp(y, (divisor * -LEVELS)[:, None, :, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+            divisor = scale * unit
+            inverse = tl.broadcast_to(tl.div_rn(-1.0, divisor)[:, None, :, None], y.shape)
+            if STATIC:
+                # so that nothing overflows; a NaN stays one
+                reach = (divisor * 1099511627776.0)[:, None, :, None]
+                y = tl.clamp(y, -reach, reach, propagate_nan=tl.PropagateNan.ALL)
             # by an infinite scale a number is zero
             divisor = tl.broadcast_to(tl.where(divisor < float("inf"), divisor, 0.0)[:, None, :, None], y.shape)
             quotient = y * inverse
             y = fused(fused(quotient, divisor, y), inverse, quotient)
+            if SYMMETRIC:
+                y = tl.clamp(y, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
             if ASYMMETRIC:
+                y = tl.clamp(y, 0.0, LEVELS, propagate_nan=tl.PropagateNan.ALL)
                 # the nearest integer, half to even, before the half goes off, which could round
                 y = (y + 12582912.0) - 12582912.0 - HALF
             y = y.reshape(TOKENS, D_TILE)
