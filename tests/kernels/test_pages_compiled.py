@@ -19,14 +19,13 @@ from tokquant.reference import Features
 from tokquant.schemes import preset
 
 KINDS = ["kv-fp8", "kv-int8", "kv-int4", "kv-int4-kivi", "kv-int2-kivi", "fireq without its balance"]
-IS_39 = version("triton").startswith("3.9.")
-ON_39 = pytest.mark.skipif(not IS_39, reason="the budgets are those of Triton 3.9")
+IS_36, IS_39 = (version("triton").startswith(each) for each in ("3.6.", "3.9."))
 
 # instructions for a value of K or V in the loop over whole tiles; sm_90, head_dim 128, up to 16 rows
-BUDGETS = {"kv-int8": 1.6, "kv-int4": 2.2}
+BUDGETS = {"kv-int8": 1.6, "kv-int4": 2.6 if IS_36 else 2.2}
 
 
-@ON_39
+@pytest.mark.skipif(not (IS_36 or IS_39), reason="the budgets are those of Triton 3.6 and 3.9")
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", BUDGETS)
 def test_the_loop_over_keys_keeps_its_budget(name):
@@ -99,7 +98,7 @@ def test_a_launch_compiles_with_its_own_arguments(name, absent_gpu, monkeypatch)
     assert names.count("merge") == 1 and sum(each.startswith("decode") for each in names) == 2
     for each in compiled:
         _, stack, _ = resources.machine_code(each)
-        assert not IS_39 or stack <= (256 if each.metadata.name.startswith("decode") else 16), each.metadata.name
+        assert stack <= (256 if each.metadata.name.startswith("decode") else 16), each.metadata.name
         if each.metadata.name.startswith("decode"):
             assert "cp.async.cg.shared.global" in each.asm["ptx"], "tiles are fetched ahead"
 

@@ -19,9 +19,9 @@ STATIC = scheme("int8", "int8 tensor static", "int8 tensor static", "int8 row_bl
 
 # scheme, what stands in kernels, what takes its place
 MUTATIONS = {
-    "the clamp lost": (STATIC, "y > LARGEST, LARGEST", "y > 2 * LARGEST, LARGEST"),
-    "the clamp from below lost": (STATIC, "y < -LARGEST, -LARGEST", "y < -LARGEST, y"),
-    "the maximum of a column": (preset("int8"), "tl.max(tl.max(order.reshape(", "tl.max(tl.min(order.reshape("),
+    "the clamp lost": (STATIC, "tl.clamp(y, -LARGEST, LARGEST,", "tl.clamp(y, -LARGEST, 2.0 * LARGEST,"),
+    "the clamp from below lost": (STATIC, "tl.clamp(y, -LARGEST, LARGEST,", "tl.clamp(y, -2.0 * LARGEST, LARGEST,"),
+    "the maximum of a column": (preset("int8"), "tl.max(tl.max(bits.reshape(", "tl.max(tl.min(bits.reshape("),
     "the scale of another block": (TURNED, ")) // SCALE_TOKENS", ")) // SCALE_TOKENS + 1"),
     "the scale of the place, not of the token": (
         preset("kv-int8"),
@@ -34,11 +34,11 @@ MUTATIONS = {
     "rounding cut": (preset("int-flash"), "x, 0.0) + 12582912.0)", "x - 0.5, 0.0) + 12582912.0)"),
     "ties away from zero": (preset("int-flash"), "x, 0.0) + 12582912.0)", "x * (1 + 1e-6), 0.0) + 12582912.0)"),
     "the mean not subtracted": (preset("int8"), "y -= tl.load(offset_at", "y -= 0 * tl.load(offset_at"),
-    "NaN dropped": (preset("int-flash-half"), "bitcast=True), 0x7FC00000)", "bitcast=True), 0)"),
-    "a division by the reciprocal": (preset("int-flash"), 
-        "tl.div_rn(y, scale[:, None, :, None])",
-        "y * (1.0 / scale)[:, None, :, None]",
-   ),
+    "NaN dropped": (preset("int-flash-half"), "tl.where(there, tl.abs(x)", "tl.where(there & (x == x), tl.abs(x)"),
+    "NaN dropped from minima": (INT4, "bitcast=True), 0x7FC00000)", "bitcast=True), 0)"),
+    "a division by the reciprocal": (preset("int-flash"), "fused(fused(quotient, divisor, y),", "fused(0.0 * y,"),
+    "what a quotient lacks rounded twice": (preset("int-flash"), "fused(quotient, divisor, y)", "(quotient * divisor + y)"),
+    "what a quotient lacks lost below normal numbers": (preset("int-flash"), "scale < 2.2e-19, 1.84", "scale < 0.0, 1.84"),
     "a scale in e4m3 rounded to the nearest": (TURNED, "+ 0xFFFFF)", "+ 0x7FFFF)"),
     "a group of zeros with a scale of zero": (preset("int-flash"), "highest == 0.0, 1.0", "highest == 0.0, 0.0"),
     "the norm multiplied first": (
@@ -48,7 +48,7 @@ MUTATIONS = {
     ),
     "zeros of integers not halved": (INT4, "- 12582912.0 - HALF", "- 12582912.0"),
     "the tail of tokens not cleared": (preset("int8"), "y = tl.where(here[:, None], y, 0.0).", "y = y."),
-    "a token of nothing that weighs": (preset("kv-int8"), "(values + HALF != 0.0)", "(values + HALF != 1.0)"),
+    "a token of nothing that weighs": (preset("kv-int8"), "(values + HALF != 0)", "(values + HALF != 1)"),
     "the zero of another group": (INT4, "tl.store(Y.zero + scale_at", "tl.store(Y.zero + scale_at + 1"),
 }  # fmt: skip
 
@@ -56,12 +56,13 @@ MUTATIONS = {
 def agrees(made) -> bool:
     """Whether kernels give what the definition gives, for ragged lengths and a value of each kind."""
     q, k, v = qkv(70, 90, 32, batch=2)
-    q[0, 0, 3, 5], k[0, 1, 17, 3] = math.nan, math.inf
+    q[0, 0, 3, 5], k[0, 1, 17, 3], k[1, 1, 2, 20] = math.nan, math.inf, math.nan
     q[0, 1, 4], v[0, 0, 7], v[1, 1, 89] = 0, 0, 0
     # ties, and what is one once it is divided
     ties, steps = torch.linspace(-63.5, 63.5, 32)[1:].round() + 0.5, torch.linspace(0.01, 9, 70)[:, None]
     q[1, 0, :, 0], q[1, 0, :, 1:] = 127.0, ties
     q[1, 1, :, :1], q[1, 1, :, 1:] = 127 * steps, ties * steps
+    q[1, 1, 35:] *= 2.0**-128
     scales = None
     if made.k.scale == "static":
         scales = LayerScales("layer", {f"{role}_scale": torch.full((1, 1, 1), 0.01) for role in "kv"})

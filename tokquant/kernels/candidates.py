@@ -44,6 +44,7 @@ def candidates(
     masked: bool,
     biased: bool,
     crowded: bool,
+    decoded: bool,
     bytes_of_tokens: tuple[int, int],
     target: Target,
 ) -> tuple[Config, ...]:
@@ -56,6 +57,7 @@ def candidates(
         biased: whether there is a bias of another kind, or means to add, for which four warps have no registers left.
         bytes_of_tokens: of shared memory, for a query and for a key with its value.
         crowded: whether keys have so many values of their own (scale, zero, weight) that these fill registers.
+        decoded: whether keys or values are decoded to 16 bits before their product.
     """
     table: Table
     if wide:
@@ -73,8 +75,9 @@ def candidates(
     every = [Config(block_m, block_n, warps, stages) for block_n in key_tiles for block_m, warps, stages in table]
 
     def shared_bytes(config: Config) -> int:
-        # wgmma and tcgen05 keep all stages beside the one in use
-        stages = config.num_stages if target.name in ("sm_90", "sm_100") else max(1, config.num_stages - 1)
+        # wgmma and tcgen05 keep all stages beside the one in use, and so does Triton 3.6 of what is decoded
+        whole = decoded or target.name in ("sm_90", "sm_100")
+        stages = config.num_stages if whole else max(1, config.num_stages - 1)
         return config.block_m * bytes_of_tokens[0] + stages * config.block_n * bytes_of_tokens[1]
 
     # an estimate from above; a kilobyte is the block's own

@@ -39,6 +39,7 @@ PARTS = (
     parts.tanh,
     parts.hadamard,
     parts.group_max,
+    parts.group_max_magnitude,
     parts.sum_in_lanes,
 )
 

@@ -227,6 +227,7 @@ def plan(
             masked=wanted.mask != "none" or wanted.bias == "dense",
             biased=wanted.bias != "none" or q.smooth == "block_mean",
             crowded=at["v"] == "p",
+            decoded="operand" in (at["k"], at["v"]),
             bytes_of_tokens=_bytes_of_tokens(types, padded, constants),
             target=target,
         ),
@@ -257,7 +258,9 @@ def _bytes_of_tokens(types: dict[str, str], head_dim: int, constants: dict[str, 
     sizes = {"tl.int8": 1, "tl.float8e4nv": 1, "tl.float8e5": 1, "tl.float32": 4}
     q, k, v = (head_dim * sizes.get(types[role], 2) for role in "qkv")
     factors = 2 * constants["RANK_TILE"] if constants["LOWRANK"] else 0
-    return q + factors, k + v + factors
+    # what is decoded lies there as codes too
+    codes = sum(head_dim // constants[f"{role}_PACKED"] for role in "KV" if constants[f"{role}_DECODED"])
+    return q + factors, k + v + codes + factors
 
 
 def _refuse_on(target: targets.Target, plan: Plan, scheme: QuantScheme) -> None:

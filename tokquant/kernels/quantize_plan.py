@@ -152,6 +152,7 @@ def plan(task: Task) -> QuantizePlan:
         "SCALE_GIVEN": task.step == "codes" and scaled,
         "CODES": codes,
         "SCALED": scaled,
+        "STATIC": spec.scale == "static",
         "SYMMETRIC": spec.symmetric,
         "ASYMMETRIC": not spec.symmetric,
         "GROUP_TOKENS": min(group_tokens, tokens),
@@ -180,6 +181,7 @@ def plan(task: Task) -> QuantizePlan:
         "ROW": 1 if task.tokens_last else -(-d // stores.packed),
         "COLUMN": task.page if task.tokens_last else 1,
         "VALUES": task.code_sum or task.sum_tokens > 0 or task.weighted,
+        "VALUE_TYPE": "tl.int32" if precision.compute == "tl.int8" else "tl.float32",
         "CODE_SUM": task.code_sum,
         "TILE_SUMS": task.sum_tokens > 0,
         "SUM_TOKENS": min(task.sum_tokens, tokens),
@@ -190,6 +192,8 @@ def plan(task: Task) -> QuantizePlan:
     }
     order_tokens = scales.in_groups if over_tokens else scales.in_groups_of_16 if task.tokens_last else scales.in_order
     holes = {"order_tokens": order_tokens}
+    if codes and scaled:
+        holes["fused"] = scales.fused_interpreted if task.interpreted else scales.fused
     if codes:
         holes["encode"] = _encode(stores, task.interpreted)
     if constants["COMPANION"]:
@@ -207,7 +211,7 @@ def plan(task: Task) -> QuantizePlan:
         holes=tuple(holes.items()),
         constants=tuple((name, value if isinstance(value, str) else repr(value)) for name, value in constants.items()),
         tokens=tokens,
-        num_warps=max(4, tokens * padded // 2048),
+        num_warps=min(8, max(4, tokens * padded // 2048)),
         checked=bool(constants["CHECK_SCALE"] or constants["CHECK_FP16"]),
     )
 

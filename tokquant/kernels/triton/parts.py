@@ -49,10 +49,13 @@ def tanh(x):
 
 @triton.jit
 def hadamard(x, M: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr):
-    # butterflies from stride 1: [M, D] times a block-diagonal matrix of order 2^STAGES, not normalized
+    # butterflies from stride 1: [M, D] times a block-diagonal matrix of order 2^STAGES, not normalized. A value finds its
+    # partner as what the sum of their bits lacks: one exchange of a warp's lanes, and nothing goes through shared memory
     for stage in tl.static_range(STAGES):
-        first, second = tl.split(x.reshape(M, D // (2 << stage), 2, 1 << stage).permute(0, 1, 3, 2))
-        x = tl.join(first + second, first - second).permute(0, 1, 3, 2).reshape(M, D)
+        pairs = x.reshape(M, D // (2 << stage), 2, 1 << stage)
+        bits = pairs.to(tl.int32, bitcast=True)
+        partner = (tl.sum(bits, 2)[:, :, None, :] - bits).to(tl.float32, bitcast=True)
+        x = (partner + pairs * (1 - 2 * tl.arange(0, 2))[None, None, :, None].to(tl.float32)).reshape(M, D)
     return x
 
 
@@ -64,6 +67,14 @@ def group_max(x, there, T: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, 
     order = tl.where(there, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)
     top = tl.max(tl.max(order.reshape(T // TOKENS, TOKENS, D // CHANNELS, CHANNELS), 3), 1)
     return (top ^ ((top >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def group_max_magnitude(x, there, T: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr):
+    # the same of |x|, whose bits are in the order of the floats as they are
+    bits = tl.where(there, tl.abs(x).to(tl.int32, bitcast=True), 0)
+    top = tl.max(tl.max(bits.reshape(T // TOKENS, TOKENS, D // CHANNELS, CHANNELS), 3), 1)
+    return top.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -1,10 +1,11 @@
 """Quantization with its holes filled for int8 per token: a kernel that runs, and the text of every other.
 
-One program takes a tile of tokens of one head. Its numbers are those of `tokquant.quantize`, bit for bit: divisions are IEEE,
-and launches keep the compiler from contracting a multiplication and an addition, which torch rounds apart.
+One program takes a tile of tokens of one head. Its numbers are those of `tokquant.quantize`, bit for bit: quotients are those
+of IEEE division, and launches keep the compiler from contracting a multiplication and an addition, which torch rounds apart.
 """
 
-from tokquant.kernels.triton.parts import group_max, hadamard
+from tokquant.kernels.triton.parts import group_max, group_max_magnitude, hadamard
+from tokquant.kernels.triton.scales import fused
 from tokquant.kernels.triton.scales import in_order as order_tokens
 from tokquant.kernels.triton.scales import nearest as round_scale
 from tokquant.precisions.base import tl, triton
@@ -32,6 +33,7 @@ SCALE_HERE = tl.constexpr(True)  # the scale is made of these extremes
 SCALE_GIVEN = tl.constexpr(False)  # or loaded
 CODES = tl.constexpr(True)
 SCALED = tl.constexpr(True)
+STATIC = tl.constexpr(False)  # scales are not of these values, which may be far beyond them
 SYMMETRIC = tl.constexpr(True)
 ASYMMETRIC = tl.constexpr(False)
 GROUP_TOKENS = tl.constexpr(1)  # of the tile's tokens under one scale
@@ -59,6 +61,7 @@ COUNTED = tl.constexpr(False)  # whether sequences append different numbers of t
 ROW = tl.constexpr(64)  # elements of a page from one token to the next,
 COLUMN = tl.constexpr(1)  # and from one element of a token to the next
 VALUES = tl.constexpr(False)  # of the stored codes, for
+VALUE_TYPE = tl.constexpr(tl.int32)  # integers are summed as such
 CODE_SUM = tl.constexpr(False)  # Q: their sum over channels
 TILE_SUMS = tl.constexpr(False)  # V: over each SUM_TOKENS tokens
 SUM_TOKENS = tl.constexpr(64)
@@ -133,7 +136,7 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
         scale_at += group.to(tl.int64)[:, None] * Y.scale_row + part[None, :]
     if EXTREMES:
         if SYMMETRIC:
-            highest = group_max(tl.abs(y), there, TOKENS, GROUP_TOKENS, D_TILE, GROUP_CHANNELS)
+            highest = group_max_magnitude(y, there, TOKENS, GROUP_TOKENS, D_TILE, GROUP_CHANNELS)
         if ASYMMETRIC:
             highest = group_max(y, there, TOKENS, GROUP_TOKENS, D_TILE, GROUP_CHANNELS)
             lowest = -group_max(-y, there, TOKENS, GROUP_TOKENS, D_TILE, GROUP_CHANNELS)
@@ -174,14 +177,28 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
 
     if CODES:
         if SCALED:
+            # y / scale to the last bit without a division an element: a product with the reciprocal, and once what that lacks
+            # (Brisebarre, Muller and Raina 2004). Units keep what it lacks from being subnormal where |y / scale| is 2^-40 or
+            # more; y and the reciprocal have their signs turned, so that a zero keeps its own
             y = y.reshape(TOKENS // GROUP_TOKENS, GROUP_TOKENS, D_TILE // GROUP_CHANNELS, GROUP_CHANNELS)
-            if SYMMETRIC:
-                y = tl.div_rn(y, scale[:, None, :, None])
-                # by selection: a NaN stays one
-                y = tl.where(y > LARGEST, LARGEST, tl.where(y < -LARGEST, -LARGEST, y))
+            unit = tl.where(scale > 4.6e18, 5.421010862427522e-20, tl.where(scale < 2.2e-19, 1.8446744073709552e19, 1.0))
             if ASYMMETRIC:
-                y = tl.div_rn(y - zero[:, None, :, None], scale[:, None, :, None])
-                y = tl.where(y > LEVELS, LEVELS, tl.where(y < 0.0, 0.0, y))
+                y -= zero[:, None, :, None]
+            y *= -unit[:, None, :, None]
+            divisor = scale * unit
+            inverse = tl.broadcast_to(tl.div_rn(-1.0, divisor)[:, None, :, None], y.shape)
+            if STATIC:
+                # so that nothing overflows; a NaN stays one
+                reach = (divisor * 1099511627776.0)[:, None, :, None]
+                y = tl.clamp(y, -reach, reach, propagate_nan=tl.PropagateNan.ALL)
+            # by an infinite scale a number is zero
+            divisor = tl.broadcast_to(tl.where(divisor < float("inf"), divisor, 0.0)[:, None, :, None], y.shape)
+            quotient = y * inverse
+            y = fused(fused(quotient, divisor, y), inverse, quotient)
+            if SYMMETRIC:
+                y = tl.clamp(y, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+            if ASYMMETRIC:
+                y = tl.clamp(y, 0.0, LEVELS, propagate_nan=tl.PropagateNan.ALL)
                 # the nearest integer, half to even, before the half goes off, which could round
                 y = (y + 12582912.0) - 12582912.0 - HALF
             y = y.reshape(TOKENS, D_TILE)
@@ -194,10 +211,10 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
             y = tl.permute(y, 0, 2, 1).reshape(TOKENS // PACKED, D_TILE * PACKED)
         stored = encode(y)
         if VALUES:
-            values = decode(stored).to(tl.float32)
+            values = decode(stored).to(VALUE_TYPE)
             if TOKENS_LAST:
                 values = tl.permute(values.reshape(TOKENS // PACKED, D_TILE, PACKED), 0, 2, 1)
-            values = tl.where(there, values.reshape(TOKENS, D_TILE), 0.0)
+            values = tl.where(there, values.reshape(TOKENS, D_TILE), 0)
         if BYTES:
             stored = stored.to(tl.uint8, bitcast=True)
         if RAGGED:
@@ -218,14 +235,14 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
             code_at = Y.codes + (plane * D + column)[:, None] * elements + element[None, :]
             tl.store(code_at, tl.trans(stored), mask=held[:, None] & (element < elements)[None, :])
         if CODE_SUM:
-            tl.store(Y.code_sum + row, tl.sum(values, 1), mask=here)
+            tl.store(Y.code_sum + row, tl.sum(values, 1).to(tl.float32), mask=here)
         if TILE_SUMS:
             tile = first // SUM_TOKENS + tl.arange(0, TOKENS // SUM_TOKENS)
-            sums = tl.sum(values.reshape(TOKENS // SUM_TOKENS, SUM_TOKENS, D_TILE), 1).to(tl.int32)
+            sums = tl.sum(values.reshape(TOKENS // SUM_TOKENS, SUM_TOKENS, D_TILE), 1)
             sum_at = Y.code_sum + (plane * tl.cdiv(n, SUM_TOKENS) + tile)[:, None] * D + column[None, :]
             tl.store(sum_at, sums, mask=(tile * SUM_TOKENS < n)[:, None] & held[None, :])
         if WEIGHTED:
-            something = tl.max((there & (values + HALF != 0.0)).to(tl.int32), 1)
+            something = tl.max((there & (values + HALF != 0)).to(tl.int32), 1)
         if WEIGHT_APART:
             tl.store(Y.something + row, something.to(tl.int8), mask=here)
         if WEIGHT_IN_SIGN:

@@ -48,3 +48,25 @@ def up_to_e4m3(x):
     subnormal = (x + 24576.0) - 24576.0
     subnormal = tl.where(subnormal < x, subnormal + 0.001953125, subnormal)
     return tl.where(x <= 448.0, tl.where(x < 0.015625, subnormal, normal), float("nan"))
+
+
+# --------------------------------------------------------------------------- fused: a * b + c, rounded once
+
+
+@triton.jit
+def fused(a, b, c):
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def fused_interpreted(a, b, c):
+    # the interpreter of Triton 3.6 rounds twice. In float64 the product is exact; the sum is rounded to odd, so that float32,
+    # of fewer than half its bits, is rounded to as if once
+    product = a.to(tl.float64) * b.to(tl.float64)
+    total = product + c.to(tl.float64)
+    part = total - product
+    lost = (product - (total - part)) + (c.to(tl.float64) - part)
+    bits = total.to(tl.int64, bitcast=True)
+    away = tl.where((lost > 0.0) == (total > 0.0), 1, -1)
+    bits = tl.where(((lost > 0.0) | (lost < 0.0)) & (bits % 2 == 0), bits + away, bits)
+    return bits.to(tl.float64, bitcast=True).to(tl.float32)
