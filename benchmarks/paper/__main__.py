@@ -10,9 +10,12 @@ import argparse
 from pathlib import Path
 
 import errors
+import probabilities
+import pv_costs
 import study
+import values
 
-STUDIES = {each.__name__: each for each in (errors,)}
+STUDIES = {each.__name__: each for each in (errors, values, probabilities, pv_costs)}
 
 
 def main() -> None:
