@@ -1,6 +1,7 @@
 """The paper's tables: the script runs, and its page says what its figures say."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT / "benchmarks" / "paper"
 FIGURES = ROOT / "benchmarks" / "results" / "paper-errors.json"
-STUDIES = ["errors"]
+STUDIES = ["errors", "values", "probabilities", "pv_costs"]
 NAMES = ["FP8, e5m2 without scales", "FP8, e4m3 scaled", "half INT8", "full INT8", "tokquant int8"]
 
 
@@ -24,7 +25,8 @@ def ran(tmp_path_factory):
     @cache
     def rows(name):
         command = [sys.executable, PAPER, name, "--small", "--results", folder, "--figures", folder]
-        result = subprocess.run(command, capture_output=True, text=True)
+        # what a study compiles is for a GPU, not for the interpreter
+        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
         assert result.returncode == 0, result.stderr
         assert "|---|" in result.stdout
         return json.loads((folder / f"paper-{name}.json").read_text())["rows"]
@@ -71,3 +73,22 @@ def test_the_page_has_the_figures_of_the_run():
             assert written == pytest.approx([100 * found[data, scale, int(head[3]), name] for name in NAMES], abs=0.006)
             rows += 1
     assert rows == 9
+
+
+def test_v_per_token_and_block_keep_what_a_scale_a_head_loses(ran):
+    whole = [row for row in ran("values") if row["data"] == "token-scaled" and row["sigma"] == 1 and row["q"] == "int8 token"]
+    found = {row["scheme"]: row["rel_l1"] for row in whole if row["scheme"] != "custom"}
+    assert found["int-flash-half"] < found["int8"] < 0.023 < 0.04 < found["int-flash"]
+    [token] = [row["rel_l1"] for row in whole if row["scheme"] == "custom" and row["v"] == "int8 token"]
+    assert token < 0.8 * found["int8"]
+
+
+def test_a_rounded_normalizer_doubles_a_hot_key_and_row_blocks_keep_the_tail(ran):
+    found = {
+        (row["p"], row["normalizer"]): row["rel_l1"]
+        for row in ran("probabilities")
+        if row["rows"] == "hot key" and row["v"] == "fp16"
+    }
+    assert found["int8 unit", "quantized"] > 4 * found["int8 unit", "exact"]
+    assert found["uint8 row_block 32", "exact"] < 0.5 * found["uint8 unit", "exact"]
+    assert found["fp8_e4m3 unit", "exact"] < 0.2 * found["int8 unit", "exact"]
