@@ -78,7 +78,7 @@ def test_the_page_has_the_figures_of_the_run():
 def test_v_per_token_and_block_keep_what_a_scale_a_head_loses(ran):
     whole = [row for row in ran("values") if row["data"] == "token-scaled" and row["sigma"] == 1 and row["q"] == "int8 token"]
     found = {row["scheme"]: row["rel_l1"] for row in whole if row["scheme"] != "custom"}
-    assert found["int-flash-half"] < found["int8"] < 0.023 < 0.04 < found["int-flash"]
+    assert found["int-flash-half"] < found["int8"] < 0.023 < 0.035 < found["int-flash"]
     [token] = [row["rel_l1"] for row in whole if row["scheme"] == "custom" and row["v"] == "int8 token"]
     assert token < 0.8 * found["int8"]
 
