@@ -39,7 +39,7 @@ class Row:
     """Of the logarithm of what each token of V is multiplied by."""
     tokens: int
     at_heaviest: float
-    """Largest |V| of the token that a query weighs most, over the mean of that over its head: mean over queries."""
+    """Largest |V| of the token that a query weighs most, over the mean of that over its head: mean over 128 queries."""
     scheme: str
     q: str
     v: str
