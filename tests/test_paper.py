@@ -1,6 +1,7 @@
 """The paper's tables: the script runs, and its page says what its figures say."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,9 @@ NAMES = ["FP8, e5m2 without scales", "FP8, e4m3 scaled", "half INT8", "full INT8
 
 def run(*arguments):
     """Every study in one process."""
-    result = subprocess.run([sys.executable, PAPER, *STUDIES, *arguments], capture_output=True, text=True)
+    # what a study compiles is for a GPU, not for the interpreter
+    compiling = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run([sys.executable, PAPER, *STUDIES, *arguments], capture_output=True, text=True, env=compiling)
     assert result.returncode == 0, result.stderr
     assert all(f"## {name}\n" in result.stdout for name in STUDIES)
 
@@ -98,3 +101,22 @@ def test_random_models_as_initialized_look_at_nearly_all_keys_and_scaled_ones_do
         assert flat["looked_at"] > 0.98 and 0.1 < peaked["looked_at"] < 0.5
         assert peaked["attention"] > 2 * flat["attention"] and peaked["kl"] > 2 * flat["kl"]
     assert found["width", "int8"]["kl"] < found["width", "fp8"]["kl"] < found["width", "kv-int4"]["kl"]
+
+
+def test_v_per_token_and_block_keep_what_a_scale_a_head_loses(ran):
+    whole = [row for row in ran("values") if row["data"] == "token-scaled" and row["sigma"] == 1 and row["q"] == "int8 token"]
+    found = {row["scheme"]: row["rel_l1"] for row in whole if row["scheme"] != "custom"}
+    assert found["int-flash-half"] < found["int8"] < 0.023 < 0.035 < found["int-flash"]
+    [token] = [row["rel_l1"] for row in whole if row["scheme"] == "custom" and row["v"] == "int8 token"]
+    assert token < 0.8 * found["int8"]
+
+
+def test_a_rounded_normalizer_doubles_a_hot_key_and_row_blocks_keep_the_tail(ran):
+    found = {
+        (row["p"], row["normalizer"]): row["rel_l1"]
+        for row in ran("probabilities")
+        if row["rows"] == "hot key" and row["v"] == "fp16"
+    }
+    assert found["int8 unit", "quantized"] > 4 * found["int8 unit", "exact"]
+    assert found["uint8 row_block 32", "exact"] < 0.5 * found["uint8 unit", "exact"]
+    assert found["fp8_e4m3 unit", "exact"] < 0.2 * found["int8 unit", "exact"]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokquant as tq
 from tokquant.calibration.scales import LayerScales
-from tokquant.kernels import generate, pages
+from tokquant.kernels import decode_launch, generate, pages
 from tokquant.transfer import to_device
 
 GPU = torch.device("cuda")
@@ -35,7 +35,7 @@ def no_kernels(monkeypatch):
             return lambda *_, **__: None
 
     monkeypatch.setattr(generate, "load", lambda plan: Kernel())
-    monkeypatch.setattr(pages, "merge", Kernel())
+    monkeypatch.setattr(decode_launch, "merge", Kernel())
     # which looks for scales that do not fit; on a GPU after more than 16 tokens alone
     monkeypatch.setattr(pages.TritonPages, "check", lambda self: None)
 

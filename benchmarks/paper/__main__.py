@@ -13,7 +13,7 @@ from pathlib import Path
 import study
 
 STUDIES = (
-    *("errors", "speed", "values", "probabilities", "length", "depth", "size"),
+    *("errors", "speed", "values", "probabilities", "pv_costs", "length", "depth", "size"),
     *("int4", "peaked", "windows", "transforms", "transform_cost"),
 )
 

@@ -12,8 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from study import Rows, grouped
 
+from tokquant.attention import choose_backend
 from tokquant.evaluation import bench
 
+BACKEND = choose_backend("auto", torch.device("cpu"))
 SCHEMES = ["int-flash-half", "int-flash", "int8", "fp8"]
 
 

@@ -2,7 +2,8 @@
 
 A study is a module whose docstring states its question. `measure(small)` yields rows (dataclasses of numbers and words), of
 sizes that a test can run where `small`; `table(rows)` is their Markdown, and `draw(rows)` their picture, or None where a table
-says it all. These two take rows as they are read from JSON, so that a picture can be drawn again without a run.
+says it all. These two take rows as they are read from JSON, so that a picture can be drawn again without a run. One that times
+something says on which `BACKEND`.
 """
 
 import json
@@ -21,12 +22,12 @@ from torch import Tensor
 
 import tokquant as tq
 from tokquant import reference
-from tokquant.attention import choose_backend
+from tokquant.activations import Activations, sample
 from tokquant.evaluation.machine import machine
 from tokquant.evaluation.sampling import runs
 from tokquant.evaluation.trials import scales_for
 from tokquant.inputs import features_of
-from tokquant.metrics import Errors, errors
+from tokquant.metrics import Errors, errors, head_errors
 from tokquant.quantize import quantize_operands
 
 ROOT = Path(__file__).parents[2]
@@ -102,10 +103,21 @@ def token_scaled(*shape: int, seed: int = 0, sigma: float = 1.0) -> Tensor:
     return (normal(*shape, seed=seed).float() * factors).half()
 
 
+def real() -> list[Case]:
+    """The activations that ship, a case for each layer, all queries of its two heads."""
+    return [Case(*operands, rows=None) for operands in Activations(sample()).values()]
+
+
+def of_heads(cases: list[Case], scheme: tq.QuantScheme) -> dict[str, float]:
+    """Relative L1 error: mean, least and most over all heads, each of which is a draw of its own."""
+    found = [each.rel_l1 for case in cases for each in head_errors(case.attend(scheme), case.exact)]
+    return {"rel_l1": sum(found) / len(found), "least": min(found), "most": max(found)}
+
+
 def run(study: ModuleType, small: bool, results: Path, figures: Path) -> str:
     """Measure; keep the rows as JSON and the picture as SVG. Returns the table in Markdown."""
     rows: Rows = [asdict(row) for row in study.measure(small)]
-    setting = {"small": small, **machine(torch.device("cpu"), choose_backend("auto", torch.device("cpu")))}
+    setting = {"small": small, **machine(torch.device("cpu"), getattr(study, "BACKEND", "reference"))}
     text = json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n"
     kept(study, results).write_text(text)
     picture(study, rows, figures)
