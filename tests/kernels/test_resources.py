@@ -16,7 +16,7 @@ from tokquant.schemes.granularity import parse
 # instructions a score in the loop over whole tiles; sm_90, head_dim 128, Triton 3.9
 TRITON = version("triton")
 BUDGETS = {"int8-fp16": 8.8, "int8-fp8": 8.7, "int8-fast": 11.0, "int8": 14.7, "fp8": 8.2, "int-flash": 13.6}
-MORE_A_KEY = {"kv-int8": 15.8, "kv-int4": 24.5}  # whose keys have scales, weights and zeros of their own
+MORE_A_KEY = {"int8-token": 16.6, "kv-int8": 15.8, "kv-int4": 24.5}  # whose keys have scales, weights and zeros of their own
 K_A_TOKEN = {"int8-fp16": 10.5, "int8-fp8": 10.5}
 
 
