@@ -5,7 +5,7 @@ import torch
 from factories import qkv
 from torch.nn.attention import SDPBackend
 
-from tokquant.evaluation import peers
+from tokquant.evaluation import packages, peers
 from tokquant.reference import Features, oracle
 
 
@@ -33,13 +33,13 @@ def test_on_a_gpu_kernels_of_torch_are_named_one_by_one():
 
 def test_a_missing_package_is_said_and_so_is_one_without_the_kernel(monkeypatch):
     q, k, v = qkv(8)
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
     assert peers.attention(q, k, v, False)["torchao int8"] == "not installed"
-    monkeypatch.setattr(peers, "find_spec", lambda name: name)
-    monkeypatch.setattr(peers.importlib, "import_module", lambda name: 1 / 0)
+    monkeypatch.setattr(packages, "find_spec", lambda name: name)
+    monkeypatch.setattr(packages.importlib, "import_module", lambda name: 1 / 0)
     assert peers.attention(q, k, v, False)["torchao int8"] == "cannot be imported: division by zero"
-    monkeypatch.setattr(peers, "_lacks", lambda name: "")
-    monkeypatch.setattr(peers, "version", lambda name: "0.1")
+    monkeypatch.setattr(packages, "lacks", lambda name: "")
+    monkeypatch.setattr(packages, "version", lambda name: "0.1")
     assert peers.attention(q, k, v, False)["torchao int8"].startswith("0.1 is built without its CPU kernels")
 
 
@@ -58,7 +58,7 @@ def test_torchao_is_asked_for_the_same_attention(causal, monkeypatch):
     try:
         library.define(f"qscaled_dot_product({signature}) -> Tensor")
         library.impl("qscaled_dot_product", op, "CPU")
-        monkeypatch.setattr(peers, "_lacks", lambda name: "")
+        monkeypatch.setattr(packages, "lacks", lambda name: "")
         q, k, v = qkv(24, heads=4, kv_heads=2)
         codes = peers.attention(q, k, v, causal)["torchao int8"]()
         exact, _ = oracle(q, k, v, Features(scale=32**-0.5, causal=causal))
