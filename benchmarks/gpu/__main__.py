@@ -1,6 +1,7 @@
 """Everything that is to be measured on one GPU, in minutes; `python benchmarks/gpu --help`."""
 
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ from record import Record
 from running import STAGES, Setting, apart, run
 
 from tokquant.errors import nearest, quote
+from tokquant.evaluation import packages
 from tokquant.evaluation.machine import machine
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -44,7 +46,12 @@ def main(
     if not has_gpu and not small:
         raise typer.BadParameter("there is no GPU; --small runs everything on a CPU, with tiny shapes")
     device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
-    facts = machine(device, "triton") | ({"shapes": "small"} if small else {})
+    facts = machine(device, "triton") | {"python": platform.python_version()} | packages.versions()
+    if has_gpu:
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {"cuda": str(torch.version.cuda), "multiprocessors": str(properties.multi_processor_count)}
+    if small:
+        facts["shapes"] = "small"
     folder = output / "-".join((facts["device"] if has_gpu else "cpu").lower().split())
     end = time.time() + 60 * minutes
     with tempfile.TemporaryDirectory() as cache:

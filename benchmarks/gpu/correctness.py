@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -20,12 +21,16 @@ TEST = re.compile(r"\S+\.py::\S.*?(?=\s+(?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPA
 WHY = re.compile(r"^(?:FAILED|ERROR) (\S+\.py::.+?) - (.+)$", re.MULTILINE)
 
 
+SECONDS = {"test_on_gpu.py": 60, "test_sanitizer.py": 150}
+"""That a file takes, where it is not 20: nearly all of them Triton's compiler."""
+
+
 def items(setting: Setting) -> Iterator[Item]:
-    """The files with such tests, those about numbers first."""
+    """The files with such tests, the short ones and those about kernels first."""
     paths = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text())
-    paths.sort(key=lambda path: path.parent.name != "kernels")
+    paths.sort(key=lambda path: (SECONDS.get(path.name, 20), path.parent.name != "kernels"))
     for path in paths[:1] if setting.small else paths:
-        yield Item(str(path.relative_to(ROOT)), 15, partial(_run, setting, path))
+        yield Item(str(path.relative_to(ROOT)), SECONDS.get(path.name, 20), partial(_run, setting, path))
 
 
 def _run(setting: Setting, path: Path) -> Rows:
@@ -42,13 +47,14 @@ def _run(setting: Setting, path: Path) -> Rows:
     log = setting.folder / "tests.log"
     with open(log, "a+") as file:
         start = file.tell()
-        try:
-            code = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=max(30.0, setting.left)
-            ).returncode
-            end = "" if code in (0, 1) else "no test is of this kind" if code == 5 else f"pytest ended with {code}"
-        except subprocess.TimeoutExpired:
-            end = "stopped: the stage's time was over"
+        # a session of its own, so that what pytest has started ends with it
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True) as tests:
+            try:
+                code = tests.wait(max(30.0, setting.left))
+                end = "" if code in (0, 1) else "no test is of this kind" if code == 5 else f"pytest ended with {code}"
+            except subprocess.TimeoutExpired:
+                os.killpg(tests.pid, signal.SIGKILL)
+                end = "stopped: the stage's time was over"
         file.seek(start)
         text = file.read()
     return summary(text, end)

@@ -92,7 +92,7 @@ def _kernels(setting: Setting, scheme: str, shape: Shape) -> Rows:
     spent: dict[str, float] = defaultdict(float)
     for event in found.events():
         if not gpu or event.device_type == torch.autograd.DeviceType.CUDA:
-            spent[event.name] += (event.device_time if gpu else event.self_cpu_time_total) / CALLS
+            spent[event.name] += (event.time_range.elapsed_us() if gpu else event.self_cpu_time_total) / CALLS
     total = sum(spent.values()) or 1.0
     slowest = sorted(spent.items(), key=lambda each: -each[1])[:8]
     return [{"kernel" if gpu else "operation": name[:100], "us": us, "share": us / total} for name, us in slowest]

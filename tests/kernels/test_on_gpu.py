@@ -1,12 +1,9 @@
-"""What only a GPU can show: its own arithmetic, launches side by side, more elements than 32 bits count, what a sanitizer sees.
+"""What only a GPU can show: its own arithmetic, launches side by side, more elements than 32 bits count.
 
 Kernels are compared with float64 on the same codes. Where its tensor cores add products of fp8, Hopper keeps about 14 bits.
 """
 
 import fcntl
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -38,8 +35,11 @@ def much_memory(tmp_path_factory):
         torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("d", "given"), [(64, {}), (128, {"causal": True}), (256, {"window": (100, 20)})], ids=str)
+@pytest.mark.parametrize(
+    ("d", "given", "dtype"),
+    [(64, {}, torch.bfloat16), (128, {"causal": True}, torch.float16), (256, {"window": (100, 20)}, torch.float16)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_float64_on_the_same_codes(name, d, given, dtype, monkeypatch):
     s = preset(name)
@@ -137,30 +137,3 @@ def test_a_cache_of_more_than_two_to_the_31_elements_is_read_to_its_end(much_mem
     out, expected = (tq.decode(q, each, window=(700, 0)) for each in (cache, few))
     assert (out - expected).norm() <= 1e-2 * expected.norm()
     assert bool(tq.decode(q, cache).isfinite().all())
-
-
-LAUNCHES = """
-import torch
-import tokquant as tq
-
-for name in ("int8", "int8-fp8", "int4", "kv-int4-kivi"):
-    q, k, v = (torch.randn(1, h, n, 64, device="cuda", dtype=torch.float16) for h, n in ((4, 70), (2, 200), (2, 200)))
-    tq.attention(q, k, v, name, causal=True, return_lse=True)
-cache = tq.KVCache("kv-int4", batch=2, kv_heads=2, head_dim=64, device="cuda")
-for n in (200, 1):
-    cache.append(*(torch.randn(2, 2, n, 64, device="cuda", dtype=torch.float16) for _ in range(2)))
-tq.decode(torch.randn(2, 4, 1, 64, device="cuda", dtype=torch.float16), cache)
-torch.cuda.synchronize()
-print("launched")
-"""
-
-
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer on PATH")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_the_sanitizer_finds_nothing(tool, monkeypatch):
-    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # each tensor is an allocation of its own
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", LAUNCHES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if "Device not supported" in done.stdout + done.stderr:
-        pytest.skip("the sanitizer does not run on this machine")
-    assert done.returncode == 0 and "launched" in done.stdout, (done.stdout + done.stderr)[-2000:]
