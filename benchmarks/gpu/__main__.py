@@ -36,7 +36,8 @@ def main(
 ) -> None:
     """Measure ceilings, tests, launches, attention and decoding beside others, and profiles, and set them beside the aims.
 
-    A second run goes on where the first ended, unless the GPU or a version is another. What there was no time for is said.
+    A second run goes on where the first ended, unless a version is another: then what was there is kept as *.earlier.json. What
+    there was no time for is said.
     """
     chosen = stages or list(STAGES)
     for stage in chosen:
@@ -50,9 +51,8 @@ def main(
     if has_gpu:
         properties = torch.cuda.get_device_properties(device)
         facts |= {"cuda": str(torch.version.cuda), "multiprocessors": str(properties.multi_processor_count)}
-    if small:
-        facts["shapes"] = "small"
-    folder = output / "-".join((facts["device"] if has_gpu else "cpu").lower().split())
+    name = [*(facts["device"] if has_gpu else "cpu").lower().split(), *["small"] * small]
+    folder = output / "-".join(name)
     end = time.time() + 60 * minutes
     with tempfile.TemporaryDirectory() as cache:
         # launches that a stage tunes are those that the next one takes, and no others

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import torch
-from profiles import _call
+from profiles import call_of
 from running import Setting
 
 from tokquant.evaluation.bench import Shape
@@ -13,7 +13,7 @@ from tokquant.evaluation.bench import Shape
 if __name__ == "__main__":
     scheme, *numbers, causal = sys.argv[1:]
     setting = Setting(torch.device("cuda", 0), False, Path(), {}, time.time())
-    call = _call(setting, scheme, Shape(*map(int, numbers), causal == "True"))
+    call = call_of(setting, scheme, Shape(*map(int, numbers), causal == "True"))
     call()
     torch.cuda.synchronize()
     torch.cuda.profiler.start()

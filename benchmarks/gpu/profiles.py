@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,16 @@ COUNTERS = {
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    """Of each call: kernels' times, machine code, counters."""
+    """Kernels' times of every call, then machine code, then counters."""
     known(setting)
-    for scheme, shape in chosen(setting):
-        name = f"{scheme}, {shape}"
-        yield Item(f"{name}: kernels", 8, partial(_kernels, setting, scheme, shape))
-        if shape.queries > 1:
-            yield Item(f"{name}: machine code", 5, partial(_machine_code, setting, scheme, shape))
-        yield Item(f"{name}: counters", 30, partial(_counters, setting, scheme, shape))
+    looked_at = {f"{scheme}, {shape}": (setting, scheme, shape) for scheme, shape in chosen(setting)}
+    for name, each in looked_at.items():
+        yield Item(f"{name}: kernels", 8, partial(_kernels, *each))
+    for name, each in looked_at.items():
+        if each[2].queries > 1:
+            yield Item(f"{name}: machine code", 5, partial(_machine_code, *each))
+    for name, each in looked_at.items():
+        yield Item(f"{name}: counters", 30, partial(_counters, *each))
 
 
 def chosen(setting: Setting) -> list[tuple[str, Shape]]:
@@ -65,7 +67,7 @@ def chosen(setting: Setting) -> list[tuple[str, Shape]]:
     return [(name, shape) for _, name, shape in sorted(found.values(), key=lambda each: each[0])[:MOST]]
 
 
-def _call(setting: Setting, scheme: str, shape: Shape):
+def call_of(setting: Setting, scheme: str, shape: Shape) -> Callable[[], Any]:
     """Attention with quantization, or a step of decoding on a cache."""
     generator, kind = torch.Generator(setting.device).manual_seed(0), torch.float16
     keys = (shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
@@ -81,7 +83,7 @@ def _call(setting: Setting, scheme: str, shape: Shape):
 
 
 def _kernels(setting: Setting, scheme: str, shape: Shape) -> Rows:
-    call = _call(setting, scheme, shape)
+    call = call_of(setting, scheme, shape)
     call()
     gpu = setting.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as found:

@@ -23,6 +23,8 @@ class Record:
         found = read(path)
         if not again and found.get("machine") == machine:
             self.items, self.running = found["items"], found["running"]
+        elif found.get("items"):
+            path.replace(path.with_suffix(".earlier.json"))
 
     def begin(self, name: str) -> None:
         """Say what comes now, so that it is known should it be the last."""

@@ -61,8 +61,8 @@ def run(stage: str, setting: Setting) -> None:
     for item in items:
         if item.name in record.items:
             continue
-        # as much slower than expected as those before it were
-        needed = item.seconds * max(1.0, took / expected if expected else 1.0)
+        # as much slower or faster than expected as those before it were
+        needed = item.seconds * (max(0.6, took / expected) if expected else 1.0)
         if needed > setting.left and not setting.small:
             record.left_out[item.name] = f"takes about {needed:.0f} s, and {max(0.0, setting.left):.0f} s were left"
             record.write()
@@ -71,12 +71,12 @@ def run(stage: str, setting: Setting) -> None:
         start = time.time()
         try:
             rows = item.measure()
+            expected, took = expected + item.seconds, took + time.time() - start
         except Exception as error:
             rows = [{"note": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}]
         seconds = time.time() - start
         record.end(item.name, rows, seconds)
         print(f"{stage}: {item.name}, {seconds:.1f} s", flush=True)
-        expected, took = expected + item.seconds, took + seconds
         if setting.device.type == "cuda" and not _answers():
             raise SystemExit(LOST)
     record.write()
