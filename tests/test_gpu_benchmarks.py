@@ -126,6 +126,17 @@ def test_a_stage_whose_process_dies_goes_on_in_another_and_says_so(modules, monk
     assert found == {"well": [{"ms": 1.0}], "dies": [{"note": "its process ended with 7"}], "after": [{"ms": 3.0}]}
 
 
+def test_an_item_that_does_not_end_is_stopped_and_left_to_a_later_run(modules, monkeypatch, tmp_path):
+    from running import Setting, apart
+
+    monkeypatch.setattr("running.GRACE", 0.0)
+    (tmp_path / "waiting.py").write_text("def items(setting):\n    while True:\n        pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    apart("waiting", Setting(torch.device("cpu"), False, tmp_path, {"device": "x"}, time.time() + 1))
+    found = json.loads((tmp_path / "waiting.json").read_text())
+    assert found["items"] == {} and "time was over" in found["left_out"]["the stage"]
+
+
 def test_outcomes_are_read_from_pytest_also_where_it_was_stopped(modules):
     from correctness import summary
 

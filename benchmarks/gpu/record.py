@@ -22,7 +22,7 @@ class Record:
         """What was begun last and has not ended."""
         found = read(path)
         if not again and found.get("machine") == machine:
-            self.items, self.running = found["items"], found["running"]
+            self.items, self.left_out, self.running = found["items"], found["left_out"], found["running"]
         elif found.get("items"):
             path.replace(path.with_suffix(".earlier.json"))
 

@@ -84,28 +84,25 @@ def run(stage: str, setting: Setting) -> None:
 
 def apart(stage: str, setting: Setting) -> None:
     """`run` in a process of its own, in a new one where that ends early."""
-    path = setting.folder / f"{stage}.json"
     while True:
         process = multiprocessing.get_context("spawn").Process(target=run, args=(stage, setting))
         process.start()
         process.join(max(0.0, setting.left) + GRACE)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            _blame(Record(path, setting.machine), "took longer than the stage had")
+        in_time = not process.is_alive()
+        process.kill()
+        process.join()
+        if in_time and process.exitcode == 0:
             return
-        if process.exitcode == 0:
+        record = Record(setting.folder / f"{stage}.json", setting.machine)
+        begun, record.running = record.running, None
+        why = f"its process ended with {process.exitcode}" if in_time else "the stage's time was over before it had ended"
+        if in_time and begun is not None:
+            record.end(begun, [{"note": why}], 0.0)
+        elif not in_time or process.exitcode != LOST:
+            # for a later run
+            record.left_out[begun or "the stage"] = why
+            record.write()
             return
-        record = Record(path, setting.machine)
-        if process.exitcode != LOST:
-            if record.running is None:
-                raise RuntimeError(f"{stage}: its process ended with {process.exitcode} before anything was measured")
-            _blame(record, f"its process ended with {process.exitcode}")
-
-
-def _blame(record: Record, why: str) -> None:
-    if record.running is not None:
-        record.end(record.running, [{"note": why}], 0.0)
 
 
 def _answers() -> bool:
