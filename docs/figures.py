@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -26,17 +26,7 @@ from tokquant.schemes import preset_names
 from tokquant.schemes.granularity import parse
 
 GREY, BLUE, ORANGE, GREEN, PURPLE = "#808080", "#3b8eea", "#e0823d", "#2ea36f", "#b06fd8"
-STYLE = {
-    "svg.hashsalt": "tokquant",
-    "svg.fonttype": "none",
-    "savefig.transparent": True,
-    "legend.framealpha": 0,
-    "font.size": 9,
-    "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GREEN, PURPLE]),
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), GREY),
-}
+STYLE = Path(__file__).with_name("tokquant.mplstyle")
 SEVEN = ListedColormap([BLUE, ORANGE, GREEN, "#d9b64a", PURPLE, "#6fb7c9", "#d86f8e"])
 LEFT = ("fp8", "kv-fp8", "int8-fp8", "kv-int8")
 """Presets whose names stand to the left of their points, as others' stand to the right of nearly the same."""
@@ -196,7 +186,7 @@ def _image(axes: Axes, x: torch.Tensor, title: str, **colours):
 def write(folder: Path, layers: Layers, longest: int = 16384) -> Iterator[Path]:
     """Draw every figure as `<name>.svg` in the folder; `longest` is the most keys of the one that counts them."""
     for draw in FIGURES:
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.style.context(STYLE):
             figure = levels(layers, longest) if draw is levels else draw(layers)
             path = folder / f"{draw.__name__}.svg"
             figure.savefig(path, metadata={"Date": None})

@@ -5,6 +5,7 @@ import inspect
 import textwrap
 from dataclasses import replace
 
+import ptx
 import pytest
 import torch
 import triton
@@ -169,6 +170,20 @@ def test_codes_in_the_highest_bits_are_the_codes_times_a_power_of_two(precision)
     out = torch.full((n, d), float("nan"))
     through_decode[(1,)](stored, out, precision.triton_decode_high, n, 16, d)
     assert torch.equal(out, precision.decode(precision.unpack(stored, d)) * 2 ** (8 - precision.bits))
+
+
+@pytest.mark.parametrize("high", [False, True], ids=["as codes", "in the highest bits"])
+@pytest.mark.parametrize("precision", packed_integers, ids=lambda precision: precision.name)
+def test_decoding_in_ptx_gives_the_same_for_every_pattern_whatever_registers_it_gets(precision, high, monkeypatch):
+    fragment = precision.triton_decode_high_ptx if high else precision.triton_decode_ptx
+    if fragment is None:
+        return
+    ptx.allow(monkeypatch)
+    stored = patterns(precision).reshape(-1, 16)
+    n, d = stored.shape[0], 16 * precision.packed
+    out = torch.full((n, d), float("nan"))
+    through_decode[(1,)](stored, out, fragment, n, 16, d)
+    assert torch.equal(out, precision.decode(precision.unpack(stored, d)) * (2 ** (8 - precision.bits) if high else 1))
 
 
 def run_encode(p, precision):

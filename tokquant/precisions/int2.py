@@ -47,7 +47,7 @@ def decode_tile_high_ptx(tile):
         lop3.b32 $2, t, 0xC0C0C0C0, 0x80808080, 0x6A;
         lop3.b32 $3, $4, 0xC0C0C0C0, 0x80808080, 0x6A;
         }""",
-        "=r,=r,=r,=r,r",
+        "=&r,=&r,=&r,=&r,r",
         [tile],
         dtype=(tl.int8, tl.int8, tl.int8, tl.int8),
         is_pure=True,

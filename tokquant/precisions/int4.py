@@ -44,7 +44,7 @@ def decode_tile_ptx(tile):
         sub.u32 t, t, 0x08080808;
         xor.b32 $1, t, 0x80808080;
         }""",
-        "=r,=r,r",
+        "=&r,=&r,r",
         [tile],
         dtype=(tl.int8, tl.int8),
         is_pure=True,
@@ -69,7 +69,7 @@ def decode_tile_high_ptx(tile):
         lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A;
         lop3.b32 $1, $2, 0xF0F0F0F0, 0x80808080, 0x6A;
         }""",
-        "=r,=r,r",
+        "=&r,=&r,r",
         [tile],
         dtype=(tl.int8, tl.int8),
         is_pure=True,

@@ -1,0 +1,128 @@
+"""What every study here is made of: inputs, what attends to them, and how its figures are kept.
+
+A study is a module whose docstring states its question. `measure(small)` yields rows (dataclasses of numbers and words), of
+sizes that a test can run where `small`; `table(rows)` is their Markdown, and `draw(rows)` their picture, or None where a table
+says it all. These two take rows as they are read from JSON, so that a picture can be drawn again without a run.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import matplotlib
+import matplotlib.style
+import torch
+from torch import Tensor
+
+import tokquant as tq
+from tokquant import reference
+from tokquant.attention import choose_backend
+from tokquant.evaluation.machine import machine
+from tokquant.evaluation.sampling import runs
+from tokquant.evaluation.trials import scales_for
+from tokquant.inputs import features_of
+from tokquant.metrics import Errors, errors
+from tokquant.quantize import quantize_operands
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "docs" / "evidence"
+STYLE = ROOT / "docs" / "tokquant.mplstyle"
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Q, K and V `[B, H, N, D]`, and the exact output of some of the queries."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rows: int | None = 256
+    """Queries of each head that are looked at, in runs from the first to the last; all where None."""
+    causal: bool = False
+    scale: float | None = None
+
+    @cached_property
+    def features(self) -> reference.Features:
+        return features_of(self.q, self.k, causal=self.causal, scale=self.scale)
+
+    @cached_property
+    def only(self) -> list[slice]:
+        return runs(self.q.shape[2], self.rows)
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """In float64."""
+        return reference.oracle(self.q, self.k, self.v, self.features, self.only)[0]
+
+    def attend(self, scheme: tq.QuantScheme) -> Tensor:
+        """Attention as a kernel computes it; static scales are calibrated on these tensors."""
+        codes = quantize_operands(self.q, self.k, self.v, scheme, scales_for(scheme, self.q, self.k, self.v))
+        return reference.attention(*codes, scheme, self.features, only=self.only)[0]
+
+    def errors(self, scheme: tq.QuantScheme) -> Errors:
+        return errors(self.attend(scheme), self.exact)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal, float16."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half()
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    """Uniform from -1/2 to 1/2, float16."""
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 0.5).half()
+
+
+def outliers(*shape: int, seed: int = 0, channels: int = 2, times: float = 16.0) -> Tensor:
+    """Normal, the first channels of each head many times as large: what keys of language models look like."""
+    x = normal(*shape, seed=seed).float()
+    x[..., :channels] *= times
+    return x.half()
+
+
+def token_scaled(*shape: int, seed: int = 0, sigma: float = 1.0) -> Tensor:
+    """Normal, each token times a factor of its own, log-normal with that sigma."""
+    factors = torch.randn(*shape[:-1], 1, generator=torch.Generator().manual_seed(seed + 1)).mul(sigma).exp()
+    return (normal(*shape, seed=seed).float() * factors).half()
+
+
+def run(study: ModuleType, small: bool, results: Path, figures: Path) -> str:
+    """Measure; keep the rows as JSON and the picture as SVG. Returns the table in Markdown."""
+    rows: Rows = [asdict(row) for row in study.measure(small)]
+    setting = {"small": small, **machine(torch.device("cpu"), choose_backend("auto", torch.device("cpu")))}
+    text = json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n"
+    kept(study, results).write_text(text)
+    picture(study, rows, figures)
+    return study.table(rows)
+
+
+def kept(study: ModuleType, results: Path = RESULTS) -> Path:
+    """Where the rows of a study lie."""
+    return results / f"paper-{study.__name__}.json"
+
+
+def read(study: ModuleType, results: Path = RESULTS) -> Rows:
+    """The rows of a study's last run."""
+    return json.loads(kept(study, results).read_text())["rows"]
+
+
+def picture(study: ModuleType, rows: Rows, figures: Path) -> None:
+    """Draw the rows as `<study>.svg`, alike every time."""
+    draw: Callable[[Rows], Any] | None = study.draw
+    if draw is None:
+        return
+    with matplotlib.style.context(STYLE):
+        draw(rows).savefig(figures / f"{study.__name__}.svg", metadata={"Date": None})
+
+
+def grouped(rows: Rows, *names: str) -> Iterator[tuple[tuple[Any, ...], Rows]]:
+    """Rows by what they have under those names, in the order in which it first occurs."""
+    for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        yield key, [row for row in rows if tuple(row[name] for name in names) == key]
