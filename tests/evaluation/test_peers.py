@@ -119,6 +119,14 @@ def test_a_kernel_of_another_version_is_a_row_that_says_why(monkeypatch):
     assert packages.xformers(*qkv(16), False) == {"xformers": "not installed"} == packages.split_k(*qkv(16))
 
 
+def test_a_package_that_fails_is_in_nobodys_way(monkeypatch):
+    monkeypatch.setattr(packages, "sageattention", lambda *given: 1 / 0)
+    found = peers.attention(*(x.to("meta") for x in qkv(16)), False)
+    assert found["SageAttention"] == "ZeroDivisionError: division by zero" and found["xformers"] == "not installed"
+    assert callable(found["SDPA flash fp16"]) and callable(found["FlexAttention fp16"])
+    assert {"FlexAttention fp16", "xformers"} < peers.decode(*(x.to("meta") for x in qkv(1, 16)), False).keys()
+
+
 @pytest.fixture
 def xformers(monkeypatch):
     """Attention with xformers' layouts, its int4 among them, in torch."""

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Call = Callable[[], Any]
 Calls = dict[str, Call | str]
 """Name -> call, or why there is none."""
@@ -58,7 +59,7 @@ def sageattention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
     q, k, v = q.half(), k.to(torch.float16, copy=True), v.half()
     package = importlib.import_module("sageattention")
     whole = partial(package.sageattn, q, k, v, tensor_layout="HND", is_causal=causal)
-    return {f"{name}, kernel": _or_why(lambda: _sage_kernel(q, k, v, causal)), f"{name}, with quantization": whole}
+    return {f"{name}, kernel": or_why(lambda: _sage_kernel(q, k, v, causal)), f"{name}, with quantization": whole}
 
 
 def _sage_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
@@ -125,10 +126,11 @@ def lacks(package: str) -> str:
     return ""
 
 
-def _or_why(made: Callable[[], Call]) -> Call | str:
+def or_why(made: Callable[[], T]) -> T | str:
+    """What is made, or why it cannot be: an API of another version, a kernel that this Triton does not compile, no memory."""
     try:
         return made()
-    except Exception as error:  # an API of another version, or a kernel that this Triton does not compile
+    except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +29,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
     found = of_torch(q, k, v, causal)
     if q.device.type == "cpu":
         return found | {"torchao int8": packages.torchao(q, k, v, causal)}
-    found |= flex(q, k, v, causal)
-    return found | packages.sageattention(q, k, v, causal) | packages.xformers(q, k, v, causal)
+    others = {"SageAttention": packages.sageattention, "xformers": packages.xformers}
+    return found | flex(q, k, v, causal) | _of_packages(others, q, k, v, causal)
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
     """The peers of a query, or a few, after many keys."""
     found = of_torch(q, k, v, causal)
-    return found if q.device.type == "cpu" or causal else found | flex(q, k, v, causal) | packages.split_k(q, k, v)
+    if q.device.type == "cpu" or causal:
+        return found
+    return found | flex(q, k, v, causal) | _of_packages({"xformers": packages.split_k}, q, k, v)
+
+
+def _of_packages(wanted: dict[str, Callable[..., Calls]], *given: Any) -> Calls:
+    """What each has for these operands; one that fails is in nobody's way."""
+    found: Calls = {}
+    for name, made in wanted.items():
+        calls = packages.or_why(partial(made, *given))
+        found |= {name: calls} if isinstance(calls, str) else calls
+    return found
 
 
 def of_torch(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
