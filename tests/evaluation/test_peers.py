@@ -10,6 +10,7 @@ from factories import qkv
 from torch.nn.attention import SDPBackend
 
 from tokquant.evaluation import packages, peers
+from tokquant.kernels.cpu import build
 from tokquant.reference import Features, oracle
 
 
@@ -117,6 +118,16 @@ def test_a_kernel_of_another_version_is_a_row_that_says_why(monkeypatch):
     found = packages.sageattention(*qkv(16), False)
     assert "No module named 'sageattention.quant_per_block'" in found["SageAttention of unknown version, kernel"]
     assert packages.xformers(*qkv(16), False) == {"xformers": "not installed"} == packages.split_k(*qkv(16))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not build.available(), reason="inductor needs a C++ compiler")
+def test_flex_attention_is_asked_for_the_same_attention():
+    for n_q, kv_heads, causal in ((256, 4, True), (1, 2, False)):
+        q, k, v = qkv(n_q, 256, 64, 4, kv_heads, dtype=torch.float16)
+        [call] = peers.flex(q, k, v, causal).values()
+        with torch.no_grad():
+            assert torch.allclose(call(), attended(q, k, v, causal), atol=4e-3)
 
 
 def test_a_package_that_fails_is_in_nobodys_way(monkeypatch):

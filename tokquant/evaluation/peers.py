@@ -118,6 +118,6 @@ def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
 def _flex() -> tuple[Callable, Callable]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # whole graphs only: what is not compiled writes all scores out. Shapes and masks of one process each take a graph
+    # whole graphs only: what is not compiled writes all scores out. Every shape and mask has a graph of its own, the fastest
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(flex_attention, fullgraph=True), torch.compile(create_block_mask)
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False), torch.compile(create_block_mask, dynamic=False)
