@@ -117,7 +117,7 @@ def exact_operands(q, k, v):
         right.append(k.companion.double())
     if q.logit_offset is not None:
         left.append(q.logit_offset.double())
-        right.append(torch.ones(*k.shape[:3], 1, dtype=torch.float64))
+        right.append(torch.ones(*k.shape[:3], 1, dtype=torch.float64, device=k.device))
     return torch.cat(left, dim=3), torch.cat(right, dim=3), v.frame.undo(decoded(v))
 
 
@@ -145,7 +145,7 @@ def dense_bias(given, n_q, n_k):
     """A bias written out: float64, broadcastable to [B, H, N_q, N_k]."""
     if given.kind == "alibi":
         distances = [[abs(i + n_k - n_q - j) for j in range(n_k)] for i in range(n_q)]
-        return -given.slopes.double()[:, None, None] * torch.tensor(distances)
+        return -given.slopes.double()[:, None, None] * torch.tensor(distances, device=given.slopes.device)
     if given.kind == "key_vector":
         return given.values.double()[..., None, :]
     if given.kind == "lowrank":
@@ -173,7 +173,7 @@ def bounds(operands, made, features):
     if features.sinks is not None:
         total = torch.logaddexp(total, features.sinks.double()[:, None, None])
     total = total.masked_fill(total == -INF, 0)
-    weight = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    weight = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=s.device)
     if place(v.spec) == "p":
         weight = math.log(2) * v.log2_weight.double().mT.repeat_interleave(shared, dim=1)
     tiles = (s + weight).split(made.key_tile, dim=3)
@@ -207,6 +207,14 @@ def bounds(operands, made, features):
     out = (numerator + 3 * lost * reach) / (1 - lost) + rounding * reach
     output_type = torch.finfo(q.dtype).eps / 2 if q.dtype != torch.float32 else 0
     return out * 1.001 + output_type * (reach + out), (rounding - torch.log1p(-lost_of_keys)).squeeze(-1)
+
+
+def gpu_rounding(out, made):
+    """What a GPU's own arithmetic may add to these bounds, of V's reach: exponentials to 22 bits, and where tensor cores add
+    products of fp8, sums to about 14."""
+    if not out.is_cuda:
+        return 0.0
+    return 5e-3 if any(x.precision.startswith("fp8") for x in (made.q, made.p)) else 2e-4
 
 
 def some_mask(b, h, n_q, n_k):

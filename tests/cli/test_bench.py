@@ -59,7 +59,7 @@ def test_more_queries_and_a_scheme_of_ones_own(tokquant, tmp_path):
 
 
 def test_a_table_has_the_reasons_and_the_machine(tokquant, monkeypatch):
-    monkeypatch.setattr("tokquant.evaluation.peers.find_spec", lambda name: None)
+    monkeypatch.setattr("tokquant.evaluation.packages.find_spec", lambda name: None)
     code, out, err = tokquant("bench", *SMALL, "--no-causal", "-s", "int8", "--device", "cpu")
     assert code == 0, err
     [line] = [line for line in out.splitlines() if "torchao" in line]
@@ -79,11 +79,12 @@ def test_the_benchmarks_are_the_command(workload, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("decod",), "workload: 'decod' is none; use attention or decode; did you mean 'decode'?"),
+        (("decod",), "workload: 'decod' is none; use one of attention, quantization, decode; did you mean 'decode'?"),
         (("-s", "int9"), "no preset 'int9'"),
         (("--heads", "6", "--kv-heads", "4"), "--kv-heads: 4 do not divide the 6 of --heads"),
         (("decode", "--kv-heads", "3"), "--kv-heads: 3 do not divide the 32 of --heads"),
         (("--queries", "2"), "--queries: attention has as many as --tokens"),
+        (("quantization", "--queries", "2"), "--queries: quantization has as many as --tokens"),
         (("--warm",), "--cold, --warm: attention is timed as it comes"),
         (("--device", "nowhere"), "--device: 'nowhere' cannot be used"),
     ],

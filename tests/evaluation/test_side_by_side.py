@@ -8,7 +8,7 @@ from factories import qkv
 
 import tokquant as tq
 from tokquant.evaluation import bench, peers
-from tokquant.evaluation.bench import FLOATS, INTEGERS, MEMORY, Shape
+from tokquant.evaluation.bench import COPY, FLOATS, INTEGERS, MEMORY, Shape
 from tokquant.kernels.cpu import build
 
 CPU = torch.device("cpu")
@@ -53,6 +53,25 @@ def test_ratios_rates_and_shares_are_those_of_the_same_medians():
         # half of its operations at each of two speeds
         half = found["int8-fp16"].rate / 2
         assert found["int8-fp16"].share == pytest.approx(half / found[INTEGERS].rate + half / found[FLOATS].rate)
+
+
+def test_quantization_counts_the_bytes_it_reads_and_writes():
+    table = bench.quantization(SHAPE, ["int8", "kv-int4-kivi", "kv-fp8"], device=CPU, repeats=2)
+    found = rows(table)
+    assert table.unit == "GB/s" and table.peer is None
+    q, k, v = qkv(64, 64, 32, heads=4)
+    moved = 3 * q.nbytes + sum(x.nbytes for x in tq.quantize(q, k, v, "int8"))
+    assert found["int8"].rate == pytest.approx(moved / found["int8"].ms / 1e6)
+    assert found["int8"].share == pytest.approx(found["int8"].rate / found[COPY].rate)
+    assert found["int8, attention"].ms > 0 and found["int8, attention"].rate is None
+    assert found[COPY].rate == pytest.approx(2**20 / found[COPY].ms / 1e6)
+
+
+def test_a_scheme_that_does_not_fit_the_shape_is_in_nobodys_way():
+    shape = Shape(1, 2, 2, 32, 32, 48, False)
+    for workload in (bench.attention, bench.decode, bench.quantization):
+        found = rows(workload(shape, ["kv-int4-kivi", "int8"], device=CPU, repeats=1))
+        assert "48" in found["kv-int4-kivi"].note and found["int8"].ms > 0
 
 
 def test_decoding_counts_the_bytes_of_keys_and_values():

@@ -15,7 +15,8 @@ class AbsentGpu:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
-        return 0
+        # none that is there: Triton keeps what it compiled by device, and must not launch this on another
+        return -self.capability
 
     def get_current_stream(self, device):
         return 0

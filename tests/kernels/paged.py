@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from factories import bounds, exact_operands, qkv
+from factories import bounds, exact_operands, gpu_rounding, qkv
 
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.kernels.pages import TritonPages
@@ -97,21 +97,21 @@ def differs(made, features, offset=None, *, deterministic=False, **shape) -> str
     expected, expected_lse = case.emulated(features, offset)
     out, lse = case.attend(features, offset=offset, deterministic=deterministic)
     operands = [case.operands(b) for b in range(len(case.lengths))]
-    reach = max(v.dequantize().abs().max() for _, _, v in operands)
+    reach, more = max(v.dequantize().abs().max() for _, _, v in operands), gpu_rounding(out, made)
     # a code of P may fall on the other side of a tie: one step in a few rows
     step = 2**-3 if made.p.precision.startswith("fp8") else 1 / (made.p.format.largest or 512)
     if not (out - expected).abs().max() <= step * reach:
         return "output"
-    if not deterministic and not (out - expected).abs().mean() <= 1e-4 * reach:
+    if not deterministic and not (out - expected).abs().mean() <= (1e-4 + more) * reach:
         return "output, on the average"
-    if not torch.allclose(lse, expected_lse, atol=2e-5 if made.normalizer == "exact" else 2e-2, rtol=1e-5):
+    if not torch.allclose(lse, expected_lse, atol=4 * more + (2e-5 if made.normalizer == "exact" else 2e-2), rtol=1e-5):
         return "LSE"
     for b, codes in enumerate(operands if offset is None else ()):
         exact, exact_lse = oracle(*exact_operands(*codes), features)
         most, most_lse = bounds(codes, made, features)
         kept = exact_lse.isfinite()
-        if not bool(((out[b : b + 1] - exact).abs() <= most).all()):
+        if not bool(((out[b : b + 1] - exact).abs() <= most + more * reach).all()):
             return "output, from float64"
-        if not bool(((lse[b : b + 1] - exact_lse).abs() <= most_lse)[kept].all()):
+        if not bool(((lse[b : b + 1] - exact_lse).abs() <= most_lse + 4 * more)[kept].all()):
             return "LSE, from float64"
     return ""

@@ -1,6 +1,7 @@
 """What kernels take of an H100 and H200, read from machine code: a change that makes a main loop longer is seen here."""
 
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +49,25 @@ def test_a_scale_for_each_token_of_k_costs_little(name):
     k = preset(name).k.model_copy(update={"granularity": parse("token")})
     kernel = tq.compile(preset(name).model_copy(update={"k": k}), head_dim=128, target="sm_90")
     assert kernel.resources.instructions_per_score <= K_A_TOKEN[name]
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
+
+
+@pytest.mark.compiled
+@pytest.mark.skipif(not TRITON.startswith("3.9."), reason="the page's counts are those of Triton 3.9")
+@pytest.mark.parametrize(("name", "d"), [("int8-fp8", 128), ("int8-fast", 64)])
+def test_the_page_about_gpus_has_the_predictions_of_what_is_compiled(name, d):
+    kernel = tq.compile(name, head_dim=d, target="sm_90")
+    found, made = kernel.resources, kernel.prediction
+    counts = (f"{found.instructions_per_score:.1f}", f"{1e3 * made.products:.0f}", f"{1e3 * made.instructions:.0f}")
+    [row] = [line for line in PAGE.splitlines() if line.startswith(f"| `{name}` | {d} |")]
+    cells = [cell.strip() for cell in row.split("|")[3:-1]]
+    assert cells == [*counts, f"{made.serial_tops:.0f}", f"{made.roofline_tops:.0f}", str(found.spill_bytes or "")]
+
+
+def test_every_preset_is_on_the_page_about_gpus():
+    assert all(PAGE.count(f"\n| `{name}` | ") == 2 for name in preset_names())
 
 
 TARGETS = ["sm_80", "sm_89", "sm_90", "sm_100"]

@@ -28,13 +28,14 @@ class Workload:
 
 WORKLOADS = {
     "attention": Workload(workloads.attention, ["int8", "int8-fast"], (8, 8), 2048, [64, 128], [False, True]),
+    "quantization": Workload(workloads.quantization, ["int8", "int8-fast"], (8, 8), 2048, [64, 128], [False]),
     "decode": Workload(workloads.decode, ["int8", "kv-int8", "kv-int4"], (32, 8), 8192, [128], [False]),
 }
 
 
 def bench(
     workload: Annotated[
-        str, typer.Argument(help="attention, of whole sequences, or decode, of a query after many keys.")
+        str, typer.Argument(help="attention or quantization, of whole sequences, or decode, of a query after many keys.")
     ] = "attention",
     scheme: Annotated[
         list[str] | None, typer.Option("--scheme", "-s", help="A preset or the path of a YAML file; repeat for more.")
@@ -57,25 +58,27 @@ def bench(
 ) -> None:
     """Time schemes beside torch's attention: all in turn in one process, ratios of medians to the fastest of torch's.
 
-    Attention is timed on codes and with quantization; decode on codes.
+    Attention is timed on codes and with quantization; decode on codes; quantization beside copying memory.
     """
     if workload not in WORKLOADS:
-        raise ValueError(f"workload: {quote(workload)} is none; use {' or '.join(WORKLOADS)}{nearest(workload, WORKLOADS)}")
+        raise ValueError(
+            f"workload: {quote(workload)} is none; use one of {', '.join(WORKLOADS)}{nearest(workload, WORKLOADS)}"
+        )
     chosen, where = WORKLOADS[workload], options.device_of(device)
     q_heads = heads or chosen.heads[0]
     shared = kv_heads or (heads or chosen.heads[1])
     if q_heads % shared:
         raise ValueError(f"--kv-heads: {shared} do not divide the {q_heads} of --heads")
-    if workload == "attention" and queries is not None:
-        raise ValueError("--queries: attention has as many as --tokens; use it to decode")
+    if workload != "decode" and queries is not None:
+        raise ValueError(f"--queries: {workload} has as many as --tokens; use it to decode")
     shapes = [
         Shape(batch, q_heads, shared, queries or (1 if workload == "decode" else n), n, d, each)
         for n in tokens or [chosen.tokens]
         for d in head_dim or chosen.head_dims
         for each in (chosen.causal if causal is None else [causal])
     ]
-    if workload == "attention" and cold is not None:
-        raise ValueError("--cold, --warm: attention is timed as it comes; use them to decode")
+    if workload != "decode" and cold is not None:
+        raise ValueError(f"--cold, --warm: {workload} is timed as it comes; use them to decode")
     more = {} if cold is None else {"cold": cold}
     found = [
         chosen.measure(shape, scheme or chosen.schemes, device=where, repeats=repeats, **more)

@@ -14,9 +14,9 @@ from tokquant.attention import choose_backend, quantize
 from tokquant.calibration.scales import LayerScales
 from tokquant.decode import decode as decode_cache
 from tokquant.errors import SchemeError
-from tokquant.evaluation import peers
+from tokquant.evaluation import packages, peers
 from tokquant.evaluation.machine import machine
-from tokquant.evaluation.peers import Call, first_line
+from tokquant.evaluation.packages import Call, first_line
 from tokquant.evaluation.trials import scales_for
 from tokquant.kernels.cpu.peak import peaks
 from tokquant.kv_cache import KVCache
@@ -24,7 +24,7 @@ from tokquant.schemes import QuantScheme, resolve
 from tokquant.schemes.placement import as_bytes
 from tokquant.timing import SCRATCH_BYTES, interleaved_medians
 
-MEMORY = "reading memory"
+MEMORY, COPY = "reading memory", "copying memory"
 INTEGERS, FLOATS = "integer products", "float products"
 
 
@@ -113,7 +113,8 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
         device: where to run; the backend is that of `auto`.
         repeats: timed runs of each.
 
-    What does not run is a row that says why. Raises as `tokquant.quantize` does.
+    What does not run is a row that says why. Raises SchemeError for a scheme that is none, ValueError for a shape that does not
+    fit memory.
     """
     named = _named(schemes)
     q, k, v = _tensors(shape, device)
@@ -121,13 +122,18 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
     found: Providers = {}
     for name, call in peers.attention(q, k, v, causal).items():
         found[name] = call if isinstance(call, str) else Provider(call, work)
-    for name, scheme in named.items():
+
+    def coded(name: str, scheme: QuantScheme) -> Providers:
         scales = scales_for(scheme, q, k, v)
         codes = quantize(q, k, v, scheme, scales=scales)
         units = tuple(INTEGERS if as_bytes(scheme, role) else FLOATS for role in "kv")
-        found[name] = Provider(partial(attend, *codes, scheme, causal=causal), work, units)
         whole = partial(attend, q, k, v, scheme, causal=causal, scales=scales)
-        found[f"{name}, with quantization"] = Provider(whole, work)
+        return {
+            name: Provider(partial(attend, *codes, scheme, causal=causal), work, units),
+            f"{name}, with quantization": Provider(whole, work),
+        }
+
+    found |= _of_each(named, coded)
     if choose_backend("auto", device) == "cpu":
         for kind, (call, operations) in peaks(torch.get_num_threads()).items():
             found[INTEGERS if kind == "integers" else FLOATS] = Provider(call, operations, compared=False)
@@ -150,19 +156,58 @@ def decode(
     few = q, k[:, :, :16].contiguous(), v[:, :, :16].contiguous()
     small = peers.of_torch(*few, causal)
     found: Providers = {}
-    for name, call in peers.of_torch(q, k, v, causal).items():
-        size = 4 if "fp32" in name else 2
+    for name, call in peers.decode(q, k, v, causal).items():
+        # int4 of others has four bytes of scale and shift for a token and head
+        size = 4 if "fp32" in name else 0.5 + 4 / shape.head_dim if "int4" in name else 2
         read = size * (k.numel() + v.numel())
-        found[name] = call if isinstance(call, str) else Provider(call, read, (MEMORY,), small[name])  # type: ignore[arg-type]
-    for name, scheme in named.items():
+        found[name] = call if isinstance(call, str) else Provider(call, read, (MEMORY,), small.get(name))  # type: ignore[arg-type]
+
+    def coded(name: str, scheme: QuantScheme) -> Providers:
         scales = scales_for(scheme, q, k, v)
         codes, codes_of_few = (quantize(*x, scheme=scheme, scales=scales) for x in ((q, k, v), few))
         call, little = (partial(attend, *x, scheme, causal=causal) for x in (codes, codes_of_few))
-        found[name] = Provider(call, codes[1].nbytes + codes[2].nbytes, (MEMORY,), little)
-        found |= _cached(name, scheme, scales, q, (k, v), few[1:])
+        own: Providers = {name: Provider(call, codes[1].nbytes + codes[2].nbytes, (MEMORY,), little)}
+        return own | _cached(name, scheme, scales, q, (k, v), few[1:])
+
+    found |= _of_each(named, coded)
     memory = torch.ones(SCRATCH_BYTES // 8, dtype=torch.int64, device=device)
     found[MEMORY] = Provider(memory.sum, SCRATCH_BYTES, compared=False)
     return _timed("decode", shape, "GB/s", found, device, repeats, lambda each: _after(memory.sum if cold else each.call, each))
+
+
+def quantization(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: torch.device, repeats: int = 15) -> Table:
+    """Time quantization of Q, K and V beside copying memory, and attention on the codes beside it.
+
+    Rates are bytes a second, those of Q, K and V and those of their codes once each, and as a share of what copying does. The
+    rest is as for `attention`.
+    """
+    named = _named(schemes)
+    q, k, v = _tensors(shape, device)
+
+    def coded(name: str, scheme: QuantScheme) -> Providers:
+        scales = scales_for(scheme, q, k, v)
+        codes = quantize(q, k, v, scheme, scales=scales)
+        moved = sum(x.nbytes for x in (q, k, v, *codes))
+        return {
+            name: Provider(partial(quantize, q, k, v, scheme, scales=scales), moved, (COPY,)),
+            f"{name}, attention": Provider(partial(attend, *codes, scheme, causal=shape.causal), 0),
+        }
+
+    found = _of_each(named, coded)
+    here, there = (torch.ones(SCRATCH_BYTES // 2, dtype=torch.uint8, device=device) for _ in range(2))
+    found[COPY] = Provider(partial(there.copy_, here), SCRATCH_BYTES)
+    return _timed("quantization", shape, "GB/s", found, device, repeats)
+
+
+def _of_each(named: dict[str, QuantScheme], made: Callable[[str, QuantScheme], Providers]) -> Providers:
+    """What is timed of every scheme; one that cannot quantize these tensors says why, and is in nobody's way."""
+    found: Providers = {}
+    for name, scheme in named.items():
+        try:
+            found |= made(name, scheme)
+        except Exception as error:  # of the scheme, or whatever Triton's compiler raises
+            found[name] = first_line(error)
+    return found
 
 
 def _cached(
@@ -224,7 +269,7 @@ def _timed(
         share = sum(rates[name] / rates[unit] for unit in units) / len(units) if bounded else None
         return Row(name, times[name], ratio, rates.get(name), share)
 
-    facts = machine(device, choose_backend("auto", device))
+    facts = machine(device, choose_backend("auto", device)) | packages.versions()
     return Table(workload, shape, peer, unit, [row(name) for name in providers], facts)
 
 
@@ -251,7 +296,7 @@ def _failure(call: Call) -> str:
         warnings.simplefilter("always")
         try:
             call()
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # whatever a package, or Triton's compiler, raises
             # torch's own error is that there is no kernel; why is in its warnings, with headings between them
             reasons = (str(each.message).split(" (Triggered")[0] for each in caught)
             return "; ".join(dict.fromkeys([first_line(error), *(each for each in reasons if "because" not in each)]))

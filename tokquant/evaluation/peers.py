@@ -1,22 +1,17 @@
 """What tokquant is timed beside: torch's attention in each way it can be called, other packages where they are installed."""
 
-import importlib
 from collections.abc import Callable
-from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tokquant.evaluation import packages
+from tokquant.evaluation.packages import Call, Calls
 from tokquant.inputs import features_of
 from tokquant.reference import Features
-
-Call = Callable[[], Any]
-Calls = dict[str, Call | str]
-"""Name -> call, or why there is none."""
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 ON_CPU = (torch.float32, torch.bfloat16)
@@ -33,9 +28,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
     """The peers of attention over a whole sequence: q `[B, H_q, N_q, D]`, k and v `[B, H_kv, N_k, D]`."""
     found = of_torch(q, k, v, causal)
     if q.device.type == "cpu":
-        found["torchao int8"] = _torchao(q, k, v, causal)
-    elif find_spec("sageattention"):
-        found["sageattention fp16"] = _sage(q, k, v, causal)
+        return found | {"torchao int8": packages.torchao(q, k, v, causal)}
+    others = {"SageAttention": packages.sageattention, "xformers": packages.xformers}
+    return found | flex(q, k, v, causal) | _of_packages(others, q, k, v, causal)
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
+    """The peers of a query, or a few, after many keys."""
+    found = of_torch(q, k, v, causal)
+    if q.device.type == "cpu" or causal:
+        return found
+    return found | flex(q, k, v, causal) | _of_packages({"xformers": packages.split_k}, q, k, v)
+
+
+def _of_packages(wanted: dict[str, Callable[..., Calls]], *given: Any) -> Calls:
+    """What each has for these operands; one that fails is in nobody's way."""
+    found: Calls = {}
+    for name, made in wanted.items():
+        calls = packages.or_why(partial(made, *given))
+        found |= {name: calls} if isinstance(calls, str) else calls
     return found
 
 
@@ -88,47 +99,25 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Callable[[], Te
     )
 
 
-def _torchao(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call | str:
-    """torchao's int8 attention on bytes quantized beforehand, one scale a tensor, as its op takes them.
+def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
+    """torch's FlexAttention as its users call it: compiled, in fp16, its launches those it chooses by itself."""
+    q, k, v = (x.half() for x in (q, k, v))
+    n_q, n_k, mask = q.shape[2], k.shape[2], None
 
-    The op is only in builds with `USE_CPU_KERNELS=1`, is fused only where the processor has AMX, and is causal by a mask.
-    """
-    if why := _lacks("torchao"):
-        return why
-    try:
-        built = torch._C._dispatch_has_kernel_for_dispatch_key("torchao::qscaled_dot_product", "CPU")
-    except RuntimeError:  # there is no such op
-        built = False
-    if not built:
-        return f"{version('torchao')} is built without its CPU kernels (USE_CPU_KERNELS=1)"
-    shared = q.shape[1] // k.shape[1]
-    operands = [q, *(x.repeat_interleave(shared, dim=1) for x in (k, v))]
-    scales = [x.abs().max().item() / 127 for x in operands]
-    codes = [((x / scale).round() + 128).to(torch.uint8) for x, scale in zip(operands, scales, strict=True)]
-    mask = torch.full((q.shape[2], k.shape[2]), float("-inf")).triu(k.shape[2] - q.shape[2] + 1) if causal else None
-    zeros = {f"{name}_zp": 128 for name in "qkvo"}
-    steps = {f"{name}_scale": step for name, step in zip("qkvoa", (*scales, scales[2], 1 / 255), strict=True)}
-    return partial(torch.ops.torchao.qscaled_dot_product, *codes, attn_mask=mask, **zeros, **steps)
+    def call() -> Tensor:
+        nonlocal mask
+        attend, make_mask = _flex()
+        if causal and mask is None:  # made once, by whoever calls first, as it is a compiled kernel too
+            mask = make_mask(lambda b, h, i, j: j <= i + (n_k - n_q), None, None, n_q, n_k, device=q.device)
+        return attend(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    return {"FlexAttention fp16": call}
 
 
-def _sage(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call | str:
-    """sageattention's own choice for this GPU, which quantizes in every call."""
-    half = [x.half() for x in (q, k, v)]
-    name = "sageattention"
-    return _lacks(name) or partial(importlib.import_module(name).sageattn, *half, tensor_layout="HND", is_causal=causal)
+@cache
+def _flex() -> tuple[Callable, Callable]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-
-def _lacks(package: str) -> str:
-    """Why a package cannot be used, or nothing."""
-    if find_spec(package) is None:
-        return "not installed"
-    try:
-        importlib.import_module(package)
-    except Exception as error:  # whatever a package of any age says to this torch
-        return f"cannot be imported: {first_line(error)}"
-    return ""
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without the stack that torch appends."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    # whole graphs only: what is not compiled writes all scores out. Every shape and mask has a graph of its own, the fastest
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False), torch.compile(create_block_mask, dynamic=False)

@@ -1,0 +1,139 @@
+"""What was measured beside what is aimed at: the aims are the table `AIMS`."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from record import Rows, rows_of
+
+Table = dict[str, Any]
+"""Of one shape: its fields in `tokquant bench`, `ms` and `rate` by provider, and `copied`, GB/s of copying memory."""
+Figure = Callable[[Table], float | None]
+"""Of one table; None where it is about others."""
+Those = Callable[[str], bool]
+"""Some providers, by name."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A number that a figure of every table that it is about should reach, or stay below."""
+
+    what: str
+    aimed: float
+    unit: str
+    of: Figure
+    at_most: bool = False
+
+
+def _long(table: Table) -> bool:
+    return table["workload"] == "attention" and table["tokens"] in (8192, 16384, 32768)
+
+
+def _short(table: Table) -> bool:
+    return table["workload"] == "attention" and table["tokens"] in (512, 1024)
+
+
+def _decoding(table: Table) -> bool:
+    return table["workload"] == "decode" and table["tokens"] == 32768
+
+
+def _kernel(name: str) -> bool:
+    return name.startswith("int8") and "," not in name
+
+
+def _whole(name: str) -> bool:
+    return name.startswith("int8") and name.endswith(", with quantization")
+
+
+def _sixteen_bit(name: str) -> bool:
+    return bool(re.match(r"(SDPA|FlexAttention|xformers).*(fp16|bf16)", name))
+
+
+def _sage(what: str) -> Those:
+    return lambda name: name.startswith("SageAttention") and name.endswith(f", {what}")
+
+
+def _cache(scheme: str) -> Those:
+    return lambda name: name == f"{scheme}, KVCache"
+
+
+def _rate(scheme: str, head_dim: int, causal: bool) -> Figure:
+    def of(table: Table) -> float | None:
+        about = _long(table) and (table["head_dim"], table["causal"]) == (head_dim, causal)
+        return table["rate"][scheme] / 1e3 if about and scheme in table["rate"] else None
+
+    return of
+
+
+def _faster(ours: Those, theirs: Those, about: Callable[[Table], bool]) -> Figure:
+    """The time of the fastest of theirs over that of the fastest of ours."""
+
+    def of(table: Table) -> float | None:
+        one, other = ([ms for name, ms in table["ms"].items() if those(name)] for those in (ours, theirs))
+        return min(other) / min(one) if about(table) and one and other else None
+
+    return of
+
+
+def _quantization(table: Table) -> float | None:
+    """Its time over that of attention, of the scheme where that is most."""
+    if table["workload"] != "quantization" or table["tokens"] != 8192:
+        return None
+    ms = table["ms"]
+    return max((ms[name] / ms[f"{name}, attention"] for name in ms if f"{name}, attention" in ms), default=None)
+
+
+def _of_copying(table: Table) -> float | None:
+    rate = table["rate"].get("kv-int8, KVCache") if _decoding(table) and table["batch"] == 16 else None
+    return rate / table["copied"] if rate and table["copied"] else None
+
+
+AIMS = (
+    Aim("int8-fp8, head_dim 128, 8k to 32k", 720, "TOPS", _rate("int8-fp8", 128, False)),
+    Aim("int8-fp8, head_dim 128, 8k to 32k, causal", 620, "TOPS", _rate("int8-fp8", 128, True)),
+    Aim("int8-fast, head_dim 128, 8k to 32k", 600, "TOPS", _rate("int8-fast", 128, False)),
+    Aim("int8-fast, head_dim 128, 8k to 32k, causal", 520, "TOPS", _rate("int8-fast", 128, True)),
+    Aim("int8, head_dim 128, 8k to 32k", 480, "TOPS", _rate("int8", 128, False)),
+    Aim("int8, head_dim 128, 8k to 32k, causal", 420, "TOPS", _rate("int8", 128, True)),
+    Aim("int8-fp8, head_dim 64, 8k to 32k", 480, "TOPS", _rate("int8-fp8", 64, False)),
+    Aim("int8-fp8, head_dim 64, 8k to 32k, causal", 420, "TOPS", _rate("int8-fp8", 64, True)),
+    Aim("the fastest int8 kernel beside the fastest in 16 bits, 8k to 32k", 1.2, "x", _faster(_kernel, _sixteen_bit, _long)),
+    Aim("beside SageAttention, kernels, 8k to 32k", 1.5, "x", _faster(_kernel, _sage("kernel"), _long)),
+    Aim("beside SageAttention, with quantization, 8k to 32k", 1.4, "x", _faster(_whole, _sage("with quantization"), _long)),
+    Aim("with quantization beside the fastest in 16 bits, up to 1k", 1.0, "x", _faster(_whole, _sixteen_bit, _short)),
+    Aim("quantization, of the time of attention, 8k", 0.08, "", _quantization, at_most=True),
+    Aim("decoding kv-int8 beside the fastest in 16 bits, 32k", 1.7, "x", _faster(_cache("kv-int8"), _sixteen_bit, _decoding)),
+    Aim("decoding kv-int4 beside the fastest in 16 bits, 32k", 2.8, "x", _faster(_cache("kv-int4"), _sixteen_bit, _decoding)),
+    Aim("decoding kv-int8, of copy bandwidth, batch 16", 0.8, "", _of_copying),
+)
+
+
+def beside(folder: Path) -> Rows:
+    """Every aim with the least and the most that was measured for it, whether that is enough, and which table is worst."""
+    copied = next((row["GB/s"] for row in rows_of(folder, "ceilings") if str(row.get("what", "")).startswith("copy")), None)
+    tables: dict[str, Table] = {}
+    for row in rows_of(folder, "tables"):
+        if row.get("ms"):
+            table = tables.setdefault(row["item"], {**row, "ms": {}, "rate": {}, "copied": copied})
+            table["ms"][row["provider"]] = row["ms"]
+            if row.get("rate"):
+                table["rate"][row["provider"]] = row["rate"]
+    found: Rows = []
+    for aim in AIMS:
+        measured = {name: figure for name, table in tables.items() if (figure := aim.of(table)) is not None}
+        row: dict[str, Any] = {"aim": aim.what, "aimed": aim.aimed, "unit": aim.unit}
+        if measured:
+            worst = (max if aim.at_most else min)(measured, key=measured.__getitem__)
+            met = measured[worst] <= aim.aimed if aim.at_most else measured[worst] >= aim.aimed
+            row |= {
+                "least": min(measured.values()),
+                "most": max(measured.values()),
+                "met": "yes" if met else "no",
+                "worst": worst,
+            }
+        else:
+            row["met"] = "not measured"
+        found.append(row)
+    return found

@@ -1,0 +1,146 @@
+"""Where the time goes in what is slowest beside others: kernels by torch's profiler, machine code, ncu's counters."""
+
+import csv
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import Rows, rows_of
+from running import Item, Setting
+from torch.profiler import ProfilerActivity, profile
+from tuning import known
+
+import tokquant as tq
+from tokquant.evaluation.bench import Shape
+from tokquant.kernels import targets
+
+MOST = 4
+"""Calls that are looked at."""
+CALLS = 3
+COUNTERS = {
+    "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active": "exponentials and conversions",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor cores",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "warps",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory",
+    "l1tex__data_bank_conflicts_pipe_lsu.sum": "bank conflicts",
+}
+"""Of Nsight Compute, in per cent of what is possible; what they are called here."""
+
+
+def items(setting: Setting) -> Iterator[Item]:
+    """Kernels' times of every call, then machine code, then counters."""
+    known(setting)
+    looked_at = {f"{scheme}, {shape}": (setting, scheme, shape) for scheme, shape in chosen(setting)}
+    for name, each in looked_at.items():
+        yield Item(f"{name}: kernels", 8, partial(_kernels, *each))
+    for name, each in looked_at.items():
+        if each[2].queries > 1:
+            yield Item(f"{name}: machine code", 5, partial(_machine_code, *each))
+    for name, each in looked_at.items():
+        yield Item(f"{name}: counters", 30, partial(_counters, *each))
+
+
+def chosen(setting: Setting) -> list[tuple[str, Shape]]:
+    """The slowest by share of what the tables reach of each scheme and head_dim, and the slowest decoding; shapes of 8k."""
+    if setting.small:
+        return [("int8", Shape(1, 2, 1, 64, 64, 64, True)), ("kv-int8", Shape(1, 2, 1, 1, 64, 64, False))]
+    found: dict[tuple[Any, ...], tuple[float, str, Shape]] = {}
+    for row in rows_of(setting.folder, "tables"):
+        name = row.get("provider", "").removesuffix(", KVCache")
+        if "," in name or not row.get("ratio") or name.startswith(("SDPA", "Flex", "xformers")):
+            continue
+        shape = Shape(*(row[field] for field in ("batch", "heads", "kv_heads", "queries", "tokens", "head_dim", "causal")))
+        if (row["workload"] == "attention" and shape.tokens == 8192) or (
+            row["workload"] == "decode" and "KVCache" in row["provider"]
+        ):
+            key = (name, shape.head_dim, row["workload"])
+            found[key] = min(found.get(key, (1e9, name, shape)), (row["ratio"], name, shape), key=lambda each: each[0])
+    return [(name, shape) for _, name, shape in sorted(found.values(), key=lambda each: each[0])[:MOST]]
+
+
+def call_of(setting: Setting, scheme: str, shape: Shape) -> Callable[[], Any]:
+    """Attention with quantization, or a step of decoding on a cache."""
+    generator, kind = torch.Generator(setting.device).manual_seed(0), torch.float16
+    keys = (shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
+    sizes = ((shape.batch, shape.heads, shape.queries, shape.head_dim), keys, keys)
+    q, k, v = (torch.randn(size, generator=generator, device=setting.device, dtype=kind) for size in sizes)
+    if shape.queries == shape.tokens:
+        return partial(tq.attention, q, k, v, scheme, causal=shape.causal)
+    cache = tq.KVCache(
+        scheme, batch=shape.batch, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=kind, device=setting.device
+    )
+    cache.append(k, v)
+    return partial(tq.decode, q, cache)
+
+
+def _kernels(setting: Setting, scheme: str, shape: Shape) -> Rows:
+    call = call_of(setting, scheme, shape)
+    call()
+    gpu = setting.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as found:
+        for _ in range(CALLS):
+            call()
+        if gpu:
+            torch.cuda.synchronize()
+    spent: dict[str, float] = defaultdict(float)
+    for event in found.events():
+        if not gpu or event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[event.name] += (event.time_range.elapsed_us() if gpu else event.self_cpu_time_total) / CALLS
+    total = sum(spent.values()) or 1.0
+    slowest = sorted(spent.items(), key=lambda each: -each[1])[:8]
+    return [{"kernel" if gpu else "operation": name[:100], "us": us, "share": us / total} for name, us in slowest]
+
+
+def _machine_code(setting: Setting, scheme: str, shape: Shape) -> Rows:
+    """Of the launch that is taken without tuning, and of every other that tuning may take."""
+    target = targets.of(setting.device).name
+    shared = shape.heads // shape.kv_heads
+    kernel = tq.compile(scheme, head_dim=shape.head_dim, causal=shape.causal, shared_heads=shared, target=target)
+    rows: Rows = []
+    for each in kernel.candidates():
+        found, made = each.resources, each.prediction
+        rows.append(
+            {
+                "launch": str(each.config),
+                "registers": found.registers,
+                "spilled bytes": found.spill_bytes,
+                "shared bytes": found.shared_bytes,
+                "blocks at once": found.blocks_per_multiprocessor,
+                "instructions a score": found.instructions_per_score,
+                "predicted TOPS": made.serial_tops,
+            }
+        )
+    return rows
+
+
+def _counters(setting: Setting, scheme: str, shape: Shape) -> Rows:
+    """Nsight Compute's, of every kernel of one call, in a process of its own."""
+    tool = shutil.which("ncu")
+    if setting.device.type != "cuda" or tool is None:
+        return [{"note": "needs a GPU" if tool else "needs ncu on PATH"}]
+    call = [sys.executable, str(Path(__file__).with_name("once.py")), scheme, *(str(x) for x in vars(shape).values())]
+    command = [tool, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
+    command += ["--metrics", ",".join(["gpu__time_duration.sum", *COUNTERS])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    limit = max(30.0, setting.left)
+    done = subprocess.run([*command, *call], capture_output=True, text=True, timeout=limit, env=environment)
+    start = done.stdout.find('"ID"')
+    if start < 0:
+        return [{"note": f"ncu ended with {done.returncode}: {' '.join((done.stdout + done.stderr).split())[-300:]}"}]
+    units, *kernels = list(csv.DictReader(io.StringIO(done.stdout[start:])))
+    rows: Rows = []
+    for kernel in kernels:
+        time = f"{kernel['gpu__time_duration.sum']} {units['gpu__time_duration.sum']}"
+        rows.append(
+            {"kernel": kernel["Kernel Name"][:80], "time": time} | {name: kernel.get(key) for key, name in COUNTERS.items()}
+        )
+    return rows

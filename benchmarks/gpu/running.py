@@ -1,0 +1,114 @@
+"""How a stage runs: one item after another while there is time, in a process of its own where there is a GPU.
+
+A kernel that reads where it must not leaves its process without a GPU, and a compiler may crash: the stage then goes on in a
+new process, and the item says what happened to it.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from record import Record, Rows
+
+STAGES = {"ceilings": 1.0, "tests": 4.0, "tuning": 3.0, "tables": 6.0, "profiles": 2.0}
+"""Their shares of the time, in the order in which they run."""
+MODULES = {"tests": "correctness"}
+"""Of stages whose file has another name."""
+LOST = 3
+"""The exit code of a process whose GPU no longer answers."""
+GRACE = 20.0
+"""Seconds that an item may take beyond its stage's time."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how a stage runs."""
+
+    device: torch.device
+    small: bool
+    folder: Path
+    """For results."""
+    machine: dict[str, str]
+    end: float
+    """When the stage's time is over, by `time.time`."""
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.time()
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something to measure."""
+
+    name: str
+    seconds: float
+    """What it should take on a GPU, its compilation included: it is not begun with less time left."""
+    measure: Callable[[], Rows]
+
+
+def run(stage: str, setting: Setting) -> None:
+    """Measure what the stage's file does not have yet, in this process. Exits with LOST where the GPU no longer answers."""
+    record = Record(setting.folder / f"{stage}.json", setting.machine)
+    record.left_out = {}
+    items: Iterator[Item] = import_module(MODULES.get(stage, stage)).items(setting)
+    expected = took = 0.0
+    for item in items:
+        if item.name in record.items:
+            continue
+        # as much slower or faster than expected as those before it were
+        needed = item.seconds * (max(0.6, took / expected) if expected else 1.0)
+        if needed > setting.left and not setting.small:
+            record.left_out[item.name] = f"takes about {needed:.0f} s, and {max(0.0, setting.left):.0f} s were left"
+            record.write()
+            continue
+        record.begin(item.name)
+        start = time.time()
+        try:
+            rows = item.measure()
+            expected, took = expected + item.seconds, took + time.time() - start
+        except Exception as error:
+            rows = [{"note": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}]
+        seconds = time.time() - start
+        record.end(item.name, rows, seconds)
+        print(f"{stage}: {item.name}, {seconds:.1f} s", flush=True)
+        if setting.device.type == "cuda" and not _answers():
+            raise SystemExit(LOST)
+    record.write()
+
+
+def apart(stage: str, setting: Setting) -> None:
+    """`run` in a process of its own, in a new one where that ends early."""
+    while True:
+        process = multiprocessing.get_context("spawn").Process(target=run, args=(stage, setting))
+        process.start()
+        process.join(max(0.0, setting.left) + GRACE)
+        in_time = not process.is_alive()
+        process.kill()
+        process.join()
+        if in_time and process.exitcode == 0:
+            return
+        record = Record(setting.folder / f"{stage}.json", setting.machine)
+        begun, record.running = record.running, None
+        why = f"its process ended with {process.exitcode}" if in_time else "the stage's time was over before it had ended"
+        if in_time and begun is not None:
+            record.end(begun, [{"note": why}], 0.0)
+        elif not in_time or process.exitcode != LOST:
+            # for a later run
+            record.left_out[begun or "the stage"] = why
+            record.write()
+            return
+
+
+def _answers() -> bool:
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,84 @@
+"""The fastest launch of each kernel at the shapes that are timed, and a file of them that the package can ship."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+
+import torch
+from record import Rows
+from running import Item, Setting
+
+import tokquant as tq
+from tokquant.evaluation.bench import Shape
+from tokquant.kernels import targets, tuned
+from tokquant.tune import need_gpu
+
+SCHEMES = ["int8-fp8", "int8-fast", "int8", "int8-fp16", "fp8"]
+HEAD_DIMS = [128, 64]
+TOKENS = [8192, 1024]
+LAUNCHES = "launches.json"
+"""What is found, as tokquant/kernels/shipped/ takes it."""
+
+
+def items(setting: Setting) -> Iterator[Item]:
+    """All kernels compiled in all processors, then the launches of each timed."""
+    known(setting)
+    wanted = [(name, d, causal) for name in SCHEMES for d in HEAD_DIMS for causal in (False, True)]
+    if setting.small:
+        wanted = wanted[:1]
+    yield Item("kernels, compiled", 60, partial(_compile, setting, wanted))
+    for n in TOKENS[: 1 if setting.small else None]:
+        for name, d, causal in wanted:
+            title = f"{name}, head_dim {d}, {n} tokens{', causal' * causal}"
+            # twelve launches at 250 TOPS, seven times each
+            seconds = 4 + 12 * 7 * Shape(4, 32, 32, n, n, d, causal).operations / 2.5e14
+            yield Item(title, seconds, partial(_tune, setting, name, d, causal, n))
+
+
+def known(setting: Setting) -> None:
+    """Take what an earlier run has found into the cache folder."""
+    path = setting.folder / LAUNCHES
+    for entry in tuned.load(path) if path.exists() else ():
+        tuned.record(entry)
+
+
+def _tune(setting: Setting, name: str, d: int, causal: bool, n: int) -> Rows:
+    need_gpu(setting.device)
+    n = 256 if setting.small else n
+    q, k, v = (torch.randn(4, 32, n, d, device=setting.device, dtype=torch.float16) for _ in range(3))
+    found = tq.tune(q, k, v, name, causal=causal, repeats=5)
+    tuned.export(setting.folder / LAUNCHES)
+    rows: Rows = [{"launch": str(trial.config), "ms": trial.ms, "note": trial.why} for trial in found.trials]
+    for row in rows:
+        if row["launch"] == str(found.entry.config):
+            row["note"] = "taken from now on" if found.kept else "the fastest; the cache folder cannot be written"
+    return rows
+
+
+def _compile(setting: Setting, wanted: list[tuple[str, int, bool]]) -> Rows:
+    """Every candidate once, into Triton's cache, where tuning finds it."""
+    need_gpu(setting.device)
+    target = targets.of(setting.device).name
+    jobs = [
+        (name, d, causal, target, place) for name, d, causal in wanted for place in range(_candidates(name, d, causal, target))
+    ]
+    workers = max(1, min(len(jobs), (os.cpu_count() or 2) - 1))
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        failures = [why for why in pool.map(_compiled, *zip(*jobs, strict=True)) if why]
+    return [
+        {"kernels": len(jobs), "processes": workers, "failed": len(failures), "note": "; ".join(dict.fromkeys(failures))[:300]}
+    ]
+
+
+def _candidates(name: str, d: int, causal: bool, target: str) -> int:
+    return len(tq.compile(name, head_dim=d, causal=causal, target=target).candidates())
+
+
+def _compiled(name: str, d: int, causal: bool, target: str, place: int) -> str:
+    try:
+        _ = tq.compile(name, head_dim=d, causal=causal, target=target).candidates()[place].asm
+    except Exception as error:  # Triton's compiler raises whatever it comes upon
+        return f"{name}, candidate {place}: {type(error).__name__}"
+    return ""

@@ -1,0 +1,188 @@
+"""python benchmarks/gpu: every stage runs on a CPU with tiny shapes, and what is measured is kept whatever happens."""
+
+import json
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "gpu"
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """Its files, importable as they are to one another."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
+            del sys.modules[name]
+
+
+@pytest.fixture
+def run(modules, monkeypatch, tmp_path):
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["gpu", *map(str, words), "--small", "--output", str(tmp_path)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(FOLDER), run_name="__main__")
+        return stop.value.code
+
+    return call
+
+
+def results(folder, stage):
+    return {name: item["rows"] for name, item in json.loads((folder / f"{stage}.json").read_text())["items"].items()}
+
+
+def test_every_stage_runs_on_a_cpu_and_says_what_needs_a_gpu(run, tmp_path, capsys):
+    assert not run("--minutes", 5)
+    folder = tmp_path / "cpu-small"
+    ceilings = results(folder, "ceilings")
+    assert all(row["TOPS"] > 0 for name, rows in ceilings.items() if name.startswith("products") for row in rows)
+    assert ceilings["units"][0]["a clock"] == 128 and len(ceilings["units"]) == 6
+    assert {row["what"] for row in ceilings["launches"]} == {"an empty kernel", "tq.attention of codes"}
+    [[counted]] = results(folder, "tests").values()
+    assert counted["skipped"] > 5 and counted["note"] == ""
+    assert all("needs a GPU" in row["note"] for rows in results(folder, "tuning").values() for row in rows)
+    tables = results(folder, "tables")
+    assert [name.split(",")[0] for name in tables] == ["attention", "quantization", "decode"]
+    for name, provider in zip(tables, ("int8", "int8", "kv-int8, KVCache"), strict=True):
+        assert next(row for row in tables[name] if row["provider"] == provider)["ms"] > 0
+    profiles = results(folder, "profiles")
+    assert all(rows[0]["us"] > 0 for name, rows in profiles.items() if name.endswith("kernels"))
+    assert any("interpreter is on" in row["note"] for name, rows in profiles.items() if "machine code" in name for row in rows)
+    page = (folder / "page.md").read_text()
+    assert page.startswith("# Measured on ") and page.count("\n### ") == sum(len(results(folder, each)) for each in (
+        "ceilings", "tests", "tuning", "tables", "profiles"
+    ))  # fmt: skip
+    assert "| int8-fp8, head_dim 128, 8k to 32k | 720 | TOPS | not measured |" in capsys.readouterr().out
+
+
+def test_what_is_no_stage_is_said(run, capsys):
+    assert run("ceiling") == 2
+    assert "did you mean 'ceilings'?" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.fixture
+def stage(modules, monkeypatch, tmp_path):
+    """Run items, by name: expected seconds, and what measures them."""
+
+    def call(items, left=100.0, small=False):
+        from running import Item, Setting
+        from running import run as run_stage
+
+        monkeypatch.setattr("running.import_module", lambda name: sys.modules[__name__])
+        made = [Item(name, seconds, measure) for name, (seconds, measure) in items.items()]
+        monkeypatch.setattr(sys.modules[__name__], "items", lambda setting: iter(made), raising=False)
+        run_stage("ceilings", Setting(torch.device("cpu"), small, tmp_path, {"device": "x"}, time.time() + left))
+        return json.loads((tmp_path / "ceilings.json").read_text())
+
+    return call
+
+
+def test_an_item_that_fails_loses_nobody_and_one_without_time_is_left_out(stage):
+    found = stage({"a": (1, lambda: 1 / 0), "b": (1000, list), "c": (1, lambda: [{"ms": 2.0}])})
+    assert found["items"]["a"]["rows"] == [{"note": "ZeroDivisionError: division by zero"}]
+    assert found["items"]["c"]["rows"] == [{"ms": 2.0}] and found["running"] is None
+    assert list(found["left_out"]) == ["b"] and "about 1000 s" in found["left_out"]["b"]
+
+
+def test_items_that_took_longer_than_expected_make_the_next_expect_more(stage):
+    found = stage({"a": (0.01, lambda: time.sleep(0.3) or []), "b": (10, list)}, left=100)
+    assert list(found["left_out"]) == ["b"]
+
+
+def test_a_second_run_goes_on_where_the_first_ended(stage, tmp_path):
+    calls = []
+    items = {name: (50, lambda name=name: calls.append(name) or [{"item": name}]) for name in "ab"}
+    assert list(stage(items, left=10)["items"]) == []
+    assert list(stage(items)["items"]) == ["a", "b"] and list(stage(items)["left_out"]) == []
+    assert calls == ["a", "b"]
+    from record import Record
+
+    assert list(Record(tmp_path / "ceilings.json", {"device": "x"}).items) == ["a", "b"]
+    for other in ({"machine": {"device": "y"}}, {"machine": {"device": "x"}, "again": True}):
+        assert Record(tmp_path / "ceilings.json", **other).items == {}
+        (tmp_path / "ceilings.earlier.json").rename(tmp_path / "ceilings.json")
+
+
+def test_a_stage_whose_process_dies_goes_on_in_another_and_says_so(modules, monkeypatch, tmp_path):
+    from running import Setting, apart
+
+    (tmp_path / "dying.py").write_text(
+        "import os\nfrom running import Item\n"
+        "def items(setting):\n"
+        "    yield Item('well', 1, lambda: [{'ms': 1.0}])\n"
+        "    yield Item('dies', 1, lambda: os._exit(7))\n"
+        "    yield Item('after', 1, lambda: [{'ms': 3.0}])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    apart("dying", Setting(torch.device("cpu"), False, tmp_path, {"device": "x"}, time.time() + 200))
+    found = results(tmp_path, "dying")
+    assert found == {"well": [{"ms": 1.0}], "dies": [{"note": "its process ended with 7"}], "after": [{"ms": 3.0}]}
+
+
+def test_an_item_that_does_not_end_is_stopped_and_left_to_a_later_run(modules, monkeypatch, tmp_path):
+    from running import Setting, apart
+
+    monkeypatch.setattr("running.GRACE", 0.0)
+    (tmp_path / "waiting.py").write_text("def items(setting):\n    while True:\n        pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    apart("waiting", Setting(torch.device("cpu"), False, tmp_path, {"device": "x"}, time.time() + 1))
+    found = json.loads((tmp_path / "waiting.json").read_text())
+    assert found["items"] == {} and "time was over" in found["left_out"]["the stage"]
+
+
+def test_outcomes_are_read_from_pytest_also_where_it_was_stopped(modules):
+    from correctness import summary
+
+    lines = [
+        "tests/a.py::test_one[float16-{'causal': True}] PASSED       [ 10%]",
+        "[gw1] [ 20%] FAILED tests/a.py::test_two[a b] ",
+        "[gw0] [ 30%] SKIPPED tests/a.py::test_three ",
+    ]
+    done = "\n".join([*lines, "=== FAILURES ===", "x FAILED tests/a.py::no", "=== short test summary info ===",
+                      "FAILED tests/a.py::test_two[a b] - assert 1 == 2"])  # fmt: skip
+    counted, failed = summary(done, "")
+    assert counted == {"test": "all of them", "passed": 1, "failed": 1, "skipped": 1, "note": ""}
+    assert failed == {"test": "tests/a.py::test_two[a b]", "note": "assert 1 == 2"}
+    counted, failed = summary("\n".join(lines), "stopped")
+    assert counted["note"] == "stopped" and failed["note"] == "failed"
+
+
+def test_aims_take_the_worst_table_and_the_fastest_of_the_others(modules, tmp_path):
+    from aims import beside
+
+    def table(name, shape, **ms):
+        shape = {"workload": "attention", "batch": 4, "head_dim": 128, "causal": False} | shape
+        rows = [{**shape, "provider": each.replace("_", " "), "ms": x, "rate": 1e6 / x} for each, x in ms.items()]
+        return {name: {"seconds": 1.0, "rows": [*rows, {**shape, "provider": "torchao", "note": "not installed"}]}}
+
+    long = {"SDPA flash fp16": 2.0, "SDPA cudnn bf16": 1.5, "int8-fp8": 1.0, "int8": 1.2, "int8, with quantization": 1.4}
+    items = (
+        table("8k", {"tokens": 8192}, **long, **{"SageAttention 1.0.6, kernel": 1.6})
+        | table("32k", {"tokens": 32768}, **{**long, "int8-fp8": 1.25})
+        | table("1k", {"tokens": 1024}, **long)
+        | table("q", {"workload": "quantization", "tokens": 8192}, **{"int8": 0.05, "int8, attention": 1.0})
+        | table(
+            "d", {"workload": "decode", "tokens": 32768, "batch": 16}, **{"SDPA flash fp16 gqa": 1.0, "kv-int8, KVCache": 0.5}
+        )
+    )
+    (tmp_path / "tables.json").write_text(json.dumps({"items": items}))
+    copied = {"memory": {"rows": [{"what": "copy, read and written", "GB/s": 4e6}]}}
+    (tmp_path / "ceilings.json").write_text(json.dumps({"items": copied}))
+    found = {row["aim"]: row for row in beside(tmp_path)}
+    rate = found["int8-fp8, head_dim 128, 8k to 32k"]
+    assert (rate["least"], rate["most"], rate["met"], rate["worst"]) == (800, 1000, "yes", "32k")
+    peers = found["the fastest int8 kernel beside the fastest in 16 bits, 8k to 32k"]
+    assert peers["least"] == pytest.approx(1.5 / 1.2) and peers["met"] == "yes"
+    assert found["beside SageAttention, kernels, 8k to 32k"]["least"] == pytest.approx(1.6)
+    assert found["with quantization beside the fastest in 16 bits, up to 1k"]["least"] == pytest.approx(1.5 / 1.4)
+    assert found["quantization, of the time of attention, 8k"]["met"] == "yes"
+    assert found["decoding kv-int8 beside the fastest in 16 bits, 32k"]["least"] == 2.0
+    assert found["decoding kv-int8, of copy bandwidth, batch 16"]["least"] == pytest.approx(0.5)
+    assert found["int8-fp8, head_dim 64, 8k to 32k"]["met"] == "not measured"
