@@ -195,9 +195,10 @@ def many_pages(table, start, j, n_k, PAGE: tl.constexpr, EDGE: tl.constexpr):
 
 @triton.jit
 def within_page(page_at, start, n, PAGE: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr):
-    # what each GROUP tokens from `start` on have in a page, STEP apart: of a pointer's parts, only the sum varies in a loop.
+    # what each GROUP tokens from `start` on have in a page, STEP apart: of a pointer's parts all but the sum is loop-invariant;
     # Triton 3.6 must be told that tiles begin at whole vectors, or it copies V byte by byte
-    return page_at + tl.multiple_of(tl.cast(start, tl.int32) % PAGE, 16) // GROUP * STEP + n // GROUP * STEP
+    first = tl.multiple_of(tl.cast(start, tl.int32) % PAGE, 16)
+    return page_at + first // GROUP * STEP + n // GROUP * STEP
 
 
 @triton.jit
