@@ -120,3 +120,18 @@ def test_a_rounded_normalizer_doubles_a_hot_key_and_row_blocks_keep_the_tail(ran
     assert found["int8 unit", "quantized"] > 4 * found["int8 unit", "exact"]
     assert found["uint8 row_block 32", "exact"] < 0.5 * found["uint8 unit", "exact"]
     assert found["fp8_e4m3 unit", "exact"] < 0.2 * found["int8 unit", "exact"]
+
+
+def test_the_page_has_the_speeds_of_the_run():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "paper-speed.json").read_text())["rows"]
+    found = {(row["provider"], row["tokens"]): row["less"] for row in rows}
+    page, shown = (ROOT / "docs" / "paper.md").read_text(), 0
+    lengths = [int(n) for n in re.search(r"\| tokens \| ([\d |]+) \|", page)[1].split(" | ")]
+    for name, rest, cells in re.findall(r"^\| `([a-z0-9-]+)`(, with quantization)? \| (.* %) \|$", page, re.M):
+        written = [int(cell.removesuffix(" %")) for cell in cells.split(" | ")]
+        assert written == [round(100 * found[name + rest, n]) for n in lengths]
+        shown += 1
+    assert shown == 6
+    torch = [row for row in rows if row["provider"].startswith("SDPA")]
+    assert len(torch) == 10 and all(abs(row["less"]) < 0.04 for row in torch)
+    assert all(found["int8, with quantization", n] > 0.72 for n in lengths[1:]) and found["int8", 1024] > 0.72

@@ -65,10 +65,9 @@ def draw(rows: Rows) -> Figure:
             x, y = [row["tokens"] for row in those], [100 * row["less"] for row in those]
             axes.plot(x, y, f"o{style}", ms=3, color=f"C{number}", label=name if not suffix else None)
     axes.plot([], [], ":", color="#808080", label="with quantization")
-    axes.axhline(0, lw=0.8, color="#808080")
     lengths = [length for (length,), _ in grouped(rows, "tokens")]
-    axes.set(xscale="log", xlabel="tokens", ylabel="less time than the fastest of torch's, %", ylim=(None, 100))
+    axes.set(xscale="log", xlabel="tokens", ylabel="less time than the fastest of torch's, %", ylim=(0, 100))
     axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
     axes.minorticks_off()
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, ncols=2, loc="lower right")
     return figure
