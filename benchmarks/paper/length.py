@@ -15,11 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from matplotlib.figure import Figure
-from study import Case, Rows, grouped, in_percent, normal
+from study import Case, Rows, changed, grouped, in_percent, normal
 from torch import Tensor
 
 import tokquant as tq
-from tokquant import reference
 
 HEAD_DIM, QUERIES, HOT, SEEDS = 64, 64, 4, 3
 PRESETS = ("int-flash", "int8", "int8-fast", "int8-fp16", "int8-fp8", "fp8", "kv-int8", "kv-int4")
@@ -31,8 +30,7 @@ CHANGED = {
 }
 """Presets but for one rule: the normalizer as in the paper's code; P against the largest of each 128 keys."""
 SCHEMES = {name: tq.preset(name) for name in PRESETS} | {
-    name: tq.QuantScheme(**tq.preset(preset).model_dump() | {"name": name} | change)
-    for name, (preset, change) in CHANGED.items()
+    name: changed(preset, name, **fields) for name, (preset, fields) in CHANGED.items()
 }
 DRAWN = ("int8-fp16", "int8", "int-flash", "fp8", "kv-int4", "int8-fp8", "int-flash-row-block")
 Operands = tuple[Tensor, Tensor, Tensor]
@@ -137,9 +135,9 @@ def rows_of(data: str, n: int, cases: list[Case]) -> Iterator[Row]:
 
 def weight_facts(case: Case) -> dict[str, float]:
     """What the exact weights say, as a Row has it."""
-    n_k, per_row, k = case.k.shape[2], [], case.k.double()
-    for rows in reference.row_chunks(case.q.shape[2], n_k, case.only):
-        p = reference.weights(case.q, k, case.features, rows)[0][0, 0]
+    n_k, per_row = case.k.shape[2], []
+    for weights in case.weights():
+        p = weights[0, 0]
         largest = p.amax(dim=1, keepdim=True)
         blocks = torch.nn.functional.pad(p, (0, -n_k % 128)).unflatten(1, (-1, 128))
         facts = (

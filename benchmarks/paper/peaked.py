@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from study import Case, Rows, grouped, relative_l1
 
 import tokquant as tq
-from tokquant import reference
 from tokquant.activations import Activations, sample
 
 DRAWS, QUERIES, HEAD_DIM = 5, 128, 128
@@ -75,11 +74,7 @@ def of(data: str, factor: float, cases: list[Case]) -> Iterator[Row]:
 
 def entropy_of(case: Case) -> float:
     """Bits, mean over the case's queries."""
-    k, found = case.k.double(), []
-    for rows in case.only:
-        p, _ = reference.weights(case.q, k, case.features, rows)
-        found.append(torch.special.entr(p).sum(dim=-1) / math.log(2))
-    return torch.cat(found, dim=2).mean().item()
+    return torch.cat([torch.special.entr(p).sum(dim=-1) for p in case.weights()], dim=2).mean().item() / math.log(2)
 
 
 def table(rows: Rows) -> str:

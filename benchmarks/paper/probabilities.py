@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from study import Case, Rows, grouped, normal, of_heads, real
 
 import tokquant as tq
-from tokquant import reference
 
 HEAD_DIM, HEADS, QUERIES = 64, 8, 64
 WITH_MEANS = 1024
@@ -107,8 +106,7 @@ def bytes_beside(p: dict[str, Any]) -> dict[str, Any]:
 
 def looked_at(case: Case) -> float:
     """2^entropy of the weights, the mean over queries."""
-    p, _ = reference.weights(case.q, case.k.double(), case.features, slice(0, QUERIES))
-    return torch.special.entr(p).sum(dim=-1).exp().mean().item()
+    return torch.cat([torch.special.entr(p).sum(dim=-1).exp() for p in case.weights()], dim=2).mean().item()
 
 
 def table(rows: Rows) -> str:

@@ -17,7 +17,6 @@ from study import Case, Rows, grouped, in_percent
 from torch import Tensor
 
 import tokquant as tq
-from tokquant import reference
 from tokquant.evaluation.logits import Agreement
 
 LAYERS, VOCABULARY, SEEDS = 4, 1000, 3
@@ -115,12 +114,10 @@ def outputs(model, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def weight_facts(case: Case) -> tuple[float, float]:
     """Standard deviation of logits in a row, and 2^entropy over the keys it sees; means over the later half of rows."""
-    n, k, found = case.q.shape[2], case.k.double(), []
-    for rows in reference.row_chunks(n, case.q.shape[1] * n, [slice(n // 2, n)]):
-        p, _ = reference.weights(case.q, k, case.features, rows)
-        seen = torch.arange(rows.start + 1, rows.stop + 1)
-        logits = p.log()
-        kept = p > 0
+    n, found = case.q.shape[2], []
+    for p in case.weights([slice(n // 2, n)]):
+        logits, kept = p.log(), p > 0
+        seen = kept.sum(dim=3)
         mean = torch.where(kept, logits, 0.0).sum(dim=3) / seen
         square = torch.where(kept, logits.square(), 0.0).sum(dim=3) / seen
         keys = torch.special.entr(p).sum(dim=3).exp() / seen

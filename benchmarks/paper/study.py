@@ -65,6 +65,12 @@ class Case:
         """In float64."""
         return reference.oracle(self.q, self.k, self.v, self.features, self.only)[0]
 
+    def weights(self, only: Sequence[slice] | None = None) -> Iterator[Tensor]:
+        """What those queries, or these, weigh the keys by: float64 `[B, H, rows, N_k]`, some rows at a time."""
+        (_, heads, n_q), n_k, k = self.q.shape[:3], self.k.shape[2], self.k.double()
+        for rows in reference.row_chunks(n_q, heads * n_k, only or self.only):
+            yield reference.weights(self.q, k, self.features, rows)[0]
+
     def attend(self, scheme: tq.QuantScheme) -> Tensor:
         """Attention as a kernel computes it."""
         operands = self.q, self.k, self.v
@@ -78,6 +84,11 @@ class Case:
 def relative_l1(cases: Sequence[Case], scheme: tq.QuantScheme) -> list[float]:
     """The relative L1 error in each case, to the four digits that are kept."""
     return [float(f"{case.errors(scheme).rel_l1:.4g}") for case in cases]
+
+
+def changed(preset: str, name: str, **fields: Any) -> tq.QuantScheme:
+    """A preset but for these fields."""
+    return tq.QuantScheme(**tq.preset(preset).model_dump() | {"name": name} | fields)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -6,15 +6,16 @@ and K, scores times D^-1/2.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
+import torch
 from axes import named_line, percents, thousands
 from matplotlib.figure import Figure
 from study import Case, Rows, grouped, normal, of_heads, outliers, real, token_scaled, uniform
 from torch import Tensor
 
 import tokquant as tq
-from tokquant import reference
 
 HEAD_DIM, HEADS, QUERIES = 64, 8, 128
 TOKENS = 4096
@@ -39,7 +40,9 @@ class Row:
     """Of the logarithm of what each token of V is multiplied by."""
     tokens: int
     at_heaviest: float
-    """Largest |V| of the token that a query weighs most, over the mean of that over its head: mean over 128 queries."""
+    """Largest |V| of the token that a query weighs most, over the mean of that over its head: mean over queries."""
+    first: float
+    """Share of the queries for which that token is the first."""
     scheme: str
     q: str
     v: str
@@ -124,20 +127,21 @@ def p_of(v: Granularity) -> dict[str, Any]:
 
 def found(cases: list[Case], schemes: list[tq.QuantScheme], data: str, sigma: float = 0) -> Iterator[Row]:
     """A row for each scheme."""
-    heaviest = [each for case in cases for each in at_heaviest(case)]
+    heaviest, first = map(mean, zip(*(each for case in cases for each in at_heaviest(case)), strict=True))
     tokens = cases[0].k.shape[2]
     for each in schemes:
         v = f"{each.v}{' rotated' if each.rotate_v != 'none' else ''}"
         words = {"scheme": each.name, "q": str(each.q), "v": v, "p": f"{each.p.precision} {each.p.granularity}"}
-        yield Row(data, sigma, tokens, sum(heaviest) / len(heaviest), **words, **of_heads(cases, each))
+        yield Row(data, sigma, tokens, heaviest, first, **words, **of_heads(cases, each))
 
 
-def at_heaviest(case: Case) -> list[float]:
-    """Of each head."""
-    p, _ = reference.weights(case.q, case.k.double(), case.features, slice(0, QUERIES))
+def at_heaviest(case: Case) -> Iterator[tuple[float, float]]:
+    """Of each head, as a Row has them."""
+    heaviest = torch.cat([p.argmax(dim=-1) for p in case.weights()], dim=2)
     largest = case.v.double().abs().amax(dim=-1)  # [B, H, N]
-    relative = largest / largest.mean(dim=-1, keepdim=True)
-    return relative.gather(2, p.argmax(dim=-1)).mean(dim=(0, 2)).tolist()
+    relative = (largest / largest.mean(dim=-1, keepdim=True)).gather(2, heaviest)
+    first = (heaviest == 0).double()
+    yield from zip(*(x.mean(dim=(0, 2)).tolist() for x in (relative, first)), strict=True)
 
 
 def table(rows: Rows) -> str:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from statistics import mean, median
 
 import keys
-from study import Case, Rows, grouped
+import torch
+from study import Case, Rows, changed, grouped
 
 import tokquant as tq
-from tokquant import reference
 from tokquant.activations import Activations, sample
 from tokquant.metrics import errors
 
@@ -62,16 +62,16 @@ def measure(small: bool) -> Iterator[Row]:
 
 def filled(name: str, sink: int, recent: int, case: Case) -> tq.KVCache:
     """A cache of the preset with these windows, with all keys and values of the case."""
-    windowed = tq.preset(name).model_dump() | {"name": "windowed", "cache": {"sink": sink, "recent": recent}}
+    windowed = changed(name, "windowed", cache={"sink": sink, "recent": recent})
     _, heads, _, d = case.k.shape
-    cache = tq.KVCache(tq.QuantScheme(**windowed), batch=1, kv_heads=heads, head_dim=d, dtype=case.k.dtype, backend="reference")
+    cache = tq.KVCache(windowed, batch=1, kv_heads=heads, head_dim=d, dtype=case.k.dtype, backend="reference")
     cache.append(case.k, case.v)
     return cache
 
 
 def weight_of(case: Case, sink: int, recent: int) -> float:
     """What the queries weigh the windows by, mean."""
-    p, _ = reference.weights(case.q, case.k.double(), case.features, slice(0, QUERIES))
+    p = torch.cat(list(case.weights()), dim=2)
     return (p[..., :sink].sum(dim=-1) + p[..., p.shape[-1] - recent :].sum(dim=-1)).mean().item()
 
 
