@@ -6,11 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
+from tokquant.schemes import preset
+
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT / "benchmarks" / "paper"
+WHICH = (ROOT / "docs" / "which-scheme.md").read_text()
 FIGURES = ROOT / "benchmarks" / "results" / "paper-errors.json"
 STUDIES = [path.stem for path in PAPER.glob("*.py") if "\ndef measure(" in path.read_text()]
 NAMES = ["FP8, e5m2 without scales", "FP8, e4m3 scaled", "half INT8", "full INT8", "tokquant int8"]
@@ -135,3 +139,56 @@ def test_the_page_has_the_speeds_of_the_run():
     torch = [row for row in rows if row["provider"].startswith("SDPA")]
     assert len(torch) == 10 and all(abs(row["less"]) < 0.04 for row in torch)
     assert all(found["int8, with quantization", n] > 0.72 for n in lengths[1:]) and found["int8", 1024] > 0.72
+
+
+@pytest.fixture(scope="module")
+def presets():
+    """Errors of each draw or layer, by scheme and input."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "paper-presets.json").read_text())["rows"]
+    return {(row["scheme"], row["data"]): row["errors"] for row in rows}
+
+
+def percents(presets, scheme, data):
+    return f"{100 * mean(presets[scheme, data]):.2f} %"
+
+
+def test_the_page_of_which_scheme_has_every_scheme_on_every_input(presets):
+    data, schemes = (list(dict.fromkeys(names)) for names in zip(*((b, a) for a, b in presets), strict=True))
+    lines = [f"| scheme | {' | '.join(data)} |"]
+    lines += [f"| {name} | {' | '.join(percents(presets, name, each) for each in data)} |" for name in schemes]
+    assert set(lines) <= set(WHICH.splitlines())
+
+
+def test_what_the_page_of_which_scheme_recommends_errs_least_there(presets):
+    sink, channels = "sink and near tokens", "outlier channels"
+    for sentence in (
+        f"{100 * mean(presets['int8-token', sink]):.1f} % instead of {100 * mean(presets['int8', sink]):.1f} %",
+        f"`int-flash` {100 * mean(presets['int-flash', sink]):.1f} %",
+        f"{percents(presets, 'int8-token', 'MiniLM')} instead of {percents(presets, 'int8', 'MiniLM')}",
+        f"{percents(presets, 'int8-fp8', 'MiniLM')} instead of {percents(presets, 'fp8', 'MiniLM')}",
+        f"{percents(presets, 'int8-fp16-k-token', 'MiniLM')} on the activations that ship, "
+        f"{percents(presets, 'int8-fp16', 'MiniLM')} with K per block",
+        f"{percents(presets, 'int8-rotated', channels).removesuffix(' %')} and "
+        f"{percents(presets, 'int8-token-rotated', channels)} instead of "
+        f"{percents(presets, 'int8', channels).removesuffix(' %')} and {percents(presets, 'int8-token', channels)}",
+    ):
+        assert sentence in WHICH
+    assert max(mean(errors) for (scheme, _), errors in presets.items() if scheme == "int8-token-rotated") < 0.0185
+    spread = {key: max(errors) / min(errors) for key, errors in presets.items() if key[1] != "MiniLM"}
+    assert max(spread.values()) == pytest.approx(5.5, abs=0.05)
+    assert max(x for (_, data), x in spread.items() if data != "massive token") < 1.45
+
+
+def test_int8_fast_errs_one_and_a_half_to_three_times_as_much_as_int8():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "paper-length.json").read_text())["rows"]
+    found = {(row["data"], row["tokens"], row["scheme"]): row["rel_l1"] for row in rows}
+    ratios = [x / found[*key, "int8"] for (*key, scheme), x in found.items() if scheme == "int8-fast"]
+    assert 1.45 < min(ratios) < max(ratios) < 3
+
+
+def test_int8_token_is_the_scheme_that_the_studies_of_v_call_int8_with_v_per_token():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "paper-values.json").read_text())["rows"]
+    own = preset("int8-token")
+    words = {"q": str(own.q), "v": str(own.v), "p": f"{own.p.precision} {own.p.granularity}", "scheme": "custom"}
+    assert any(words.items() <= row.items() for row in rows)
+    assert own.k == preset("int8").k

@@ -14,7 +14,7 @@ import study
 
 STUDIES = (
     *("errors", "speed", "values", "probabilities", "pv_costs", "length", "depth", "size"),
-    *("int4", "peaked", "windows", "transforms", "transform_cost"),
+    *("int4", "peaked", "windows", "transforms", "transform_cost", "presets"),
 )
 
 
@@ -29,9 +29,14 @@ def main() -> None:
     if unknown := set(asked.studies) - set(STUDIES):
         parser.error(f"{', '.join(sorted(unknown))}: no such study; there are {', '.join(STUDIES)}")
     for folder in (asked.results, asked.figures):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"{folder}: {error.strerror}")
     for name in asked.studies or STUDIES:
         each = import_module(name)
+        if asked.draw and not study.kept(each, asked.results).exists():
+            parser.error(f"{study.kept(each, asked.results)}: not there; without --draw the study is run")
         print(f"\n## {name}\n\n{each.__doc__}")
         if asked.draw:
             rows = study.read(each, asked.results)

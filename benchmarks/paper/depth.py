@@ -2,9 +2,9 @@
 
 Stacks of up to 64 layers, x + attention(norm(x)) with and without x + MLP(norm(x)), of random weights that keep variances:
 width 128, two heads, 256 tokens, causal, logits of standard deviation 1 or 4. And MiniLM, whose six layers normalize after
-each sum, on three texts of 512 tokens, quantized in all layers and in one at a time. Every state is compared with that of the
-same layers in float64. `alone` is what the errors of the layers on exact inputs would make if they were independent and no
-later layer changed them.
+each sum, on three pieces of 512 tokens of one text, quantized in all layers and in one at a time. Every state is compared
+with that of the same layers in float64. `alone` is what the errors of the layers on exact inputs would make if they were
+independent and no later layer changed them.
 """
 
 import math
