@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,24 @@ def test_pictures_are_those_of_the_rows_that_are_kept_and_are_shown(tmp_path):
     assert drawn == {path.name: path.read_bytes() for path in (ROOT / "docs" / "evidence").iterdir()}
     shown = {name for page in (ROOT / "docs").glob("*.md") for name in re.findall(r"\]\(evidence/([^)]+)\)", page.read_text())}
     assert shown == drawn.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lenght"], "lenght: no such study; there are errors"),
+        (["errors", "--small", "--results", "file/below"], "file/below: Not a directory"),
+        (["errors", "--draw", "--results", "empty"], "empty/paper-errors.json: not there; without --draw the study is run"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.syspath_prepend(PAPER)
+    monkeypatch.setattr("sys.argv", ["paper", *arguments, "--figures", "figures"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(PAPER / "__main__.py"), run_name="__main__")
+    assert message in capsys.readouterr().err
 
 
 def by_input(rows):
