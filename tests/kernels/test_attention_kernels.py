@@ -9,6 +9,7 @@ from factories import CASES, SCHEMES, bounds, exact_operands, fits, nan_filled, 
 import tokquant as tq
 from tokquant.inputs import features_of
 from tokquant.kernels import launch
+from tokquant.kernels.candidates import Config
 from tokquant.kernels.plan import plan
 from tokquant.precisions.base import tl, triton
 from tokquant.reference import Features, integer_scores, oracle
@@ -152,7 +153,7 @@ def test_packed_values_in_tiles_smaller_than_their_groups_are_read_right(p, v):
 
 
 def test_a_batch_beyond_a_launch_is_refused():
-    call = launch.Call(None, None, (), (70000, 1, 16), torch.empty(0), None, torch.float16)
+    call = launch.Call(None, Config(64, 64, 4, 2), (), (70000, 1, 16), torch.empty(0), None, torch.float16)
     with pytest.raises(tq.UnsupportedError, match="batch 70000 and 1 heads; a launch takes at most 65535"):
         _ = call.grid
 

@@ -8,8 +8,8 @@ from factories import scheme
 from paged import differs, filled
 from quantized import differences
 
+from tokquant.kernels import decode_launch as module
 from tokquant.kernels import generate
-from tokquant.kernels import pages as module
 from tokquant.kernels.decode_plan import DecodePlan
 from tokquant.kernels.pages import TritonPages
 from tokquant.pages import ReferencePages
