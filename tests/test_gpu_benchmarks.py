@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokquant.kv_cache import KVCache
+
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "gpu"
 
 
@@ -135,6 +137,38 @@ def test_an_item_that_does_not_end_is_stopped_and_left_to_a_later_run(modules, m
     apart("waiting", Setting(torch.device("cpu"), False, tmp_path, {"device": "x"}, time.time() + 1))
     found = json.loads((tmp_path / "waiting.json").read_text())
     assert found["items"] == {} and "time was over" in found["left_out"]["the stage"]
+
+
+def test_launches_of_caches_are_tuned_too_and_shown_with_their_splits_and_predictions(modules, monkeypatch, tmp_path):
+    from running import Setting
+    from tuning import items
+
+    import tokquant as tq
+    from tokquant.kernels import tuned
+    from tokquant.kernels.candidates import Config
+    from tokquant.tuning.planner import Trial
+    from tokquant.tuning.trials import Tuned
+
+    asked, config = [], Config(16, 128, 4, 3)
+
+    def tune_decode(q, cache, **given):
+        asked.append((cache.scheme.name, tuple(q.shape), cache.lengths))
+        key = tuned.Key(kernel="decode_a_0", device="H100", triton="3.9.0", batch_heads=32, n_q=1, n_k=1024)
+        entry = tuned.Entry(key=key, config=config, split=2, ms=0.4, default_ms=0.5, rank=2, timed=2)
+        tuned.record(entry)
+        trials = [Trial(config, 0.5, predicted_ms=0.1, split=4), Trial(config, 0.4, predicted_ms=0.2, split=2)]
+        return Tuned(entry, tuple(trials), kept=True)
+
+    monkeypatch.setattr("tuning.need_gpu", lambda device: None)
+    monkeypatch.setattr(tq, "tune_decode", tune_decode)
+    monkeypatch.setattr(tq, "KVCache", lambda *given, **more: KVCache(*given, **more, backend="reference"))
+    setting = Setting(torch.device("cpu"), True, tmp_path, {}, time.time() + 100)
+    *_, last = items(setting)
+    first, second = last.measure()
+    assert asked == [("kv-int8", (1, 32, 1, 128), [1024])]
+    assert (first["split"], first["predicted ms"], first["ms"], first["note"]) == (4, 0.1, 0.5, "")
+    assert (second["split"], second["note"]) == (2, "taken from now on")
+    assert [entry.split for entry in tuned.load(tmp_path / "launches.json")] == [2]
 
 
 def test_outcomes_are_read_from_pytest_also_where_it_was_stopped(modules):

@@ -12,12 +12,19 @@ from running import Item, Setting
 
 import tokquant as tq
 from tokquant.evaluation.bench import Shape
+from tokquant.evaluation.trials import scales_for
 from tokquant.kernels import targets, tuned
 from tokquant.tune import need_gpu
+from tokquant.tuning.planner import KEEP
+from tokquant.tuning.trials import Tuned
 
 SCHEMES = ["int8-fp8", "int8-fast", "int8", "int8-fp16", "fp8"]
 HEAD_DIMS = [128, 64]
 TOKENS = [8192, 1024]
+CACHES = ["kv-int8", "kv-int4", "kv-fp8"]
+BATCHES = [1, 16]
+KEYS = 32768
+"""Of a cache, and those above: what `tables` times."""
 LAUNCHES = "launches.json"
 """What is found, as tokquant/kernels/shipped/ takes it."""
 
@@ -29,12 +36,21 @@ def items(setting: Setting) -> Iterator[Item]:
     if setting.small:
         wanted = wanted[:1]
     yield Item("kernels, compiled", 60, partial(_compile, setting, wanted))
-    for n in TOKENS[: 1 if setting.small else None]:
-        for name, d, causal in wanted:
-            title = f"{name}, head_dim {d}, {n} tokens{', causal' * causal}"
-            # twelve launches at 250 TOPS, seven times each
-            seconds = 4 + 12 * 7 * Shape(4, 32, 32, n, n, d, causal).operations / 2.5e14
-            yield Item(title, seconds, partial(_tune, setting, name, d, causal, n))
+    first, *others = TOKENS
+    yield from _attention(setting, wanted, first)
+    for name, batch in [(name, batch) for name in CACHES for batch in BATCHES][: 1 if setting.small else None]:
+        # most of it Triton's compiler, for one run of keys and for several
+        yield Item(f"{name}, decoding, batch {batch}, {KEYS} keys", 25, partial(_tune_decode, setting, name, batch))
+    for n in [] if setting.small else others:
+        yield from _attention(setting, wanted, n)
+
+
+def _attention(setting: Setting, wanted: list[tuple[str, int, bool]], n: int) -> Iterator[Item]:
+    for name, d, causal in wanted:
+        title = f"{name}, head_dim {d}, {n} tokens{', causal' * causal}"
+        # at 250 TOPS, seven times each, with the one that is taken without tuning
+        seconds = 4 + (KEEP + 1) * 7 * Shape(4, 32, 32, n, n, d, causal).operations / 2.5e14
+        yield Item(title, seconds, partial(_tune, setting, name, d, causal, n))
 
 
 def known(setting: Setting) -> None:
@@ -48,12 +64,32 @@ def _tune(setting: Setting, name: str, d: int, causal: bool, n: int) -> Rows:
     need_gpu(setting.device)
     n = 256 if setting.small else n
     q, k, v = (torch.randn(4, 32, n, d, device=setting.device, dtype=torch.float16) for _ in range(3))
-    found = tq.tune(q, k, v, name, causal=causal, repeats=5)
+    return _kept(setting, tq.tune(q, k, v, name, causal=causal, repeats=5))
+
+
+def _tune_decode(setting: Setting, name: str, batch: int) -> Rows:
+    """Warps and stages, and how keys are split."""
+    need_gpu(setting.device)
+    n = 1024 if setting.small else KEYS
+    k, v = (torch.randn(batch, 8, n, 128, device=setting.device, dtype=torch.float16) for _ in range(2))
+    q = torch.randn(batch, 32, 1, 128, device=setting.device, dtype=torch.float16)
+    scheme = tq.preset(name)
+    scales = scales_for(scheme, q, k, v)
+    cache = tq.KVCache(scheme, batch=batch, kv_heads=8, head_dim=128, device=setting.device, scales=scales)
+    cache.append(k, v)
+    return _kept(setting, tq.tune_decode(q, cache, repeats=5))
+
+
+def _kept(setting: Setting, found: Tuned) -> Rows:
+    """Every launch in the planner's order, what it predicted and what a clock says."""
     tuned.export(setting.folder / LAUNCHES)
-    rows: Rows = [{"launch": str(trial.config), "ms": trial.ms, "note": trial.why} for trial in found.trials]
-    for row in rows:
-        if row["launch"] == str(found.entry.config):
+    rows: Rows = []
+    for trial in found.trials:
+        split = {} if trial.split is None else {"split": trial.split}
+        row = {"launch": str(trial.config), **split, "predicted ms": trial.predicted_ms, "ms": trial.ms, "note": trial.why}
+        if (trial.config, trial.split) == (found.entry.config, found.entry.split):
             row["note"] = "taken from now on" if found.kept else "the fastest; the cache folder cannot be written"
+        rows.append(row)
     return rows
 
 

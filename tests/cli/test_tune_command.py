@@ -110,7 +110,9 @@ def test_decoding_is_tuned_on_a_cache_as_full_as_asked_for(tokquant, asked):
         (("tune", "--bias", "alibis"), "--bias: 'alibis' is none; .*alibi"),
         (("compile", "--softcap", 0), "--softcap: 0.0 is not above zero"),
         (("tune", "--kv-heads", 5), "--kv-heads: 5 does not divide the 32 heads of Q"),
-        (("tune", "--decode", "--bias", "alibi"), "--bias: kernels that read a cache have no mask and no bias"),
+        (("tune", "--decode", "--bias", "alibi"), "--bias: kernels that read a cache have none"),
+        (("tune", "--decode", "--sinks"), "--sinks: they make no other kernel of a cache"),
+        (("tune", "--decode", "--lse"), "--lse: kernels that read a cache have it in any case"),
         (("compile", "--varlen", "--mask", "boolean"), "varlen: sequences of their own lengths have no mask"),
         (("compile", "int8", "int9"), "no preset 'int9'"),
         (("tune", "--decode"), "tune: needs a GPU"),
@@ -159,3 +161,33 @@ def test_launches_of_decoding_are_compared_split_by_split(tokquant):
     assert {each["split"] for each in found} == {1, 2, 4, 8} and sum(each["default"] for each in found) == 1
     assert sum(not each["why_not"] for each in found) == 3
     assert "split 4" in tokquant(*words)[1]
+
+
+@pytest.mark.compiled
+def test_launches_that_cannot_run_are_shown_with_the_reason(tokquant, monkeypatch):
+    from dataclasses import replace
+
+    from tokquant.kernels import compile as compile_module
+    from tokquant.kernels.compile import Kernel
+
+    build, large = compile_module._compile, Kernel.resources.func
+    broken, wide = (tq.compile("int8-fast", head_dim=64).plan.candidates[place] for place in (1, 2))
+
+    def compiled(each):
+        if each.config == broken:
+            raise RuntimeError("PassManager::run failed")
+        return build(each)
+
+    def resources(each):
+        return replace(large(each), blocks_per_multiprocessor=0 if each.config == wide else 1)
+
+    monkeypatch.setattr(compile_module, "_compile", compiled)
+    monkeypatch.setattr(Kernel, "resources", property(resources))
+    words = ("compile", "int8-fast", "--head-dim", 64, "--candidates")
+    code, out, err = tokquant(*words)
+    assert code == 0, err
+    assert f"{broken}: does not compile: PassManager::run failed" in out
+    assert re.search(rf"{wide}: takes \d+ bytes of shared memory and \d+ registers: no block fits", " ".join(out.split()))
+    found = {each["why_not"].split(":")[0]: each for each in json.loads(tokquant(*words, "--json")[1])}
+    assert found["does not compile"]["config"]["num_stages"] == broken.num_stages
+    assert found["does not compile"]["predicted_ms"] is None and "resources" not in found["does not compile"]

@@ -142,12 +142,14 @@ def _compare(kernels: list[Kernel], given: Workload | Step, keep: int | None, js
         raise UnsupportedError("compile: Triton's interpreter is on; unset TRITON_INTERPRET before Python starts")
     reports: list[dict[str, Any]] = []
     for kernel in kernels:
-        # what does not compile has nothing to show but that
-        trials = [trial for trial in planned(kernel, given, keep) if trial.predicted_ms is not None]
+        trials = planned(kernel, given, keep)
         if json:
             reports += _launch_reports(kernel, trials, given)
         else:
-            output.console().print(_launch_table(kernel, trials, given))
+            running = [trial for trial in trials if trial.predicted_ms is not None]
+            output.console().print(_launch_table(kernel, running, given))
+            for trial in trials[len(running) :]:
+                output.console().print(escape(f"{trial.config}: {trial.why}"))
     if json:
         output.print_json(reports)
 
@@ -157,7 +159,10 @@ def _launch_reports(kernel: Kernel, trials: list[Trial], given: Workload | Step)
     for trial in trials:
         expected = {"split": trial.split, "predicted_ms": trial.predicted_ms, "limit": trial.limit}
         chosen = {"default": trial.untuned(kernel.plan), "why_not": trial.why}
-        yield {"scheme": kernel.scheme.name, **_report(kernels[trial.config], given), **expected, **chosen}
+        runs = trial.predicted_ms is not None
+        # what does not compile has nothing to report but that
+        report = _report(kernels[trial.config], given) if runs else {"config": asdict(trial.config)}
+        yield {"scheme": kernel.scheme.name, **report, **expected, **chosen}
 
 
 def _launch_table(kernel: Kernel, trials: list[Trial], given: Workload | Step) -> Table:

@@ -76,9 +76,14 @@ class Wanted:
 
     def of_cache(self) -> dict[str, Any]:
         """Arguments of `tq.tune_decode`. Raises ValueError for what makes no other kernel, or none."""
-        for name, none in (("mask", "none"), ("bias", "none"), ("sinks", False), ("lse", False)):
+        for name, none, why in (
+            ("mask", "none", "kernels that read a cache have none"),
+            ("bias", "none", "kernels that read a cache have none"),
+            ("sinks", False, "they make no other kernel of a cache"),
+            ("lse", False, "kernels that read a cache have it in any case"),
+        ):
             if getattr(self, name) != none:
-                raise ValueError(f"--{name}: kernels that read a cache have no mask and no bias, and their LSE in any case")
+                raise ValueError(f"--{name}: {why}; leave it out")
         return dict(softcap=self.softcap, window=None if self.window is None else (self.window, 0))
 
     def tensors(self, q: Tensor, k: Tensor) -> dict[str, Any]:
