@@ -75,8 +75,8 @@ def candidates(
     every = [Config(block_m, block_n, warps, stages) for block_n in key_tiles for block_m, warps, stages in table]
 
     def shared_bytes(config: Config) -> int:
-        # wgmma and tcgen05 keep all stages beside the one in use, and so does Triton 3.6 of what is decoded
-        whole = decoded or target.name in ("sm_90", "sm_100")
+        # wgmma and tcgen05 keep all stages beside the one in use, and so does Triton 3.6 of what is decoded on NVIDIA
+        whole = target.name in ("sm_90", "sm_100") or (decoded and target.backend == "cuda")
         stages = config.num_stages if whole else max(1, config.num_stages - 1)
         return config.block_m * bytes_of_tokens[0] + stages * config.block_n * bytes_of_tokens[1]
 
