@@ -8,7 +8,7 @@ BIN = .venv/bin
 .PHONY: demo test lint docs clean
 
 demo: .venv/installed
-	$(BIN)/tokquant compare int-flash int8 int8-fast int8-fp16 kv-int4 fp8
+	$(BIN)/tokquant compare int-flash int8 int8-token int8-fast int8-fp16 kv-int4 fp8
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -18,8 +18,8 @@ KEYS = 700
 
 
 def filled(name="kv-int4", batch=1, keys=KEYS, d=32):
-    q, k, v = qkv(1, keys, d, 4, 2, batch)
-    cache = tq.KVCache(name, batch=batch, kv_heads=2, head_dim=d, dtype=torch.float32, backend="triton")
+    q, k, v = qkv(1, keys, d, 2, 1, batch)
+    cache = tq.KVCache(name, batch=batch, kv_heads=1, head_dim=d, dtype=torch.float32, backend="triton")
     cache.append(k, v)
     return q, cache
 
@@ -74,7 +74,7 @@ def test_decode_takes_the_launch_and_the_split_that_were_found(code, gpu, clock,
     clock[:] = [9.0, 9.0, 1.0, 9.0, 9.0, 9.0]
     found = tq.tune_decode(q, cache, repeats=1)
     assert found.rank == 3 and found.kept and found.entry.key.kernel.startswith("decode_")
-    assert (found.entry.key.batch_heads, found.entry.key.n_q, found.entry.key.n_k) == (4, 1, 1024)
+    assert (found.entry.key.batch_heads, found.entry.key.n_q, found.entry.key.n_k) == (2, 1, 1024)
     calls = launched(monkeypatch)
     out = tq.decode(q, cache)
     assert [(call.config, call.split) for call in calls] == [(found.entry.config, found.entry.split)]
