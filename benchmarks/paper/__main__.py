@@ -1,9 +1,11 @@
 """INT-FlashAttention's tables, and answers to the questions that it leaves open: rows as JSON, tables, pictures.
 
-python benchmarks/paper                       # every study at its full size
-python benchmarks/paper errors speed          # some
-python benchmarks/paper errors --small --results /tmp/out --figures /tmp/out
-python benchmarks/paper --draw                # tables and pictures of what earlier runs found
+    python benchmarks/paper                       # every study at its full size
+    python benchmarks/paper errors speed          # some
+    python benchmarks/paper errors --small --results out --figures out
+    python benchmarks/paper --draw                # tables and pictures of what earlier runs found
+
+Rows go to benchmarks/results, pictures to docs/evidence, if no other folders are named.
 """
 
 import argparse
