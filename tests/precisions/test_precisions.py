@@ -172,18 +172,19 @@ def test_codes_in_the_highest_bits_are_the_codes_times_a_power_of_two(precision)
     assert torch.equal(out, precision.decode(precision.unpack(stored, d)) * 2 ** (8 - precision.bits))
 
 
-@pytest.mark.parametrize("high", [False, True], ids=["as codes", "in the highest bits"])
-@pytest.mark.parametrize("precision", packed_integers, ids=lambda precision: precision.name)
-def test_decoding_in_ptx_gives_the_same_for_every_pattern_whatever_registers_it_gets(precision, high, monkeypatch):
-    fragment = precision.triton_decode_high_ptx if high else precision.triton_decode_ptx
-    if fragment is None:
-        return
-    ptx.allow(monkeypatch)
+@pytest.mark.parametrize(
+    ("precision", "part"),
+    [(p, part) for p in packed_integers for part in ("triton_decode_ptx", "triton_decode_high_ptx") if getattr(p, part)],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_decoding_in_ptx_gives_the_same_for_every_pattern_whatever_registers_it_gets(precision, part, monkeypatch):
+    texts = ptx.allow(monkeypatch)
     stored = patterns(precision).reshape(-1, 16)
     n, d = stored.shape[0], 16 * precision.packed
     out = torch.full((n, d), float("nan"))
-    through_decode[(1,)](stored, out, fragment, n, 16, d)
-    assert torch.equal(out, precision.decode(precision.unpack(stored, d)) * (2 ** (8 - precision.bits) if high else 1))
+    through_decode[(1,)](stored, out, getattr(precision, part), n, 16, d)
+    unit = 2 ** (8 - precision.bits) if "high" in part else 1
+    assert torch.equal(out, precision.decode(precision.unpack(stored, d)) * unit) and texts
 
 
 def run_encode(p, precision):
