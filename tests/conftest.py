@@ -1,10 +1,14 @@
-"""Two kinds of run: Triton's interpreter (the default) and the compiler (TRITON_INTERPRET=0). They cannot share a process."""
+"""Two kinds of run: Triton's interpreter (the default) and the compiler (TRITON_INTERPRET=0). They cannot share a process.
+
+Tests marked `ptx` belong to both: in the second the text that a GPU is given runs on a CPU (tests/ptx). With TOKQUANT_PTX=90 it
+runs every test of the first kind so, for the GPU of that compute capability.
+"""
 
 import os
 from pathlib import Path
 
 # before anything imports Triton
-os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_INTERPRET", "0" if "TOKQUANT_PTX" in os.environ else "1")
 if os.environ["TRITON_INTERPRET"] == "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a CPU's run: what it finds must not depend on a GPU that is there
 
@@ -21,6 +25,7 @@ for plugin in filter(None, os.environ.get("TOKQUANT_PLUGINS", "").split(os.paths
     load(Path(plugin))
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
+PTX = int(os.environ.get("TOKQUANT_PTX", 0))
 
 settings.register_profile("tokquant", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tokquant")
@@ -29,9 +34,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def of_ptx(item):
+    """Whether this run has the test run what is compiled, without a GPU."""
+    return not INTERPRETED and not item.get_closest_marker("compiled") and (PTX or item.get_closest_marker("ptx"))
+
+
 def pytest_collection_modifyitems(config, items):
     """Leave out what the other kind of run does, and what needs a GPU where there is none."""
-    kept = [item for item in items if bool(item.get_closest_marker("compiled")) != INTERPRETED]
+    kept = [item for item in items if bool(item.get_closest_marker("compiled")) != INTERPRETED or of_ptx(item)]
+    if PTX:
+        kept = [item for item in kept if of_ptx(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     if not torch.cuda.is_available():
         for item in kept:
@@ -73,3 +85,19 @@ def built_once(tmp_path_factory, monkeypatch):
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "libraries"
     monkeypatch.setattr(build, "libraries", lambda: folder)
+
+
+@pytest.fixture
+def on_ptx(request, monkeypatch):
+    """A CPU as a GPU that runs the PTX of a compute capability, an H100's where none is given; every kernel it has run."""
+    from ptx import device
+
+    with device.stand_in(monkeypatch, getattr(request, "param", PTX or 90)) as launched:
+        yield launched
+
+
+@pytest.fixture(autouse=True)
+def launches(request):
+    """Where a test's launches go that says nothing of it."""
+    if of_ptx(request.node):
+        request.getfixturevalue("on_ptx")

@@ -15,9 +15,16 @@ from tokquant.precisions.base import tl, triton
 from tokquant.reference import Features, integer_scores, oracle
 from tokquant.schemes import preset
 
-# every scheme meets a third of the cases, and every case a third of the schemes; all of them where slow tests run
+
+def marks(number, place):
+    """Every scheme meets a third of the cases, and every case a third of the schemes; all where slow tests run, one as PTX."""
+    if (number + place) % 3:
+        return pytest.mark.slow
+    return pytest.mark.ptx if place // 3 == number // 3 % 6 else ()
+
+
 CROSS = [
-    pytest.param(s, *case, id=f"{name} | {case_name}", marks=[] if (number + place) % 3 == 0 else pytest.mark.slow)
+    pytest.param(s, *case, id=f"{name} | {case_name}", marks=marks(number, place))
     for number, (name, s) in enumerate(SCHEMES.items())
     for place, (case_name, case) in enumerate(CASES.items())
     if fits(s, case[0][2])

@@ -1,10 +1,10 @@
 """The text that an NVIDIA GPU is given, inline assembly included, gives the numbers of the interpreter's own."""
 
-import ptx
 import pytest
 import torch
 from factories import qkv, scheme
 from paged import filled
+from ptx import inline
 
 import tokquant as tq
 from tokquant.kernels import launch, pages
@@ -34,7 +34,7 @@ def for_nvidia(monkeypatch):
         for module, name in ((launch, "plan"), (pages, "decode_plan")):
             made = getattr(module, name)
             monkeypatch.setattr(module, name, lambda *a, made=made, **given: made(*a, **given | {"interpreted": False}))
-        return ptx.allow(monkeypatch)
+        return inline.allow(monkeypatch)
 
     return switch
 

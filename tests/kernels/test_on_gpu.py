@@ -4,13 +4,12 @@ import fcntl
 
 import pytest
 import torch
-from factories import bounds, exact_operands, gpu_rounding, nan_filled, qkv
+from exact import assert_exact
+from factories import nan_filled, qkv
 
 import tokquant as tq
 from tokquant.evaluation.trials import scales_for
-from tokquant.inputs import features_of
 from tokquant.kernels import launch
-from tokquant.reference import oracle
 from tokquant.schemes import preset, preset_names
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compiled]
@@ -45,12 +44,7 @@ def test_every_preset_is_float64_on_the_same_codes(name, d, given, dtype, monkey
     monkeypatch.setattr(launch.torch, "empty", nan_filled)  # what is not written would show
     out, lse = tq.attention(*operands, s, return_lse=True, **given)
     monkeypatch.undo()
-    features = features_of(*operands[:2], **given)
-    exact, exact_lse = oracle(*exact_operands(*operands), features)
-    most, most_lse = bounds(operands, s, features)
-    reach, more = operands[2].dequantize(torch.float64).abs().max(), gpu_rounding(out, s)
-    assert bool(((out - exact).abs() <= most + more * reach).all())
-    assert bool(((lse - exact_lse).abs() <= most_lse + 4 * more).all())
+    assert_exact(out, lse, operands, s, **given)
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-fp8", "int8-fp16", "int4", "fp8"])

@@ -60,6 +60,7 @@ def dtype_of(s):
 # ---------------------------------------------------------------------------- what is written
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("name", SCHEMES)
 def test_what_is_written_in_steps_is_what_the_definition_makes_of_all(name):
     s = SCHEMES[name]
@@ -144,6 +145,7 @@ def test_canonical_codes_are_stored_as_if_they_had_been_written(name):
 # ---------------------------------------------------------------------------- attention
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("name", SCHEMES)
 def test_attention_agrees_with_the_emulation_and_with_float64_on_the_same_codes(name, monkeypatch):
     s = SCHEMES[name]
@@ -173,7 +175,7 @@ FEATURES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("deterministic", [False, True], ids=["one run", "several runs"])
+@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.ptx)], ids=["one run", "several runs"])
 @pytest.mark.parametrize("name", FEATURES)
 def test_features_agree_in_one_run_of_keys_and_in_several(name, deterministic, monkeypatch):
     monkeypatch.setattr(module, "RUN", 128)

@@ -37,6 +37,7 @@ def started(monkeypatch):
     return plans
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_presets_are_quantized_as_the_definition_says(name, started):
     made = preset(name)

@@ -5,12 +5,12 @@ import inspect
 import textwrap
 from dataclasses import replace
 
-import ptx
 import pytest
 import torch
 import triton
 import triton.language as tl
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from ptx import inline
 
 import tokquant
 from tokquant.precisions import PRECISIONS, Precision, names, register
@@ -178,7 +178,7 @@ def test_codes_in_the_highest_bits_are_the_codes_times_a_power_of_two(precision)
     ids=lambda value: getattr(value, "name", value),
 )
 def test_decoding_in_ptx_gives_the_same_for_every_pattern_whatever_registers_it_gets(precision, part, monkeypatch):
-    texts = ptx.allow(monkeypatch)
+    texts = inline.allow(monkeypatch)
     stored = patterns(precision).reshape(-1, 16)
     n, d = stored.shape[0], 16 * precision.packed
     out = torch.full((n, d), float("nan"))

@@ -1,53 +1,18 @@
-"""The few instructions of PTX that fragments are written in, on a CPU: with it Triton's interpreter runs inline assembly."""
+"""Inline assembly of fragments in Triton's interpreter."""
 
-import re
 from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from ptx import text
+from ptx.arithmetic import function, raw, typed
+
 WORD = np.uint32
 
 
-def lop3(a, b, c, table):
-    """Any function of three bits: bit `4 a + 2 b + c` of the table."""
-    found = np.zeros_like(a)
-    for place in range(8):
-        bits = [x if place >> shift & 1 else ~x for x, shift in ((a, 2), (b, 1), (c, 0))]
-        if table >> place & 1:
-            found |= bits[0] & bits[1] & bits[2]
-    return found
-
-
-def prmt(a, b, selector):
-    """Four of the eight bytes of two registers, without its modes that repeat a sign."""
-    chosen = [(selector >> WORD(4 * place)) & WORD(15) for place in range(4)]
-    assert all(int(each) < 8 for each in chosen)
-    both = [((a, b)[byte // 4] >> WORD(8 * (byte % 4))) & WORD(255) for byte in map(int, chosen)]
-    return sum((byte << WORD(8 * place) for place, byte in enumerate(both)), start=np.zeros_like(a))
-
-
-def by_halves(function):
-    return lambda a, b: function(np.ascontiguousarray(a).view(np.float16), np.ascontiguousarray(b).view(np.float16)).view(WORD)
-
-
-INSTRUCTIONS = {
-    "mov.b32": lambda a: a,
-    "and.b32": np.bitwise_and,
-    "or.b32": np.bitwise_or,
-    "xor.b32": np.bitwise_xor,
-    "sub.u32": np.subtract,
-    "shl.b32": np.left_shift,
-    "shr.u32": np.right_shift,
-    "lop3.b32": lambda a, b, c, table: lop3(a, b, c, int(np.ravel(table)[0])),
-    "prmt.b32": lambda a, b, selector: prmt(a, b, np.ravel(selector)[0]),
-    "sub.f16x2": by_halves(np.subtract),
-    "lg2.approx.ftz.f32": lambda a: np.log2(a.view(np.float32)).view(WORD),
-}
-
-
-def run(text: str, constraints: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
+def run(asm: str, constraints: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
     """Registers of outputs, from those of inputs.
 
     An output that is not marked `&` may be the register of an input, and a compiler may make it so: here it is.
@@ -61,13 +26,13 @@ def run(text: str, constraints: str, inputs: list[np.ndarray]) -> list[np.ndarra
     registers = dict(zip(homes, inputs, strict=True))
 
     def value(word: str) -> np.ndarray:
-        return np.full_like(inputs[0], int(word, 0)) if word[0].isdigit() else registers[names.get(word, word)]
+        return registers[names.get(word, word)] if not word[0].isdigit() else np.full_like(inputs[0], int(word, 0))
 
-    for line in re.sub(r"[{}]|\.reg[^;]*;", "", text).split(";"):
-        if line := line.strip():
-            operation, operands = line.split(maxsplit=1)
-            to, *given = (word.strip() for word in operands.split(","))
-            registers[names.get(to, to)] = INSTRUCTIONS[operation](*map(value, given)).astype(WORD)
+    for each in map(text.instruction, (x for x in text.statements(asm) if not x.startswith("."))):
+        to, *given = each.operands
+        apply, kinds, kind = function(each.opcode)
+        found = apply(*(typed(value(x), of) for x, of in zip(given, kinds, strict=False)))
+        registers[names.get(to, to)] = raw(found, kind)
     return [registers[names[f"${place}"]] for place in range(len(outputs))]
 
 

@@ -1,0 +1,49 @@
+"""What GPUs of each kind are given for every preset, run on a CPU: bfloat16, fp8 and inline assembly as they are there."""
+
+import pytest
+import torch
+from exact import assert_exact
+from factories import nan_filled, qkv
+
+import tokquant as tq
+from tokquant.evaluation.trials import scales_for
+from tokquant.kernels import launch
+from tokquant.schemes import preset, preset_names
+
+pytestmark = pytest.mark.compiled
+
+
+def attended(name, monkeypatch, n_q, n_k, d, dtype, **given):
+    """A preset on tensors of its own, into outputs that were NaN."""
+    s = preset(name)
+    tensors = qkv(n_q, n_k, d, heads=2, kv_heads=1, dtype=dtype)
+    operands = launch.packed(tq.quantize(*tensors, s, scales=scales_for(s, *tensors), backend="reference"), s)
+    monkeypatch.setattr(launch.torch, "empty", nan_filled)
+    out, lse = tq.attention(*operands, s, return_lse=True, backend="triton", **given)
+    assert_exact(out, lse, operands, s, **given)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_bfloat16_on_an_h100(name, on_ptx, monkeypatch):
+    attended(name, monkeypatch, 70, 200, 64, torch.bfloat16, causal=True)
+    assert name == "none" or "wgmma" in on_ptx[-1].asm["ptx"]
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-fast", "int8-fp8", "kv-int4"])
+def test_float16_with_a_window_and_128_channels_on_an_h100(name, on_ptx, monkeypatch):
+    attended(name, monkeypatch, 130, 300, 128, torch.float16, window=(100, 20))
+
+
+@pytest.mark.parametrize(
+    ("on_ptx", "name"),
+    [
+        (capability, name)
+        for capability in (80, 89)
+        for name in preset_names()
+        if ("fp8" in str(preset(name).model_dump())) == (capability == 89)
+    ],
+    indirect=["on_ptx"],
+)
+def test_float16_on_what_came_before(name, on_ptx, monkeypatch):
+    attended(name, monkeypatch, 40, 150, 64, torch.float16, causal=True)
+    assert name == "none" or "mma.sync" in on_ptx[-1].asm["ptx"]

@@ -1,0 +1,246 @@
+"""What one thread does with its registers: each instruction as a function of arrays, an element a thread, of raw bits."""
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import torch
+
+Array = np.ndarray
+Function = Callable[..., Array | tuple[Array, ...]]
+
+RAW = {1: np.dtype(bool), 8: np.dtype(np.uint8), 16: np.dtype(np.uint16), 32: np.dtype(np.uint32), 64: np.dtype(np.uint64)}
+FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
+INTEGERS = {f"{sign}{bits}": np.dtype(f"{kind}{bits // 8}") for sign, kind in ("si", "uu", "bu") for bits in (8, 16, 32, 64)}
+MODES = {
+    "rn", "rni", "rzi", "rz", "ftz", "approx", "full", "sat", "satfinite", "lo", "hi", "wide", "relu", "NaN", "xorsign", "abs",
+}  # fmt: skip
+
+
+@cache
+def bits(kind: str) -> int:
+    """Of a type; of both halves where it is a pair."""
+    if kind == "pred":
+        return 1
+    name, _, pair = kind.partition("x")
+    return (8 if name.startswith("e") else int(name.lstrip("subf"))) * (int(pair) if pair else 1)
+
+
+def typed(raw: Array, kind: str) -> Array:
+    """Registers' values: an element a thread, or two where the type is a pair, the lower first."""
+    if kind == "pred":
+        return raw
+    name, _, pair = kind.partition("x")
+    width = bits(name)
+    raw = raw.astype(RAW[bits(kind)], copy=False)
+    if pair:
+        raw = np.ascontiguousarray(raw)[..., None].view(RAW[width])
+    if name in ("bf16", "e4m3", "e5m2"):
+        return torch.from_numpy(raw.view(np.dtype(f"i{width // 8}"))).view(TORCH[name]).float().numpy()
+    return raw.view(FLOATS.get(name) or INTEGERS[name])
+
+
+def raw(values: Array, kind: str) -> Array:
+    """Of values, rounded to the type to nearest even; 8-bit floats saturate."""
+    if kind == "pred":
+        return values
+    name, _, pair = kind.partition("x")
+    if name in ("bf16", "e4m3", "e5m2"):
+        found = torch.from_numpy(np.ascontiguousarray(values, np.float32))
+        if name != "bf16":
+            largest = torch.finfo(TORCH[name]).max
+            found = found.clamp(-largest, largest)  # NaN stays
+        found = found.to(TORCH[name]).view(torch.int16 if name == "bf16" else torch.int8).numpy()
+    else:
+        with np.errstate(over="ignore"):
+            found = np.asarray(values, FLOATS.get(name) or INTEGERS[name])
+    found = np.ascontiguousarray(found).view(RAW[bits(name)])
+    return found.view(RAW[bits(kind)])[..., 0] if pair else found
+
+
+TORCH = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+def flushed(x: Array) -> Array:
+    """Without what is too small to be normal."""
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
+
+
+def fused(a: Array, b: Array, c: Array) -> Array:
+    """`a b + c` of float32 or less, rounded once but for halves of a float64's last bit."""
+    return (a.astype(np.float64) * b + c).astype(a.dtype)
+
+
+def wide(function: Function) -> Function:
+    """Of operands of twice their width."""
+    return lambda a, b, *c: function(a.astype(twice(a.dtype)), b.astype(twice(a.dtype)), *c)
+
+
+def twice(kind: np.dtype) -> np.dtype:
+    return np.dtype(f"{kind.kind}{2 * kind.itemsize}")
+
+
+def truncated(a: Array, b: Array) -> Array:
+    """Integer division toward zero."""
+    return (np.sign(a) * np.sign(b)).astype(a.dtype) * (np.abs(a) // np.abs(np.where(b == 0, 1, b))).astype(a.dtype)
+
+
+def shifted(function: Function) -> Function:
+    """By as many bits as there are at most, where numpy leaves the result open."""
+
+    def shift(a: Array, by: Array) -> Array:
+        most = 8 * a.dtype.itemsize
+        within = function(a, np.minimum(by, most - 1).astype(a.dtype))
+        gone = np.zeros_like(a) if function is np.left_shift or a.dtype.kind == "u" else np.where(a < 0, -1, 0).astype(a.dtype)
+        return np.where(by < most, within, gone)
+
+    return shift
+
+
+def lop3(a: Array, b: Array, c: Array, table: Array) -> Array:
+    """Any function of three bits: bit `4 a + 2 b + c` of the table."""
+    found = np.zeros_like(a)
+    for place in range(8):
+        inputs = [x if place >> shift & 1 else ~x for x, shift in ((a, 2), (b, 1), (c, 0))]
+        found |= np.where(table >> place & 1, inputs[0] & inputs[1] & inputs[2], 0)
+    return found
+
+
+def prmt(a: Array, b: Array, selector: Array) -> Array:
+    """Four of the eight bytes of two registers; a selector's fourth bit repeats the byte's sign."""
+    both = np.stack([a, b], axis=-1).view(np.uint8)
+    found = np.zeros_like(a)
+    for place in range(4):
+        chosen = selector >> np.uint32(4 * place) & np.uint32(15)
+        byte = np.take_along_axis(both, (chosen & 7).astype(np.int64)[:, None], axis=1)[:, 0]
+        byte = np.where(chosen & 8, np.where(byte >> 7, 255, 0), byte)
+        found |= byte.astype(np.uint32) << np.uint32(8 * place)
+    return found
+
+
+def extracted(a: Array, start: Array, length: Array) -> Array:
+    """A field of bits, with its sign where the type has one."""
+    width = 8 * a.dtype.itemsize
+    length = np.minimum(length & 255, width - (start & 255)).astype(np.int64)
+    up = (width - length - (start & 255).astype(np.int64)).astype(a.dtype)
+    moved = shifted(np.left_shift)(a, up)
+    return np.where(length == 0, 0, shifted(np.right_shift)(moved, (width - length).astype(a.dtype))).astype(a.dtype)
+
+
+def inserted(a: Array, b: Array, start: Array, length: Array) -> Array:
+    """The lowest bits of `a` as a field of `b`."""
+    ones = shifted(np.left_shift)(np.full_like(a, 1), length) - 1
+    place = shifted(np.left_shift)(ones, start)
+    return b & ~place | shifted(np.left_shift)(a, start) & place
+
+
+COMPARISONS = {
+    "eq": np.equal, "ne": lambda a, b: (a != b) & (a == a) & (b == b), "lt": np.less, "le": np.less_equal, "gt": np.greater,
+    "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+    "num": lambda a, b: (a == a) & (b == b), "nan": lambda a, b: (a != a) | (b != b), "neu": np.not_equal,
+}  # fmt: skip
+COMPARISONS |= {
+    f"{name}u": lambda a, b, test=COMPARISONS[name]: test(a, b) | (a != a) | (b != b) for name in ("eq", "lt", "le", "gt", "ge")
+}
+
+FUNCTIONS: dict[str, Function] = {
+    "mov": lambda a: a,
+    "selp": lambda a, b, chosen: np.where(chosen, a, b),
+    "not": lambda a: ~a,
+    "neg": lambda a: np.negative(a) if a.dtype.kind != "u" else 0 - a,
+    "abs": np.abs,
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "mad": lambda a, b, c: a * b + c,
+    "fma": fused,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "shl": shifted(np.left_shift),
+    "shr": shifted(np.right_shift),
+    "lop3": lop3,
+    "prmt": prmt,
+    "bfe": extracted,
+    "bfi": inserted,
+    "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
+    "ex2": np.exp2,
+    "lg2": np.log2,
+    "rcp": lambda a: 1 / a,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda a: 1 / np.sqrt(a),
+    "tanh": np.tanh,
+    "sin": np.sin,
+    "cos": np.cos,
+}
+
+
+OWN_OPERANDS = {
+    "shl": "{} u32", "shr": "{} u32", "bfe": "{} u32 u32", "bfi": "{} {} u32 u32", "lop3": "{} {} {} {}", "selp": "{} {} pred",
+}  # fmt: skip
+"""Types of operands by an instruction's, where they are not all of the one."""
+
+
+@cache
+def function(opcode: str) -> tuple[Function, tuple[str, ...], str]:
+    """What an instruction does, the types of operands, and the result's. Raises KeyError for one that is none of these."""
+    name, *parts = opcode.split(".")
+    if name == "setp":
+        return comparing(*(part for part in parts if part != "ftz"))
+    modes, kinds = {part for part in parts if part in MODES}, [part for part in parts if part not in MODES]
+    if name == "cvt" and len(kinds) == 2:
+        return converting(*kinds, modes)
+    if len(kinds) != 1:
+        raise KeyError(opcode)
+    kind = kinds[0]
+    apply = of_kind(name, kind, modes)
+    if "wide" in modes:
+        found = f"{kind[0]}{2 * bits(kind)}"
+        return wide(apply), (kind, kind, found), found
+    if "ftz" in modes:
+        return (lambda *a: flushed(apply(*map(flushed, a)))), (kind,) * 3, kind
+    return apply, tuple(OWN_OPERANDS.get(name, "{} {} {}").replace("{}", kind).split()), "u32" if name == "popc" else kind
+
+
+def of_kind(name: str, kind: str, modes: set[str]) -> Function:
+    """Of an instruction that means one thing for integers and another for floats, or has modes."""
+    floating = kind.startswith(("f", "bf"))
+    if name in ("min", "max"):
+        choose = {"min": (np.minimum, np.fmin), "max": (np.maximum, np.fmax)}[name][floating and "NaN" not in modes]
+        if "xorsign" in modes:
+            return lambda a, b: np.copysign(choose(np.abs(a), np.abs(b)), np.copysign(1, a) * b)
+        return (lambda a, b: np.maximum(choose(a, b), 0)) if "relu" in modes else choose
+    if name in ("div", "rem"):
+        quotient = np.divide if floating else truncated if kind[0] == "s" else lambda a, b: a // np.maximum(b, 1)
+        return quotient if name == "div" else lambda a, b: a - quotient(a, b) * b
+    if "hi" in modes:
+        return lambda a, b: (a.astype(twice(a.dtype)) * b >> 8 * a.itemsize).astype(a.dtype)
+    return np.logical_not if (name, kind) == ("not", "pred") else FUNCTIONS[name]
+
+
+def comparing(test: str, *rest: str) -> tuple[Function, tuple[str, ...], str]:
+    """`setp`, which may join what it finds with a predicate."""
+    *join, kind = rest
+    compare = COMPARISONS[test]
+    if not join:
+        return compare, (kind, kind), "pred"
+    both = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[join[0]]
+    return (lambda a, b, c: both(compare(a, b), c)), (kind, kind, "pred"), "pred"
+
+
+def converting(to: str, of: str, modes: set[str]) -> tuple[Function, tuple[str, ...], str]:
+    """`cvt`: between types, and from two floats to a pair of which the first is the upper."""
+    pair = to.endswith("x2") and not of.endswith("x2")
+
+    def convert(*given: Array) -> Array:
+        x = np.stack(given[::-1], axis=-1) if pair else given[0]
+        if to[0] in "su" and x.dtype.kind == "f":
+            x = np.trunc(x) if "rzi" in modes else np.rint(x)
+            limits = np.iinfo(INTEGERS[to])
+            x = np.clip(np.nan_to_num(x.astype(np.float64)), limits.min, limits.max)
+            x = np.where(x >= 2.0**63, limits.max, x.astype(np.int64)) if bits(to) == 64 else x.astype(np.int64)
+        if to[0] in "su" and x.dtype.kind in "iu" and "sat" in modes:
+            x = np.clip(x, *(getattr(np.iinfo(INTEGERS[to]), end) for end in ("min", "max")))
+        return x.astype(INTEGERS[to]) if to in INTEGERS else x
+
+    return convert, (of,) * (2 if pair else 1), to

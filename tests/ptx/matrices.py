@@ -1,0 +1,143 @@
+"""Instructions of many threads at once: exchanges in a warp, and products of matrices held by warps or in shared memory.
+
+Layouts are those of the PTX ISA, sections "Matrix multiply-accumulate instructions" and "Asynchronous warpgroup level matrix
+instructions". In an accumulator and in the operands of products, thread `4 g + t` of a warp holds rows g and g + 8.
+"""
+
+import re
+
+import numpy as np
+
+from ptx.arithmetic import RAW, bits, typed
+
+Array = np.ndarray
+
+
+def shuffled(mode: str, x: Array, by: Array, clamp: Array) -> Array:
+    """`shfl.sync`: another lane's register."""
+    lane = np.arange(len(x)) % 32
+    by, clamp = by.astype(np.int64), clamp.astype(np.int64)
+    segment, last = clamp >> 8 & 31, clamp & 31
+    least, most = lane & segment, (lane & segment) | (last & ~segment)
+    other = {"bfly": lane ^ by, "idx": least | (by & ~segment), "up": lane - by, "down": lane + by}[mode]
+    other = np.where((other >= least) if mode == "up" else (other <= most), other, lane)
+    return x[np.arange(len(x)) // 32 * 32 + other]
+
+
+REDUCTIONS = {"min": np.minimum, "max": np.maximum, "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or}
+
+
+def reduced(opcode: str, x: Array) -> Array:
+    """`redux.sync`: one value of all lanes."""
+    _, _, by, kind = opcode.split(".")
+    lanes = typed(x, kind).reshape(-1, 32)
+    return np.repeat(REDUCTIONS[by].reduce(lanes, axis=1).astype(lanes.dtype), 32).view(np.uint32)
+
+
+def rows_of_matrices(count: int, addresses: Array) -> Array:
+    """`ldmatrix` and `stmatrix`: where the 8 rows of each matrix begin, `[warps, count, 8]`; eight lanes name those of one."""
+    return addresses.reshape(-1, 32)[:, : 8 * count].reshape(-1, count, 8)
+
+
+def spread(matrices: Array) -> list[Array]:
+    """Registers of `[warps, count, 8, 8]` 16-bit elements: lane `4 r + c` has elements 2 c and 2 c + 1 of row r."""
+    words = np.ascontiguousarray(matrices).view(np.uint32)
+    return [words[:, each].reshape(-1) for each in range(matrices.shape[1])]
+
+
+def gathered(registers: list[Array]) -> Array:
+    """The reverse of `spread`."""
+    return np.stack([x.reshape(-1, 8, 4) for x in registers], axis=1).view(np.uint16)
+
+
+def elements(registers: list[Array], kind: str) -> Array:
+    """`[registers, warps, 8, values]` of a warp's rows: four lanes hold a row's values of a register, side by side."""
+    width = bits(kind)
+    held = np.stack([np.ascontiguousarray(x).reshape(-1, 8, 4) for x in registers]).view(RAW[width])
+    return typed(held, kind)
+
+
+def left(registers: list[Array], kind: str) -> Array:
+    """`[warps, 16, K]` of A: registers go down the two halves of rows, then along K."""
+    x = elements(registers, kind)
+    x = x.reshape(-1, 2, *x.shape[1:])  # [along K, half, warps, 8, values]
+    return x.transpose(2, 1, 3, 0, 4).reshape(x.shape[2], 16, -1)
+
+
+def right(registers: list[Array], kind: str) -> Array:
+    """`[warps, 8, K]` of B, a row a column of the product."""
+    x = elements(registers, kind)  # [along K, warps, 8, values]
+    return x.transpose(1, 2, 0, 3).reshape(x.shape[1], 8, -1)
+
+
+def sums(registers: list[Array], kind: str) -> Array:
+    """`[warps, 16, 2 n]` of an accumulator's registers: two columns, then two halves of rows, then on along columns."""
+    x = np.stack([typed(x, kind).reshape(-1, 8, 4) for x in registers])
+    x = x.reshape(-1, 2, 2, *x.shape[1:])  # [along N, half, pair, warps, 8, 4]
+    return x.transpose(3, 1, 4, 0, 5, 2).reshape(x.shape[3], 16, -1)
+
+
+def of_sums(values: Array) -> list[Array]:
+    """The reverse of `sums`."""
+    warps, _, n = values.shape
+    x = values.reshape(warps, 2, 8, n // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
+    return list(np.ascontiguousarray(x.reshape(-1, warps * 32)).view(np.uint32))
+
+
+def multiplied(a: Array, b: Array, c: Array | None, kind: str) -> Array:
+    """`a b^T + c`, summed exactly but for float64's last bits, in int32 or rounded to float32."""
+    product = a.astype(np.float64) @ b.astype(np.float64).swapaxes(-1, -2)
+    if kind == "s32":
+        product = product.astype(np.int64)
+        return (product if c is None else product + c).astype(np.int32)  # and around, as satfinite products never are
+    return (product if c is None else product + c).astype(np.float32)
+
+
+def mma(opcode: str, d: list[Array], a: list[Array], b: list[Array], c: list[Array]) -> list[Array]:
+    """`mma.sync`, of each warp."""
+    kinds = re.findall(r"\.(f32|s32|f16|bf16|s8|u8|e4m3|e5m2)(?=\.|$)", opcode)
+    assert len(kinds) == 4 and ".row.col" in opcode, opcode
+    to, of_a, of_b, _ = kinds
+    return of_sums(multiplied(left(a, of_a), right(b, of_b), sums(c, to), to))
+
+
+SWIZZLES = {0: 0, 3: 1, 2: 2, 1: 3}
+"""Bits of an address that are swapped, by a descriptor's mode: rows of 16, 32, 64 and 128 bytes."""
+
+
+def described(shared: Array, descriptor: int, rows: int, kind: str, transposed: bool, contracted: int) -> Array:
+    """`[rows, contracted]` of an operand that a descriptor finds in shared memory."""
+    start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    swapped = SWIZZLES[descriptor >> 62 & 3]
+    width, size = 16 << swapped, bits(kind) // 8
+    row, along = np.arange(rows)[:, None], np.arange(contracted)[None, :]
+    if transposed:
+        # rows lie side by side: [contracted // 8][8] lines of `width` bytes, and further such columns
+        at = along // 8 * stride + along % 8 * width + row * size // width * leading + row * size % width
+    elif swapped:
+        at = row // 8 * stride + row % 8 * width + along * size
+    else:
+        at = row // 8 * stride + row % 8 * 16 + along * size // 16 * leading + along * size % 16
+    at = start + at
+    at ^= (at >> 7 & (1 << swapped) - 1) << 4
+    found = shared[at[..., None] + np.arange(size)]
+    return typed(found.view(RAW[8 * size])[..., 0], kind)
+
+
+def wgmma(
+    opcode: str, shared: Array, d: list[Array], a: list[Array] | Array, b: Array, scaled: Array, transposed: list[bool]
+) -> list[Array]:
+    """`wgmma.mma_async`, of each four warps: 64 rows of A, from registers or shared memory, by B; added where `scaled`."""
+    n, k, to, of_a, of_b = re.search(r"m64n(\d+)k(\d+)\.(\w+)\.(\w+)\.(\w+)", opcode).groups()
+    n, k = int(n), int(k)
+
+    def from_shared(descriptors: Array, rows: int, kind: str, across: bool) -> Array:
+        groups = descriptors.reshape(-1, 128)
+        assert (groups == groups[:, :1]).all(), f"{opcode}: one descriptor for each four warps"
+        return np.stack([described(shared, int(each), rows, kind, across, k) for each in groups[:, 0]])
+
+    held = left(a, of_a) if isinstance(a, list) else None
+    rows = from_shared(a, 64, of_a, transposed[0]) if held is None else held.reshape(-1, 64, k)
+    columns = from_shared(b, n, of_b, transposed[1])
+    before = np.where(scaled.reshape(-1, 128)[:, :1, None], sums(d, to).reshape(-1, 64, n), 0)
+    return of_sums(multiplied(rows, columns, before, to).reshape(-1, 16, n))

@@ -1,0 +1,89 @@
+"""The text of a kernel in PTX, read into instructions."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "f16": 16, "f16x2": 32, "f32": 32, "f64": 64}
+
+
+@dataclass(frozen=True)
+class Address:
+    """`[base + offset]`: a register or a name, and bytes."""
+
+    base: str
+    offset: int
+
+
+Operand = str | Address | tuple["Operand", ...]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """`@guard opcode operands`; a label where the opcode ends with a colon."""
+
+    opcode: str
+    operands: tuple[Operand, ...] = ()
+    guard: str | None = None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry: types of parameters, threads, bits of registers (`r<` for all of %r0, %r1 ...), and what it does."""
+
+    parameters: dict[str, str]
+    threads: int
+    widths: dict[str, int]
+    body: tuple[Instruction, ...]
+
+    def width(self, register: str) -> int:
+        """Bits of a register."""
+        return self.widths[register] if register in self.widths else self.widths[register.rstrip("0123456789") + "<"]
+
+
+@cache
+def read(text: str) -> Kernel:
+    """The one entry of a module."""
+    text = re.split(r"// -- End function|\t\.section", text)[0]
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
+    head, body = re.search(r"\.entry\s[^(]*\((.*?)\)(?=[^()]*\{)(.*)", text, re.S).groups()
+    parameters = dict(reversed(re.search(r"\.param\s+\.(\w+).*?(\w+)$", line.strip()).groups()) for line in head.split(",\n"))
+    threads = int(re.search(r"\.(?:req|max)ntid\s+(\d+)", body)[1])
+    widths, instructions = {}, []
+    for statement in statements(body[body.index("{") :]):
+        if statement.startswith(".reg"):
+            kind, names = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S).groups()
+            widths |= {re.sub(r"\d+>", "", name.strip()): WIDTHS[kind] for name in names.split(",")}
+        elif not statement.startswith("."):
+            instructions.append(instruction(statement))
+    return Kernel(parameters, threads, widths, tuple(instructions))
+
+
+def statements(text: str) -> Iterator[str]:
+    """Instructions, declarations and labels one by one, scopes dissolved."""
+    text = re.sub(r"\.(loc|file)\b[^\n]*", "", text)
+    for part in re.split(r";|(?<=:)\s", text):
+        # a brace that begins a statement is that of a scope; others are those of vectors
+        if statement := re.sub(r"^[{}\s]+", "", part).strip():
+            yield statement
+
+
+def instruction(statement: str) -> Instruction:
+    """One statement that is no declaration."""
+    guard, opcode, operands = re.fullmatch(r"(?:@(!?%?\w+)\s+)?(\S+)\s*(.*)", statement, re.S).groups()
+    return Instruction(opcode, tuple(operand(each) for each in split(operands)), guard)
+
+
+def split(operands: str) -> list[str]:
+    """At the commas outside of brackets."""
+    return [each.strip() for each in re.split(r",(?![^{]*\})", operands) if each.strip()]
+
+
+def operand(text: str) -> Operand:
+    if text[0] == "{":
+        return tuple(operand(each) for each in split(text.strip("{} \t")))
+    if text[0] == "[":
+        base, _, offset = text.strip("[] \t").partition("+")
+        return Address(base.strip(), int(offset or "0", 0))
+    return tuple(text.split("|")) if "|" in text else text

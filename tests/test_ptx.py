@@ -1,0 +1,112 @@
+"""The machine that runs PTX where there is no GPU computes what torch does, and forgives nothing that a GPU would not."""
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from ptx import device, text
+from ptx.block import Block
+from ptx.memory import Memory, OutOfBounds
+
+pytestmark = pytest.mark.compiled
+
+UNITS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma"}
+
+
+@triton.jit
+def product(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ACROSS: tl.constexpr):
+    m, n, k = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :], tl.arange(0, K)
+    at = k[:, None] * N + n if ACROSS else n * K + k[:, None]
+    found = tl.dot(tl.load(a + m * K + k[None, :]), tl.load(b + at))
+    tl.store(c + m * N + n, found)
+
+
+@pytest.mark.parametrize("across", [False, True], ids=["columns", "rows"])
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("on_ptx", UNITS, indirect=True)
+def test_products_are_those_of_torch(on_ptx, kind, across, request):
+    capability = request.node.callspec.params["on_ptx"]
+    if kind == torch.float8_e4m3fn and capability == 80:
+        pytest.skip("sm_80 has no 8-bit floats")
+    for m, n, k, warps in ((64, 32, 32, 4), (128, 64, 128, 8), (16, 128, 64, 2)):
+        a, b = ((40 * torch.randn(shape)).to(kind) for shape in ((m, k), (k, n)))
+        c = torch.full((m, n), -1, dtype=torch.int32 if kind == torch.int8 else torch.float32)
+        product[(1,)](a, b if across else b.T.contiguous(), c, m, n, k, across, num_warps=warps)
+        expected = a.double() @ b.double()
+        assert (c - expected).abs().max() <= (0 if kind == torch.int8 else 1e-6 * expected.abs().max())
+        assert m < 64 or UNITS[capability] in on_ptx[-1].asm["ptx"]
+
+
+@triton.jit
+def convert(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, tl.load(x + i).to(out.dtype.element_ty))
+
+
+NARROW = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("narrow", NARROW, ids=str)
+def test_conversions_are_those_of_torch_for_every_number_and_tie(narrow, on_ptx):
+    bits = torch.arange(2 ** (8 * narrow.itemsize)).to(torch.uint8 if narrow.itemsize == 1 else torch.uint16).view(narrow)
+    numbers = bits[bits.float().isfinite()]
+    wide = torch.full((len(bits),), float("nan"))
+    convert[(1,)](bits, wide, len(bits))
+    assert torch.equal(wide[: len(bits)].nan_to_num(7), bits.float().nan_to_num(7))
+    ordered = numbers.float().sort().values
+    x = torch.cat([ordered, (ordered[1:] + ordered[:-1]) / 2])
+    x = torch.nn.functional.pad(x, (0, triton.next_power_of_2(len(x)) - len(x)))
+    out = torch.zeros(len(x), dtype=narrow)
+    convert[(1,)](x, out, len(x))
+    assert torch.equal(out.float(), x.to(narrow).float())
+
+
+@triton.jit
+def copy(x, out, start, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, tl.load(x + start + i))
+
+
+def test_a_read_beyond_a_tensor_is_found(on_ptx):
+    x = torch.arange(300)[:256]
+    out = torch.zeros(128, dtype=x.dtype)
+    copy[(1,)](x, out, 128, 128)
+    assert torch.equal(out, x[128:])
+    with pytest.raises(OutOfBounds, match="of which 8 lie beyond 2048"):
+        copy[(1,)](x, out, 129, 128)
+    with pytest.raises(OutOfBounds):
+        copy[(1,)](x, out[:127], 0, 128)
+
+
+def test_a_wide_load_that_is_not_aligned_is_found(on_ptx):
+    x, out = torch.zeros(2049, dtype=torch.int8), torch.zeros(2048, dtype=torch.int8)
+    copy[(1,)](x[:2048], out, 0, 2048)  # compiled for what begins at a multiple of 16
+    with pytest.raises(OutOfBounds, match=r"16 bytes at .* not aligned"):
+        device.launch(on_ptx[-1], (1,), [x[1:], out, 0, 2048])
+
+
+COPY = """
+.visible .entry copied(.param .u64 a_param_0,
+.param .u64 a_param_1
+) .reqntid 32
+{
+.reg .b32 %r<4>; .reg .b64 %rd<3>;
+ld.param.b64 %rd1, [a_param_0];
+ld.param.b64 %rd2, [a_param_1];
+cp.async.ca.shared.global [ global_smem + 0 ], [ %rd1 + 0 ], 0x4;
+cp.async.commit_group;
+WAIT
+ld.shared.b32 %r1, [global_smem];
+st.global.b32 [ %rd2 + 0 ], { %r1 };
+ret;
+}"""
+
+
+@pytest.mark.parametrize(("wait", "found"), [("cp.async.wait_group 0;", 7), ("cp.async.wait_group 1;", -1), ("", -1)])
+def test_a_copy_arrives_when_it_is_waited_for(wait, found):
+    x, out = np.full(4, 7, np.uint8), np.zeros(4, np.uint8)
+    x[1:] = 0
+    given = {"a_param_0": (256).to_bytes(8, "little"), "a_param_1": (512).to_bytes(8, "little")}
+    Block(text.read(COPY.replace("WAIT", wait)), given, Memory([(256, x), (512, out)]), 16, {}).run()
+    assert out.view(np.int32)[0] == found
