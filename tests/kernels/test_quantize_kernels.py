@@ -2,6 +2,7 @@
 
 import ast
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -181,10 +182,33 @@ def test_floats_that_nothing_is_done_to_are_the_callers_own_tensors(backend, sta
     assert not started
 
 
-def test_symmetric_scales_in_fp32_make_nobody_wait(monkeypatch):
+EXTREME = [
+    f"{words} scale=fp16"
+    for words in (
+        "int8 token", "int2 token", "int8 token asymmetric", "int2 block:32 asymmetric", "int8 head mean", "int4 token mean"
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rotate", ["none", "hadamard"])
+@pytest.mark.parametrize("words", EXTREME)
+def test_the_largest_numbers_of_fp16_have_the_scales_of_the_definition(words, rotate):
+    q, k, v = (65504 * (torch.randint(0, 2, (1, 1, n, 64)) * 2.0 - 1).half() for n in (5, 70, 70))
+    made = scheme(k=words, rotate=rotate)
+    try:
+        expected = tq.quantize(q, k, v, made, backend="reference")
+    except ValueError as error:
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            tq.quantize(q, k, v, made, backend="triton")
+        return
+    found = tq.quantize(q, k, v, made, backend="triton")
+    assert torch.equal(found[1].scale, expected[1].scale) and not differences(found[1], expected[1])
+
+
+def test_scales_that_always_fit_make_nobody_wait(monkeypatch):
     """On a GPU, each truth value of a tensor is a wait."""
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda x: pytest.fail("a tensor was looked at"))
-    for name in ("int8", "int8-fast", "int-flash", "fp8-rotated"):
+    for name in ("int8", "int8-fast", "int-flash", "fp8-rotated", "kv-int8", "kv-int4-kivi"):
         tq.quantize(*qkv(20, 40, 32, dtype=torch.float16), name, backend="triton")
 
 

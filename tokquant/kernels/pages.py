@@ -72,9 +72,9 @@ class TritonPages:
         to 16 tokens, only once `check` or a larger write looks.
         """
         with on(k.device):
-            for pool, x in ((self._k, k), (self._v, v)):
-                pool.write(x, Table(table, table.stride(0), first, counts), self._lost)
-        if k.device.type != "cuda" or k.shape[2] > FEW:
+            where = Table(table, table.stride(0), first, counts)
+            checked = [pool.write(x, where, self._lost) for pool, x in ((self._k, k), (self._v, v))]
+        if any(checked) and (k.device.type != "cuda" or k.shape[2] > FEW):
             self.check()
 
     def check(self) -> None:

@@ -97,8 +97,8 @@ class Pool:
         offset, balance = (None if each is None else each.expand(batch, -1, -1, -1) for each in (frame.offset, frame.balance))
         return replace(x, scale=scale, zero=zero, frame=replace(frame, offset=offset, balance=balance))
 
-    def write(self, x: Tensor, table: Table, lost: Tensor) -> None:
-        """Quantize `[B, H_kv, n, D]` to where the table says."""
+    def write(self, x: Tensor, table: Table, lost: Tensor) -> bool:
+        """Quantize `[B, H_kv, n, D]` to where the table says. Returns whether `lost` may tell of what did not fit."""
         spec, frame, (b, heads, n, d) = self.spec, self.shared(x.shape[0]).frame, x.shape
         plan = quantize_plan.plan(
             Task(
@@ -131,6 +131,7 @@ class Pool:
         # n tokens that begin anywhere lie in one tile more, but for a single one
         grid = launch.grid("k, v", (n + plan.tokens - 2) // plan.tokens + 1, heads, b)
         generate.load(plan)[grid](Source(x, *x.stride()), given, made, table, n, plan.tokens, **plan.options())
+        return plan.checked
 
     def get(self, pages: Tensor, tokens: int) -> QuantizedTensor:
         """Codes `[1, H_kv, tokens, D]` of these pages' first tokens."""

@@ -164,8 +164,7 @@ def plan(task: Task) -> QuantizePlan:
         "HALF": 0 if spec.symmetric else 2 ** (precision.bits - 1),
         "SCALE_SMALLEST": torch.finfo(SCALE_TYPES[spec.scale_dtype]).smallest_normal,
         "SCALE_LARGEST": torch.finfo(SCALE_TYPES[spec.scale_dtype]).max,
-        # a symmetric scale in fp32 always fits
-        "CHECK_SCALE": task.step == "both" and (spec.scale_dtype != "fp32" or not spec.symmetric),
+        "CHECK_SCALE": task.step == "both" and _may_not_fit(task),
         "CHECK_FP16": codes and stores.stored == torch.float16,
         "PACKED": stores.packed,
         "WIDTH": -(-d // stores.packed),
@@ -217,6 +216,24 @@ def plan(task: Task) -> QuantizePlan:
 
 
 precisions.base.WHEN_REPLACED.append(plan.cache_clear)
+
+
+def _may_not_fit(task: Task) -> bool:
+    """Whether there are tensors of this type with a scale, or a zero, that is beyond what `scale_dtype` holds."""
+    spec = task.spec
+    if spec.scale_dtype == "fp32" and spec.symmetric:
+        return False
+    reach = torch.finfo(task.dtype).max
+    if task.offset_tokens:
+        reach *= 2
+    if task.rotated:
+        reach *= task.head_dim**0.5
+    if task.balanced or task.folded:
+        reach = float("inf")
+    largest = torch.finfo(SCALE_TYPES[spec.scale_dtype]).max
+    if spec.symmetric:
+        return reach / (spec.format.largest or 1) > largest
+    return max(reach, 2 * reach / (spec.format.levels or 1)) > largest or 2 * reach > torch.finfo(torch.float32).max
 
 
 def _encode(precision: precisions.Precision, interpreted: bool) -> Any:
