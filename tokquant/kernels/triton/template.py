@@ -99,18 +99,24 @@ WITH_LSE = tl.constexpr(False)
 
 
 @triton.jit
-def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    batch = tl.program_id(2).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
+def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    # heads of all sequences, some of them side by side: every block of these starts before any of the next
+    query = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    batch = (query // heads).to(tl.int64)
+    head = (query % heads).to(tl.int64)
     kv_head = head // SHARED_HEADS
-    first = tl.program_id(0) * BLOCK_M
+    block = tl.program_id(1)
+    if RIGHT:
+        # the last queries see most keys: what is short comes last, so that all multiprocessors end together
+        block = tl.num_programs(1) - 1 - block
+    first = block * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     column = tl.arange(0, D_TILE)
     held = column < D
 
     # where this head begins in what has a row for each token, a row for each scale, and so on
-    query = batch * tl.num_programs(1) + head
-    kv = batch * (tl.num_programs(1) // SHARED_HEADS) + kv_head
+    query = query.to(tl.int64)
+    kv = query // SHARED_HEADS
     row = query * n_q + i
     key = kv * n_k
     q_codes = Q.codes + batch * Q.batch + head * Q.head
@@ -129,6 +135,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
         v_tile = kv * tl.cdiv(n_k, BLOCK_N)
     if VARLEN:
         # sequences lie one after another; what holds n tokens begins at a whole n, and at least one further for each before it
+        sequences = tl.num_programs(0) * tl.num_programs(2) // heads
         q_start = tl.load(F.q_starts + batch).to(tl.int64)
         k_start = tl.load(F.k_starts + batch).to(tl.int64)
         row = head * n_q + q_start + i
@@ -147,9 +154,9 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
         if V_HAS_SCALE:
             v_group += (k_start // V_GROUP + batch) * V.scale_row
         if BLOCK_MEANS:
-            q_block = head * (n_q // 128 + tl.num_programs(2)) + q_start // 128 + batch
+            q_block = head * (n_q // 128 + sequences) + q_start // 128 + batch
         if UNSIGNED_P:
-            v_tile = kv_head * (n_k // BLOCK_N + tl.num_programs(2)) + k_start // BLOCK_N + batch
+            v_tile = kv_head * (n_k // BLOCK_N + sequences) + k_start // BLOCK_N + batch
         n_q = (tl.load(F.q_starts + batch + 1) - q_start).to(tl.int32)
         n_k = (tl.load(F.k_starts + batch + 1) - k_start).to(tl.int32)
         if first >= n_q:
