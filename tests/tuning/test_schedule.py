@@ -1,9 +1,13 @@
 """The schedule of a launch: against one that goes from event to event, and by hand."""
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 
+from tokquant.kernels.order import abreast
+from tokquant.kernels.targets import DEFAULT
 from tokquant.tuning.schedule import MANY, busy
 
 
@@ -54,3 +58,18 @@ def test_very_many_programs_take_their_mean_within_a_hundredth(scores):
     most = MANY * 8 // len(scores) * len(scores)
     exact, mean = (busy(count, scores, 8, 1, one_each) / count for count in (most, most + len(scores)))
     assert mean == pytest.approx(exact, rel=0.015)
+
+
+def test_the_page_about_kernels_has_what_an_order_of_programs_comes_to():
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    rows = re.findall(r"(?m)^\| (\d+), (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page)
+    assert len(rows) == 7
+    for heads, tokens, *expected in rows:
+        blocks = range(1, int(tokens) // 128 + 1)
+        up, down = ([blocks_seen + 1 for blocks_seen in order] for order in (blocks, blocks[::-1]))
+        side = abreast(int(heads), int(heads), int(heads) * int(tokens) * 2 * 128, DEFAULT.cache_size)
+        programs = int(heads) * len(up)
+        least = max(sum(up) * int(heads) / DEFAULT.multiprocessors, max(up))
+        orders = up, down, [score for score in down for _ in range(side)]
+        shares = [busy(programs, order, DEFAULT.multiprocessors, 1, one_each) / least for order in orders]
+        assert [f"{share:.2f}" for share in shares] == expected, (heads, tokens)
