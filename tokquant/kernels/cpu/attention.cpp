@@ -116,6 +116,15 @@ static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 #include "attention_finish.h"
 
+// In which the window of a sequence's first query begins.
+static int64_t first_chunk(const Arguments& a, int64_t batch) {
+#if LEFT
+    return most(0, first_place(a, batch) - a.left) / CHUNK;
+#else
+    return 0;
+#endif
+}
+
 // Blocks of rows of a head of K, which the heads of Q that share it have together: of one head, or all rows of a few.
 extern "C" void attention(const Arguments* a) {
     const int64_t shared = a->heads / a->kv_heads, total = shared * a->n_q;
@@ -123,7 +132,11 @@ extern "C" void attention(const Arguments* a) {
     const int64_t of_head = (a->n_q + BLOCK - 1) / BLOCK;
     const int64_t blocks = of_head > 1 ? shared * of_head : (shared + few - 1) / few;
     // where they are so few, keys are divided too: never by how many threads there are, so that results do not depend on it
-    const int64_t chunks = blocks == 1 ? most(1, (a->n_k + CHUNK - 1) / CHUNK) : 1, heads = a->batch * a->kv_heads;
+    int64_t chunks = blocks == 1 ? most(1, (a->n_k + CHUNK - 1) / CHUNK) : 1;
+#if LEFT
+    chunks = least(chunks, (least(a->left, a->n_k) + a->n_q + 2 * CHUNK - 2) / CHUNK);  // wherever in a chunk a window begins
+#endif
+    const int64_t heads = a->batch * a->kv_heads;
     float* kept = chunks > 1 ? new float[heads * chunks * total * KEPT] : nullptr;
 #pragma omp parallel num_threads(int(a->threads))
     {
@@ -140,7 +153,8 @@ extern "C" void attention(const Arguments* a) {
                 rows = int(least(BLOCK, a->n_q - query));
             }
             const int64_t batch = head / a->kv_heads, kv_head = head % a->kv_heads;
-            const int64_t from = chunk * CHUNK, to = chunks > 1 ? from + CHUNK : INT64_MAX;
+            const int64_t from = chunks > 1 ? (first_chunk(*a, batch) + chunk) * CHUNK : 0;
+            const int64_t to = chunks > 1 ? from + CHUNK : INT64_MAX;
             attend(*a, batch, kv_head, first, rows, from, to, *scratch);
             if (chunks > 1)
                 keep(*scratch, rows, kept + item * total * KEPT);
