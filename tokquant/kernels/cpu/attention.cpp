@@ -116,15 +116,6 @@ static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 #include "attention_finish.h"
 
-// In which the window of a sequence's first query begins.
-static int64_t first_chunk(const Arguments& a, int64_t batch) {
-#if LEFT
-    return most(0, first_place(a, batch) - a.left) / CHUNK;
-#else
-    return 0;
-#endif
-}
-
 // Blocks of rows of a head of K, which the heads of Q that share it have together: of one head, or all rows of a few.
 extern "C" void attention(const Arguments* a) {
     const int64_t shared = a->heads / a->kv_heads, total = shared * a->n_q;
@@ -153,7 +144,11 @@ extern "C" void attention(const Arguments* a) {
                 rows = int(least(BLOCK, a->n_q - query));
             }
             const int64_t batch = head / a->kv_heads, kv_head = head % a->kv_heads;
-            const int64_t from = chunks > 1 ? (first_chunk(*a, batch) + chunk) * CHUNK : 0;
+            int64_t from = chunk * CHUNK;
+#if LEFT
+            // the first one is that in which the window of the sequence's first query begins
+            if (chunks > 1) from += most(0, first_place(*a, batch) - a->left) / CHUNK * CHUNK;
+#endif
             const int64_t to = chunks > 1 ? from + CHUNK : INT64_MAX;
             attend(*a, batch, kv_head, first, rows, from, to, *scratch);
             if (chunks > 1)
