@@ -99,13 +99,15 @@ class Runs:
 
     @classmethod
     def of(cls, longest: int, seen: int, programs: int, tile: int, target: Target, split: int | None) -> "Runs":
-        """Runs so short that there are about `split` programs for each multiprocessor; `programs` each take all of a run.
+        """Runs so short that there are about `split` programs for each multiprocessor.
 
-        Where `split` is None, keys of a run are a fixed number, and a run begins at the same keys whatever was asked about:
-        results depend on the sequence alone. So does which of them are put together at once, as sums round by their order.
+        Where `split` is None, runs have a fixed length and begin at the same keys whatever is asked about them, so that results
+        depend on the sequence alone; and as sums round by their order, so do those that are merged at once.
 
         Args:
-            longest: keys of the longest sequence, `seen`: those that its queries see.
+            longest, seen: keys of the longest sequence, and those of them that its queries see.
+            programs: that take the same run, of other queries, heads and sequences.
+            tile: keys of a tile.
         """
         keys = max(RUN, tile)
         step = tile if split is not None else keys * TOGETHER

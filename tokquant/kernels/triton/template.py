@@ -135,7 +135,6 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
         v_tile = kv * tl.cdiv(n_k, BLOCK_N)
     if VARLEN:
         # sequences lie one after another; what holds n tokens begins at a whole n, and at least one further for each before it
-        sequences = tl.num_programs(0) * tl.num_programs(2) // heads
         q_start = tl.load(F.q_starts + batch).to(tl.int64)
         k_start = tl.load(F.k_starts + batch).to(tl.int64)
         row = head * n_q + q_start + i
@@ -154,9 +153,9 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
         if V_HAS_SCALE:
             v_group += (k_start // V_GROUP + batch) * V.scale_row
         if BLOCK_MEANS:
-            q_block = head * (n_q // 128 + sequences) + q_start // 128 + batch
+            q_block = head * (n_q // 128 + tl.num_programs(0) * tl.num_programs(2) // heads) + q_start // 128 + batch
         if UNSIGNED_P:
-            v_tile = kv_head * (n_k // BLOCK_N + sequences) + k_start // BLOCK_N + batch
+            v_tile = kv_head * (n_k // BLOCK_N + tl.num_programs(0) * tl.num_programs(2) // heads) + k_start // BLOCK_N + batch
         n_q = (tl.load(F.q_starts + batch + 1) - q_start).to(tl.int32)
         n_k = (tl.load(F.k_starts + batch + 1) - k_start).to(tl.int32)
         if first >= n_q:
