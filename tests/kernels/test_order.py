@@ -87,10 +87,10 @@ def test_programs_start_as_the_planner_has_it_with_the_longest_of_all_heads(give
     assert torch.equal(call.run()[0], expected)
     ran, does = tiles(), work(kernel, Workload.of(*operands[:2], features))
     score = kernel.config.block_m * kernel.config.block_n
-    assert call.grid[::2] == (4, 2) and len(does.scores) == len(ran) // 2 == 4 * call.grid[1] >= 12
-    assert ran == [each // score for each in does.scores] * 2
-    turn = ran[: len(ran) // 2]
-    assert turn == sorted(turn, reverse=True)
+    assert call.grid == ((4, 3, 2) if "causal" in given else (3, 4, 2)) and does.programs == len(ran) == 24
+    turn = ran[: len(does.scores)]
+    assert len(turn) == (12 if "causal" in given else 3) and turn == sorted(turn, reverse=True)
+    assert ran == [each // score for each in does.scores] * (24 // len(turn))
 
 
 def test_sequences_of_their_own_lengths_start_with_the_longest_of_all(tiles, monkeypatch):

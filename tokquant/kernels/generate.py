@@ -111,8 +111,11 @@ def _launch(plan: Plan | QuantizePlan) -> str:
             "`scale` is the softmax's own, as D**-0.5.\n\n"
         )
     tiles = " or ".join(str(tile) for tile in sorted({config.block_n for config in plan.candidates}))
+    grid = "(cdiv(n_q, BLOCK_M), heads, batch)"
+    if dict(plan.constants)["RIGHT"] == "True":
+        grid = "(side, cdiv(n_q, BLOCK_M), batch * heads // side), of all heads as many side by side"
     words = [
-        "Grid: (side, cdiv(n_q, BLOCK_M), batch * heads // side), `heads` of q, of which `side` start side by side.",
+        f"Grid: {grid}; `heads` are q's.",
         f"BLOCK_N: {tiles}. `scale` is the softmax's own, as D**-0.5.",
     ]
     if dict(plan.constants)["TOKENS_LAST"] == "True":

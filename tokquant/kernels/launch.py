@@ -82,8 +82,9 @@ class Call:
     """The kernel's arguments but for its tiles."""
     shape: tuple[int, int, int]
     """Batch, heads, and queries of the longest sequence."""
-    abreast: int
-    """Heads that start side by side, as `order.abreast` says."""
+    abreast: int | None
+    """Heads that start side by side, as `order.abreast` says; None where nothing bounds a query's reach to the right, and heads
+    follow one another."""
     out: Tensor
     lse: Tensor | None
     dtype: torch.dtype
@@ -91,12 +92,15 @@ class Call:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Heads side by side, blocks of queries, and how often other heads follow.
+        """Heads side by side, blocks of queries, and how often other heads follow; else blocks, heads, and batch.
 
         Raises UnsupportedError for more than a launch takes.
         """
         (b, heads, n_q), tall = self.shape, self.config.block_m
-        blocks, turns = -(-n_q // tall), b * heads // self.abreast
+        blocks = -(-n_q // tall)
+        if self.abreast is None:
+            return grid("q", blocks, heads, b)
+        turns = b * heads // self.abreast
         if max(blocks, turns) > MOST:
             raise UnsupportedError(
                 f"q: batch {b}, {heads} heads and {n_q} queries; a launch takes at most {MOST} blocks of {tall} queries, and "
@@ -140,7 +144,7 @@ def prepare(
         config=made.config if deterministic else tuned.choose(made, q.device, b * heads, n_q, n_k)[0],
         operands=(*operands, Rows(out, *out.stride()[:3]), lse, given, features.scale, n_q, n_k, heads),
         shape=(b, heads, n_q),
-        abreast=order.abreast(b * heads, b * k.shape[1], kv_bytes, targets.of(q.device).cache_size),
+        abreast=order.abreast(b * heads, b * k.shape[1], kv_bytes, targets.of(q.device).cache_size) if wanted.right else None,
         out=out,
         lse=lse,
         dtype=q.dtype,

@@ -70,7 +70,9 @@ def attention(
             heads,
         ),
         shape=(b, heads, longest_q),
-        abreast=order.abreast(b * heads, b * present[0][1].shape[1], kv_bytes, targets.of(q.device).cache_size),
+        abreast=order.abreast(b * heads, b * present[0][1].shape[1], kv_bytes, targets.of(q.device).cache_size)
+        if wanted.right
+        else None,
         out=out,
         lse=lse,
         dtype=q.dtype,

@@ -62,10 +62,11 @@ def _of_attention(kernel: Kernel, workload: Workload) -> Work:
     heads, kv_heads = workload.batch * workload.heads, workload.batch * workload.kv_heads(kernel)
     kv_bytes = int(kv_heads * workload.n_k * kernel.head_dim * (needed.k + needed.v))
     scores = kernel.config.block_m * kernel.config.block_n * walk.tiles
-    first = scores[::-1] if kernel.wanted.right else scores
+    if kernel.wanted.right:
+        scores = np.repeat(scores[::-1], abreast(heads, kv_heads, kv_bytes, kernel.target.cache_size))
     return Work(
-        programs=heads * len(scores),
-        scores=tuple(np.repeat(first, abreast(heads, kv_heads, kv_bytes, kernel.target.cache_size)).tolist()),
+        programs=heads * len(walk.tiles),
+        scores=tuple(scores.tolist()),
         memory_bytes=compulsory(needed),
         moved=traffic(kernel, workload).total,
     )
