@@ -285,13 +285,14 @@ def test_the_cache_lists_moves_and_clears_entries(tokquant, tmp_path):
     code, out, _ = tokquant("cache", "list", "--json")
     assert code == 0 and json.loads(out)[0]["key"]["device"] == "NVIDIA H200"
     listed = tokquant("cache", "list")[1]
-    assert "128 x 128" in listed and "2 of 6" in listed
+    assert "128 x 128" in listed and "2 of 6" in listed and "1 entry in " in listed
     file = str(tmp_path / "entries.json")
     assert json.loads(tokquant("cache", "export", file, "--json")[1])["written"] == 1
     assert json.loads(tokquant("cache", "clear", "--json")[1])["removed"] == 1
     assert json.loads(tokquant("cache", "list", "--json")[1]) == []
     assert json.loads(tokquant("cache", "import", file, "--json")[1])["imported"] == 1
     assert len(json.loads(tokquant("cache", "list", "--json")[1])) == 1
+    assert [tokquant("cache", "clear")[1][:18] for _ in range(2)] == ["1 entry removed: /", "0 entries removed:"]
 
 
 def test_doctor_says_what_runs_here(tokquant):

@@ -1,6 +1,7 @@
 """Generated kernels in the interpreter, against the emulation and against float64 on the same codes."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -159,10 +160,13 @@ def test_packed_values_in_tiles_smaller_than_their_groups_are_read_right(p, v):
     assert (out - expected).abs().mean() < 1e-4
 
 
-def test_a_batch_beyond_a_launch_is_refused():
-    call = launch.Call(None, Config(64, 64, 4, 2), (), (70000, 1, 16), torch.empty(0), None, torch.float16)
-    with pytest.raises(tq.UnsupportedError, match="batch 70000 and 1 heads; a launch takes at most 65535"):
+@pytest.mark.parametrize("shape", [(70000, 1, 16), (1, 1, 65536 * 64)])
+def test_more_than_a_launch_takes_is_refused(shape):
+    call = launch.Call(None, Config(64, 64, 4, 2), (), shape, 1, torch.empty(0), None, torch.float16)
+    said = f"q: batch {shape[0]}, 1 heads and {shape[2]} queries; a launch takes at most 65535 blocks of 64 queries, and 65535"
+    with pytest.raises(tq.UnsupportedError, match=said):
         _ = call.grid
+    assert replace(call, shape=(70000, 1, 64), abreast=7).grid == (7, 1, 10000)
 
 
 def test_codes_whose_rows_lie_far_apart_are_copied():

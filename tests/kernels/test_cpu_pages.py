@@ -121,8 +121,19 @@ def test_features_agree(name):
     assert not differs(SCHEMES["kv-int4"], features, **({"lengths": (200, 131), "d": 32} | shape | {"page": 128} | KIND))
 
 
-def test_long_sequences_are_read_in_chunks_that_are_merged():
-    assert not differs(SCHEMES["kv-int4"], Features(scale=0.2, causal=True), lengths=(4500, 2048), d=32, **KIND)
+@pytest.mark.parametrize("left", [None, 0, 100, 2500, 2**62])
+def test_long_sequences_are_read_in_chunks_that_are_merged(left):
+    features = Features(scale=0.2, causal=True, window=None if left is None else (left, None))
+    assert not differs(SCHEMES["kv-int4"], features, lengths=(4500, 2048), n_q=3, d=32, **KIND)
+
+
+def test_a_window_in_chunks_is_the_same_bits_in_any_batch():
+    case = filled(SCHEMES["kv-int4"], (9000, 4200), n_q=3, d=32, **KIND)
+    for left in (3, 2048, 4100):
+        features = Features(scale=0.2, causal=True, window=(left, None))
+        every, _ = case.attend(features)
+        one, _ = case.store.attention(case.q[1:], case.table[1:], case.lengths[1:], features)
+        assert torch.equal(every[1:], one)
 
 
 def test_queries_stand_behind_keys_that_are_elsewhere():

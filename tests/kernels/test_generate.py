@@ -88,7 +88,7 @@ def test_the_template_runs_as_it_stands():
     out = torch.full((1, 2, 100, 64), float("nan"))
     operands = [launch.operand(x) for x in (q, k, v)]
     rows, features = Rows(out, *out.stride()[:3]), Features(*[None] * len(Features._fields))
-    template.attention[(1, 2, 1)](*operands, rows, None, features, 0.125, 100, 100, BLOCK_M=128, BLOCK_N=128)
+    template.attention[(1, 2, 1)](*operands, rows, None, features, 0.125, 100, 100, 2, BLOCK_M=128, BLOCK_N=128)
     assert torch.allclose(out, tq.attention(q, k, v, scheme, backend="reference"), atol=1e-5)
 
 

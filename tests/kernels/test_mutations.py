@@ -44,6 +44,7 @@ MUTATIONS = {
     "K's offset not given back to the LSE": (preset("int8"), ODD, "+ lowered, mask", "- lowered, mask"),
     "a sink that adds to the output": (preset("int8"), CASES["sinks"], "total += tl.exp2(sink", "total += 0 * tl.exp2(sink"),
     "the wrong head of K and V": (preset("int8"), CAUSAL, "kv_head = head // SHARED_HEADS", "kv_head = head % 2"),
+    "sums of another head of V": (preset("int8"), CAUSAL, "kv = batch * (heads // SHARED_HEADS) + kv_head", "kv = 0 * batch"),
     "no rescaling of the accumulator": (preset("int8"), TILES, "acc = acc * alpha[:, None] + pv", "acc = acc + pv"),
     "no rescaling of the normalizer": (preset("int8"), TILES, "l = l * alpha +", "l = l +"),
     "P against the running maximum": (preset("int8"), TILES, "return tl.maximum(largest, m - 64)", "return m + 3"),

@@ -1,6 +1,7 @@
 """Pages written and read by generated kernels in the interpreter, against the store in torch and the emulation."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -154,7 +155,6 @@ def test_attention_agrees_with_the_emulation_and_with_float64_on_the_same_codes(
     assert not differs(s, Features(scale=0.125, causal=True), lengths=lengths, dtype=dtype_of(s))
 
 
-SINKS = torch.tensor([1.0, -2.0, 0.5, 6.0])
 FEATURES = {
     "some queries": (dict(n_q=5), dict(causal=True)),
     "a chunk of queries": (dict(n_q=40), dict(causal=True)),
@@ -164,8 +164,9 @@ FEATURES = {
     "a window to both sides": (dict(n_q=14), dict(window=(20, 9))),
     "all keys": (dict(n_q=3), dict()),
     "softcap and scale": (dict(n_q=2), dict(causal=True, softcap=2.0, scale=0.4)),
-    "sinks": (dict(n_q=2), dict(causal=True, sinks=SINKS)),
-    "everything": (dict(n_q=21, page=32), dict(causal=True, window=(120, None), softcap=3.0, sinks=SINKS)),
+    "a short window": (dict(n_q=2, lengths=(600, 131)), dict(causal=True, window=(9, None))),
+    "a window of runs": (dict(n_q=3, lengths=(700, 131)), dict(causal=True, window=(300, None))),
+    "everything": (dict(n_q=21, page=32), dict(causal=True, window=(120, None), softcap=3.0)),
     "small pages": (dict(page=16), dict(causal=True)),
     "large pages": (dict(page=256), dict(causal=True)),
     "head_dim 80": (dict(d=80), dict(causal=True)),
@@ -202,23 +203,75 @@ def test_queries_stand_behind_keys_that_are_elsewhere(name):
     assert not differs(SCHEMES[name], features, offset, lengths=(160, 96), n_q=5, d=32, dtype=dtype_of(SCHEMES[name]))
 
 
-def test_runs_are_the_same_bits_for_a_sequence_in_any_batch(monkeypatch):
-    monkeypatch.setattr(module, "RUN", 128)
-    case = filled(SCHEMES["kv-int4"], (300, 131), d=32)
-    every, _ = case.attend(Features(scale=0.2, causal=True), deterministic=True)
-    one, _ = case.store.attention(
-        case.q[1:], case.table[1:], case.lengths[1:], Features(scale=0.2, causal=True), longest=131, deterministic=True
-    )
-    assert torch.equal(every[1:], one)
+@pytest.mark.parametrize("window", [None, (95, None)], ids=["all keys", "a window"])
+def test_runs_are_the_same_bits_for_a_sequence_in_any_batch_beside_any_other_queries(window, monkeypatch):
+    monkeypatch.setattr(module, "RUN", 32)
+    monkeypatch.setattr(module, "TOGETHER", 4)
+    # the window of 60 queries begins in the sixth run, that of 5 in the eighth: four at once are the same four
+    case = filled(SCHEMES["int2 a token"], (380, 330), d=32, n_q=60, kv_heads=1, shared=1)
+    features = Features(scale=0.2, causal=True, window=window)
+    every, every_lse = case.attend(features, deterministic=True)
+    for queries in (60, 5):
+        q, rest = case.q[1:, :, -queries:], dict(longest=330, deterministic=True)
+        one, lse = case.store.attention(q, case.table[1:], case.lengths[1:], features, **rest)
+        assert torch.equal(every[1:, :, -queries:], one) and torch.equal(every_lse[1:, :, -queries:], lse)
 
 
 def test_a_run_is_whole_tiles_and_few_keys_where_a_gpu_waits_for_work():
-    target, run = targets.DEFAULT, module.keys_of_a_run
-    assert run(131072, 8, 128, target, None) == run(4096, 512, 128, target, None) == 512
-    long, short = run(131072, 8, 128, target, 4), run(1000, 8, 128, target, 4)
+    target = targets.DEFAULT
+
+    def run(longest, programs, split):
+        return module.Runs.of(longest, longest, programs, 128, target, split).keys
+
+    assert run(131072, 8, None) == run(4096, 512, None) == 512
+    long, short = run(131072, 8, 4), run(1000, 8, 4)
     assert long % 128 == short % 128 == 0 and 256 <= short < long and 8 * 131072 / long >= 4 * target.multiprocessors / 2
-    assert run(131072, 10**6, 128, target, 4) == 131072
-    assert run(131072, 8, 128, target, 8) < long < run(131072, 8, 128, target, 1), "more programs have fewer keys each"
+    assert run(131072, 10**6, 4) == 131072
+    assert run(131072, 8, 8) < long < run(131072, 8, 1), "more programs have fewer keys each"
+
+
+@pytest.mark.parametrize("split", [None, 1, 4, 8])
+@pytest.mark.parametrize("programs", [1, 8, 10**4])
+def test_runs_reach_from_wherever_a_window_begins_to_the_last_key_and_no_further_than_one_more(programs, split):
+    for tile, seen in product((32, 128), (1, 255, 256, 1024, 4097, 10**5)):
+        for longest in (max(seen, 10**4), 10**5):
+            runs = module.Runs.of(longest, seen, programs, tile, targets.DEFAULT, split)
+            for length in (longest, longest - 1, longest - tile // 2):
+                first = max(0, length - seen) // runs.step * runs.step
+                assert first + runs.count * runs.keys >= length, "all keys of the window are in a run"
+            assert runs.keys % tile == runs.step % tile == 0
+            assert (runs.count - 1) * runs.keys < seen + runs.step, "and one more at most has none"
+            assert programs < 10**4 or split is None or runs.count == 1
+
+
+def parts(monkeypatch):
+    """Shapes of what is made for results from now on."""
+    shapes, empty = [], torch.empty
+
+    def noted(*size, **options):
+        shapes.append(size)
+        return empty(*size, **options)
+
+    monkeypatch.setattr(module.torch, "empty", noted)
+    return shapes
+
+
+@pytest.mark.parametrize(("deterministic", "most"), [(False, 1), (True, 2 + 4)], ids=["tuned", "deterministic"])
+def test_a_window_of_a_long_cache_takes_the_programs_and_the_memory_of_a_short_one(deterministic, most, monkeypatch):
+    monkeypatch.setattr(module, "RUN", 128)
+    monkeypatch.setattr(module, "TOGETHER", 4)
+    case = filled(SCHEMES["kv-int8"], (3000, 300), d=32, kv_heads=1, shared=1)
+    whole, short = (Features(scale=0.2, causal=True, window=window) for window in (None, (200, None)))
+    counts = {}
+    for name, features in (("whole", whole), ("short", short)):
+        made = case.store.prepare(case.q, case.table, case.lengths, features, longest=3000, deterministic=deterministic)
+        counts[name] = made.runs.count
+    assert counts["short"] <= most and counts["whole"] >= 8
+    shapes = parts(monkeypatch)
+    out, lse = case.attend(short, longest=3000, deterministic=deterministic)
+    assert shapes[0] == (counts["short"], *case.q.shape), "parts are as many as runs"
+    expected, expected_lse = case.emulated(short)
+    assert (out - expected).abs().max() < 0.02 * expected.abs().max() and torch.allclose(lse, expected_lse, atol=1e-4)
 
 
 def test_a_sequence_without_keys_gives_zero_and_minus_infinity():
@@ -292,5 +345,7 @@ def test_what_no_kernel_appends_or_reads_is_said():
     case = filled(SCHEMES["kv-int8"], (20,), d=32)
     with pytest.raises(tq.UnsupportedError, match="mask, bias"):
         case.attend(Features(scale=1.0, mask=torch.ones(1, 4, 1, 20, dtype=torch.bool)))
+    with pytest.raises(tq.UnsupportedError, match="sinks: no kernel of pages has them; they enter"):
+        case.attend(Features(scale=1.0, sinks=torch.zeros(4)))
     with pytest.raises(tq.UnsupportedError, match="interpreter multiplies bf16 wrongly"):
         TritonPages(SCHEMES["16 bits"], page=128, **{**options, "dtype": torch.bfloat16})

@@ -53,6 +53,8 @@ READING = {
         "(N, CHANNELS // PLANES, D // CHANNELS, PLANES)",
     ),
     "zeros of other groups": (KIVI, {}, BLOCKS, "at + V_COLUMNS", "at + V_COLUMNS - 1"),
+    "runs that begin behind the window": (INT8, WINDOW, {"deterministic": True}, "// step * step", "// step * step + step"),
+    "runs that begin before the window": (INT8, WINDOW, {"lengths": (400, 131)}, "- F.left, 0) // step", "- F.left, 0) // n_k"),
     "another run's keys": (INT8, {}, {"deterministic": True}, "begin = split * run", "begin = 0 * split"),
 }  # fmt: skip
 

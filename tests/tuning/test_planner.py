@@ -21,7 +21,7 @@ def kernel(name="int8-fast", **options):
 
 def of(**changed):
     """Work of whole waves that only multiprocessors have to do with."""
-    plain = dict(programs=132, scores=1e6, longest=10**6, memory_bytes=0.0, moved=0.0)
+    plain = dict(programs=132, scores=(10**6,), memory_bytes=0.0, moved=0.0)
     return Work(**{**plain, **changed})
 
 
@@ -57,9 +57,12 @@ def test_blocks_beside_one_another_share_their_multiprocessor(code):
     assert times == pytest.approx([count * milliseconds(SCORE * 1e6) for count in (1, 2, 3)])
 
 
-def test_the_last_wave_waits_for_the_longest_program_and_the_others_take_the_mean(code):
-    found = expect(kernel(), of(programs=3 * 132, scores=5e5))
-    assert found.processors == pytest.approx(milliseconds(SCORE * (2 * 5e5 + 1e6)))
+def test_programs_that_start_with_the_longest_end_together_and_others_do_not(code):
+    # 264 programs of 10 and 30 scores in all sizes between, for 132 places: 40 for each where the order lets them
+    longest_first = tuple(30 - number // 13 for number in range(264 + 9))[:264]
+    ends = [expect(kernel(), of(programs=264, scores=scores)).processors for scores in (longest_first, longest_first[::-1])]
+    mean = sum(longest_first) / 132
+    assert ends[0] <= milliseconds(SCORE * (mean + 2)) < milliseconds(SCORE * (mean + 8)) <= ends[1]
 
 
 def test_two_warps_leave_half_of_the_schedulers_without_one(code):
@@ -86,9 +89,9 @@ def test_work_of_a_causal_kernel_is_what_one_counts_by_hand():
     made = kernel(causal=True, shared_heads=2)
     made = replace(made, config=replace(made.config, block_m=128, block_n=128))
     given = Workload(batch=3, heads=4, n_q=300, n_k=300)
-    # blocks of 128, 128 and 44 queries see 1, 2 and 3 tiles
+    # blocks of 128, 128 and 44 queries see 1, 2 and 3 tiles; those of all heads start with the last
     found = work(made, given)
-    assert (found.programs, found.scores, found.longest) == (3 * 4 * 3, 128 * 128 * 2.0, 128 * 128 * 3)
+    assert found.programs == 3 * 4 * 3 and found.scores == (*[128 * 128 * 3] * 12, *[128 * 128 * 2] * 12, *[128 * 128] * 12)
     assert found.moved == traffic(made, given).total > found.memory_bytes == 3 * 64 * 300 * (4 * (1 + 2) + 2 * 2)
 
 
@@ -105,10 +108,20 @@ def test_work_of_decoding_is_what_one_counts_by_hand():
     part = 4 * 2 * 8 * 65
     found = work(made, step, 1)
     # 132 programs wanted, 4 there are: 32 runs, no shorter than 256 keys
-    assert (found.programs, found.scores, found.longest) == (4 * 32, 16 * 128 * 2.0, 16 * 128 * 2)
+    assert (found.programs, found.scores) == (4 * 32, (16 * 128 * 2,) * 32)
     assert (found.memory_bytes, found.moved, found.merged) == (codes, codes + 32 * part, 33 * part)
+
+
+def test_work_of_decoding_in_a_window_is_of_the_keys_that_are_read():
+    made = tq.compile("kv-int4", head_dim=64, decode=True, shared_heads=4)
+    step = Step(batch=2, heads=8, keys=8192)
+    whole = work(made, step, 1)
+    # 1024 keys are 8 tiles here, and 9 in sequences of other lengths: 4 runs of 256, and one that has nothing here
     within = work(made, replace(step, left=1023), 1)
-    assert within.programs == 4 * 4 and within.memory_bytes == codes / 8
+    assert within.programs == 4 * 5 and within.scores == (*[16 * 128 * 2] * 4, 0)
+    assert within.memory_bytes == whole.memory_bytes / 8 and within.merged == 6 / 33 * whole.merged
+    # 1000 keys of 8192 begin within a tile
+    assert work(made, replace(step, left=999), 1).scores == (*[16 * 128 * 3] * 2, 16 * 128 * 2)
 
 
 def test_keys_that_fill_a_gpu_anyway_are_not_split():
@@ -148,10 +161,16 @@ def test_without_a_limit_all_that_run_are_timed_and_what_cannot_run_comes_last(c
     assert not any(trial.why for trial in trials[:-2]) and trials[-1].predicted_ms is None
 
 
-def test_a_default_that_cannot_run_is_not_timed(code):
-    made = kernel()
+STEP = Step(batch=16, heads=8, keys=8192)
+
+
+@pytest.mark.parametrize("given", [LONG, STEP], ids=["attention", "decoding"])
+def test_a_default_that_cannot_run_is_not_timed_and_is_still_the_default(code, given):
+    made = kernel() if given is LONG else tq.compile("kv-int4", head_dim=64, decode=True, shared_heads=4)
     code[made.config] = dict(blocks_per_multiprocessor=0)
-    assert "no block fits" in planned(made, LONG)[-1].why
+    trials = planned(made, given)
+    assert "no block fits" in trials[-1].why and trials[-1].untuned(made.plan)
+    assert not any(trial.untuned(made.plan) for trial in trials[:-1])
 
 
 def test_many_keys_and_short_instructions_wait_for_the_cache_and_then_taller_blocks_win(code):

@@ -124,6 +124,7 @@ def test_a_window_makes_another_kernel(code, gpu, clock):
     plain, windowed = tq.tune_decode(q, cache, repeats=1), tq.tune_decode(q, cache, window=(300, 0), repeats=1)
     assert plain.entry.key.kernel != windowed.entry.key.kernel
     assert windowed.trials[0].predicted_ms <= plain.trials[0].predicted_ms
+    assert (plain.entry.key.n_k, windowed.entry.key.n_k) == (1024, 512), "what is read decides which split is fast"
 
 
 def test_what_cannot_be_tuned_is_said(monkeypatch):

@@ -26,7 +26,7 @@ def list_entries(json: options.Json = False) -> None:
     if json:
         output.print_json([entry.model_dump() for entry in found])
         return
-    table = Table(title=escape(f"{len(found)} entries in {tuned.folder()}"))
+    table = Table(title=escape(f"{_entries(len(found))} in {tuned.folder()}"))
     for column in (
         "kernel",
         "device",
@@ -75,4 +75,8 @@ def _say(json: bool, what: str, count: int, where: Path) -> None:
     if json:
         output.print_json({what: count, "path": str(where)})
     else:
-        output.console().print(escape(f"{count} entries {what}: {where}"), soft_wrap=True)
+        output.console().print(escape(f"{_entries(count)} {what}: {where}"), soft_wrap=True)
+
+
+def _entries(count: int) -> str:
+    return f"{count} entry" if count == 1 else f"{count} entries"

@@ -105,7 +105,8 @@ def compile(
         causal, window, mask, softcap, sinks, return_lse, varlen: the features it is to have.
         bias: its kind; factors of low rank have `bias_rank` columns of 16 bits.
         shared_heads: heads of Q to one of K and V.
-        decode: the kernel that reads a KV cache in pages of the scheme's size: always causal and with LSE, for one query.
+        decode: the kernel that reads a KV cache in pages of the scheme's size: always causal and with LSE, for one query, and
+            the same with sinks as without.
         dtype: of the tensors.
 
     Raises SchemeError, ValueError for a target that is none, UnsupportedError where scheme and target do not go together.
@@ -146,6 +147,11 @@ def compile(
     if decode:
         if mask != "none" or bias != "none" or varlen:
             raise UnsupportedError("decode: a kernel that reads pages has no mask and no bias, and lengths of its own anyway")
+        if sinks:
+            raise UnsupportedError(
+                "sinks: no kernel that reads pages has them, as they enter where its result is merged; leave them out for the "
+                "kernel that tokquant.decode launches with sinks as without"
+            )
         wanted = replace(wanted, right=True, lse=True)
         of_pages = decode_plan(
             scheme,

@@ -25,6 +25,9 @@ RUN = 512
 SHORTEST = 256
 """Keys that are worth a program of their own."""
 
+TOGETHER = 16
+"""Runs that merging takes at once."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -52,46 +55,83 @@ class Call:
         """Of the kernel that goes over all keys, whose name is that of both."""
         return self.planned(one_run=True)
 
+    @cached_property
+    def seen(self) -> int:
+        """Keys of the longest sequence that queries see."""
+        return keys_seen(self.longest, self.q.shape[2], self.features.left)
+
+    @cached_property
+    def blocks(self) -> int:
+        """Of queries, for each head of K and V."""
+        rows = self.q.shape[1] // self.k.codes.shape[1] * self.q.shape[2]
+        return -(-rows // self.config.block_m)
+
+    @cached_property
+    def runs(self) -> "Runs":
+        """How keys are split between programs."""
+        programs = self.q.shape[0] * self.k.codes.shape[1] * self.blocks
+        return Runs.of(self.longest, self.seen, programs, self.config.block_n, self.target, self.split)
+
     def run(self) -> tuple[Tensor, Tensor]:
         """Launch. Returns output `[B, H_q, n_q, D]` and natural LSE, float32."""
-        (b, heads, n_q, _), device = self.q.shape, self.q.device
-        kv_heads = self.k.codes.shape[1]
-        blocks = -(-n_q * (heads // kv_heads) // self.config.block_m)
-        keys = keys_of_a_run(self.longest, b * kv_heads * blocks, self.config.block_n, self.target, self.split)
-        runs = max(1, -(-self.longest // keys))
-        kernel = generate.load(self.plan if runs == 1 else self.planned(one_run=False))
-        parts = torch.empty(runs, *self.q.shape, dtype=torch.float32, device=device)
-        lses = torch.empty(runs, *self.q.shape[:3], dtype=torch.float32, device=device)
-        operands = (launch.operand(self.q), self.k, self.v, self.table, parts, lses, self.features, self.scale, n_q, keys)
+        (b, _, n_q, _), device, runs = self.q.shape, self.q.device, self.runs
+        kernel = generate.load(self.plan if runs.count == 1 else self.planned(one_run=False))
+        parts = torch.empty(runs.count, *self.q.shape, dtype=torch.float32, device=device)
+        lses = torch.empty(runs.count, *self.q.shape[:3], dtype=torch.float32, device=device)
+        operands = (launch.operand(self.q), self.k, self.v, self.table, parts, lses, self.features, self.scale, n_q)
         with on(device):
-            grid = launch.grid("q", blocks * runs, kv_heads, b)
-            kernel[grid](*operands, self.config.block_m, self.config.block_n, **self.config.options())
-            return (parts[0], lses[0]) if runs == 1 else merged(parts, lses, self.features.sinks)
+            grid = launch.grid("q", self.blocks * runs.count, self.k.codes.shape[1], b)
+            tiles = self.config.block_m, self.config.block_n
+            kernel[grid](*operands, runs.keys, runs.step, *tiles, **self.config.options())
+            return (parts[0], lses[0]) if runs.count == 1 else merged(parts, lses)
 
 
-def keys_of_a_run(longest: int, programs: int, tile: int, target: Target, split: int | None) -> int:
-    """Keys of a program, in whole tiles: so few that there are about `split` programs for each multiprocessor.
+@dataclass(frozen=True)
+class Runs:
+    """How the keys of every sequence are split between programs."""
 
-    A fixed number where `split` is None, so that results depend on the sequence alone.
-    """
-    if split is None:
-        return max(RUN, tile)
-    runs = max(1, min(-(-split * target.multiprocessors // programs), longest // max(SHORTEST, tile)))
-    return max(1, -(-longest // (runs * tile))) * tile
+    keys: int
+    """Of a run, in whole tiles."""
+    count: int
+    """Runs, as many as the sequence with most keys to read needs."""
+    step: int
+    """The first run begins at a multiple of it: at 0, or the last before the window of the first query."""
+
+    @classmethod
+    def of(cls, longest: int, seen: int, programs: int, tile: int, target: Target, split: int | None) -> "Runs":
+        """Runs so short that there are about `split` programs for each multiprocessor.
+
+        Where `split` is None, runs have a fixed length and begin at the same keys whatever is asked about them, so that results
+        depend on the sequence alone; and as sums round by their order, so do those that are merged at once.
+
+        Args:
+            longest, seen: keys of the longest sequence, and those of them that its queries see.
+            programs: that take the same run, of other queries, heads and sequences.
+            tile: keys of a tile.
+        """
+        keys = max(RUN, tile)
+        step = tile if split is not None else keys * TOGETHER
+        # the window may begin anywhere
+        read = min(longest, seen + step - 1)
+        if split is not None:
+            many = max(1, min(-(-split * target.multiprocessors // programs), seen // max(SHORTEST, tile)))
+            # wherever a window begins, it is one run where that was wanted; several may become one more
+            keys = max(1, -(-(read if many == 1 else seen) // (many * tile))) * tile
+        return cls(keys, max(1, -(-read // keys)), step)
 
 
-def merged(parts: Tensor, lses: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Attention over all keys, of that over runs of them: parts `[runs, B, H, n_q, D]` and natural LSEs, float32.
+def keys_seen(longest: int, n_q: int, left: int | None) -> int:
+    """Of so many keys, those that the last n_q queries see, each as many as `left` before its own place."""
+    return longest if left is None else min(longest, left + n_q)
 
-    sinks: `[H]`, natural logits that take their part of the softmax once.
-    """
-    runs, b, heads, n_q, d = parts.shape
+
+def merged(parts: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over all keys, of that over runs of them: parts `[runs, B, H, n_q, D]` and natural LSEs, float32."""
+    runs, *_, d = parts.shape
     out, lse = torch.empty_like(parts[0]), torch.empty_like(lses[0])
-    rows = b * heads * n_q
-    sizes = dict(D=d, D_TILE=1 << (d - 1).bit_length(), SINKS=sinks is not None, BLOCK=16)
-    merge[(rows,)](
-        parts, lses, sinks, out, lse, runs, rows, n_q, heads, **sizes, num_warps=4, num_stages=2, enable_fp_fusion=True
-    )
+    sizes = dict(D=d, D_TILE=1 << (d - 1).bit_length(), BLOCK=TOGETHER)
+    rows = lse.numel()
+    merge[(rows,)](parts, lses, out, lse, runs, rows, **sizes, num_warps=4, num_stages=2, enable_fp_fusion=True)
     return out, lse
 
 

@@ -120,7 +120,6 @@ def decode_plan(
         "V_CLEARED": base.products[3] != "tl.int8",
         "V_PER_CHANNEL": constants["V_COLUMN"],
         "CODE_ZERO": scheme.p.format.code_zero,
-        "SINKS": wanted.sinks and one_run,
         "ONE_RUN": one_run,
         "NEWER": newer,
     }

@@ -107,10 +107,17 @@ def _launch(plan: Plan | QuantizePlan) -> str:
     if isinstance(plan, DecodePlan):
         return (
             "Grid: (cdiv(n_q * heads of q to one of k, BLOCK_M) * runs, heads of k, batch); `run` keys each, whole tiles of\n"
-            f"BLOCK_N {plan.config.block_n}. `scale` is the softmax's own, as D**-0.5.\n\n"
+            f"BLOCK_N {plan.config.block_n}; a window's first run begins at a multiple of `step`, whole tiles too.\n"
+            "`scale` is the softmax's own, as D**-0.5.\n\n"
         )
     tiles = " or ".join(str(tile) for tile in sorted({config.block_n for config in plan.candidates}))
-    words = [f"Grid: (cdiv(n_q, BLOCK_M), heads of q, batch). BLOCK_N: {tiles}. `scale` is the softmax's own, as D**-0.5."]
+    grid = "(cdiv(n_q, BLOCK_M), heads, batch)"
+    if dict(plan.constants)["RIGHT"] == "True":
+        grid = "(side, cdiv(n_q, BLOCK_M), batch * heads // side), of all heads as many side by side"
+    words = [
+        f"Grid: {grid}; `heads` are q's.",
+        f"BLOCK_N: {tiles}. `scale` is the softmax's own, as D**-0.5.",
+    ]
     if dict(plan.constants)["TOKENS_LAST"] == "True":
         words += ["V's codes lie [B, H, D, N], as tokquant.tensor.tokens_last pads and orders them."]
     return "\n".join(words) + "\n\n"

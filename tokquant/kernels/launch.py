@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokquant.bias import Alibi, Bias, Dense, KeyVector, LowRank
 from tokquant.errors import UnsupportedError
-from tokquant.kernels import generate, targets, tuned
+from tokquant.kernels import generate, order, targets, tuned
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.plan import Plan, Wanted, plan
 from tokquant.kernels.products import takes_tokens_last
@@ -21,6 +21,9 @@ from tokquant.schemes.placement import place
 from tokquant.tensor import QuantizedTensor, canonical, tokens_last
 
 Operands = tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]
+
+MOST = 65535
+"""Programs of a launch in its second and its third dimension."""
 
 
 def interpreted() -> bool:
@@ -79,6 +82,9 @@ class Call:
     """The kernel's arguments but for its tiles."""
     shape: tuple[int, int, int]
     """Batch, heads, and queries of the longest sequence."""
+    abreast: int | None
+    """Heads that start side by side, as `order.abreast` says; None where nothing bounds a query's reach to the right, and heads
+    follow one another."""
     out: Tensor
     lse: Tensor | None
     dtype: torch.dtype
@@ -86,9 +92,21 @@ class Call:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Blocks: of queries, heads, batch. Raises UnsupportedError for more than a launch takes."""
-        b, heads, n_q = self.shape
-        return grid("q", -(-n_q // self.config.block_m), heads, b)
+        """Heads side by side, blocks of queries, and how often other heads follow; else blocks, heads, and batch.
+
+        Raises UnsupportedError for more than a launch takes.
+        """
+        (b, heads, n_q), tall = self.shape, self.config.block_m
+        blocks = -(-n_q // tall)
+        if self.abreast is None:
+            return grid("q", blocks, heads, b)
+        turns = b * heads // self.abreast
+        if max(blocks, turns) > MOST:
+            raise UnsupportedError(
+                f"q: batch {b}, {heads} heads and {n_q} queries; a launch takes at most {MOST} blocks of {tall} queries, and "
+                f"{MOST} times the {self.abreast} heads that start side by side, so split the call"
+            )
+        return (self.abreast, blocks, turns)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -120,11 +138,13 @@ def prepare(
     out, lse = outputs(q, q.shape, return_lse)
     (b, heads, n_q, _), n_k = q.shape, k.shape[2]
     operands = (operand(x) for x in (q, k, v))
+    kv_bytes = k.codes.nbytes + v.codes.nbytes
     return Call(
         plan=made,
         config=made.config if deterministic else tuned.choose(made, q.device, b * heads, n_q, n_k)[0],
-        operands=(*operands, Rows(out, *out.stride()[:3]), lse, given, features.scale, n_q, n_k),
+        operands=(*operands, Rows(out, *out.stride()[:3]), lse, given, features.scale, n_q, n_k, heads),
         shape=(b, heads, n_q),
+        abreast=order.abreast(b * heads, b * k.shape[1], kv_bytes, targets.of(q.device).cache_size) if wanted.right else None,
         out=out,
         lse=lse,
         dtype=q.dtype,
@@ -133,9 +153,9 @@ def prepare(
 
 def grid(name: str, blocks: int, heads: int, batch: int) -> tuple[int, int, int]:
     """Blocks of tokens, heads and batch of an operand. Raises UnsupportedError for more than a launch takes."""
-    if max(batch, heads) > 65535:
+    if max(batch, heads) > MOST:
         raise UnsupportedError(
-            f"{name}: batch {batch} and {heads} heads; a launch takes at most 65535 of each, so split the call"
+            f"{name}: batch {batch} and {heads} heads; a launch takes at most {MOST} of each, so split the call"
         )
     return (blocks, heads, batch)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import launch, quantize_plan, targets, tuned
-from tokquant.kernels.decode_launch import Call, on
+from tokquant.kernels.decode_launch import Call, keys_seen, on
 from tokquant.kernels.decode_plan import DecodePlan, check_pages, decode_plan, eight_bits
 from tokquant.kernels.plan import Wanted
 from tokquant.kernels.pool import FEW, Pool
@@ -104,7 +104,7 @@ class TritonPages:
             deterministic: bits depend on nothing but the sequence: keys are split alike on every device and in every batch,
                 and what tuning has learned is left out.
 
-        Raises UnsupportedError for a mask or bias.
+        Raises UnsupportedError for a mask, a bias or sinks.
         """
         return self.prepare(q, table, lengths, features, offset=offset, longest=longest, deterministic=deterministic).run()
 
@@ -123,13 +123,18 @@ class TritonPages:
         launch.check(q.device, features)
         if features.mask is not None or features.bias is not None:
             raise UnsupportedError("mask, bias: no kernel reads them beside pages; use causal and window")
+        if features.sinks is not None:
+            raise UnsupportedError(
+                "sinks: no kernel of pages has them; they enter where parts are merged, as tokquant.decode does"
+            )
         b, heads, n_q, _ = q.shape
         wanted, given = launch.asked(features, True)
         longest = table.shape[1] * self.page if longest is None else longest
         planned = partial(self._plan, wanted, heads // self.kv_heads, n_q, newer=offset is not None)
         # one kernel's name stands for both: keys that are one run today are several later
         plan = planned(one_run=True)
-        config, split = (plan.config, None) if deterministic else tuned.choose(plan, q.device, b * heads, n_q, longest)
+        seen = keys_seen(longest, n_q, given.left)
+        config, split = (plan.config, None) if deterministic else tuned.choose(plan, q.device, b * heads, n_q, seen)
         return Call(
             planned=planned,
             config=config,

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tokquant.kernels import launch, tuned
+from tokquant.kernels import launch, order, targets, tuned
 from tokquant.kernels.plan import WHOLE
 from tokquant.kernels.triton.operands import Operand, Rows
 from tokquant.reference import Features
@@ -53,6 +53,7 @@ def attention(
         _joined([None if part is None else part[index] for part in parts], scheme, of.tolist())
         for index, of in enumerate((q_starts, k_starts, k_starts))
     ]
+    kv_bytes = sum(x.codes.nbytes for x in operands[1:])
     on_device = {name: to_device(of.numpy(), q.device) for name, of in (("q_starts", q_starts), ("k_starts", k_starts))}
     longest_q, longest_k = (int(each.diff().max()) for each in starts)
     call = launch.Call(
@@ -66,8 +67,12 @@ def attention(
             features.scale,
             total_q,
             total_k,
+            heads,
         ),
         shape=(b, heads, longest_q),
+        abreast=order.abreast(b * heads, b * present[0][1].shape[1], kv_bytes, targets.of(q.device).cache_size)
+        if wanted.right
+        else None,
         out=out,
         lse=lse,
         dtype=q.dtype,

@@ -49,6 +49,7 @@ def arguments(kernel: "Kernel") -> dict[str, Any]:
             "scale": "fp32",
             "n_q": "i32",
             "run": "i32",
+            "step": "i32",
         }
     return {
         **{role.upper(): _operand(kernel, role) for role in "qkv"},
@@ -58,6 +59,7 @@ def arguments(kernel: "Kernel") -> dict[str, Any]:
         "scale": "fp32",
         "n_q": "i32",
         "n_k": "i32",
+        "heads": "i32",
     }
 
 

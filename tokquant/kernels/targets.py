@@ -45,6 +45,8 @@ class Target:
     """A clock, that a multiprocessor can take from the cache behind its own."""
     cache_bytes: int | None = None
     """A clock, that this cache gives to all of them together; what their ports take where no figure is known."""
+    cache_size: int
+    """Bytes that it holds."""
 
     @property
     def fast_bytes(self) -> int:
@@ -61,40 +63,40 @@ def _rates(int8: int, fp8: int, fp16: int, fp32: int = 256) -> MappingProxyType[
     return MappingProxyType({"int8": int8, "fp8": fp8, "fp16": fp16, "fp32": fp32})
 
 
-_KB = 1024
+_KB, _MB = 2**10, 2**20
 TARGETS = {
     target.name: target
     for target in (
         Target(
-            name="sm_80", arch=80, shared_bytes=164 * _KB, warps=64, fp8=False,
+            name="sm_80", arch=80, shared_bytes=164 * _KB, warps=64, fp8=False, cache_size=40 * _MB,
             card="A100 SXM", multiprocessors=108, gigahertz=1.41, terabytes=2.04, rates=_rates(4096, 0, 2048, 128),
             cache_bytes=5120,  # NVIDIA A100 Tensor Core GPU Architecture, whitepaper of 2020
         ),
         Target(
-            name="sm_86", arch=86, shared_bytes=100 * _KB, warps=48, fp8=False,
+            name="sm_86", arch=86, shared_bytes=100 * _KB, warps=48, fp8=False, cache_size=6 * _MB,
             card="RTX 3090", multiprocessors=82, gigahertz=1.70, terabytes=0.936, rates=_rates(2048, 0, 512),
         ),
         Target(
-            name="sm_89", arch=89, shared_bytes=100 * _KB, warps=48,
+            name="sm_89", arch=89, shared_bytes=100 * _KB, warps=48, cache_size=96 * _MB,
             card="L40S", multiprocessors=142, gigahertz=2.52, terabytes=0.864, rates=_rates(2048, 2048, 1024),
         ),
         Target(
-            name="sm_90", arch=90, shared_bytes=228 * _KB, warps=64,
+            name="sm_90", arch=90, shared_bytes=228 * _KB, warps=64, cache_size=50 * _MB,
             card="H100 SXM", multiprocessors=132, gigahertz=1.83, terabytes=3.35, rates=_rates(8192, 8192, 4096),
             cache_bytes=5120,  # as the A100
         ),
         Target(
-            name="sm_100", arch=100, shared_bytes=228 * _KB, tensor_memory_bytes=256 * _KB, warps=64,
+            name="sm_100", arch=100, shared_bytes=228 * _KB, tensor_memory_bytes=256 * _KB, warps=64, cache_size=126 * _MB,
             card="B200", multiprocessors=148, gigahertz=1.85, terabytes=8.0, rates=_rates(16384, 16384, 8192),
         ),
         Target(
-            name="sm_120", arch=120, shared_bytes=100 * _KB, warps=48,
+            name="sm_120", arch=120, shared_bytes=100 * _KB, warps=48, cache_size=96 * _MB,
             card="RTX 5090", multiprocessors=170, gigahertz=2.41, terabytes=1.79, rates=_rates(2048, 1024, 512),
         ),
         Target(
             name="gfx942", backend="hip", arch="gfx942", lanes=64, registers=131072, shared_bytes=64 * _KB, warps=32, fp8=False,
             card="MI300X", multiprocessors=304, gigahertz=2.10, terabytes=5.3, rates=_rates(4096, 4096, 2048),
-            issued=64,
+            issued=64, cache_size=256 * _MB,
         ),
     )
 }  # fmt: skip

@@ -7,6 +7,7 @@ from tokquant.io_model.workload import Workload
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.compile import Kernel
 from tokquant.kernels.plan import Plan
+from tokquant.tuning.schedule import busy
 from tokquant.tuning.work import Step, Work, work
 
 KEEP = 5
@@ -25,7 +26,7 @@ class Expected:
     cache: float
     """All that programs ask for, at the bandwidth of the cache that they share."""
     processors: float
-    """The multiprocessors: instructions and products, in waves of blocks."""
+    """The multiprocessors: instructions and products, from the first block's start to the last one's end."""
     merging: float = 0.0
     """Afterwards, where the keys were split."""
 
@@ -57,8 +58,8 @@ class Trial:
     """Of a kernel that reads pages: programs for each multiprocessor that its keys are split for."""
 
     def untuned(self, plan: Plan) -> bool:
-        """Whether this launch is the one that is taken without tuning."""
-        return (self.config, self.split) == (plan.config, plan.splits[0])
+        """Whether this launch is the one that is taken without tuning. One that cannot run has no split."""
+        return self.config == plan.config and self.split in (None, plan.splits[0])
 
 
 def expect(kernel: Kernel, does: Work) -> Expected:
@@ -66,7 +67,7 @@ def expect(kernel: Kernel, does: Work) -> Expected:
 
     A multiprocessor computes a tile's products, then whatever is longer of its exponentials and instructions, for all of its
     blocks together as `Kernel.prediction` has it for one: published kernels of this kind come to 0.7 to 0.95 of that with one
-    block and with two. Blocks come in waves; the last has fewer, and waits for the longest of its programs. What is spilled
+    block and with two. Blocks start in the kernel's own order, each where a place is free first (`schedule`). What is spilled
     outside the loop over whole tiles costs nothing here, and within it as `SPILL` says.
     """
     target, config, predicted, found = kernel.target, kernel.config, kernel.prediction, kernel.resources
@@ -79,13 +80,10 @@ def expect(kernel: Kernel, does: Work) -> Expected:
         return score * max(blocks, target.schedulers / config.num_warps)
 
     resident = found.blocks_per_multiprocessor
-    waves = (does.programs - 1) // (target.multiprocessors * resident)
-    last = -(-(does.programs - waves * target.multiprocessors * resident) // target.multiprocessors)
-    total = waves * does.scores * clocks(resident) + does.longest * clocks(last)
     return Expected(
         memory=does.memory_bytes / target.terabytes / 1e9,
         cache=does.moved / target.cache_terabytes(does.programs) / 1e9,
-        processors=total / target.gigahertz / 1e6,
+        processors=busy(does.programs, does.scores, target.multiprocessors, resident, clocks) / target.gigahertz / 1e6,
         merging=does.merged / target.cache_terabytes(target.multiprocessors) / 1e9,
     )
 

@@ -54,7 +54,7 @@ def tune_pages(call: decode_launch.Call, *, keep: int | None, repeats: int) -> T
     step = Step(batch=b, heads=heads, queries=n_q, keys=call.longest, left=call.features.left)
     trials = planned(kernel, step, keep)
     timed = time(trials, lambda trial: replace(call, config=trial.config, split=trial.split).run, repeats, device)
-    return settle(kernel, tuned.key_of(call.plan, device, b * heads, n_q, call.longest), timed)
+    return settle(kernel, tuned.key_of(call.plan, device, b * heads, n_q, call.seen), timed)
 
 
 def settle(kernel: Kernel, key: tuned.Key, trials: Sequence[Trial]) -> Tuned:

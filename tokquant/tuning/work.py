@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from tokquant.errors import quote
 from tokquant.io_model.bounds import compulsory, problem
 from tokquant.io_model.traffic import traffic
 from tokquant.io_model.workload import Walk, Workload
 from tokquant.kernels.compile import Kernel
-from tokquant.kernels.decode_launch import keys_of_a_run
+from tokquant.kernels.decode_launch import Runs, keys_seen
+from tokquant.kernels.order import abreast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +18,8 @@ class Work:
     """Of one launch under one configuration."""
 
     programs: int
-    scores: float
-    """That a program computes on the average, in whole tiles."""
-    longest: int
-    """That the one with most computes."""
+    scores: tuple[int, ...]
+    """That each program computes, in whole tiles and in the order they start; from the beginning again where there are more."""
     memory_bytes: float
     """Inputs and outputs, once: what memory gives and takes where caches keep the rest."""
     moved: float
@@ -57,13 +58,16 @@ def work(kernel: Kernel, given: Workload | Step, split: int | None = None) -> Wo
 def _of_attention(kernel: Kernel, workload: Workload) -> Work:
     # sequences of their own lengths count as a batch of the longest
     kernel = replace(kernel, wanted=replace(kernel.wanted, varlen=False))
-    tile = kernel.config.block_m * kernel.config.block_n
-    tiles = Walk.of(kernel, workload).tiles
+    walk, needed = Walk.of(kernel, workload), problem(kernel, workload)
+    heads, kv_heads = workload.batch * workload.heads, workload.batch * workload.kv_heads(kernel)
+    kv_bytes = int(kv_heads * workload.n_k * kernel.head_dim * (needed.k + needed.v))
+    scores = kernel.config.block_m * kernel.config.block_n * walk.tiles
+    if kernel.wanted.right:
+        scores = np.repeat(scores[::-1], abreast(heads, kv_heads, kv_bytes, kernel.target.cache_size))
     return Work(
-        programs=workload.batch * workload.heads * len(tiles),
-        scores=tile * float(tiles.mean()),
-        longest=tile * int(tiles.max()),
-        memory_bytes=compulsory(problem(kernel, workload)),
+        programs=heads * len(walk.tiles),
+        scores=tuple(scores.tolist()),
+        memory_bytes=compulsory(needed),
         moved=traffic(kernel, workload).total,
     )
 
@@ -75,18 +79,19 @@ def _of_pages(kernel: Kernel, step: Step, split: int | None) -> Work:
         raise ValueError(f"heads: {step.heads} is no multiple of the {shared} that share one of K and V in this kernel")
     kv_heads = step.batch * step.heads // shared
     blocks = -(-step.queries * shared // block_m)
-    run = keys_of_a_run(step.keys, kv_heads * blocks, block_n, kernel.target, split)
-    keys = step.keys if step.left is None else min(step.keys, step.left + step.queries)
-    runs, seeing = -(-step.keys // run), -(-keys // run)
+    seen = keys_seen(step.keys, step.queries, step.left)
+    runs = Runs.of(step.keys, seen, kv_heads * blocks, block_n, kernel.target, split)
+    tiles = -(-step.keys // block_n) - (step.keys - seen) // block_n
+    of_run = runs.keys // block_n
     bits = kernel.scheme.bits_per_value(kernel.head_dim)
-    codes = kv_heads * keys * kernel.head_dim * (bits["k"] + bits["v"]) / 8
+    codes = kv_heads * seen * kernel.head_dim * (bits["k"] + bits["v"]) / 8
     # output and LSE of a run in float32
     part = 4 * step.batch * step.heads * step.queries * (kernel.head_dim + 1)
+    in_order = [max(0, min(of_run, tiles - of_run * run)) for run in range(runs.count) for _ in range(blocks)]
     return Work(
-        programs=kv_heads * blocks * seeing,
-        scores=block_m * block_n * -(-keys // block_n) / seeing,
-        longest=block_m * block_n * -(-min(run, keys) // block_n),
+        programs=kv_heads * len(in_order),
+        scores=tuple(block_m * block_n * each for each in in_order),
         memory_bytes=codes,
-        moved=codes * blocks + part * seeing,
-        merged=part * (seeing + 1) if runs > 1 else 0.0,
+        moved=codes * blocks + part * runs.count,
+        merged=part * (runs.count + 1) if runs.count > 1 else 0.0,
     )

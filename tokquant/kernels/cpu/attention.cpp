@@ -123,7 +123,11 @@ extern "C" void attention(const Arguments* a) {
     const int64_t of_head = (a->n_q + BLOCK - 1) / BLOCK;
     const int64_t blocks = of_head > 1 ? shared * of_head : (shared + few - 1) / few;
     // where they are so few, keys are divided too: never by how many threads there are, so that results do not depend on it
-    const int64_t chunks = blocks == 1 ? most(1, (a->n_k + CHUNK - 1) / CHUNK) : 1, heads = a->batch * a->kv_heads;
+    int64_t chunks = blocks == 1 ? most(1, (a->n_k + CHUNK - 1) / CHUNK) : 1;
+#if LEFT
+    chunks = least(chunks, (least(a->left, a->n_k) + a->n_q + 2 * CHUNK - 2) / CHUNK);  // wherever in a chunk a window begins
+#endif
+    const int64_t heads = a->batch * a->kv_heads;
     float* kept = chunks > 1 ? new float[heads * chunks * total * KEPT] : nullptr;
 #pragma omp parallel num_threads(int(a->threads))
     {
@@ -140,7 +144,12 @@ extern "C" void attention(const Arguments* a) {
                 rows = int(least(BLOCK, a->n_q - query));
             }
             const int64_t batch = head / a->kv_heads, kv_head = head % a->kv_heads;
-            const int64_t from = chunk * CHUNK, to = chunks > 1 ? from + CHUNK : INT64_MAX;
+            int64_t from = chunk * CHUNK;
+#if LEFT
+            // the first one is that in which the window of the sequence's first query begins
+            if (chunks > 1) from += most(0, first_place(*a, batch) - a->left) / CHUNK * CHUNK;
+#endif
+            const int64_t to = chunks > 1 ? from + CHUNK : INT64_MAX;
             attend(*a, batch, kv_head, first, rows, from, to, *scratch);
             if (chunks > 1)
                 keep(*scratch, rows, kept + item * total * KEPT);

@@ -23,6 +23,11 @@ static inline floats tanh_of(floats x) {
 }
 #endif
 
+// Where the first query of a sequence stands among its keys.
+static inline int64_t first_place(const Arguments& a, int64_t batch) {
+    return (a.lengths ? a.lengths[batch] : a.n_k) - a.n_q + (a.newer ? a.newer[batch] : 0);
+}
+
 // Rows of a head of K from `first` on, over keys from `from` to `to`: what they are in `t`.
 static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t first, int rows, int64_t from, int64_t to, Scratch& t) {
     const int64_t shared = a.heads / a.kv_heads, row = (batch * a.heads + kv_head * shared) * a.n_q + first;
@@ -31,7 +36,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
     for (int i = 0; i < rows; i++) {
         t.head[i] = int(kv_head * shared + (first + i) / a.n_q);
         t.query[i] = int((first + i) % a.n_q);
-        t.place[i] = t.query[i] + n_k - a.n_q + (a.newer ? a.newer[batch] : 0);
+        t.place[i] = t.query[i] + first_place(a, batch);
         lowest = least(lowest, t.place[i]), highest = most(highest, t.place[i]);
     }
 #if INTEGER_K

@@ -112,15 +112,14 @@ LEFT = tl.constexpr(False)
 RIGHT = tl.constexpr(False)
 SOFTCAP = tl.constexpr(False)
 LOWERED_SOFTCAP = tl.constexpr(False)  # K lacks an offset, which the softcap must see,
-LOWERED_LOGITS = tl.constexpr(False)  # or else LSE and sinks
+LOWERED_LOGITS = tl.constexpr(False)  # or else the LSE
 JOINED = tl.constexpr(False)
 MAY_BE_EMPTY = tl.constexpr(False)  # whether scores of floats may all be -inf
-SINKS = tl.constexpr(False)
 ONE_RUN = tl.constexpr(True)  # of keys, so that nothing is merged
 
 
 @triton.jit
-def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, step, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     batch = tl.program_id(2).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     heads = tl.num_programs(1) * SHARED_HEADS
@@ -145,6 +144,9 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
 
     # keys [begin, end) of this run are seen by some of these queries, and tiles in [whole, edge) by all: those need no mask
     begin = split * run
+    if LEFT:
+        # the first run begins where the window of the first query does, at a multiple of `step`
+        begin += tl.maximum(ahead - F.left, 0) // step * step
     end = tl.minimum(n_k, begin + run)
     whole = begin
     edge = end // BLOCK_N * BLOCK_N
@@ -345,12 +347,7 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
     lowered = tl.zeros([BLOCK_M], tl.float32)
     if LOWERED_LOGITS:
         lowered = tl.load(Q.logit_offset + row, mask=here, other=0.0) * scale
-    total = l
-    if SINKS:
-        # a sink takes its part of the softmax and adds nothing
-        sink = tl.load(F.sinks + head, mask=here, other=0.0).to(tl.float32) - lowered
-        total += tl.exp2(sink * 1.4426950408889634 - r + LOG2_LARGEST)
-    inverse_total = 1.0 / tl.where(l == 0.0, 1.0, total)
+    inverse_total = 1.0 / tl.where(l == 0.0, 1.0, l)
     o = acc * (inverse_total * OUTPUT_UNIT)[:, None]
     if V_PAIR_OF_TOKEN:
         o += (tl.sum(zeros, 1) * inverse_total)[:, None]
@@ -371,5 +368,5 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, BLOCK_M: tl.constexpr, BLOC
     # a row that attends to nothing, whatever its tiles hold
     o = tl.where((l == 0.0)[:, None], 0.0, o)
     tl.store(out_at, o, mask=here[:, None] & held[None, :])
-    # natural, without sinks; -inf where a row attends to nothing
+    # natural; -inf where a row attends to nothing
     tl.store(Lse + result, (r + tl.log2(l) - LOG2_LARGEST) * 0.6931471805599453 + lowered, mask=here)

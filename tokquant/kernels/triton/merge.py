@@ -4,11 +4,8 @@ from tokquant.precisions.base import tl, triton
 
 
 @triton.jit
-def merge(
-    Parts, Lses, Sinks, Out, Lse, runs, rows, n_q, heads, D: tl.constexpr, D_TILE: tl.constexpr, SINKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    # Parts [runs, rows, D] and Lses [runs, rows] float32; a row is a query of a head; Sinks [heads], natural
+def merge(Parts, Lses, Out, Lse, runs, rows, D: tl.constexpr, D_TILE: tl.constexpr, BLOCK: tl.constexpr):
+    # Parts [runs, rows, D] and Lses [runs, rows] float32; a row is a query of a head
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, D_TILE)
     held = column < D
@@ -28,9 +25,6 @@ def merge(
         has = (weight > 0.0)[:, None] & held[None, :]
         o = tl.load(Parts + (part * rows + row)[:, None] * D + column[None, :], mask=has, other=0.0)
         acc += tl.sum(o * weight[:, None], 0)
-    keys = total
-    if SINKS:
-        total += tl.exp(tl.load(Sinks + row // n_q % heads).to(tl.float32) - reference)
-    out = acc / tl.where(keys == 0.0, 1.0, total)
+    out = acc / tl.where(total == 0.0, 1.0, total)
     tl.store(Out + row * D + column, out, mask=held)
-    tl.store(Lse + row, reference + tl.log(keys))
+    tl.store(Lse + row, reference + tl.log(total))

@@ -99,18 +99,27 @@ WITH_LSE = tl.constexpr(False)
 
 
 @triton.jit
-def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     batch = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0)
+    sequences = tl.num_programs(2)
+    if RIGHT:
+        # the last queries see most keys: they come first, of some heads of all sequences side by side, and what is short last
+        place = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        batch = (place // heads).to(tl.int64)
+        head = (place % heads).to(tl.int64)
+        block = tl.num_programs(1) - 1 - tl.program_id(1)
+        sequences = tl.num_programs(0) * tl.num_programs(2) // heads
     kv_head = head // SHARED_HEADS
-    first = tl.program_id(0) * BLOCK_M
+    first = block * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     column = tl.arange(0, D_TILE)
     held = column < D
 
     # where this head begins in what has a row for each token, a row for each scale, and so on
-    query = batch * tl.num_programs(1) + head
-    kv = batch * (tl.num_programs(1) // SHARED_HEADS) + kv_head
+    query = batch * heads + head
+    kv = batch * (heads // SHARED_HEADS) + kv_head
     row = query * n_q + i
     key = kv * n_k
     q_codes = Q.codes + batch * Q.batch + head * Q.head
@@ -147,9 +156,9 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, BLOCK_M: tl.constexpr, BLOC
         if V_HAS_SCALE:
             v_group += (k_start // V_GROUP + batch) * V.scale_row
         if BLOCK_MEANS:
-            q_block = head * (n_q // 128 + tl.num_programs(2)) + q_start // 128 + batch
+            q_block = head * (n_q // 128 + sequences) + q_start // 128 + batch
         if UNSIGNED_P:
-            v_tile = kv_head * (n_k // BLOCK_N + tl.num_programs(2)) + k_start // BLOCK_N + batch
+            v_tile = kv_head * (n_k // BLOCK_N + sequences) + k_start // BLOCK_N + batch
         n_q = (tl.load(F.q_starts + batch + 1) - q_start).to(tl.int32)
         n_k = (tl.load(F.k_starts + batch + 1) - k_start).to(tl.int32)
         if first >= n_q:
