@@ -40,6 +40,25 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
+@pytest.fixture(autouse=True, scope="session")
+def patched_once():
+    """For a launch, Triton's interpreter puts its own functions into `triton.language`; it does so again at each call of a
+    function in a kernel, which takes longer than most of them. The first call of each is enough."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    def call(function, *arguments, **named):
+        if function.fn not in function.rewritten_fn:
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
