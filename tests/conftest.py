@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
-# before anything imports Triton
+# before anything imports Triton, or NumPy, in which its interpreter computes
 os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # a core for a process: torch, NumPy, and the scripts that tests run
 if os.environ["TRITON_INTERPRET"] == "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a CPU's run: what it finds must not depend on a GPU that is there
 
@@ -24,9 +26,6 @@ INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 
 settings.register_profile("tokquant", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tokquant")
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):
