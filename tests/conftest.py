@@ -1,6 +1,7 @@
 """Two kinds of run: Triton's interpreter (the default) and the compiler (TRITON_INTERPRET=0). They cannot share a process."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 # before anything imports Triton, or NumPy, in which its interpreter computes
@@ -11,6 +12,7 @@ if os.environ["TRITON_INTERPRET"] == "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a CPU's run: what it finds must not depend on a GPU that is there
 
 import pytest
+import scripts
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -87,7 +89,14 @@ def kept_by_torch(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def built_once(tmp_path_factory, monkeypatch):
-    """A C++ kernel takes a second to build: one folder of libraries for a run, all its processes together."""
+    """A C++ kernel takes a second to build: one cache folder of them for a run, all its processes together."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "libraries"
-    monkeypatch.setattr(build, "libraries", lambda: folder)
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "built"
+    monkeypatch.setattr(build, "libraries", lambda: folder / "cpu")
+    return folder
+
+
+@pytest.fixture
+def python(built_once):
+    """Python as a user starts it, who has built these kernels before."""
+    return partial(scripts.python, TOKQUANT_CACHE_DIR=str(built_once))
