@@ -32,8 +32,10 @@ settings.load_profile("tokquant")
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what the other kind of run does, and what needs a GPU where there is none."""
-    kept = [item for item in items if bool(item.get_closest_marker("compiled")) != INTERPRETED]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    kept, left = [], []
+    for item in items:
+        (left if bool(item.get_closest_marker("compiled")) == INTERPRETED else kept).append(item)
+    config.hook.pytest_deselected(items=left)
     if not torch.cuda.is_available():
         for item in kept:
             if item.get_closest_marker("gpu"):
