@@ -5,14 +5,18 @@ runs every test of the first kind so, for the GPU of that compute capability.
 """
 
 import os
+from functools import partial
 from pathlib import Path
 
-# before anything imports Triton
+# before anything imports Triton, or NumPy, in which its interpreter computes
 os.environ.setdefault("TRITON_INTERPRET", "0" if "TOKQUANT_PTX" in os.environ else "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # a core for a process: torch, NumPy, and the scripts that tests run
 if os.environ["TRITON_INTERPRET"] == "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a CPU's run: what it finds must not depend on a GPU that is there
 
 import pytest
+import scripts
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -30,9 +34,6 @@ PTX = int(os.environ.get("TOKQUANT_PTX", 0))
 settings.register_profile("tokquant", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tokquant")
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
-
 
 def of_ptx(item):
     """Whether this run has the test run what is compiled, without a GPU."""
@@ -41,15 +42,35 @@ def of_ptx(item):
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what the other kind of run does, and what needs a GPU where there is none."""
-    kept = [item for item in items if bool(item.get_closest_marker("compiled")) != INTERPRETED or of_ptx(item)]
-    if PTX:
-        kept = [item for item in kept if of_ptx(item)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    kept, left = [], []
+    for item in items:
+        ours = of_ptx(item) or (not PTX and bool(item.get_closest_marker("compiled")) != INTERPRETED)
+        (kept if ours else left).append(item)
+    config.hook.pytest_deselected(items=left)
     if not torch.cuda.is_available():
         for item in kept:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
     items[:] = kept
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patched_once():
+    """For a launch, Triton's interpreter puts its own functions into `triton.language`; it does so again at each call of a
+    function in a kernel, which takes longer than most of them. The first call of each is enough."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    def call(function, *arguments, **named):
+        if function.fn not in function.rewritten_fn:
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -81,10 +102,17 @@ def kept_by_torch(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def built_once(tmp_path_factory, monkeypatch):
-    """A C++ kernel takes a second to build: one folder of libraries for a run, all its processes together."""
+    """A C++ kernel takes a second to build: one cache folder of them for a run, all its processes together."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "libraries"
-    monkeypatch.setattr(build, "libraries", lambda: folder)
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "built"
+    monkeypatch.setattr(build, "libraries", lambda: folder / "cpu")
+    return folder
+
+
+@pytest.fixture
+def python(built_once):
+    """Python as a user starts it, who has built these kernels before."""
+    return partial(scripts.python, TOKQUANT_CACHE_DIR=str(built_once))
 
 
 @pytest.fixture

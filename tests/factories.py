@@ -128,12 +128,10 @@ def dense_logits(q, k, features):
     if features.softcap:
         s = features.softcap * torch.tanh(s / features.softcap)
     left, right = features.window or (None, None)
-    for i in range(n_q):
-        for_last = i + n_k - n_q
-        for j in range(n_k):
-            beyond = features.causal and j > for_last
-            if beyond or (left is not None and j < for_last - left) or (right is not None and j > for_last + right):
-                s[:, :, i, j] = -INF
+    ahead = torch.arange(n_k) - (torch.arange(n_q)[:, None] + n_k - n_q)
+    for beyond in (features.causal and ahead > 0, left is not None and ahead < -left, right is not None and ahead > right):
+        if beyond is not False:
+            s = s.masked_fill(beyond.to(s.device), -INF)
     if features.bias is not None:
         s = s + dense_bias(features.bias, n_q, n_k)
     if features.mask is not None:

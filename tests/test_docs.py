@@ -1,10 +1,7 @@
 """README and docs do what they say: their Python runs, their commands exit well, their kernel is the generated one."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -31,18 +28,11 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> Path:
-    """What one page has built another finds."""
-    return tmp_path_factory.mktemp("kernels")
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, kernels):
+def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, python):
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks(page, "python")))
-    cached = {**os.environ, "TOKQUANT_CACHE_DIR": str(kernels)}
-    result = subprocess.run([sys.executable, script], cwd=tmp_path, env=cached, capture_output=True, text=True)
+    result = python(script, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
 
 

@@ -1,9 +1,6 @@
 """What lies in examples/ works: a precision in one file gets a kernel, the command line, and the registry's tests."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,12 +9,6 @@ from tokquant import plugins
 
 ROOT = Path(__file__).parent.parent
 PLUGIN, SCHEME = ROOT / "examples" / "powers_of_two.py", ROOT / "examples" / "powers_of_two.yaml"
-
-
-def ran(*command, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
-    )
 
 
 COMMANDS = {
@@ -29,25 +20,25 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
-def test_commands_take_a_precision_from_a_file(command):
-    result = ran("tokquant", "--plugin", str(PLUGIN), *command)
+def test_commands_take_a_precision_from_a_file(command, python):
+    result = python("-m", "tokquant", "--plugin", str(PLUGIN), *command)
     assert result.returncode == 0, result.stderr
     assert "pot4" in result.stdout or "powers-of-two" in result.stdout
 
 
-def test_a_scheme_of_an_unknown_precision_says_so():
-    result = ran("tokquant", "run", "--scheme", str(SCHEME))
+def test_a_scheme_of_an_unknown_precision_says_so(python):
+    result = python("-m", "tokquant", "run", "--scheme", str(SCHEME))
     assert result.returncode == 2 and "no precision 'pot4'" in result.stderr
 
 
 @pytest.mark.compiled
-def test_its_kernel_compiles_to_integer_products():
-    result = ran("tokquant", "--plugin", str(PLUGIN), "compile", str(SCHEME), "--head-dim", "64")
+def test_its_kernel_compiles_to_integer_products(python):
+    result = python("-m", "tokquant", "--plugin", str(PLUGIN), "compile", str(SCHEME), "--head-dim", "64")
     assert result.returncode == 0 and "IGMMA" in result.stdout, result.stderr
 
 
-def test_tests_over_the_registry_cover_it_by_its_being_named():
-    result = ran("pytest", "-q", "tests/precisions", "-k", "pot4", TOKQUANT_PLUGINS=str(PLUGIN))
+def test_tests_over_the_registry_cover_it_by_its_being_named(python):
+    result = python("-m", "pytest", "-q", "tests/precisions", "-k", "pot4", cwd=ROOT, TOKQUANT_PLUGINS=str(PLUGIN))
     assert result.returncode == 0, result.stdout
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 8
 
@@ -74,21 +65,21 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_an_example_runs_as_it_says(name):
-    result = subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True)
+def test_an_example_runs_as_it_says(name, python):
+    result = python(ROOT / "examples" / f"{name}.py")
     assert result.returncode == 0, result.stderr
     assert all(text in result.stdout for text in SCRIPTS[name])
 
 
 @pytest.mark.compiled
-def test_the_kernel_example_compiles_its_kernel():
-    result = subprocess.run([sys.executable, ROOT / "examples" / "inspect_kernel.py"], capture_output=True, text=True)
+def test_the_kernel_example_compiles_its_kernel(python):
+    result = python(ROOT / "examples" / "inspect_kernel.py")
     assert result.returncode == 0, result.stderr
     assert re.search(r"\d+ registers, \d+ bytes spilled, [0-9.]+ instructions a score", result.stdout)
 
 
-def test_the_cache_example_prints_the_figures_of_its_page_and_they_are_in_order():
-    result = subprocess.run([sys.executable, ROOT / "examples" / "kv_cache.py"], capture_output=True, text=True)
+def test_the_cache_example_prints_the_figures_of_its_page_and_they_are_in_order(python):
+    result = python(ROOT / "examples" / "kv_cache.py")
     assert result.returncode == 0, result.stderr
     printed = {
         name.strip(): (bits, error) for name, bits, error in re.findall(r"^(.{32}) *(\S+) +(0\.\d+)$", result.stdout, re.M)
@@ -109,9 +100,9 @@ def test_the_cache_example_prints_the_figures_of_its_page_and_they_are_in_order(
     assert "a prompt of 600 tokens, answers of [601, 603]" in result.stdout
 
 
-def test_the_example_of_logits_prints_each_layer_alone_and_all_of_them():
+def test_the_example_of_logits_prints_each_layer_alone_and_all_of_them(python):
     pytest.importorskip("transformers")
-    result = subprocess.run([sys.executable, ROOT / "examples" / "compare_logits.py"], capture_output=True, text=True)
+    result = python(ROOT / "examples" / "compare_logits.py")
     assert result.returncode == 0, result.stderr
     printed = re.findall(r"^(int\d) +(\S+|all layers) +(\S+) +(\S+)$", result.stdout, re.M)
     kl = {(scheme, layer): float(divergence) for scheme, layer, divergence, _ in printed}
@@ -121,9 +112,9 @@ def test_the_example_of_logits_prints_each_layer_alone_and_all_of_them():
     assert all(float(cosine) > 0.999 for scheme, *_, cosine in printed if scheme == "int8")
 
 
-def test_the_example_of_generation_prints_caches_that_are_smaller_and_near():
+def test_the_example_of_generation_prints_caches_that_are_smaller_and_near(python):
     pytest.importorskip("transformers")
-    result = subprocess.run([sys.executable, ROOT / "examples" / "generate_with_cache.py"], capture_output=True, text=True)
+    result = python(ROOT / "examples" / "generate_with_cache.py")
     assert result.returncode == 0, result.stderr
     printed = re.findall(r"^(\S+) +(\d+) +(0\.\d+) +(0\.\d+)$", result.stdout, re.M)
     share = {name: float(of) for name, _, of, _ in printed}

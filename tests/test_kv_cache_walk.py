@@ -25,6 +25,7 @@ class Walk:
 
     tolerance = 1e-5
     backend = "auto"
+    features = FEATURES
 
     def __init__(self, s, seed, path):
         self.chance, self.path, self.scheme, self.scales = random.Random(seed), path, s, scales_for(s)
@@ -87,7 +88,7 @@ class Walk:
 
     def decode(self, at, cache, plain, n_q=1, counts=None):
         counts = [min(n_q, n, own) for n, own in zip(counts or [n_q] * cache.batch, cache.lengths, strict=True)]
-        n_q, given = max(*counts, 1), self.chance.choice(FEATURES)
+        n_q, given = max(*counts, 1), self.chance.choice(self.features)
         q = torch.randn(cache.batch, 2 * HEADS, n_q, D)
         for b, n in enumerate(counts):
             q[b, :, n:] = torch.nan

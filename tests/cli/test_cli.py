@@ -189,7 +189,9 @@ def write(path, **tensors):
 
 def test_what_is_compared_by_itself_fits_every_layer(tokquant, tmp_path):
     layers = {f"{name}__{r}": torch.randn(1, 1, 8, d) for name, d in (("a", 32), ("b", 48)) for r in "qkv"}
-    code, out, err = tokquant("compare", "-i", write(tmp_path / "x.safetensors", **layers), "--repeats", 1, "--json")
+    code, out, err = tokquant(
+        "compare", "-i", write(tmp_path / "x.safetensors", **layers), "--backend", "reference", "--repeats", 1, "--json"
+    )
     assert code == 0, err
     names = {each["scheme"] for each in json.loads(out)["schemes"]}
     assert "int8" in names and "kv-int4-kivi" not in names  # groups of 32 channels do not divide 48
@@ -221,7 +223,7 @@ def test_scales_without_a_layer_of_the_file_are_refused_before_any_work(tokquant
 def test_what_does_not_fit_a_head_dim_is_left_out_or_says_so(tokquant, tmp_path):
     x = torch.randn(1, 1, 8, 80)
     path = write(tmp_path / "a.safetensors", a__q=x, a__k=x.clone(), a__v=x.clone())
-    code, out, err = tokquant("compare", "-i", path, "--repeats", 1)
+    code, out, err = tokquant("compare", "-i", path, "--backend", "reference", "--repeats", 1)
     assert code == 0 and "kv-int8" in out and "kivi" not in out, err
     code, out, _ = tokquant("schemes", "--head-dim", 80)
     assert code == 0 and "does not fit" in out

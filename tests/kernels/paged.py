@@ -92,8 +92,13 @@ def filled(
 
 
 def differs(made, features, offset=None, *, deterministic=False, **shape) -> str:
+    """What attention to pages that are filled so has wrong."""
+    return wrong(filled(made, **shape), features, offset, deterministic=deterministic)
+
+
+def wrong(case, features, offset=None, *, deterministic=False) -> str:
     """What of attention to pages is not the emulation's, or further from float64 on the same codes than P's rounding allows."""
-    case = filled(made, **shape)
+    made = case.store.scheme
     expected, expected_lse = case.emulated(features, offset)
     out, lse = case.attend(features, offset=offset, deterministic=deterministic)
     operands = [case.operands(b) for b in range(len(case.lengths))]

@@ -136,7 +136,8 @@ def test_each_range_of_heads_is_attended_as_by_its_own_scheme(case, backend):
     q, k, v = qkv(50, d=32, heads=8, kv_heads=4, batch=2)
     out, lse = tq.attention(q, k, v, BY_HEADS, return_lse=True, backend=backend, **case)
     codes = tq.quantize(q, k, v, BY_HEADS, backend=backend)
-    assert torch.equal(tq.attention(*codes, BY_HEADS, backend=backend, **case), out)
+    again, _ = tq.attention(*codes, BY_HEADS, return_lse=True, backend=backend, **case)  # the kernels that are built already
+    assert torch.equal(again, out)
     for heads, name in ((slice(0, 2), "int8"), (slice(2, 8), "kv-int4")):
         alone, sums = tq.attention(q, k, v, name, return_lse=True, backend=backend, **case)
         assert torch.equal(out[:, heads], alone[:, heads]) and torch.equal(lse[:, heads], sums[:, heads])
