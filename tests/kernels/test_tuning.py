@@ -150,6 +150,6 @@ def test_tuning_keeps_the_fastest_and_attention_takes_it():
     operands = tq.quantize(q, k, v, "int8")
     call = launch.prepare(*operands, preset("int8"), features_of(q, k, causal=True), return_lse=False)
     assert call.config == result.entry.config
-    assert tuned.nearest(call.plan, result.entry.key) == (result.entry.config, None)
+    assert tuned.nearest(call.plan, result.entry.key) == result.entry
     fixed = launch.prepare(*operands, preset("int8"), features_of(q, k, causal=True), return_lse=False, deterministic=True)
     assert fixed.config == call.plan.config
