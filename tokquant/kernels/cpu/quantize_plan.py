@@ -83,7 +83,6 @@ class Task:
         return blocks.bits_of(self.spec.format, stored_type(self.spec, self.dtype), self.as_bytes)
 
 
-@lru_cache(maxsize=1024)
 def lacking(task: Task) -> str | None:
     """Why no kernel quantizes this operand, so that the definition does, in torch; None where a kernel does."""
     spec = task.spec
@@ -182,7 +181,7 @@ def plan(task: Task, instructions: str) -> CpuPlan:
     )
 
 
-precisions.base.WHEN_REPLACED.extend(cached.cache_clear for cached in (Task.of, lacking, plan))
+precisions.base.WHEN_REPLACED.extend((Task.of.cache_clear, plan.cache_clear))
 
 
 def _written(task: Task) -> precisions.Precision:
