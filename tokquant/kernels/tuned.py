@@ -105,7 +105,9 @@ def choose(plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: in
 def same(plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: int) -> Entry | None:
     """The entry of this very shape, in powers of two; None where there is none."""
     near = _of_call(plan, device, batch_heads, n_q, n_k)
-    return near if near is not None and near.key.distance(key_of(plan, device, batch_heads, n_q, n_k)) == 0 else None
+    if near is None or (near.key.batch_heads, near.key.n_q, near.key.n_k) != _rounded(batch_heads, n_q, n_k):
+        return None
+    return near
 
 
 def _of_call(plan: Plan, device: torch.device, *sizes: int) -> Entry | None:

@@ -96,9 +96,8 @@ def load(made: CpuPlan) -> tuple[Callable[..., None], Any]:
     fields = []
     for kind, star, name in re.findall(r"^    (?:const )?(\w+)(\*?) (\w+);", declared[1], re.MULTILINE):
         fields.append((name, ctypes.c_void_p if star else TYPES[kind]))
-    return function, type(
-        "Arguments", (ctypes.Structure,), {"_fields_": fields, "names": frozenset(name for name, _ in fields)}
-    )
+    names = frozenset(name for name, _ in fields)
+    return function, type("Arguments", (ctypes.Structure,), {"_fields_": fields, "names": names})
 
 
 def packed(operands: launch.Operands, scheme: QuantScheme) -> launch.Operands:
