@@ -12,7 +12,7 @@ from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales, Scales, needed, static
 from tokquant.errors import ScalesError, SchemeError, nearest, quote
 from tokquant.inputs import check_tensors, check_together, features_of
-from tokquant.kernels import launch
+from tokquant.kernels import launch, sixteen_bit
 from tokquant.kernels import quantize as kernels
 from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu import launch as cpu
@@ -123,7 +123,9 @@ def attention(
         scales: one layer's calibrated scales, for a scheme with static parts.
         return_lse: also return the natural log of the sum of exp(scores), without sinks.
         backend: `triton`, `cpu` (C++, built by the compiler that is found), `reference` (torch, on any device), or `auto`:
-            triton on a GPU; on a CPU cpu, or reference with a warning where there is no compiler.
+            triton on a GPU, or, with a warning, torch's own attention in 16 bits for tensors of a shape at which
+            `tokquant.tune` found that faster than to quantize; on a CPU cpu, or reference with a warning where there is no
+            compiler.
         deterministic: a kernel's bits are the same on every run and for every batch size, but for dynamic `tensor` scales,
             which span the batch: nothing that was tuned is used. (`reference` sums as torch does, which looks at shapes.)
 
@@ -137,6 +139,9 @@ def attention(
     features = features_of(q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     chosen = choose_backend(backend, q.device)
     if parts is None:
+        free = backend == "auto" and chosen == "triton" and not deterministic and not return_lse and scales is None
+        if free and isinstance(found, QuantScheme) and sixteen_bit.faster(q, k, v, found, features):  # type: ignore[arg-type]
+            return sixteen_bit.attention(q, k, v, features)  # type: ignore[arg-type]
         parts = operands_of(found, *quantized(q, k, v, found, scales, chosen))  # type: ignore[arg-type]
     if len(parts) == 1:
         out, lse = RUN[chosen](*parts[0], features, return_lse, deterministic)
@@ -231,6 +236,12 @@ def choose_backend(backend: str, device: torch.device) -> str:
         )
         return "reference"
     return "cpu"
+
+
+def quantizing(backend: Backend, device: torch.device) -> Backend:
+    """What to give `attention` for it to quantize, whatever tuning has found: measurements and models mean the scheme. Plain
+    enough for torch.compile to go through."""
+    return "triton" if backend == "auto" and device.type == "cuda" else backend
 
 
 def _check_quantized(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, scheme: QuantScheme) -> None:

@@ -269,7 +269,8 @@ def check_balance(rule: ChannelBalance | RopePairBalance, head_dim: int) -> None
 
 def for_query_heads(x: Tensor, q: Tensor | QuantizedTensor, k: Tensor | QuantizedTensor) -> Tensor:
     """`[B, H_kv, 1, D] -> [B, H_q, 1, D]`: what belongs to a head of K, for each head of Q that shares it."""
-    return x.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    shared = q.shape[1] // k.shape[1]
+    return x if shared == 1 else x.repeat_interleave(shared, dim=1)
 
 
 def _less_offset(k: Tensor, frame: Frame) -> Tensor:

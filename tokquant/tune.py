@@ -1,5 +1,7 @@
 """The public doors to tuning: they check and direct, as `attention` and `decode` do."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,13 +43,18 @@ def tune(
     masks, biases and so on each make another kernel; sequences of their own lengths (`attention_varlen`) take what was found
     for a batch.
 
+    In 16 bits, quantization with that launch is then timed in turn with torch's scaled_dot_product_attention, if torch does the
+    same: no window, softcap, sinks, mask, bias, LSE or static scales, no N_q other than N_k where causal, nothing of the scheme
+    in 32 bits. Where torch's was faster by a twentieth, `attention` of tensors with `backend="auto"` takes it at this shape, in
+    powers of two, and warns; `backend="triton"` quantizes, and so does everything else in tokquant.
+
     Args:
         keep: how many are timed; None times all that run.
         repeats: timed runs of each; the median counts.
         The rest is as for `attention`.
 
-    Returns: the entry that is kept, every trial in the planner's order with what was predicted and measured or why it was left
-    out, and `rank`: the place that the planner had given the fastest.
+    Returns: the entry that is kept (`whole_ms` and `sdpa_ms` are those two times), every trial in the planner's order with what
+    was predicted and measured or why it was left out, and `rank`: the place that the planner had given the fastest.
 
     Raises as `attention`; UnsupportedError where there is no GPU.
     """
@@ -57,7 +64,8 @@ def tune(
     need_gpu(q.device)
     with torch.no_grad():
         operands = quantize(q, k, v, found, scales=scales, backend="triton")
-    return tune_attention(operands, found, features, return_lse=return_lse, keep=keep, repeats=repeats)  # type: ignore[arg-type]
+        asked: dict[str, Any] = dict(return_lse=return_lse, keep=keep, repeats=repeats, tensors=(q, k, v))
+        return tune_attention(operands, found, features, **asked)  # type: ignore[arg-type]
 
 
 def tune_decode(

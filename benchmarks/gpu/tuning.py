@@ -20,7 +20,7 @@ from tokquant.tuning.trials import Tuned
 
 SCHEMES = ["int8-fp8", "int8-fast", "int8", "int8-fp16", "fp8"]
 HEAD_DIMS = [128, 64]
-TOKENS = [8192, 1024]
+TOKENS = [8192, 1024, 512]
 CACHES = ["kv-int8", "kv-int4", "kv-fp8"]
 BATCHES = [1, 16]
 KEYS = 32768
@@ -36,6 +36,7 @@ def items(setting: Setting) -> Iterator[Item]:
     if setting.small:
         wanted = wanted[:1]
     yield Item("kernels, compiled", 60, partial(_compile, setting, wanted))
+    # at the last ones torch's attention may be faster than to quantize, which an entry says of its own shape only
     first, *others = TOKENS
     yield from _attention(setting, wanted, first)
     for name, batch in [(name, batch) for name in CACHES for batch in BATCHES][: 1 if setting.small else None]:
@@ -48,8 +49,8 @@ def items(setting: Setting) -> Iterator[Item]:
 def _attention(setting: Setting, wanted: list[tuple[str, int, bool]], n: int) -> Iterator[Item]:
     for name, d, causal in wanted:
         title = f"{name}, head_dim {d}, {n} tokens{', causal' * causal}"
-        # at 250 TOPS, seven times each, with the one that is taken without tuning
-        seconds = 4 + (KEEP + 1) * 7 * Shape(4, 32, 32, n, n, d, causal).operations / 2.5e14
+        # at 250 TOPS, seven times each, with the one that is taken without tuning, quantization and torch's
+        seconds = 4 + (KEEP + 3) * 7 * Shape(4, 32, 32, n, n, d, causal).operations / 2.5e14
         yield Item(title, seconds, partial(_tune, setting, name, d, causal, n))
 
 
@@ -81,7 +82,7 @@ def _tune_decode(setting: Setting, name: str, batch: int) -> Rows:
 
 
 def _kept(setting: Setting, found: Tuned) -> Rows:
-    """Every launch in the planner's order, what it predicted and what a clock says."""
+    """Every launch in the planner's order, what it predicted and what a clock says; and what the fastest was timed beside."""
     tuned.export(setting.folder / LAUNCHES)
     rows: Rows = []
     for trial in found.trials:
@@ -90,6 +91,10 @@ def _kept(setting: Setting, found: Tuned) -> Rows:
         if (trial.config, trial.split) == (found.entry.config, found.entry.split):
             row["note"] = "taken from now on" if found.kept else "the fastest; the cache folder cannot be written"
         rows.append(row)
+    if found.entry.sdpa_ms is not None:
+        taken = "what backend='auto' takes of tensors from now on"
+        rows.append({"launch": "the fastest, with quantization", "ms": found.entry.whole_ms})
+        rows.append({"launch": "torch's attention", "ms": found.entry.sdpa_ms, "note": taken * found.entry.sixteen_bit})
     return rows
 
 

@@ -287,7 +287,9 @@ def test_the_cache_lists_moves_and_clears_entries(tokquant, tmp_path):
     code, out, _ = tokquant("cache", "list", "--json")
     assert code == 0 and json.loads(out)[0]["key"]["device"] == "NVIDIA H200"
     listed = tokquant("cache", "list")[1]
-    assert "128 x 128" in listed and "2 of 6" in listed and "1 entry in " in listed
+    assert "128 x 128" in listed and "2 of 6" in listed and "1 entry in " in listed and "taken" not in listed
+    tuned.record(tuned.Entry(key=key, config=tuned.Config(128, 128, 8, 2), ms=0.5, default_ms=None, whole_ms=0.8, sdpa_ms=0.7))
+    assert "0.7000, taken" in " ".join(tokquant("cache", "list")[1].split())
     file = str(tmp_path / "entries.json")
     assert json.loads(tokquant("cache", "export", file, "--json")[1])["written"] == 1
     assert json.loads(tokquant("cache", "clear", "--json")[1])["removed"] == 1
@@ -306,6 +308,20 @@ def test_doctor_says_what_runs_here(tokquant):
     )
     code, out, _ = tokquant("doctor")
     assert code == 0 and "cache folder" in out
+
+
+def test_doctor_says_at_how_many_shapes_auto_takes_16_bits(tokquant, monkeypatch):
+    from tokquant.kernels import tuned
+
+    assert "torch's attention at 0 of 0 tuned shapes" in tokquant("doctor")[1]
+    for device, n, sdpa_ms in (("NVIDIA H200", 512, 0.7), ("NVIDIA H200", 4096, 0.9), ("NVIDIA A100", 512, 0.7)):
+        key = tuned.Key(kernel="attention_a_0123", device=device, triton="3.9.0", batch_heads=32, n_q=n, n_k=n)
+        entry = dict(config=tuned.Config(128, 128, 8, 2), ms=0.5, default_ms=None, whole_ms=0.8, sdpa_ms=sdpa_ms)
+        tuned.record(tuned.Entry(key=key, **entry))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert json.loads(tokquant("doctor", "--json")[1])["auto_in_16_bits"].startswith("torch's attention at 1 of 2 tuned shapes")
 
 
 def test_doctor_says_of_compiler_and_instruction_set_each_what_is_wrong_with_it(tokquant, monkeypatch):

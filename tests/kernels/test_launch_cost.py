@@ -1,14 +1,19 @@
 """What a launch costs the CPU beside Triton's own part: each of its lookups is one of thousands a second."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from factories import scheme
 
 import tokquant as tq
 from tokquant.kernels import generate
+from tokquant.kernels.cpu.quantize_plan import Task as CpuTask
 from tokquant.kernels.decode_plan import decode_plan
 from tokquant.kernels.plan import plan
 from tokquant.kernels.quantize_plan import QuantizePlan, Task
 from tokquant.kernels.quantize_plan import plan as quantize_plan
+from tokquant.precisions.base import PRECISIONS, register
 
 MADE = dict(head_dim=64, dtype=torch.float16)
 PLANS = {
@@ -51,3 +56,16 @@ def test_constants_are_in_a_kernels_key_and_compared_at_no_launch(made):
     object.__setattr__(found, "constants", constants)
     found.__dict__.pop("_hash")
     assert generate.load(found).cache_key != kernel.cache_key
+
+
+def test_a_task_on_a_cpu_is_made_once_and_anew_for_a_precision_that_was_replaced():
+    made = scheme("int8", "int8", "int8", "int8")
+    task = CpuTask.of(made.k, made, 64, torch.float32)
+    assert CpuTask.of(made.k, made, 64, torch.float32) is task and task.as_bytes
+    eight = PRECISIONS["int8"]
+    try:
+        register(replace(eight, compute="tl.float16"), replace=True)
+        assert not CpuTask.of(made.k, made, 64, torch.float32).as_bytes
+    finally:
+        register(eight, replace=True)
+    assert CpuTask.of(made.k, made, 64, torch.float32).as_bytes

@@ -28,7 +28,8 @@ def entry(config=OTHER, **changed):
 
 
 def nearest(plan, wanted):
-    return tuned.nearest(plan, wanted)[0]
+    found = tuned.nearest(plan, wanted)
+    return plan.config if found is None else found.config
 
 
 def choose(*call):
@@ -210,11 +211,11 @@ def test_the_cpu_takes_what_is_taken_without_tuning():
 def test_a_gpu_takes_what_was_recorded_for_its_name_and_shape(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(tuned, "_triton", lambda: "3.9.0")
-    tuned._choose.cache_clear()
+    tuned._nearest.cache_clear()
     device = torch.device("cuda", 0)
     assert choose(PLAN, device, 32, 4000, 3000) == PLAN.config
     tuned.record(entry())
     assert choose(PLAN, device, 32, 4000, 3000) == OTHER, "a recording is seen at once"
     monkeypatch.setenv("TOKQUANT_CACHE_DIR", str(tmp_path))
     assert choose(PLAN, device, 32, 4000, 3000) == PLAN.config, "and another folder too"
-    tuned._choose.cache_clear()
+    tuned._nearest.cache_clear()

@@ -150,6 +150,21 @@ def test_tuning_keeps_the_fastest_and_attention_takes_it():
     operands = tq.quantize(q, k, v, "int8")
     call = launch.prepare(*operands, preset("int8"), features_of(q, k, causal=True), return_lse=False)
     assert call.config == result.entry.config
-    assert tuned.nearest(call.plan, result.entry.key) == (result.entry.config, None)
+    assert tuned.nearest(call.plan, result.entry.key) == result.entry
     fixed = launch.prepare(*operands, preset("int8"), features_of(q, k, causal=True), return_lse=False, deterministic=True)
     assert fixed.config == call.plan.config
+
+
+@pytest.mark.gpu
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:attention is torch's")
+def test_auto_takes_torchs_attention_where_tuning_found_it_faster():
+    from tokquant.kernels import tuned
+
+    q, k, v = (torch.randn(1, 8, 128, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+    entry = tq.tune(q, k, v, "int8", causal=True, keep=1, repeats=5).entry
+    assert entry.whole_ms > entry.ms and entry.sdpa_ms > 0
+    torchs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    for times, expected in ((0.5, torchs), (2, tq.attention(q, k, v, "int8", causal=True, backend="triton"))):
+        tuned.record(entry.model_copy(update={"sdpa_ms": times * entry.whole_ms}))
+        assert torch.equal(tq.attention(q, k, v, "int8", causal=True), expected)

@@ -35,10 +35,10 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(DOOR, "need_gpu", lambda device: None)
 
-    def choose(plan, device, *sizes):
+    def of_call(plan, device, *sizes):
         return tuned.nearest(plan, tuned.key_of(plan, device, *sizes))
 
-    monkeypatch.setattr(tuned, "choose", choose)
+    monkeypatch.setattr(tuned, "_of_call", of_call)
 
 
 @pytest.fixture

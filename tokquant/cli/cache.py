@@ -21,7 +21,10 @@ File = Annotated[Path, typer.Argument(help="A JSON file of entries.")]
 
 @app.command("list")
 def list_entries(json: options.Json = False) -> None:
-    """Show the entries of the cache folder."""
+    """Show the entries of the cache folder.
+
+    The whole counts quantization too. Beside it is torch's attention in 16 bits, which backend 'auto' takes where it says so.
+    """
     found = list(tuned.entries())
     if json:
         output.print_json([entry.model_dump() for entry in found])
@@ -37,6 +40,8 @@ def list_entries(json: options.Json = False) -> None:
         "launch",
         "ms",
         "untuned ms",
+        "whole ms",
+        "torch's ms",
         "planned as",
     ):
         table.add_column(column)
@@ -46,7 +51,10 @@ def list_entries(json: options.Json = False) -> None:
         sizes = (str(size) for size in (key.batch_heads, key.n_q, key.n_k))
         launch = launch_of(entry.config, entry.split)
         place = "" if entry.rank is None else f"{entry.rank} of {entry.timed}"
-        table.add_row(key.kernel, escape(key.device), key.triton, *sizes, launch, f"{entry.ms:.4f}", untuned, place)
+        whole = "" if entry.whole_ms is None else f"{entry.whole_ms:.4f}"
+        torchs = "" if entry.sdpa_ms is None else f"{entry.sdpa_ms:.4f}" + ", taken" * entry.sixteen_bit
+        times = (f"{entry.ms:.4f}", untuned, whole, torchs)
+        table.add_row(key.kernel, escape(key.device), key.triton, *sizes, launch, *times, place)
     output.console().print(table)
 
 

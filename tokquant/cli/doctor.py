@@ -10,7 +10,7 @@ from rich.table import Table
 from tokquant.attention import choose_backend
 from tokquant.cli import options, output
 from tokquant.errors import UnsupportedError
-from tokquant.kernels import launch, store
+from tokquant.kernels import launch, store, tuned
 from tokquant.kernels.cpu import build
 
 
@@ -47,12 +47,20 @@ def findings() -> dict[str, str | bool | list[str]]:
         "gpus": gpus or "none",
         "threads": str(torch.get_num_threads()),
         "backend_auto": f"{choose_backend('auto', device)} for tensors on {device}",
+        "auto_in_16_bits": _sixteen_bit(gpus),
         "triton_kernels": triton,
         "cpu_compiler": compiler,
         "cpu_instructions": instructions,
         "cache_folder": str(store.folder()),
         "cache_writable": store.writable(),
     }
+
+
+def _sixteen_bit(gpus: list[str]) -> str:
+    """Where `auto` leaves quantization out on these GPUs."""
+    found = [entry for entry in tuned.known() if entry.key.device in gpus]
+    taken = sum(entry.sixteen_bit for entry in found)
+    return f"torch's attention at {taken} of {len(found)} tuned shapes (tokquant cache list); never with backend='triton'"
 
 
 def _compiler() -> tuple[str, str]:

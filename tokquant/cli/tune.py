@@ -50,6 +50,7 @@ def tune(
 ) -> None:
     """Time a kernel's best launches on random tensors of this shape and keep the fastest: attention, or decode, then takes it.
 
+    Torch's attention in 16 bits is timed beside it, quantization counted: where that is faster, backend 'auto' takes it.
     Sequences of their own lengths take what is found for a batch. Static scales are those of the random tensors.
     """
     wanted = features.Wanted(
@@ -107,6 +108,11 @@ def _print(name: str, result: Tuned) -> None:
         )
     output.console().print(table)
     output.console().print(f"the fastest of {entry.timed} that were timed is number {entry.rank} of the planner's order")
+    if entry.whole_ms is not None and entry.sdpa_ms is not None:
+        output.console().print(
+            f"with quantization {entry.whole_ms:.4f} ms, torch's attention in 16 bits {entry.sdpa_ms:.4f} ms: "
+            + ("backend='auto' takes torch's here from now on" if entry.sixteen_bit else "backend='auto' quantizes")
+        )
     if not result.kept:
         output.console().print("not kept: the cache folder cannot be written (see `tokquant doctor`)")
 

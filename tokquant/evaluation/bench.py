@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokquant.attention import attention as attend
-from tokquant.attention import choose_backend, quantize
+from tokquant.attention import choose_backend, quantize, quantizing
 from tokquant.calibration.scales import LayerScales
 from tokquant.decode import decode as decode_cache
 from tokquant.errors import SchemeError
@@ -105,8 +105,9 @@ Providers = dict[str, Provider | str]
 def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: torch.device, repeats: int = 15) -> Table:
     """Time attention over whole sequences: schemes on codes and with quantization, torch's, and other packages'.
 
-    Tensors are normal: float32 on a CPU, float16 on a GPU. Rates are operations a second; on a CPU also as a share of what its
-    products do in registers.
+    On a GPU also by `backend="auto"`, which may take torch's attention where the shape was tuned (`tokquant.tune`). Tensors are
+    normal: float32 on a CPU, float16 on a GPU. Rates are operations a second; on a CPU also as a share of what its products do
+    in registers.
 
     Args:
         schemes: QuantSchemes, presets' names or paths; static ones are calibrated on the tensors.
@@ -128,10 +129,11 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
         codes = quantize(q, k, v, scheme, scales=scales)
         units = tuple(INTEGERS if as_bytes(scheme, role) else FLOATS for role in "kv")
         whole = partial(attend, q, k, v, scheme, causal=causal, scales=scales)
-        return {
+        found: Providers = {
             name: Provider(partial(attend, *codes, scheme, causal=causal), work, units),
-            f"{name}, with quantization": Provider(whole, work),
+            f"{name}, with quantization": Provider(partial(whole, backend=quantizing("auto", device)), work),
         }
+        return found | ({f"{name}, auto": Provider(whole, work)} if device.type == "cuda" else {})
 
     found |= _of_each(named, coded)
     if choose_backend("auto", device) == "cpu":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokquant import reference
-from tokquant.attention import attention, check_heads, ranges
+from tokquant.attention import attention, check_heads, quantizing, ranges
 from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import SchemeError, quote
@@ -163,7 +164,9 @@ def _bits(q: Tensor, k: Tensor, scheme: LayerScheme, cost: str) -> float:
 def _ms(q: Tensor, k: Tensor, v: Tensor, scheme: LayerScheme, target: str | None, features: dict[str, Any]) -> float:
     if target is None:
         scales = scales_for(scheme, q, k, v)
-        [found] = interleaved_medians([lambda: attention(q, k, v, scheme, scales=scales, **features)], 3, q.device)
+        own = quantizing("auto", q.device)
+        attend = partial(attention, q, k, v, scheme, scales=scales, backend=own, **features)
+        [found] = interleaved_medians([attend], 3, q.device)
         return found
     (b, h, n_q, d), n_k = q.shape, k.shape[2]
     causal, softcap = bool(features.get("causal")), features.get("softcap") is not None

@@ -33,7 +33,7 @@ class quantized_sdpa(TorchFunctionMode):
     layers, which never calls that function, is off inside.
 
     Args:
-        scheme, scales, backend: as for `tokquant.attention`, for every call.
+        scheme, scales, backend: as for `tokquant.scaled_dot_product_attention`, for every call.
         fallback: what a call does that cannot be quantized: `error` raises, saying why; `warn` runs it in torch and warns, once
             for each reason and place; `silent` runs it in torch.
 

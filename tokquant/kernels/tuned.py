@@ -21,6 +21,9 @@ SHIPPED = Path(__file__).parent / "shipped"
 NEAR = 4
 """Doublings between the shape of a call and that of an entry, all sizes together, up to which the entry is taken."""
 
+MARGIN = 1.05
+"""How many times as fast torch's attention must have been for it to be taken: less is noise."""
+
 LARGEST = 2**22
 """Bytes of a file that is read."""
 
@@ -60,6 +63,15 @@ class Entry(BaseModel):
     """The place that the planner had given it, from 1; None in files from before it did."""
     timed: int | None = Field(default=None, ge=1)
     """How many launches were timed."""
+    whole_ms: float | None = Field(default=None, gt=0)
+    """Quantization and this launch, timed in turn with"""
+    sdpa_ms: float | None = Field(default=None, gt=0)
+    """torch's attention to the same tensors in their own 16-bit type; None where it does not do what the kernel does."""
+
+    @property
+    def sixteen_bit(self) -> bool:
+        """Whether torch's attention in 16 bits was faster than to quantize."""
+        return self.whole_ms is not None and self.sdpa_ms is not None and self.sdpa_ms * MARGIN < self.whole_ms
 
     def chooses_for(self, plan: Plan) -> bool:
         """Whether this launch is one that tuning of the plan may choose."""
@@ -76,42 +88,47 @@ ENTRIES = TypeAdapter(list[Entry])
 
 def key_of(plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: int) -> Key:
     """The key of a launch on a GPU."""
-    sizes = [1 << (size - 1).bit_length() for size in (batch_heads, n_q, n_k)]
-    return Key(
-        kernel=generate.name_of(plan),
-        device=torch.cuda.get_device_name(device),
-        triton=_triton(),
-        batch_heads=sizes[0],
-        n_q=sizes[1],
-        n_k=sizes[2],
-    )
+    sizes = dict(zip(("batch_heads", "n_q", "n_k"), _rounded(batch_heads, n_q, n_k), strict=True))
+    return Key(kernel=generate.name_of(plan), device=torch.cuda.get_device_name(device), triton=_triton(), **sizes)
+
+
+def _rounded(*sizes: int) -> tuple[int, ...]:
+    return tuple(1 << (size - 1).bit_length() for size in sizes)
 
 
 def choose(plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: int) -> tuple[Config, int | None]:
     """Launch and split of the nearest shape that was tuned for this kernel, device and Triton; else the plan's own."""
-    if device.type != "cuda":
-        return plan.config, plan.splits[0]
-    sizes = [1 << (size - 1).bit_length() for size in (batch_heads, n_q, n_k)]
-    return _choose(store.folder(), plan, device, *sizes)
+    near = _of_call(plan, device, batch_heads, n_q, n_k)
+    return (plan.config, plan.splits[0]) if near is None else (near.config, near.split)
+
+
+def same(plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: int) -> Entry | None:
+    """The entry of this very shape, in powers of two; None where there is none."""
+    near = _of_call(plan, device, batch_heads, n_q, n_k)
+    if near is None or (near.key.batch_heads, near.key.n_q, near.key.n_k) != _rounded(batch_heads, n_q, n_k):
+        return None
+    return near
+
+
+def _of_call(plan: Plan, device: torch.device, *sizes: int) -> Entry | None:
+    return None if device.type != "cuda" else _nearest(store.folder(), plan, device, *_rounded(*sizes))
 
 
 @lru_cache(maxsize=4096)
-def _choose(_: Path, plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: int) -> tuple[Config, int | None]:
+def _nearest(_: Path, plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: int) -> Entry | None:
     return nearest(plan, key_of(plan, device, batch_heads, n_q, n_k))
 
 
-def nearest(plan: Plan, key: Key) -> tuple[Config, int | None]:
-    """Launch and split of the entry nearest to `key`, or the plan's own. An entry that names no candidate is none."""
-    same = [
+def nearest(plan: Plan, key: Key) -> Entry | None:
+    """The entry nearest to `key`, if one is near. An entry that names no candidate is none."""
+    alike = [
         entry
-        for entry in (*entries(key.kernel), *_shipped())
+        for entry in known(key.kernel)
         if (entry.key.kernel, entry.key.device, entry.key.triton) == (key.kernel, key.device, key.triton)
         and entry.chooses_for(plan)
     ]
-    near = min(same, key=lambda entry: entry.key.distance(key), default=None)
-    if near is None or near.key.distance(key) > NEAR:
-        return plan.config, plan.splits[0]
-    return near.config, near.split
+    near = min(alike, key=lambda entry: entry.key.distance(key), default=None)
+    return None if near is None or near.key.distance(key) > NEAR else near
 
 
 def record(entry: Entry) -> Path | None:
@@ -122,7 +139,7 @@ def record(entry: Entry) -> Path | None:
         write_atomically(path, (entry.model_dump_json(indent=2) + "\n").encode())
     except OSError:
         return None
-    _choose.cache_clear()
+    _nearest.cache_clear()
     return path
 
 
@@ -141,6 +158,11 @@ def entries(kernel: str = "") -> Iterator[Entry]:
         entry = _read(path)
         if entry is not None and path.name == entry.file_name:
             yield entry
+
+
+def known(kernel: str = "") -> tuple[Entry, ...]:
+    """Those, and what ships behind them."""
+    return (*entries(kernel), *_shipped())
 
 
 def export(path: Path) -> int:
@@ -168,7 +190,7 @@ def clear() -> int:
     found = [folder() / entry.file_name for entry in entries()]
     for path in found:
         path.unlink(missing_ok=True)
-    _choose.cache_clear()
+    _nearest.cache_clear()
     return len(found)
 
 

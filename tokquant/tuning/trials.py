@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokquant.errors import UnsupportedError
 from tokquant.io_model.workload import Workload
-from tokquant.kernels import decode_launch, launch, targets, tuned
+from tokquant.kernels import decode_launch, launch, sixteen_bit, targets, tuned
 from tokquant.kernels.compile import Kernel
+from tokquant.kernels.quantize import quantize_operands
 from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
 from tokquant.timing import interleaved_medians
@@ -35,16 +38,30 @@ class Tuned:
 
 
 def tune_attention(
-    operands: launch.Operands, scheme: QuantScheme, features: Features, *, return_lse: bool, keep: int | None, repeats: int
+    operands: launch.Operands,
+    scheme: QuantScheme,
+    features: Features,
+    *,
+    return_lse: bool,
+    keep: int | None,
+    repeats: int,
+    tensors: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tuned:
-    """Tune the kernel of this call on its device, and keep the result. Raises UnsupportedError where no candidate runs."""
+    """Tune the kernel of this call on its device, and keep the result. Raises UnsupportedError where no candidate runs.
+
+    `tensors` are what the operands were quantized from: a call from them is timed beside torch's, where that does the same.
+    """
     q, k, _ = operands
     call = launch.prepare(*operands, scheme, features, return_lse, deterministic=True)
     wanted, _ = launch.asked(features, return_lse)
     kernel = Kernel.of(call.plan, scheme, q.shape[3], q.dtype, targets.of(q.device), wanted)
     trials = planned(kernel, Workload.of(q, k, features), keep)
     timed = time(trials, lambda trial: replace(call, config=trial.config).run, repeats, q.device)
-    return settle(kernel, tuned.key_of(call.plan, q.device, q.shape[0] * q.shape[1], q.shape[2], k.shape[2]), timed)
+    key = tuned.key_of(call.plan, q.device, q.shape[0] * q.shape[1], q.shape[2], k.shape[2])
+    beside: dict[str, float] = {}
+    if tensors is not None and not return_lse:
+        beside = _beside(tensors, scheme, features, fastest(kernel, timed), repeats)
+    return settle(kernel, key, timed, **beside)
 
 
 def tune_pages(call: decode_launch.Call, *, keep: int | None, repeats: int) -> Tuned:
@@ -57,20 +74,48 @@ def tune_pages(call: decode_launch.Call, *, keep: int | None, repeats: int) -> T
     return settle(kernel, tuned.key_of(call.plan, device, b * heads, n_q, call.seen), timed)
 
 
-def settle(kernel: Kernel, key: tuned.Key, trials: Sequence[Trial]) -> Tuned:
-    """Record the fastest of these, which are in the planner's order."""
+def _beside(
+    tensors: tuple[Tensor, Tensor, Tensor], scheme: QuantScheme, features: Features, best: Trial, repeats: int
+) -> dict[str, float]:
+    """Times of quantization with the best launch and of torch's attention, by their names in an entry; none where torch's does
+    not do the same, or does not run."""
+    q, k, v = tensors
+    if not sixteen_bit.does(q, k, v, scheme, features):
+        return {}
+    peer = partial(sixteen_bit.attention, q, k, v, features)
+    try:
+        peer()
+    except Exception:  # of torch's kernel or of the driver
+        return {}
+
+    def whole() -> None:
+        call = launch.prepare(*quantize_operands(q, k, v, scheme), scheme, features, False, deterministic=True)
+        replace(call, config=best.config).run()
+
+    whole_ms, sdpa_ms = interleaved_medians([whole, peer], repeats, q.device)
+    return {"whole_ms": whole_ms, "sdpa_ms": sdpa_ms}
+
+
+def fastest(kernel: Kernel, trials: Sequence[Trial]) -> Trial:
+    """Of those that were timed. Raises UnsupportedError where none was."""
     timed = [trial for trial in trials if trial.ms is not None]
     if not timed:
         raise UnsupportedError(f"tune: no candidate of {kernel!r} runs: {'; '.join(trial.why for trial in trials)}")
-    best = min(timed, key=_ms)
+    return min(timed, key=_ms)
+
+
+def settle(kernel: Kernel, key: tuned.Key, trials: Sequence[Trial], **beside: float) -> Tuned:
+    """Record the fastest of these, which are in the planner's order, with what was timed beside it."""
+    best = fastest(kernel, trials)
     entry = tuned.Entry(
         key=key,
         config=best.config,
         split=best.split,
         ms=_ms(best),
-        default_ms=next((trial.ms for trial in timed if trial.untuned(kernel.plan)), None),
+        default_ms=next((trial.ms for trial in trials if trial.untuned(kernel.plan)), None),
         rank=1 + trials.index(best),
-        timed=len(timed),
+        timed=sum(trial.ms is not None for trial in trials),
+        **beside,
     )
     return Tuned(entry, tuple(trials), tuned.record(entry) is not None)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokquant.attention import Backend, attention, check_heads, check_scales, choose_backend
+from tokquant.attention import Backend, attention, check_heads, check_scales, choose_backend, quantizing
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError, quote
 from tokquant.schemes import HeadSchemes, LayerScheme
@@ -49,7 +49,8 @@ def function_of(scheme: LayerScheme, scales: LayerScales | None, backend: Backen
             raise ValueError(f"key: {key.shape[2]} heads, and query has {query.shape[2]}; give enable_gqa=True if they share")
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         mask = _mask(attn_mask, q.shape[0], k.shape[2])
-        features: dict[str, Any] = dict(causal=is_causal, scale=scale, mask=mask, scales=scales, backend=backend)
+        own = quantizing(backend, q.device)
+        features: dict[str, Any] = dict(causal=is_causal, scale=scale, mask=mask, scales=scales, backend=own)
         if return_lse:
             out, lse = attention(q, k, v, scheme, return_lse=True, **features)
             return out.transpose(1, 2), lse

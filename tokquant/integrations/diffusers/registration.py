@@ -31,7 +31,7 @@ def register(
         scheme: a QuantScheme, a preset's name, or the path of a YAML file. `use` takes maps of layers.
         scales: for a static scheme, one layer's; they serve all layers. `use` takes those of each.
         name: lower-case, and none of diffusers' own.
-        backend: as for `tokquant.attention`.
+        backend: as for `tokquant.attention`, but that `auto` always quantizes.
 
     Raises:
         ImportError: diffusers is not installed. UnsupportedError: one whose backends are others than those known here.
@@ -63,7 +63,7 @@ def use(model: Model, scheme: Scheme = "int8", *, scales: Scales | None = None, 
         model: `pipe.transformer`, say. Layers have the names of `model.named_modules()`: `transformer_blocks.0.attn`.
         scheme: a QuantScheme, a preset's name, the path of a YAML file, or a SchemeMap of layers.
         scales: for static schemes, of layers of the same names.
-        backend: as for `tokquant.attention`.
+        backend: as for `tokquant.attention`, but that `auto` always quantizes.
 
     Raises:
         SchemeError: as `register`; a layer that no pattern of a map matches, or a pattern that matches no layer.

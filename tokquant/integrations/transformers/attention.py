@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tokquant import bias
-from tokquant.attention import attention
+from tokquant.attention import attention, quantizing
 from tokquant.errors import UnsupportedError
 from tokquant.integrations.transformers.cache_layer import Appended
 from tokquant.integrations.transformers.masks import Ordered
@@ -85,7 +85,7 @@ def attend(
                 features["bias"] = bias.dense(position_bias[..., : key.shape[2]])
             mask = attention_mask if not causal else None if tokens is None else tokens[:, None, None]
             scheme, scales = setting.of(name)
-            features |= dict(causal=causal, mask=mask, scales=scales, backend=setting.backend)
+            features |= dict(causal=causal, mask=mask, scales=scales, backend=quantizing(setting.backend, query.device))
             out = attention(query, key, value, scheme, **features)  # type: ignore[assignment]
     except (ValueError, TypeError, RuntimeError) as error:
         if not str(error).startswith(name):

@@ -83,6 +83,7 @@ static inline floats as_input(floats x) { return rounded_half(x); }
 
 constexpr int K_WORDS = (D * K_BITS + 31) / 32;  // of a panel
 constexpr int V_WORDS = TILE * V_BITS / 32;
+constexpr int64_t FEW = 1 << 20;  // pairs of a query and a key, times channels, that one thread is faster with
 constexpr int K_DEPTH = K_WORDS * (32 / K_BITS);  // with what fills up the last word
 constexpr int CHANNELS = (D + LANES - 1) / LANES;
 constexpr int WIDE = CHANNELS * LANES;
@@ -129,7 +130,7 @@ extern "C" void attention(const Arguments* a) {
 #endif
     const int64_t heads = a->batch * a->kv_heads;
     float* kept = chunks > 1 ? new float[heads * chunks * total * KEPT] : nullptr;
-#pragma omp parallel num_threads(int(a->threads))
+#pragma omp parallel num_threads(int(a->threads)) if (a->batch * a->heads * a->n_q * a->n_k * D > FEW)
     {
         Scratch* scratch = new Scratch;
 #pragma omp for schedule(dynamic, 1)

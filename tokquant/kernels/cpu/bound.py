@@ -3,7 +3,6 @@
 import ctypes
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,31 +42,24 @@ class Bound:
     ):
         self._function, arguments = load(plan(task, build.instructions()))
         self._lost = ctypes.c_int32(0)
-        read = {name: x.float().contiguous() for name in READ if (x := more.get(name)) is not None}
-        offset = read.get("offset")
-        values: dict[str, Any] = dict(
-            codes=codes, codes_page=codes.stride(0), codes_head=codes.stride(1), scale=scale, zero=zero, page=page
-        ) | {
-            **more,
-            **read,
-        }
+        given = {"codes": codes, "scale": scale, "zero": zero, **more}
+        kept = {name: x.float().contiguous() if name in READ else x for name, x in given.items() if x is not None}
+        self._kept = kept  # what the kernel has pointers to
+        values = {name: x.data_ptr() for name, x in kept.items()}
+        values |= {"codes_page": codes.stride(0), "codes_head": codes.stride(1), "page": page}
         if scale is not None:
             values |= {"scale_page": _step(scale, 0), "scale_head": _step(scale, 1)}
-        if offset is not None:
+        if (offset := kept.get("offset")) is not None:
             values |= {"offset_batch": _step(offset, 0), "offset_rows": offset.shape[2]}
-        if "balance" in read:
-            values["balance_batch"] = _step(read["balance"], 0)
-        self._kept = values  # what the kernel has pointers to
-        raw = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in values.items()}
-        names = {field[0] for field in arguments._fields_}
-        self._arguments: Any = arguments(**{name: value for name, value in raw.items() if name in names})
-        if "lost" in names:
-            self._arguments.lost = ctypes.addressof(self._lost)
+        if (balance := kept.get("balance")) is not None:
+            values["balance_batch"] = _step(balance, 0)
+        values["lost"] = ctypes.addressof(self._lost)
+        self._arguments = arguments(**{name: value for name, value in values.items() if name in arguments.names})
         self._reference = ctypes.byref(self._arguments)
 
     def fills(self, tensors: Iterable[Tensor]) -> bool:
         """Whether all of these are what a call writes or reads, and no copies of it."""
-        own = {x.data_ptr() for x in self._kept.values() if isinstance(x, Tensor)}
+        own = {x.data_ptr() for x in self._kept.values()}
         return all(x.data_ptr() in own for x in tensors)
 
     def __call__(self, x: Tensor, table: Tensor | None = None, first: Tensor | None = None) -> bool:

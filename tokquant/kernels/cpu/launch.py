@@ -69,7 +69,7 @@ class Call:
 
     def __init__(self, made: CpuPlan, given: dict[str, Any]):
         self._function, arguments = load(made)
-        self._names = {field[0] for field in arguments._fields_}
+        self._names = arguments.names
         self._kept = {name: given[name] for name in self._names}  # what the kernel has pointers to
         self._arguments = arguments(**{name: _raw(value) for name, value in self._kept.items()})
 
@@ -86,8 +86,8 @@ def _raw(value: Any) -> Any:
 
 
 @lru_cache(maxsize=256)
-def load(made: CpuPlan) -> tuple[Callable[..., None], type[ctypes.Structure]]:
-    """A plan's kernel, and its arguments as the text declares them."""
+def load(made: CpuPlan) -> tuple[Callable[..., None], Any]:
+    """A plan's kernel, and its arguments as the text declares them: a structure, with the `names` of its fields."""
     text = generate.render(made)
     function = getattr(build.load(made.name, text, made.instructions, made.flags), made.template)
     function.restype = None
@@ -96,7 +96,8 @@ def load(made: CpuPlan) -> tuple[Callable[..., None], type[ctypes.Structure]]:
     fields = []
     for kind, star, name in re.findall(r"^    (?:const )?(\w+)(\*?) (\w+);", declared[1], re.MULTILINE):
         fields.append((name, ctypes.c_void_p if star else TYPES[kind]))
-    return function, type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+    names = frozenset(name for name, _ in fields)
+    return function, type("Arguments", (ctypes.Structure,), {"_fields_": fields, "names": names})
 
 
 def packed(operands: launch.Operands, scheme: QuantScheme) -> launch.Operands:
@@ -111,9 +112,10 @@ def _in_blocks(x: QuantizedTensor, scheme: QuantScheme) -> QuantizedTensor:
 
 def laid_out(x: QuantizedTensor, scheme: QuantScheme) -> Fields:
     """What a kernel reads of an operand, by the names in its text. Made once, and kept as long as the operand."""
-    if x not in _laid_out:
-        _laid_out[x] = {"q": _queries, "k": _keys, "v": _values}[x.spec.role](x, scheme)
-    return _laid_out[x]
+    found = _laid_out.get(x)
+    if found is None:
+        found = _laid_out[x] = {"q": _queries, "k": _keys, "v": _values}[x.spec.role](x, scheme)
+    return found
 
 
 def _queries(q: QuantizedTensor, scheme: QuantScheme) -> Fields:
@@ -178,7 +180,8 @@ def _of_tokens(x: QuantizedTensor, each: Tensor) -> Tensor:
 def of_channels(x: QuantizedTensor, each: Tensor) -> Tensor:
     """`[B | 1, H | 1, 1, D | 1] -> [B, H, D]` float32, with D rounded up to whole panels."""
     each = each.float().expand(*x.shape[:2], 1, x.shape[3])
-    return torch.nn.functional.pad(each, (0, -x.shape[3] % LANES)).contiguous()
+    missing = -x.shape[3] % LANES
+    return (torch.nn.functional.pad(each, (0, missing)) if missing else each).contiguous()
 
 
 def of_features(features: Features) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -44,6 +44,14 @@ class CpuPlan:
     """The file that becomes the kernel, and the function in it."""
     flags: tuple[str, ...] = ()
     """What the compiler is told beside the flags that all kernels have."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # every call looks its kernel up
+        return hash((self.name, self.constants, self.fragments, self.instructions, self.template, self.flags))
 
     def has(self, name: str) -> bool:
         """Whether a constant is 1."""

@@ -67,7 +67,7 @@ class _Run:
         task = self._task(k, frame, "k")
         if lacking(task):
             return in_blocks(keys(k, frame, self.scheme, self.scales), self.scheme)
-        kq = self._coded(k, frame, task, {})
+        kq = self._coded(k, frame, task, {}, {})
         if self.scheme.q.smooth == "block_mean":
             kq = replace(kq, companion=Frame(offset=frame.offset).apply(k).to(k.dtype).contiguous())
         return kq
@@ -102,10 +102,10 @@ class _Run:
         code_sum = torch.empty(column, dtype=torch.float32, device=q.device) if sums else None
         met_as = {"": None, "bytes": torch.int8, "floats": torch.float32}[task.met]
         read = torch.empty(q.shape, dtype=met_as, device=q.device) if met_as else None
-        qq = self._coded(q, turned, task, {**given, "logit_offset": logit_offset, "code_sum": code_sum, "met": read})
+        made = {"logit_offset": logit_offset, "code_sum": code_sum}
+        qq = self._coded(q, turned, task, {**given, **made, "met": read}, made)
         if needs_query_sums(self.scheme) and not sums:
-            code_sum = met(qq).sum(dim=-1, keepdim=True)
-        qq = replace(qq, logit_offset=logit_offset, code_sum=code_sum)
+            qq = replace(qq, code_sum=met(qq).sum(dim=-1, keepdim=True))
         if read is not None:
             READ[qq] = read
         return qq
@@ -117,7 +117,8 @@ class _Run:
         if lacking(task):
             return in_blocks(values(v, frame, self.scheme, self.scales), self.scheme)
         code_sum = torch.empty(b, h, -(-n // task.tile), d, dtype=torch.int32, device=v.device) if sums else None
-        vq = replace(self._coded(v, frame, task, {"code_sum": code_sum}), code_sum=code_sum)
+        made = {"code_sum": code_sum}
+        vq = self._coded(v, frame, task, made, made)
         if not task.weighted:
             return vq
         signed = vq.scale.float()  # type: ignore[union-attr]
@@ -140,8 +141,10 @@ class _Run:
             **rest,
         )
 
-    def _coded(self, x: Tensor, frame: Frame, task: Task, more: dict[str, Tensor | None]) -> QuantizedTensor:
-        """`x` in `frame` and in codes. What `more` holds is read or filled too."""
+    def _coded(
+        self, x: Tensor, frame: Frame, task: Task, more: dict[str, Tensor | None], kept: dict[str, Tensor | None]
+    ) -> QuantizedTensor:
+        """`x` in `frame` and in codes, with what is `kept` beside them. What `more` holds is read or filled too."""
         codes, (scale, zero) = room(x.shape, task), self._scales(x, task)
         given = {"offset": frame.offset, "balance": frame.balance, "fold": frame.fold, **more}
         self.bound = Bound(task, codes, scale, zero, more=given)
@@ -156,6 +159,7 @@ class _Run:
             shape=x.shape,
             dtype=x.dtype,
             layout="canonical" if task.spec.role == "q" else "blocks",
+            **kept,
         )
 
     def _scales(self, x: Tensor, task: Task) -> tuple[Tensor | None, Tensor | None]:

@@ -1,7 +1,7 @@
 """What is fixed before a CPU kernel that quantizes is written: from an operand and what is done to it to constants."""
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -47,6 +47,7 @@ class Task:
     """and the sum of its codes; V: their sums over each tile."""
 
     @staticmethod
+    @lru_cache(maxsize=1024)  # every call asks for three
     def of(spec: Operand, scheme: QuantScheme, head_dim: int, dtype: torch.dtype, **rest: Any) -> "Task":
         """The task for one operand of a scheme."""
         if spec.role == "v":
@@ -69,7 +70,14 @@ class Task:
         known = q.format.kind == "int" or bool(q.format.cpp_decode)
         return "floats" if known and place(q) != "operand" else ""
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    @cached_property
     def bits(self) -> int:
         """Of a code in memory."""
         return blocks.bits_of(self.spec.format, stored_type(self.spec, self.dtype), self.as_bytes)
@@ -173,7 +181,7 @@ def plan(task: Task, instructions: str) -> CpuPlan:
     )
 
 
-precisions.base.WHEN_REPLACED.append(plan.cache_clear)
+precisions.base.WHEN_REPLACED.extend((Task.of.cache_clear, plan.cache_clear))
 
 
 def _written(task: Task) -> precisions.Precision:

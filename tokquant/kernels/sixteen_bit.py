@@ -1,0 +1,82 @@
+"""torch's own attention in 16 bits in place of a short sequence's quantization and kernel, where tuning found it faster."""
+
+import warnings
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_efficient_attention, can_use_flash_attention
+
+from tokquant.calibration.scales import needed
+from tokquant.kernels import launch, targets, tuned
+from tokquant.kernels.plan import plan
+from tokquant.kernels.products import FLOAT_NAMES, takes_tokens_last
+from tokquant.reference import Features
+from tokquant.schemes import QuantScheme
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Tensor:
+    """softmax(scale Q K^T) V in the tensors' own type: `[B, H_q, N_q, D]`, contiguous as a kernel's output is.
+
+    By the kernel that torch itself takes: naming one is a switch of the whole process, which other threads would meet.
+    """
+    # the operator: modes that watch or replace torch's function look for a model's calls, and this is none
+    out = torch.ops.aten.scaled_dot_product_attention(
+        q, k, v, is_causal=features.causal, scale=features.scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.contiguous()
+
+
+def faster(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: Features) -> bool:
+    """Whether `attention` does what was asked, and tuning has found it faster at this shape than to quantize. If so a warning
+    says it, once for each shape that was tuned."""
+    if not does(q, k, v, scheme, features):
+        return False
+    (b, heads, n_q, d), n_k = q.shape, k.shape[2]
+    made = plan(
+        scheme,
+        head_dim=d,
+        dtype=q.dtype,
+        shared_heads=heads // k.shape[1],
+        wanted=launch.asked(features, False)[0],
+        tokens_last=takes_tokens_last(scheme, q.dtype),
+        interpreted=launch.interpreted(),
+        target=targets.of(q.device),
+    )
+    found = tuned.same(made, q.device, b * heads, n_q, n_k)
+    if found is None or not found.sixteen_bit:
+        return False
+    _say(found, scheme.name, FLOAT_NAMES[q.dtype])
+    return True
+
+
+def does(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: Features) -> bool:
+    """Whether `attention` computes this: nothing but causality from the first token on, no less exactly than the scheme, and by
+    a kernel that writes no scores out."""
+    return (
+        q.dtype in (torch.float16, torch.bfloat16)
+        and not torch.is_autocast_enabled(q.device.type)  # in which torch's attention takes another type
+        and features.scale > 0
+        and features.window is features.mask is features.softcap is features.sinks is features.bias is None
+        and not (features.causal and q.shape[2] != k.shape[2])  # torch's begins at the first key
+        and all(getattr(scheme, role).format.bits <= 16 for role in "qkvp")
+        and not needed(scheme)
+        and fused(q, k, v, features.causal)
+    )
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
+    """Whether one of torch's fused kernels takes these tensors: the others write out all scores."""
+    call = SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1])
+    return can_use_flash_attention(call) or can_use_efficient_attention(call) or can_use_cudnn_attention(call)
+
+
+@lru_cache(maxsize=4096)
+def _say(found: tuned.Entry, scheme: str, dtype: str) -> None:
+    key = found.key
+    warnings.warn(
+        f"attention is torch's in {dtype} here, not quantized by {scheme!r}: for {key.n_q} x {key.n_k} tokens and "
+        f"{key.batch_heads} heads tuning found {found.sdpa_ms:.4f} ms, and {found.whole_ms:.4f} with quantization; "
+        "backend='triton' always quantizes",
+        stacklevel=5,
+    )
