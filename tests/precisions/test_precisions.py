@@ -147,6 +147,7 @@ def test_packed_integers_are_the_bytes_of_compressed_tensors(precision, size):
     assert torch.equal(stored, pack_to_int32(codes, precision.bits).view(torch.uint8)[:, : stored.shape[1]])
 
 
+@pytest.mark.ptx
 @every
 def test_the_triton_decode_is_unpack_then_decode_for_every_finite_pattern(precision):
     stored = patterns(precision)
@@ -161,6 +162,7 @@ def test_the_triton_decode_is_unpack_then_decode_for_every_finite_pattern(precis
     assert torch.equal(out, precision.decode(precision.unpack(stored, d)))
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize(
     "precision", [p for p in packed_integers if p.triton_decode_high], ids=lambda precision: precision.name
 )
@@ -195,6 +197,7 @@ def run_encode(p, precision):
     return out[: len(p)]
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("precision", encoding, ids=lambda precision: precision.name)
 def test_the_triton_encode_gives_the_code_of_every_value_that_has_one(precision):
     p = precision.decode(finite_codes(precision))
@@ -202,6 +205,7 @@ def test_the_triton_encode_gives_the_code_of_every_value_that_has_one(precision)
     assert torch.equal(run_encode(p, precision), p - precision.code_zero)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("precision", [p for p in encoding if p.kind == "int"], ids=lambda precision: precision.name)
 def test_the_triton_encode_of_integers_rounds_as_encode_does_ties_included(precision):
     p = torch.arange(0, 4 * precision.largest + 1) / 4
@@ -225,6 +229,7 @@ def through_quantize(x, out, FRAGMENT: tl.constexpr, N: tl.constexpr, D: tl.cons
     tl.store(out + n * W + tl.arange(0, W)[None, :], stored)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize(
     "precision", [p for p in PRECISIONS.values() if p.triton_quantize], ids=lambda precision: precision.name
 )
