@@ -11,6 +11,7 @@ from ptx.memory import Memory, OutOfBounds
 
 pytestmark = pytest.mark.compiled
 
+LEAST = {torch.int8: 0, torch.float8_e4m3fn: 2.0**-9}  # shares of what is added that sums may be off by
 UNITS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma"}
 
 
@@ -33,9 +34,19 @@ def test_products_are_those_of_torch(on_ptx, kind, across, request):
         a, b = ((40 * torch.randn(shape)).to(kind) for shape in ((m, k), (k, n)))
         c = torch.full((m, n), -1, dtype=torch.int32 if kind == torch.int8 else torch.float32)
         product[(1,)](a, b if across else b.T.contiguous(), c, m, n, k, across, num_warps=warps)
-        expected = a.double() @ b.double()
-        assert (c - expected).abs().max() <= (0 if kind == torch.int8 else 1e-6 * expected.abs().max())
+        expected, most = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+        assert ((c - expected).abs() <= LEAST.get(kind, 1e-6) * most).all()
         assert m < 64 or UNITS[capability] in on_ptx[-1].asm["ptx"]
+
+
+@pytest.mark.parametrize("on_ptx", [89, 90], indirect=True)
+def test_sums_of_8_bit_floats_lose_what_is_13_bits_below_the_largest(on_ptx):
+    a, b = torch.zeros(64, 32), torch.ones(32, 32).to(torch.float8_e4m3fn)
+    a[:, 0], a[:, 1] = 256.0, 2.0**-5  # of 2^8, bits down to 2^-5 are kept
+    a[1, 1], a[2, 1:5] = 2.0**-6, 2.0**-6
+    c = torch.zeros(64, 32)
+    product[(1,)](a.to(torch.float8_e4m3fn), b, c, 64, 32, 32, False, num_warps=4)
+    assert c[0, 0] == 256 + 2.0**-5 and c[1, 0] == 256 and c[2, 0] == 256
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from factories import CASES, SCHEMES, bounds, exact_operands, fits, nan_filled, pairwise, qkv, scheme
+from factories import CASES, SCHEMES, bounds, exact_operands, fits, gpu_rounding, nan_filled, pairwise, qkv, scheme
 
 import tokquant as tq
 from tokquant.inputs import features_of
@@ -42,14 +42,15 @@ def test_kernel_agrees_with_the_emulation_and_with_float64_on_the_same_codes(s, 
     # a code of P may fall on the other side of a tie: one step in a few rows
     reach = operands[2].dequantize().abs().max()
     step = 2**-3 if s.p.precision.startswith("fp8") else 1 / (s.p.format.largest or 1024)
-    assert (out - expected).abs().max() <= step * reach
-    assert (out - expected).abs().mean() <= 1e-4 * reach
-    assert torch.allclose(lse, expected_lse, atol=2e-5 if s.normalizer == "exact" else 2e-2, rtol=1e-5)
+    more = gpu_rounding(out, s)
+    assert (out - expected).abs().max() <= (step + more) * reach
+    assert (out - expected).abs().mean() <= (1e-4 + more) * reach
+    assert torch.allclose(lse, expected_lse, atol=(2e-5 if s.normalizer == "exact" else 2e-2) + 4 * more, rtol=1e-5)
     features = features_of(*operands[:2], **given)
     exact, exact_lse = oracle(*exact_operands(*operands), features)
     largest_error, largest_lse_error = bounds(operands, s, features)
-    assert bool(((out - exact).abs() <= largest_error).all())
-    assert bool(((lse - exact_lse).abs()[exact_lse.isfinite()] <= largest_lse_error[exact_lse.isfinite()]).all())
+    assert bool(((out - exact).abs() <= largest_error + more * reach).all())
+    assert bool(((lse - exact_lse).abs() <= largest_lse_error + 4 * more)[exact_lse.isfinite()].all())
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 130])

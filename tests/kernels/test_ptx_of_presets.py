@@ -4,6 +4,7 @@ import pytest
 import torch
 from exact import assert_exact
 from factories import nan_filled, qkv
+from ptx import matrices
 
 import tokquant as tq
 from tokquant.evaluation.trials import scales_for
@@ -47,3 +48,16 @@ def test_float16_with_a_window_and_128_channels_on_an_h100(name, on_ptx, monkeyp
 def test_float16_on_what_came_before(name, on_ptx, monkeypatch):
     attended(name, monkeypatch, 40, 150, 64, torch.float16, causal=True)
     assert name == "none" or "mma.sync" in on_ptx[-1].asm["ptx"]
+
+
+@pytest.mark.parametrize("name", ["int8-fp8", "fp8", "fireq"])
+def test_the_few_bits_that_tensor_cores_add_8_bit_floats_with_add_nothing_to_their_error(name, on_ptx, monkeypatch):
+    q, k, v = qkv(64, 2048, 64, dtype=torch.float16)
+    operands = launch.packed(tq.quantize(q, k, v, name, backend="reference"), preset(name))
+    exact = torch.softmax(q.double() @ k.double().mT / 8, dim=-1) @ v.double()
+    errors = []
+    for bits in (matrices.FRACTION, 40):
+        monkeypatch.setattr(matrices, "FRACTION", bits)
+        out = tq.attention(*operands, name, backend="triton").double()
+        errors.append(((out - exact).abs().sum() / exact.abs().sum()).item())
+    assert errors[0] != errors[1] and abs(errors[0] - errors[1]) < 1e-3 * errors[1] + 1e-4

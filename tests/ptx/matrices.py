@@ -84,13 +84,26 @@ def of_sums(values: Array) -> list[Array]:
     return list(np.ascontiguousarray(x.reshape(-1, warps * 32)).view(np.uint32))
 
 
-def multiplied(a: Array, b: Array, c: Array | None, kind: str) -> Array:
-    """`a b^T + c`, summed exactly but for float64's last bits, in int32 or rounded to float32."""
-    product = a.astype(np.float64) @ b.astype(np.float64).swapaxes(-1, -2)
-    if kind == "s32":
-        product = product.astype(np.int64)
-        return (product if c is None else product + c).astype(np.int32)  # and around, as satfinite products never are
-    return (product if c is None else product + c).astype(np.float32)
+FRACTION = 13
+"""Bits after the point that tensor cores of Ada and Hopper keep when they add products of 8-bit floats (SageAttention2, arXiv
+2411.10958, section 3.4; DeepSeek-V3, arXiv 2412.19437, section 3.5.2)."""
+
+
+def multiplied(a: Array, b: Array, c: Array, of: str, to: str) -> Array:
+    """`a b^T + c`: in int32; in float32, of 8-bit floats with few bits, and otherwise with all of them before it is rounded."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    if of in ("e4m3", "e5m2"):
+        terms = np.concatenate([a[..., :, None, :] * b[..., None, :, :], c[..., None].astype(np.float64)], axis=-1)
+        largest = np.abs(terms).max(axis=-1, keepdims=True)
+        return cut(cut(terms, largest).sum(axis=-1), None).astype(np.float32)
+    product = a @ b.swapaxes(-1, -2)
+    return (product.astype(np.int64) + c).astype(np.int32) if to == "s32" else (product + c).astype(np.float32)
+
+
+def cut(x: Array, beside: Array | None) -> Array:
+    """Toward zero, to the last bit that is kept of the largest number beside it, or of itself."""
+    last = np.exp2(np.frexp(x if beside is None else beside)[1] - 1.0 - FRACTION)
+    return np.where(np.isfinite(x), np.trunc(x / last) * last, x)
 
 
 def mma(opcode: str, d: list[Array], a: list[Array], b: list[Array], c: list[Array]) -> list[Array]:
@@ -98,7 +111,7 @@ def mma(opcode: str, d: list[Array], a: list[Array], b: list[Array], c: list[Arr
     kinds = re.findall(r"\.(f32|s32|f16|bf16|s8|u8|e4m3|e5m2)(?=\.|$)", opcode)
     assert len(kinds) == 4 and ".row.col" in opcode, opcode
     to, of_a, of_b, _ = kinds
-    return of_sums(multiplied(left(a, of_a), right(b, of_b), sums(c, to), to))
+    return of_sums(multiplied(left(a, of_a), right(b, of_b), sums(c, to), of_a, to))
 
 
 SWIZZLES = {0: 0, 3: 1, 2: 2, 1: 3}
@@ -140,4 +153,4 @@ def wgmma(
     rows = from_shared(a, 64, of_a, transposed[0]) if held is None else held.reshape(-1, 64, k)
     columns = from_shared(b, n, of_b, transposed[1])
     before = np.where(scaled.reshape(-1, 128)[:, :1, None], sums(d, to).reshape(-1, 64, n), 0)
-    return of_sums(multiplied(rows, columns, before, to).reshape(-1, 16, n))
+    return of_sums(multiplied(rows, columns, before, of_a, to).reshape(-1, 16, n))
