@@ -53,9 +53,9 @@ def test_float16_on_what_came_before(name, on_ptx, monkeypatch):
 @pytest.mark.parametrize("name", ["int8-fp8", "fp8", "fireq"])
 def test_the_few_bits_that_tensor_cores_add_8_bit_floats_with_hardly_add_to_their_error(name, on_ptx, monkeypatch):
     q, k, v = (torch.randn(1, 1, n, 64, dtype=torch.float16) for n in (64, 2048, 2048))
-    for v, more in ((v, 2e-3), (v + 5, 0.25)):
-        operands = launch.packed(tq.quantize(q, k, v, name, backend="reference"), preset(name))
-        exact = torch.softmax(q.double() @ k.double().mT / 8, dim=-1) @ v.double()
+    for values, more in ((v, 2e-3), (v + 5, 0.25)):
+        operands = launch.packed(tq.quantize(q, k, values, name, backend="reference"), preset(name))
+        exact = torch.softmax(q.double() @ k.double().mT / 8, dim=-1) @ values.double()
         errors = []
         for bits in (13, 40):
             monkeypatch.setattr(matrices, "FRACTION", bits)
