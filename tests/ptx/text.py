@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "f16": 16, "f16x2": 32, "f32": 32, "f64": 64}
+from ptx.arithmetic import bits
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def read(text: str) -> Kernel:
     for statement in statements(body[body.index("{") :]):
         if statement.startswith(".reg"):
             kind, names = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S).groups()
-            widths |= {re.sub(r"\d+>", "", name.strip()): WIDTHS[kind] for name in names.split(",")}
+            widths |= {re.sub(r"\d+>", "", name.strip()): bits(kind) for name in names.split(",")}
         elif not statement.startswith("."):
             instructions.append(instruction(statement))
     return Kernel(parameters, threads, widths, tuple(instructions))
