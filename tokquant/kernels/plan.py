@@ -316,11 +316,12 @@ def _lay(precision: precisions.Precision, planes: bool) -> Any:
 
 
 def _lay_v(precision: precisions.Precision, product: str, tokens_last: bool, nvidia: bool) -> Any:
-    if precision.packed == 1 or tokens_last:
-        return fragments.as_they_are if precision.packed == 1 else fragments.tokens_in_planes
-    # what is multiplied as it was decoded
-    bytes_as_they_are = product == precision.compute
-    return fragments.side_by_side_ptx if nvidia and bytes_as_they_are else fragments.side_by_side
+    if precision.packed == 1:
+        return fragments.as_they_are
+    if tokens_last:
+        return fragments.tokens_in_planes
+    # what is multiplied as it was decoded, bytes by bytes
+    return fragments.side_by_side_ptx if nvidia and product == precision.compute else fragments.side_by_side
 
 
 def _p_format(scheme: QuantScheme, dtype: torch.dtype) -> precisions.Precision:
