@@ -12,7 +12,7 @@ import torch
 import tokquant as tq
 from tokquant.kernels import generate, store
 from tokquant.kernels.plan import Wanted, plan
-from tokquant.kernels.triton import fragments, scales, template
+from tokquant.kernels.triton import decode, fragments, scales, template
 from tokquant.schemes import preset, preset_names
 
 
@@ -53,6 +53,17 @@ def test_fragments_stand_verbatim_in_the_kernel(name):
     for hole, fragment in made.holes:
         source = inspect.getsource(getattr(fragment, "fn", fragment))
         assert source[source.index("(") :].rstrip() in text, hole
+
+
+@pytest.mark.parametrize("kernel", [template.attention, decode.decode], ids=["attention", "decode"])
+def test_only_sums_and_maxima_go_through_the_loop_over_keys(kernel):
+    """A name of before that the loop gives another type is one that only compilers refuse."""
+    tree = ast.parse(inspect.getsource(getattr(kernel, "fn", kernel)))
+    stored = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    [loop] = [n for n in ast.walk(tree) if isinstance(n, ast.For) and ast.unparse(n.iter).startswith("range")]
+    before = {n.id for n in stored if n.lineno < loop.lineno}
+    within = {n.id for n in stored if loop.lineno < n.lineno <= loop.end_lineno}
+    assert before & within == {"acc", "l", "m", "r", "zeros"}
 
 
 def test_equal_plans_give_equal_text_in_any_process():

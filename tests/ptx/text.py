@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "f16": 16, "f16x2": 32, "f32": 32, "f64": 64}
+from ptx.arithmetic import bits
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,18 @@ def read(text: str) -> Kernel:
     head, body = re.search(r"\.entry\s[^(]*\((.*?)\)(?=[^()]*\{)(.*)", text, re.S).groups()
     parameters = dict(reversed(re.search(r"\.param\s+\.(\w+).*?(\w+)$", line.strip()).groups()) for line in head.split(",\n"))
     threads = int(re.search(r"\.(?:req|max)ntid\s+(\d+)", body)[1])
-    widths, instructions = {}, []
+    widths, instructions, kinds = {}, [], {}
     for statement in statements(body[body.index("{") :]):
+        # scopes of inline assembly use the same names for registers of several types: each type has its own
+        for name, kind in kinds.items():
+            place = r"\d+" if name.endswith("<") else ""
+            statement = re.sub(rf"(?<![%\w.])({name.rstrip('<')}{place})\b", rf"{kind}_\1", statement)
         if statement.startswith(".reg"):
             kind, names = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S).groups()
-            widths |= {re.sub(r"\d+>", "", name.strip()): WIDTHS[kind] for name in names.split(",")}
+            for name in (re.sub(r"\d+>", "", each.strip()).rpartition("_")[2] for each in names.split(",")):
+                if name[0] != "%":
+                    kinds[name] = kind
+                widths[name if name[0] == "%" else f"{kind}_{name}"] = bits(kind)
         elif not statement.startswith("."):
             instructions.append(instruction(statement))
     return Kernel(parameters, threads, widths, tuple(instructions))

@@ -202,7 +202,8 @@ def plan(
     wide = "tl.float32" in types.values()
     holes = {
         **{f"decode_{role}": _decode(getattr(scheme, role).format, interpreted, target) for role in "qkv"},
-        **{f"lay_{role}": _lay(getattr(scheme, role).format, role, planes, tokens_last) for role in "qkv"},
+        **{f"lay_{role}": _lay(getattr(scheme, role).format, planes) for role in "qk"},
+        "lay_v": _lay_v(v.format, types["v"], tokens_last, target.backend == "cuda" and not interpreted),
         "encode_p": (interpreted and encoder.triton_encode_interpreted) or encoder.triton_encode,
         "address_v": fragments.by_channel if tokens_last else fragments.by_token,
         "order_p": fragments.in_groups if tokens_last else fragments.in_order,
@@ -308,12 +309,19 @@ def _decode(precision: precisions.Precision, interpreted: bool, target: targets.
     return (nvidia and precision.triton_decode_ptx) or precision.triton_decode
 
 
-def _lay(precision: precisions.Precision, role: str, planes: bool, tokens_last: bool) -> Any:
+def _lay(precision: precisions.Precision, planes: bool) -> Any:
     if precision.packed == 1:
         return fragments.as_they_are
-    if role == "v":
-        return fragments.tokens_in_planes if tokens_last else fragments.side_by_side
     return fragments.in_planes if planes else fragments.side_by_side
+
+
+def _lay_v(precision: precisions.Precision, product: str, tokens_last: bool, nvidia: bool) -> Any:
+    if precision.packed == 1:
+        return fragments.as_they_are
+    if tokens_last:
+        return fragments.tokens_in_planes
+    # what is multiplied as it was decoded, bytes by bytes
+    return fragments.side_by_side_ptx if nvidia and product == precision.compute else fragments.side_by_side
 
 
 def _p_format(scheme: QuantScheme, dtype: torch.dtype) -> precisions.Precision:

@@ -58,6 +58,14 @@ def side_by_side(values):
 
 
 @triton.jit
+def side_by_side_ptx(values):
+    # the same, and then no instruction: a reshape just before a product of 8 bits Triton moves into shared memory, where wgmma
+    # has no layout for it ("Illegal shared layout")
+    tile = values.reshape(values.shape[0], values.shape[1] * values.shape[2])
+    return tl.inline_asm_elementwise("", "=r,0", [tile], dtype=tile.dtype, is_pure=True, pack=4)
+
+
+@triton.jit
 def in_planes(values):
     # [A, B, P] -> [A, P B]: first of every element, then second ...; in no thread does anything move
     return values.permute(0, 2, 1).reshape(values.shape[0], values.shape[1] * values.shape[2])

@@ -176,8 +176,8 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     if Q_SCALED:
         q_scale *= tl.load(Q.scale + q_group + (i // Q_GROUP) * Q.scale_row, mask=here, other=0.0).to(tl.float32)
     if Q_DECODED:
-        at = q_group + (i // Q_GROUP)[:, None] * Q.scale_row + (column // Q_CHANNELS)[None, :]
-        q = (q.to(tl.float32) * load_tile(Q.scale + at, here, held, True).to(tl.float32)).to(OWN_TYPE)
+        q_scale_at = q_group + (i // Q_GROUP)[:, None] * Q.scale_row + (column // Q_CHANNELS)[None, :]
+        q = (q.to(tl.float32) * load_tile(Q.scale + q_scale_at, here, held, True).to(tl.float32)).to(OWN_TYPE)
     if CLEAR_CHANNELS:
         # K may be anything beyond D
         q = tl.where(held[None, :], q, 0.0)
