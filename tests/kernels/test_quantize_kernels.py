@@ -205,6 +205,13 @@ def test_the_largest_numbers_of_fp16_have_the_scales_of_the_definition(words, ro
     assert torch.equal(found[1].scale, expected[1].scale) and not differences(found[1], expected[1])
 
 
+def test_a_calibrated_offset_may_be_larger_than_the_tensors_type_holds():
+    q, k, v = qkv(5, 20, 32, dtype=torch.float16)
+    scales = LayerScales("layer", {"k_offset": torch.full((2, 1, 32), 1e8)})
+    with pytest.raises(ValueError, match=r"k: a scale of .* does not fit scale_dtype fp16"):
+        tq.quantize(q, k, v, scheme(k="int8 static_offset scale=fp16"), scales=scales, backend="triton")
+
+
 def test_scales_that_always_fit_make_nobody_wait(monkeypatch):
     """On a GPU, each truth value of a tensor is a wait."""
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda x: pytest.fail("a tensor was looked at"))
