@@ -59,6 +59,8 @@ def findings() -> dict[str, str | bool | list[str]]:
 def _sixteen_bit(gpus: list[str]) -> str:
     """Where `auto` leaves quantization out on these GPUs."""
     found = [entry for entry in tuned.known() if entry.key.device in gpus]
+    if not found:
+        return "no: nothing was tuned (tokquant tune)"
     taken = sum(entry.sixteen_bit for entry in found)
     return f"torch's attention at {taken} of {len(found)} tuned shapes (tokquant cache list); never with backend='triton'"
 
