@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from ptx import device, text
+from ptx.arithmetic import function
 from ptx.block import Block
 from ptx.memory import Memory, OutOfBounds
 
@@ -121,3 +122,43 @@ def test_a_copy_arrives_when_it_is_waited_for(wait, found):
     given = {"a_param_0": (256).to_bytes(8, "little"), "a_param_1": (512).to_bytes(8, "little")}
     Block(text.read(COPY.replace("WAIT", wait)), given, Memory([(256, x), (512, out)]), 16, {}).run()
     assert out.view(np.int32)[0] == found
+
+
+@pytest.mark.parametrize(
+    "opcode",
+    [
+        "add.sat.f32", "fma.rn.relu.f16", "mul.rz.f32", "cvt.rz.f16.f32", "cvt.rn.relu.f16.f32", "cvt.sat.f32.f32",
+        "setp.lt.ftz.f32", "cvt.rn.satfinite.f16.f32", "prmt.b32.f4e",
+    ],
+)  # fmt: skip
+def test_a_modifier_that_is_not_heeded_is_an_error(opcode):
+    with pytest.raises(KeyError):
+        function(opcode)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("rni", [-2.0, 0.0, 2.0]), ("rzi", [-1.0, 0.0, 2.0])])
+def test_floats_are_rounded_to_whole_ones(mode, expected):
+    convert, *_ = function(f"cvt.{mode}.f32.f32")
+    assert convert(np.array([-1.75, 0.5, 2.25], np.float32)).tolist() == expected
+
+
+LEFT_OUT = """
+.visible .entry left(.param .u64 a_param_0
+) .reqntid 32
+{
+.reg .pred %p<2>; .reg .b32 %r<4>; .reg .b64 %rd<4>;
+ld.param.b64 %rd1, [a_param_0];
+mov.u32 %r1, %tid.x;
+setp.lt.u32 %p1, %r1, 8;
+mul.wide.u32 %rd2, %r1, 4;
+add.s64 %rd3, %rd1, %rd2;
+@%p1 ld.global.b32 %r2, [ %rd3 + 0 ];
+st.global.b32 [ %rd3 + 0 ], { %r2 };
+ret;
+}"""
+
+
+def test_threads_that_load_nothing_have_what_is_no_number():
+    x = np.zeros(128, np.uint8)
+    Block(text.read(LEFT_OUT), {"a_param_0": (256).to_bytes(8, "little")}, Memory([(256, x)]), 16, {}).run()
+    assert x.view(np.int32).tolist() == [0] * 8 + [-1] * 24

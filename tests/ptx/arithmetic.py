@@ -12,9 +12,13 @@ Function = Callable[..., Array | tuple[Array, ...]]
 RAW = {1: np.dtype(bool), 8: np.dtype(np.uint8), 16: np.dtype(np.uint16), 32: np.dtype(np.uint32), 64: np.dtype(np.uint64)}
 FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
 INTEGERS = {f"{sign}{bits}": np.dtype(f"{kind}{bits // 8}") for sign, kind in ("si", "uu", "bu") for bits in (8, 16, 32, 64)}
+OF_EXTREMES = {"ftz", "NaN", "relu", "xorsign", "abs"}
 MODES = {
-    "rn", "rni", "rzi", "rz", "ftz", "approx", "full", "sat", "satfinite", "lo", "hi", "wide", "relu", "NaN", "xorsign", "abs",
+    "min": OF_EXTREMES, "max": OF_EXTREMES, "mul": {"rn", "ftz", "lo", "hi", "wide"},
+    "cvt": {"rn", "rni", "rzi", "sat", "satfinite"},
 }  # fmt: skip
+"""Modifiers that are heeded, by instruction; any other is an error."""
+USUAL_MODES = {"rn", "ftz", "approx", "full", "lo", "wide"}
 
 
 @cache
@@ -186,8 +190,9 @@ def function(opcode: str) -> tuple[Function, tuple[str, ...], str]:
     """What an instruction does, the types of operands, and the result's. Raises KeyError for one that is none of these."""
     name, *parts = opcode.split(".")
     if name == "setp":
-        return comparing(*(part for part in parts if part != "ftz"))
-    modes, kinds = {part for part in parts if part in MODES}, [part for part in parts if part not in MODES]
+        return comparing(*parts)
+    heeded = MODES.get(name, USUAL_MODES)
+    modes, kinds = {part for part in parts if part in heeded}, [part for part in parts if part not in heeded]
     if name == "cvt" and len(kinds) == 2:
         return converting(*kinds, modes)
     if len(kinds) != 1:
@@ -231,11 +236,14 @@ def comparing(test: str, *rest: str) -> tuple[Function, tuple[str, ...], str]:
 def converting(to: str, of: str, modes: set[str]) -> tuple[Function, tuple[str, ...], str]:
     """`cvt`: between types, and from two floats to a pair of which the first is the upper."""
     pair = to.endswith("x2") and not of.endswith("x2")
+    if ("sat" in modes and to not in INTEGERS) or ("satfinite" in modes and to[0] != "e"):
+        raise KeyError(f"cvt to {to} of {modes}")
 
     def convert(*given: Array) -> Array:
         x = np.stack(given[::-1], axis=-1) if pair else given[0]
-        if to[0] in "su" and x.dtype.kind == "f":
+        if x.dtype.kind == "f" and modes & {"rni", "rzi"}:
             x = np.trunc(x) if "rzi" in modes else np.rint(x)
+        if to[0] in "su" and x.dtype.kind == "f":
             limits = np.iinfo(INTEGERS[to])
             x = np.clip(np.nan_to_num(x.astype(np.float64)), limits.min, limits.max)
             x = np.where(x >= 2.0**63, limits.max, x.astype(np.int64)) if bits(to) == 64 else x.astype(np.int64)

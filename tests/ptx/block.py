@@ -91,8 +91,9 @@ class Block:
             kind = RAW[self.kernel.width(to)]
             extended = np.dtype(f"i{kind.itemsize}") if found.dtype.kind == "i" else kind
             found = np.ascontiguousarray(found).astype(extended).view(kind)
-            before = self.registers.get(to)
-            self.registers[to] = found if guard is self.all or before is None else np.where(guard, found, before)
+            if guard is not self.all:
+                found = np.where(guard, found, self.registers.get(to, ~np.zeros(1, kind)))
+            self.registers[to] = found
 
     def address(self, where: Address) -> Array:
         """In bytes."""
@@ -192,7 +193,8 @@ class Block:
         else:
             a, b, scaled, *rest = given
             a = [self.value(x, 32) for x in a] if isinstance(a, tuple) else self.value(a, 64)
-            # after the two signs, for operands of 16 bits: whether those in shared memory lie with their rows side by side
+            # of floats two signs; then, of 16 bits, whether operands in shared memory lie with their rows side by side
+            assert set(rest[:2]) <= {"1"}, f"{each.opcode}: an operand with its sign turned"
             across = [each == "1" for each in rest[2:]]
             found = matrices.wgmma(
                 each.opcode, self.held, before, a, self.value(b, 64), self.value(scaled, 1), [False, False, *across][-2:]

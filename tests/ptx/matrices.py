@@ -121,6 +121,7 @@ SWIZZLES = {0: 0, 3: 1, 2: 2, 1: 3}
 def described(shared: Array, descriptor: int, rows: int, kind: str, transposed: bool, contracted: int) -> Array:
     """`[rows, contracted]` of an operand that a descriptor finds in shared memory."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    assert not descriptor >> 49 & 7, "what is swapped begins at addresses that are multiples of it"
     swapped = SWIZZLES[descriptor >> 62 & 3]
     width, size = 16 << swapped, bits(kind) // 8
     row, along = np.arange(rows)[:, None], np.arange(contracted)[None, :]
