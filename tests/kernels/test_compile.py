@@ -97,6 +97,6 @@ def test_sequences_of_their_own_lengths_have_no_value_a_pair(wrong):
         tq.compile("int8", head_dim=64, varlen=True, **wrong)
 
 
-def test_the_interpreter_cannot_compile_and_says_so():
+def test_the_interpreter_cannot_compile_and_says_so(interpreter):
     with pytest.raises(tq.UnsupportedError, match="unset TRITON_INTERPRET"):
         _ = tq.compile("int8", head_dim=64).asm

@@ -36,13 +36,9 @@ def test_as_many_heads_start_side_by_side_as_half_of_the_cache_holds(heads, kv_h
 
 
 @pytest.fixture
-def tiles(monkeypatch):
+def tiles(interpreter, monkeypatch):
     """Tiles of keys that each program of a launch has computed, in the order that a GPU starts them."""
-    if not launch.interpreted():
-        pytest.skip("tiles are counted in Triton's interpreter")
-    from triton.runtime.interpreter import interpreter_builder as builder
-
-    found, at = Counter(), []
+    found, at, builder = Counter(), [], interpreter.interpreter_builder
     place, dot = builder.set_grid_idx, builder.create_dot
 
     def placed(x, y, z):

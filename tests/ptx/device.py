@@ -82,7 +82,7 @@ def stand_in(monkeypatch, capability: int) -> Iterator[list]:
     from tokquant.kernels import launch as launching
     from tokquant.kernels import targets
 
-    compile_for, launched = JITFunction.run, []
+    compile_for, target_of, launched = JITFunction.run, targets.of, []
 
     def run(self, *arguments, grid, warmup, **options):
         compiled = compile_for(self, *arguments, grid=grid, warmup=True, **options)
@@ -95,6 +95,7 @@ def stand_in(monkeypatch, capability: int) -> Iterator[list]:
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(launching, "available", lambda device: True)
-    monkeypatch.setattr(targets, "of", lambda device: targets.get(f"sm_{capability}"))
+    own = targets.get(f"sm_{capability}")
+    monkeypatch.setattr(targets, "of", lambda device: own if device.type == "cpu" else target_of(device))
     with absent(capability):
         yield launched
