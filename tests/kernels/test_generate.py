@@ -5,14 +5,16 @@ import inspect
 import linecache
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import tokquant as tq
 from tokquant.kernels import generate, store
-from tokquant.kernels.plan import Wanted, plan
+from tokquant.kernels.plan import Wanted, _lay_v, plan
 from tokquant.kernels.triton import decode, fragments, scales, template
+from tokquant.precisions import PRECISIONS
 from tokquant.schemes import preset, preset_names
 
 
@@ -134,3 +136,10 @@ def test_fragments_call_nothing_but_triton():
         loaded = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
         local = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         assert loaded - local - {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)} <= {"tl", "triton", "float"}, name
+
+
+@pytest.mark.parametrize(("product", "lay"), [("tl.int8", fragments.side_by_side_ptx), ("tl.float16", fragments.side_by_side)])
+def test_packed_values_go_through_registers_of_four_where_they_are_bytes_of_a_gpu(product, lay):
+    packed = replace(PRECISIONS["int4"], compute=product)
+    assert _lay_v(packed, product, tokens_last=False, nvidia=True) is lay
+    assert _lay_v(packed, product, tokens_last=False, nvidia=False) is fragments.side_by_side

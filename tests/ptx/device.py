@@ -70,8 +70,10 @@ def absent(capability: int) -> Iterator[None]:
     from triton.runtime import driver
 
     driver.set_active(AbsentGpu(capability))
-    yield
-    driver.set_active(None)  # Triton looks for a driver again when it next needs one
+    try:
+        yield
+    finally:
+        driver.set_active(None)  # Triton looks for a driver again when it next needs one
 
 
 @contextmanager

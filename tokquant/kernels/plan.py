@@ -321,7 +321,8 @@ def _lay_v(precision: precisions.Precision, product: str, tokens_last: bool, nvi
     if tokens_last:
         return fragments.tokens_in_planes
     # what is multiplied as it was decoded, bytes by bytes
-    return fragments.side_by_side_ptx if nvidia and product == precision.compute else fragments.side_by_side
+    as_bytes = product == precision.compute and (product == "tl.int8" or product.startswith("tl.float8"))
+    return fragments.side_by_side_ptx if nvidia and as_bytes else fragments.side_by_side
 
 
 def _p_format(scheme: QuantScheme, dtype: torch.dtype) -> precisions.Precision:

@@ -103,14 +103,12 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     batch = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
-    sequences = tl.num_programs(2)
     if RIGHT:
         # the last queries see most keys: they come first, of some heads of all sequences side by side, and what is short last
         place = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
         batch = (place // heads).to(tl.int64)
         head = (place % heads).to(tl.int64)
         block = tl.num_programs(1) - 1 - tl.program_id(1)
-        sequences = tl.num_programs(0) * tl.num_programs(2) // heads
     kv_head = head // SHARED_HEADS
     first = block * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
@@ -138,6 +136,9 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
         v_tile = kv * tl.cdiv(n_k, BLOCK_N)
     if VARLEN:
         # sequences lie one after another; what holds n tokens begins at a whole n, and at least one further for each before it
+        sequences = tl.num_programs(2)
+        if RIGHT:
+            sequences = tl.num_programs(0) * tl.num_programs(2) // heads
         q_start = tl.load(F.q_starts + batch).to(tl.int64)
         k_start = tl.load(F.k_starts + batch).to(tl.int64)
         row = head * n_q + q_start + i
