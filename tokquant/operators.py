@@ -23,6 +23,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 LIBRARY = torch.library.Library("tokquant", "FRAGMENT")
 
+OLD = torch.__version__ < "2.12"  # compared as versions
+"""Whether torch.compile takes only objects of registered classes for constants."""
+if OLD:
+    torch.utils._pytree.register_constant(QuantScheme)
+
 FEATURES = (
     "bool causal=False, float? scale=None, str bias_kind='none', Tensor[]? bias=None, SymInt?[]? window=None, "
     "float? softcap=None, Tensor? sinks=None, str layer='', str[]? scale_names=None, Tensor[]? scales=None, "
@@ -85,6 +90,11 @@ def _flat(
     scheme: object, *, layer: str | None = None, bias: Bias | None = None, scales: LayerScales | None = None, **rest: Any
 ) -> dict[str, Any]:
     """Arguments as an operator takes them."""
+    if OLD and not isinstance(scheme, (str, QuantScheme)):
+        raise TypeError(
+            f"scheme: torch {torch.__version__} puts a QuantScheme, a preset's name or a path as str into a graph, but no "
+            f"{type(scheme).__name__}; give one of those, or take torch 2.12 or newer"
+        )
     if bias is not None:
         rest |= {"bias_kind": bias.kind, "bias": bias.tensors()}
     if scales is not None:

@@ -1,5 +1,7 @@
 """torch.compile goes through the public functions as one operator, which gives what they give."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from factories import qkv, scheme, some_factors
@@ -89,10 +91,13 @@ def test_calibrated_scales_go_into_a_graph():
         compiled(lambda q: tq.attention(q, k, v, "int8", scales=scales))(q)
 
 
-@pytest.mark.parametrize("written", ["int8", MINE, "file"], ids=["a preset", "a QuantScheme", "a path"])
+@pytest.mark.parametrize("written", ["int8", MINE, Path, str], ids=["a preset", "a QuantScheme", "a path", "a path as str"])
 def test_a_scheme_in_a_module_is_found_once(written, tmp_path, monkeypatch):
-    if written == "file":
-        MINE.dump(written := tmp_path / "mine.yaml")
+    if written in (Path, str):
+        if operators.OLD and written is Path:
+            pytest.skip("torch before 2.12 does not take paths into a graph")
+        MINE.dump(tmp_path / "mine.yaml")
+        written = written(tmp_path / "mine.yaml")
     q, k, v = qkv()
 
     class Layer(torch.nn.Module):
@@ -111,6 +116,15 @@ def test_a_scheme_in_a_module_is_found_once(written, tmp_path, monkeypatch):
     assert agree(run(q), tq.attention(q, k, v, "int4", backend="reference")) and counter.frame_count == 2
 
 
+@pytest.mark.parametrize("scheme", [tq.SchemeMap((("*", MINE),)), Path("mine.yaml")], ids=["a map", "a path"])
+def test_what_an_old_torch_does_not_take_is_named(monkeypatch, scheme):
+    monkeypatch.setattr(operators, "OLD", True)
+    q, k, v = qkv()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=f"but no {type(scheme).__name__}; give one of those"):
+        compiled(lambda q: tq.attention(q, k, v, scheme, layer="layers.0"))(q)
+
+
+@pytest.mark.skipif(operators.OLD, reason="torch before 2.12 does not take maps into a graph")
 def test_a_map_of_layers_and_heads_goes_into_a_graph():
     q, k, v = qkv()
     heads = tq.HeadSchemes(((1, tq.preset("int8")), (1, MINE)))

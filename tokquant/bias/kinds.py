@@ -19,6 +19,7 @@ class Bias(ABC):
     """A bias of one of the kinds below."""
 
     kind: ClassVar[Kind]
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # each kind is one
 
     @abstractmethod
     def expand(self, b: int, heads: int, n_q: int, n_k: int) -> "Bias":
@@ -42,7 +43,7 @@ class Bias(ABC):
 
     def tensors(self) -> list[Tensor]:
         """What it keeps in memory."""
-        return [x for x in vars(self).values() if isinstance(x, Tensor)]
+        return [x for x in (getattr(self, name) for name in self.__dataclass_fields__) if isinstance(x, Tensor)]
 
 
 @dataclass(frozen=True, eq=False)
