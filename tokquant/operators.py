@@ -6,7 +6,7 @@ Eager calls go past all of this: an operator's dispatch takes longer than lookin
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ LIBRARY = torch.library.Library("tokquant", "FRAGMENT")
 
 OLD = torch.__version__ < "2.12"  # compared as versions
 """Whether torch.compile takes only objects of registered classes for constants."""
+CODED = get_args(Coded)  # which torch 2.10 does not compare with as a union
 if OLD:
     torch.utils._pytree.register_constant(QuantScheme)
 
@@ -59,7 +60,7 @@ def operator(*more: str, tags: Sequence[torch.Tag] = ()) -> Callable[[Function],
         def door(*args: Any, **given: Any) -> Any:
             if not torch.compiler.is_compiling():
                 return function(*args, **given)
-            if any(isinstance(x, Coded) for x in (*args, *given.values())):
+            if any(isinstance(x, CODED) for x in (*args, *given.values())):
                 return on_codes(*args, **given)
             return (with_lse if given.pop("return_lse", False) else plain)(*args[:3], **_flat(*args[3:], **given))
 
