@@ -378,6 +378,7 @@ def test_an_append_that_is_refused_changes_nothing(changes, error, message):
         (lambda c: c.evict(-1), "sequences: -1; there are"),
         (lambda c: c.evict(torch.tensor([[0]])), "sequences: a Tensor; give numbers"),
         (lambda c: c.codes(2), "sequences: 2; there are sequences 0 to 1"),
+        (lambda c: c.windows([0, 1]), r"sequence: \[0, 1\]; give the number of one"),
     ],
 )
 def test_what_no_sequence_has_is_refused_and_changes_nothing(call, message):

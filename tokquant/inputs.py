@@ -129,8 +129,10 @@ def features_of(
     if not isinstance(causal, bool):
         raise TypeError(f"causal: {quote(causal)} is not a bool")
     scale = d**-0.5 if scale is None else _finite("scale", scale)
-    if softcap is not None and _finite("softcap", softcap) <= 0:
-        raise ValueError(f"softcap: {softcap} is not above zero; leave it out for none")
+    if softcap is not None:
+        if (number := _finite("softcap", softcap)) <= 0:
+            raise ValueError(f"softcap: {quote(softcap)} is not above zero; leave it out for none")
+        softcap = number
     if window is not None:
         window = _window(window)
     if bias is not None and not isinstance(bias, Bias):
@@ -169,8 +171,11 @@ def features_of(
 
 def _window(window: object) -> tuple[int | None, int | None]:
     try:
-        left, right = (side if side is None else operator.index(side) for side in window)  # type: ignore[attr-defined]
-        if any(side is True or side is False or (side is not None and side < 0) for side in window):  # type: ignore[attr-defined]
+        left, right = window  # type: ignore[misc]
+        if isinstance(left, bool) or isinstance(right, bool):
+            raise ValueError
+        left, right = (side if side is None else operator.index(side) for side in (left, right))
+        if any(side is not None and side < 0 for side in (left, right)):
             raise ValueError
     except (TypeError, ValueError):
         raise ValueError(

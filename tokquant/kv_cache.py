@@ -213,13 +213,12 @@ class KVCache:
 
     def codes(self, sequence: int) -> tuple[QuantizedTensor, QuantizedTensor]:
         """K and V of a sequence's packed tokens `[1, kv_heads, n, head_dim]`."""
-        [b] = sequence_numbers(sequence, self.batch)
-        return self._held.read(int(b), 0, int(self._held.packed[b]))
+        b = self._one(sequence)
+        return self._held.read(b, 0, int(self._held.packed[b]))
 
     def windows(self, sequence: int) -> tuple[Tensor, Tensor]:
         """K and V of a sequence's tokens in 16 bits `[1, kv_heads, n, head_dim]`: first the sink, then the newest."""
-        [b] = sequence_numbers(sequence, self.batch)
-        return self._held.ends(int(b))
+        return self._held.ends(self._one(sequence))
 
     def __repr__(self) -> str:
         tokens, (batch, heads, d) = sum(self.lengths), self._shape
@@ -289,6 +288,12 @@ class KVCache:
         return cache
 
     # ------------------------------------------------------------------ checks
+
+    def _one(self, sequence: int) -> int:
+        chosen = sequence_numbers(sequence, self.batch)
+        if len(chosen) != 1:
+            raise ValueError(f"sequence: {quote(sequence)}; give the number of one")
+        return int(chosen[0])
 
     def _check_positions(self, positions: Numbers) -> None:
         given = whole_numbers("positions", positions, self.batch, 2**31 - 1)
