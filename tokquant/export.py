@@ -72,7 +72,7 @@ def load_scales(path: str | os.PathLike) -> Scales:
         layers.setdefault(layer, {})[name] = value
     try:
         scales = Scales(scheme, layers)
-    except ScalesError as error:
+    except (ScalesError, SchemeError) as error:
         raise ScalesError(f"{path}: {error}") from None
     if metadata.get("tokquant.sha256") != checksum(tensors, metadata["tokquant.scheme"]):
         raise ScalesError(f"{path}: scales or scheme are not those that were written (checksum differs)")

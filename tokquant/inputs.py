@@ -4,6 +4,7 @@ import math
 import numbers
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,9 +170,9 @@ def features_of(
     return Features(scale=scale, causal=causal, window=window, mask=mask, softcap=softcap, sinks=sinks, bias=bias)
 
 
-def _window(window: object) -> tuple[int | None, int | None]:
+def _window(window: Any) -> tuple[int | None, int | None]:
     try:
-        left, right = window  # type: ignore[misc]
+        left, right = window
         if isinstance(left, bool) or isinstance(right, bool):
             raise ValueError
         left, right = (side if side is None else operator.index(side) for side in (left, right))
