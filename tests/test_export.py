@@ -145,7 +145,7 @@ def test_what_is_wrong_with_a_scale_is_named(change, message, tmp_path):
     [
         (lambda t, m: m.pop("tokquant.scheme"), "no tokquant scheme in its metadata"),
         (lambda t, m: m.update({"tokquant.scheme": "{"}), "its scheme cannot be read"),
-        (lambda t, m: m.update({"tokquant.scheme": "[1]"}), "its scheme cannot be read"),
+        (lambda t, m: m.update({"tokquant.scheme": "[1]"}), r"its scheme cannot be read: a scheme is a mapping .*, not \[1\]"),
         (lambda t, m: m.update({"tokquant.scheme": "[" * 100000}), "its scheme cannot be read"),
         (lambda t, m: m.update({"tokquant.scheme": '{"q": {"precision": "int9"}}'}), "no precision 'int9'"),
         (lambda t, m: m.update({"tokquant.format": "99"}), "format '99' is not '1'"),

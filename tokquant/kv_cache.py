@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokquant import cache_file
-from tokquant.attention import Backend, check_scales, choose_backend
+from tokquant.attention import Backend, check_scales, choose_backend, scheme_of
 from tokquant.cache_file import Content
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import CacheFileError, ScalesError, SchemeError, UnsupportedError, quote
@@ -77,7 +77,7 @@ class KVCache:
         scales: LayerScales | None = None,
         backend: Backend = "auto",
     ):
-        self.scheme = scheme = resolve(scheme, layer if layer is not None else getattr(scales, "layer", None))
+        self.scheme = scheme = resolve(scheme_of(scheme, layer, scales))
         for name, value in (("batch", batch), ("kv_heads", kv_heads), ("head_dim", head_dim), ("capacity", capacity)):
             if not (value is None and name == "capacity") and (type(value) is not int or not 0 < value < 2**31):
                 raise ValueError(f"{name}: {quote(value)} is not a whole number from 1")
