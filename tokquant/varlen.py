@@ -69,6 +69,10 @@ def attention_varlen(
             raise TypeError(f"{name}: a {type(x).__name__}; give a torch.Tensor [tokens, heads, head_dim]")
         if x.ndim != 3:
             raise ValueError(f"{name}: shape {list(x.shape)} has {x.ndim} dimensions; give [tokens, heads, head_dim]")
+        if 0 in x.shape:
+            raise ValueError(f"{name}: shape {list(x.shape)} is empty; give at least one of tokens, heads and head_dim")
+    if k.shape != v.shape:
+        raise ValueError(f"v: shape {list(v.shape)} is not that of k, {list(k.shape)}")
     refuse_capture(q.device, "cu_seqlens: lengths, which are read on the CPU,")
     whole = [x.transpose(0, 1)[None] for x in (q, k, v)]
     check_tensors(*whole)
