@@ -11,13 +11,13 @@ from torch import Tensor
 
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import CacheFileError, quote
-from tokquant.export import checksum, read_tensors
 from tokquant.files import write_atomically
 from tokquant.inputs import DTYPES
 from tokquant.pages import growing, operand, sizes
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.appending import check_append_only, unit, windows
 from tokquant.tensor import QuantizedTensor
+from tokquant.tensor_files import checksum, read_tensors
 
 FORMAT = "1"
 TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}

@@ -265,7 +265,7 @@ def test_a_taken_name_is_refused():
 
 
 def test_what_is_no_precision_is_not_registered():
-    with pytest.raises(TypeError, match="precision: 'int8'; give a tokquant.Precision"):
+    with pytest.raises(TypeError, match=r"precision: 'int8'; give a tokquant\.Precision"):
         register("int8")
 
 

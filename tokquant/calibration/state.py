@@ -13,11 +13,11 @@ from tokquant.calibration import observers
 from tokquant.calibration.layers import Layer
 from tokquant.calibration.scales import static
 from tokquant.errors import ScalesError, quote
-from tokquant.export import checksum, read_tensors
 from tokquant.files import write_atomically
 from tokquant.inputs import DTYPES
 from tokquant.schemes import QuantScheme, SchemeMap
 from tokquant.schemes.reading import of_data
+from tokquant.tensor_files import checksum, read_tensors
 
 FORMAT = "1"
 TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
