@@ -2,8 +2,10 @@
 
 import ast
 import inspect
+import re
 import textwrap
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -294,6 +296,12 @@ def test_a_bad_name_is_refused_and_quoted(name):
 def test_a_wrong_field_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         replace(PRECISIONS["int8"], **wrong)
+
+
+def test_every_field_is_described():
+    page = (Path(__file__).parents[2] / "docs" / "precisions.md").read_text()
+    for field in fields(Precision):
+        assert re.search(rf"^\|.*`{field.name}`.* \| ", page, re.M), field.name
 
 
 def test_a_precision_of_p_needs_a_triton_encode():
