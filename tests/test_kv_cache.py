@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from factories import qkv, scheme
@@ -316,6 +317,11 @@ def test_a_cache_that_cannot_be_made_says_why(changes, error, message):
     given = dict(scheme="kv-int4", batch=1, kv_heads=H, head_dim=D) | changes
     with pytest.raises(error, match=message):
         tq.KVCache(given.pop("scheme"), **given)
+
+
+def test_sizes_are_whole_numbers_of_any_type():
+    cache = tq.KVCache("kv-int4", batch=np.int64(2), kv_heads=torch.tensor(H), head_dim=np.int32(D), capacity=np.int64(500))
+    assert cache.batch == 2 and type(cache.batch) is int and cache.forget(np.int64(3)) == [0, 0]
 
 
 def test_a_backend_that_keeps_no_pages_is_refused(monkeypatch):

@@ -16,6 +16,8 @@ from tokquant.reference import Features
 from tokquant.tensor import Coded
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+"""Those types by the names that files have for them."""
 
 Numbers = int | Sequence[int] | Tensor
 """A whole number for all sequences, or one for each."""
@@ -84,6 +86,17 @@ def check_together(q: Tensor | Coded, k: Tensor | Coded, v: Tensor | Coded) -> N
         raise ValueError(f"k: {k.shape[1]} heads do not divide the {q.shape[1]} of q")
 
 
+def whole_number(name: str, given: Any, least: int, most: int | None = None) -> int:
+    """A whole number of any type from `least` to `most`, which are at least 0. Raises ValueError."""
+    try:
+        number = -1 if isinstance(given, bool) else operator.index(given)
+    except TypeError:
+        number = -1
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"{name}: {quote(given)} is not a whole number from {least}" + (f" to {most}" if most else ""))
+    return number
+
+
 def whole_numbers(name: str, given: Numbers, size: int, most: int | np.ndarray) -> np.ndarray:
     """One whole number for each of `size` sequences, from 0 to `most`. Raises ValueError."""
     numbers = _integers(given)
@@ -144,12 +157,12 @@ def features_of(
     parts = [] if bias is None else bias.tensors()
     for name, given in (("mask", mask), ("sinks", sinks), *(("bias", part) for part in parts)):
         check_no_grad(name, given)
+        if isinstance(given, Tensor) and given.device != q.device:
+            raise ValueError(f"{name}: on {given.device}, and q on {q.device}")
     if mask is not None:
         if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask: {kind} is no mask; give a boolean tensor (True = attend) or floats to add")
-        if mask.device != q.device:
-            raise ValueError(f"mask: on {mask.device}, and q on {q.device}")
         try:
             mask = mask.expand(b, heads, n_q, n_k)
         except RuntimeError:
@@ -160,13 +173,8 @@ def features_of(
             raise TypeError(f"sinks: {kind}; give a floating-point tensor [H_q]")
         if sinks.shape != (heads,):
             raise ValueError(f"sinks: shape {list(sinks.shape)} is not [{heads}], one logit for each head of q")
-        if sinks.device != q.device:
-            raise ValueError(f"sinks: on {sinks.device}, and q on {q.device}")
     if bias is not None:
         bias = bias.expand(b, heads, n_q, n_k)
-        for part in parts:
-            if part.device != q.device:
-                raise ValueError(f"bias: on {part.device}, and q on {q.device}")
     return Features(scale=scale, causal=causal, window=window, mask=mask, softcap=softcap, sinks=sinks, bias=bias)
 
 
