@@ -5,6 +5,7 @@ import torch
 from factories import qkv
 
 import tokquant as tq
+from tokquant.autocast import joined
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 HEADS = tq.HeadSchemes(((1, tq.preset("int8")), (1, tq.preset("kv-int4-kivi"))))
@@ -35,6 +36,10 @@ CALLS = {
     "dequantized ranges of heads": lambda *given: [x.dequantize() for x in tq.quantize(*given, HEADS)],
     "squared distances": squared_distance,
 }
+
+
+def test_a_device_that_torch_has_no_autocast_for_is_left_alone():
+    assert joined([torch.ones(2, 3, device="meta")] * 2, dim=1).shape == (2, 6)
 
 
 @pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16], ids=str)

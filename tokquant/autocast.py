@@ -1,14 +1,16 @@
 """Where torch's autocast is kept out: it would multiply float32 in 16 bits, and joins no 16-bit type other than its own."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 
-def in_their_types(device: torch.device) -> torch.autocast:
+def in_their_types(device: torch.device) -> AbstractContextManager:
     """A block in which tensors are multiplied and joined as they are."""
-    return torch.autocast(device.type, enabled=False)
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
