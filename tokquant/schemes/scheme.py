@@ -62,11 +62,11 @@ class Operand(Strict):
         return self.format.largest is not None
 
     def __str__(self) -> str:
-        if not self.scaled:
-            return self.precision
-        words = [self.precision, str(self.granularity)]
-        words += [] if self.symmetric else ["asymmetric"]
-        words += ["static"] if self.scale == "static" else []
+        words = [self.precision]
+        if self.scaled:
+            words += [str(self.granularity)]
+            words += [] if self.symmetric else ["asymmetric"]
+            words += ["static"] if self.scale == "static" else []
         words += [f"less {self.smooth.replace('_', ' ')}"] if self.smooth != "none" else []
         return " ".join(words)
 
