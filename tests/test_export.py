@@ -303,6 +303,8 @@ def test_the_layers_of_two_calibrations_are_joined():
 def test_tensors_without_names_are_refused_and_names_do_not_change_once_they_are_checked():
     with pytest.raises(TypeError, match=r"tensors: \[a Tensor\]; give a mapping of names to tensors"):
         tq.LayerScales("a", [torch.ones(2, 1, 1)])
+    with pytest.raises(TypeError, match=r"layers: \['a'\]; give a mapping of layers' names"):
+        Scales("kv-fp8", ["a"])
     tensors = {"k_scale": torch.ones(2, 1, 1), "v_scale": torch.ones(2, 1, 1)}
     made = tq.LayerScales("a", tensors, "kv-fp8")
     del tensors["k_scale"]

@@ -167,6 +167,8 @@ class Scales(Mapping[str, LayerScales]):
         self, scheme: QuantScheme | SchemeMap | str, layers: "Mapping[str, Mapping[str, Tensor]] | Mapping[str, LayerScales]"
     ):
         self.scheme = read(scheme)
+        if not isinstance(layers, Mapping):
+            raise TypeError(f"layers: {quote(layers)}; give a mapping of layers' names to their tensors")
         self._layers = {
             name: LayerScales(name, given.tensors if isinstance(given, LayerScales) else given, resolve(self.scheme, name))
             for name, given in layers.items()

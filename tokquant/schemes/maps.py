@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -33,9 +33,9 @@ class SchemeMap:
     name: str = "custom"
 
     def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers) if isinstance(self.layers, Iterable) else (self.layers,))
         if not self.layers:
             raise SchemeError([("layers", 'is empty; write a pattern and its scheme, such as {"*": int8}')])
-        object.__setattr__(self, "layers", tuple(self.layers))
         for entry in self.layers:
             pattern, scheme = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, None)
             if not isinstance(pattern, str) or not isinstance(scheme, LayerScheme):
