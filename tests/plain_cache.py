@@ -109,6 +109,14 @@ class PlainCache:
                 own.packed = whole
             self.sequences[b] = Sequence(own.k[:, :, :n].clone(), own.v[:, :, :n].clone(), own.packed)
 
+    def forget(self, keep, page):
+        whole = self.sink + self.recent + self.block > 1
+        gone = [0 if whole else max(len(own) - keep, 0) // page * page for own in self.sequences]
+        for b, n in enumerate(gone):
+            own = self.sequences[b]
+            self.sequences[b] = Sequence(own.k[:, :, n:].clone(), own.v[:, :, n:].clone(), own.packed - n)
+        return gone
+
     def fork(self, sequences):
         forked = PlainCache(self.scheme, self.scales, 0)
         forked.sequences = [Sequence(x.k.clone(), x.v.clone(), x.packed) for x in (self.sequences[b] for b in sequences)]

@@ -1,10 +1,13 @@
 """Every class of bad input has its own error, of the documented type, at once, naming the argument."""
 
+import fractions
 import time
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from factories import qkv
 
 import tokquant
 from tokquant import QuantScheme, Scales, ScalesError, SchemeError, bias
@@ -110,6 +113,7 @@ FEATURES = {
     "three numbers as window": (ValueError, {"window": (1, 2, 3)}, "window:", "is not (left, right)"),
     "a negative window": (ValueError, {"window": (-1, 0)}, "window:", "whole numbers from 0"),
     "a window of fractions": (ValueError, {"window": (1.5, 0)}, "window:", "whole numbers from 0"),
+    "a negative window that is read once": (ValueError, {"window": iter((-1, 0))}, "window:", "whole numbers from 0"),
     "a window of truths": (ValueError, {"window": (True, 0)}, "window:", "whole numbers from 0"),
     "a list as mask": (TypeError, {"mask": [True]}, "mask: list is no mask", "True = attend"),
     "a mask of integers": (TypeError, {"mask": torch.ones(20, 20).int()}, "mask: torch.int32 is no mask"),
@@ -143,6 +147,13 @@ FEATURES = {
 @pytest.mark.parametrize(("error", "changes", "parts"), [(e, c, p) for e, c, *p in FEATURES.values()], ids=FEATURES)
 def test_features_that_cannot_be_are_refused(error, changes, parts):
     refused(error, *parts, **changes)
+
+
+@pytest.mark.parametrize("number", [fractions.Fraction(3), np.float32(3), 3], ids=lambda number: type(number).__name__)
+def test_a_number_of_any_type_is_the_number_that_it_is(number):
+    q, k, v = qkv(20)
+    made = tokquant.attention(q, k, v, "int8", softcap=number, scale=number, backend="reference")
+    assert torch.equal(made, tokquant.attention(q, k, v, "int8", softcap=3.0, scale=3.0, backend="reference"))
 
 
 @doors

@@ -10,8 +10,8 @@ import torch
 from plain_cache import SCHEMES, scales_for
 
 import tokquant as tq
-from tokquant.export import checksum
 from tokquant.schemes import preset
+from tokquant.tensor_files import checksum
 
 H, D = 2, 16
 KIVI = SCHEMES["KIVI in small blocks"]

@@ -145,7 +145,7 @@ def test_what_is_wrong_with_a_scale_is_named(change, message, tmp_path):
     [
         (lambda t, m: m.pop("tokquant.scheme"), "no tokquant scheme in its metadata"),
         (lambda t, m: m.update({"tokquant.scheme": "{"}), "its scheme cannot be read"),
-        (lambda t, m: m.update({"tokquant.scheme": "[1]"}), "its scheme cannot be read"),
+        (lambda t, m: m.update({"tokquant.scheme": "[1]"}), r"its scheme cannot be read: a scheme is a mapping .*, not \[1\]"),
         (lambda t, m: m.update({"tokquant.scheme": "[" * 100000}), "its scheme cannot be read"),
         (lambda t, m: m.update({"tokquant.scheme": '{"q": {"precision": "int9"}}'}), "no precision 'int9'"),
         (lambda t, m: m.update({"tokquant.format": "99"}), "format '99' is not '1'"),
@@ -279,6 +279,44 @@ def test_scales_of_a_layer_that_is_not_there_name_the_nearest():
 def test_scales_check_what_they_are_given():
     with pytest.raises(tq.ScalesError, match=r"a\.v_scale: missing"):
         Scales(preset("kv-fp8"), {"a": {"k_scale": torch.ones(1, 1, 1)}})
+
+
+def test_scales_take_a_scheme_as_everything_does(tmp_path):
+    tensors = {"k_scale": torch.ones(2, 1, 1), "v_scale": torch.ones(2, 1, 1)}
+    preset("kv-fp8").dump(tmp_path / "mine.yaml")
+    kinds = ["kv-fp8", str(tmp_path / "mine.yaml"), tq.SchemeMap((("a", preset("kv-fp8")), ("*", preset("int8"))))]
+    for scheme in kinds:
+        scales = Scales(scheme, {"a": tensors})
+        assert scales["a"].scheme == tq.LayerScales("a", tensors, scheme).scheme == preset("kv-fp8")
+        tq.LayerScales("a", tensors).check(scheme)
+        assert scales.scheme.name in repr(scales)
+    with pytest.raises(tq.ScalesError, match=r"a\.k_scale: scheme 'int8' has no use for it"):
+        tq.LayerScales("a", tensors).check("int8")
+
+
+def test_the_layers_of_two_calibrations_are_joined():
+    some, others = calibrated("kv-fp8", ["a"]), calibrated("kv-fp8", ["b", "c"])
+    both = Scales("kv-fp8", {**some, **others})
+    assert list(both) == ["a", "b", "c"] and torch.equal(both["c"].tensors["k_scale"], others["c"].tensors["k_scale"])
+
+
+def test_tensors_without_names_are_refused_and_names_do_not_change_once_they_are_checked():
+    with pytest.raises(TypeError, match=r"tensors: \[a Tensor\]; give a mapping of names to tensors"):
+        tq.LayerScales("a", [torch.ones(2, 1, 1)])
+    with pytest.raises(TypeError, match=r"layers: \['a'\]; give a mapping of layers' names"):
+        Scales("kv-fp8", ["a"])
+    tensors = {"k_scale": torch.ones(2, 1, 1), "v_scale": torch.ones(2, 1, 1)}
+    made = tq.LayerScales("a", tensors, "kv-fp8")
+    del tensors["k_scale"]
+    assert list(made.tensors) == ["k_scale", "v_scale"]
+
+
+def test_a_layer_that_the_map_in_a_file_has_no_scheme_for_is_named(tmp_path):
+    path, scheme = tmp_path / "scales.safetensors", tq.SchemeMap((("layers.*", preset("kv-fp8")),), "mine")
+    tq.save_scales(path, calibrated(scheme))
+    rewritten(path, lambda tensors, _: tensors.update({"other.k_scale": torch.ones(2, 1, 1)}))
+    with pytest.raises(tq.ScalesError, match=f"{path}: scheme map 'mine': no pattern matches layer 'other'"):
+        tq.load_scales(path)
 
 
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])

@@ -51,6 +51,11 @@ def test_where_tokens_are_kept_in_16_bits_nothing_is_forgotten():
     assert cache.forget(10) == [0, 0] and cache.lengths == [600, 500]
 
 
+def test_more_than_any_sequence_has_is_all_of_it():
+    cache, _ = filled(tokens=(300, 170))
+    assert cache.forget(2**40) == [0, 0] and cache.lengths == [300, 170]
+
+
 @pytest.mark.parametrize("keep", [-1, 2.0, True, "all"])
 def test_what_is_no_number_of_tokens_is_refused(keep):
     cache, _ = filled(tokens=(2, 2))

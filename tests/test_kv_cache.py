@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from factories import qkv, scheme
@@ -318,6 +319,11 @@ def test_a_cache_that_cannot_be_made_says_why(changes, error, message):
         tq.KVCache(given.pop("scheme"), **given)
 
 
+def test_sizes_are_whole_numbers_of_any_type():
+    cache = tq.KVCache("kv-int4", batch=np.int64(2), kv_heads=torch.tensor(H), head_dim=np.int32(D), capacity=np.int64(500))
+    assert cache.batch == 2 and type(cache.batch) is int and cache.forget(np.int64(3)) == [0, 0]
+
+
 def test_a_backend_that_keeps_no_pages_is_refused(monkeypatch):
     monkeypatch.delitem(kv_cache.STORES, "triton", raising=False)
     with pytest.raises(tq.UnsupportedError, match=r"backend: 'triton' keeps no pages; use auto or one of .*reference"):
@@ -378,6 +384,7 @@ def test_an_append_that_is_refused_changes_nothing(changes, error, message):
         (lambda c: c.evict(-1), "sequences: -1; there are"),
         (lambda c: c.evict(torch.tensor([[0]])), "sequences: a Tensor; give numbers"),
         (lambda c: c.codes(2), "sequences: 2; there are sequences 0 to 1"),
+        (lambda c: c.windows([0, 1]), r"sequence: \[0, 1\]; give the number of one"),
     ],
 )
 def test_what_no_sequence_has_is_refused_and_changes_nothing(call, message):

@@ -37,7 +37,7 @@ class Walk:
 
     def step(self):
         at = self.chance.randrange(len(self.pairs))
-        others = [self.truncate, self.evict, self.fork, self.forget, self.save, self.decode]
+        others = [self.truncate, self.evict, self.fork, self.leave, self.forget, self.save, self.decode]
         action = self.chance.choice([self.append, self.speak] * 3 + others)
         action(at, *self.pairs[at])
 
@@ -77,9 +77,13 @@ class Walk:
         chosen = [self.chance.randrange(cache.batch) for _ in range(self.chance.randint(1, 3))]
         self.pairs.append((cache.fork(chosen), plain.fork(chosen)))
 
-    def forget(self, at, cache, plain):
+    def leave(self, at, cache, plain):
         if len(self.pairs) > 1:
             del self.pairs[at]
+
+    def forget(self, at, cache, plain):
+        keep = self.chance.randint(0, 2 * cache.page)
+        assert cache.forget(keep) == plain.forget(keep, cache.page)
 
     def save(self, at, cache, plain):
         cache.save(self.path)

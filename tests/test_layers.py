@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tokquant"
 
 LAYERS = [
-    ("errors", "files", "timing", "transfer"),
+    ("autocast", "errors", "files", "tensor_files", "timing", "transfer"),
     ("precisions",),
     ("schemes",),
     ("transforms", "folding", "bias", "blocks"),

@@ -113,6 +113,8 @@ def test_a_batch_of_any_size_has_the_same_bits(name):
 
 WRONG = {
     "four dimensions": (dict(q=torch.randn(1, 144, 2, 32)), ValueError, r"q: shape \[1, 144, 2, 32\] has 4 dimensions"),
+    "no tokens": (dict(q=torch.randn(0, 2, 32)), ValueError, r"q: shape \[0, 2, 32\] is empty; give at least one of tokens"),
+    "v shorter than k": (dict(v=torch.randn(170, 1, 32)), ValueError, r"v: shape \[170, 1, 32\] is not that of k, \[177, 1"),
     "a list": (dict(q=[1, 2]), TypeError, r"q: a list; give a torch.Tensor \[tokens, heads, head_dim\]"),
     "starts that are a list": (dict(cu_seqlens_q=[0, 144]), TypeError, "cu_seqlens_q: a list; give a torch.int32 tensor"),
     "starts of floats": (dict(cu_seqlens_k=torch.tensor([0.0, 177.0])), TypeError, "cu_seqlens_k: torch.float32"),
@@ -130,9 +132,8 @@ WRONG = {
 @pytest.mark.parametrize(("wrong", "kind", "message"), WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_named(wrong, kind, message):
     (q, k, v), lengths = packed()
-    arguments = {"q": q, **lengths, **wrong}
     with pytest.raises(kind, match=message):
-        tq.attention_varlen(arguments.pop("q"), k, v, "int8", **arguments)
+        tq.attention_varlen(**{"q": q, "k": k, "v": v, "scheme": "int8", **lengths, **wrong})
 
 
 @pytest.mark.compiled

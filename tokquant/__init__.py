@@ -19,7 +19,7 @@ from tokquant.kv_cache import KVCache
 from tokquant.precisions import Precision, register
 from tokquant.schemes import Granularity, HeadSchemes, QuantScheme, SchemeMap, preset
 from tokquant.sdpa import scaled_dot_product_attention
-from tokquant.tensor import QuantizedTensor
+from tokquant.tensor import QuantizedHeads, QuantizedTensor
 from tokquant.tune import tune, tune_decode
 from tokquant.varlen import attention_varlen
 
@@ -38,6 +38,7 @@ __all__ = [
     "LayerScales",
     "Precision",
     "QuantScheme",
+    "QuantizedHeads",
     "QuantizedTensor",
     "Scales",
     "ScalesError",

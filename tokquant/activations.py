@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from tokquant.errors import nearest, quote
 from tokquant.files import write_atomically
+from tokquant.tensor_files import open_tensors
 
 
 def sample() -> Path:
@@ -27,14 +27,7 @@ class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        if self.path.is_dir():
-            raise ValueError(f"{self.path}: Is a directory")
-        try:
-            self._file = safetensors.safe_open(self.path, framework="pt")
-        except OSError as error:
-            raise ValueError(f"{self.path}: {error.strerror or str(error).removesuffix(f': {self.path}')}") from None
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{self.path}: not a safetensors file, or not a whole one ({error})") from None
+        self._file = open_tensors(self.path, ValueError)
         found: dict[str, set[str]] = {}
         for key in self._file.keys():  # noqa: SIM118 - not a mapping
             layer, _, role = key.rpartition(".")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokquant import reference
+from tokquant.autocast import joined
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales, Scales, needed, static
 from tokquant.errors import ScalesError, SchemeError, nearest, quote
@@ -151,7 +152,7 @@ def attention(
             RUN[chosen](*part, features.of_heads(rows), return_lse, deterministic)
             for rows, part in zip(spans, parts, strict=True)
         ]
-        out, lse = (None if x[0] is None else torch.cat(x, dim=1) for x in zip(*each, strict=True))
+        out, lse = (None if x[0] is None else joined(x, dim=1) for x in zip(*each, strict=True))
     return (out, lse) if return_lse else out
 
 

@@ -11,16 +11,15 @@ from torch import Tensor
 
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import CacheFileError, quote
-from tokquant.export import checksum, read_tensors
 from tokquant.files import write_atomically
-from tokquant.inputs import DTYPES
+from tokquant.inputs import DTYPE_NAMES
 from tokquant.pages import growing, operand, sizes
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.appending import check_append_only, unit, windows
 from tokquant.tensor import QuantizedTensor
+from tokquant.tensor_files import checksum, read_tensors
 
 FORMAT = "1"
-TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 LARGEST = 2**20
 """Heads and channels that a file may claim."""
 
@@ -91,11 +90,11 @@ def _content(tensors: dict[str, Tensor], metadata: dict[str, str], device: torch
     for name, value in (("kv_heads", heads), ("head_dim", d)):
         if type(value) is not int or not 0 < value <= LARGEST:
             raise ValueError(f"{name}: {quote(value)} is not a whole number from 1 to {LARGEST}")
-    if not isinstance(dtype, str) or dtype not in TYPES:
-        raise ValueError(f"dtype: {quote(dtype)}; it is one of {', '.join(TYPES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPE_NAMES:
+        raise ValueError(f"dtype: {quote(dtype)}; it is one of {', '.join(DTYPE_NAMES)}")
     if not isinstance(tokens, list) or not tokens:
         raise ValueError(f"tokens: {quote(tokens)} is not a pair of numbers for each sequence")
-    kind = TYPES[dtype]
+    kind = DTYPE_NAMES[dtype]
     scales = {name: tensors[f"scales.{name}"] for name in needed(scheme) if f"scales.{name}" in tensors}
     layer = LayerScales("scales", scales, scheme)
     for b, pair in enumerate(tokens):

@@ -1,22 +1,16 @@
 """Scales to and from safetensors. The file holds the scheme too, so that it is enough to run."""
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from tokquant.calibration.scales import Scales
 from tokquant.errors import ScalesError, SchemeError, quote
 from tokquant.files import write_atomically
 from tokquant.schemes.reading import of_data
+from tokquant.tensor_files import checksum, read_tensors
 
 FORMAT = "1"
 SUFFIXES = (*(f"{role}_{kind}" for role in "qkv" for kind in ("scale", "zero", "offset")), "k_balance")
@@ -72,40 +66,8 @@ def load_scales(path: str | os.PathLike) -> Scales:
         layers.setdefault(layer, {})[name] = value
     try:
         scales = Scales(scheme, layers)
-    except ScalesError as error:
+    except (ScalesError, SchemeError) as error:
         raise ScalesError(f"{path}: {error}") from None
     if metadata.get("tokquant.sha256") != checksum(tensors, metadata["tokquant.scheme"]):
         raise ScalesError(f"{path}: scales or scheme are not those that were written (checksum differs)")
     return scales
-
-
-def read_tensors(path: str | os.PathLike, error_type: type[Exception]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a safetensors file. Raises `error_type`, naming the file, where there is no whole one."""
-    with open_tensors(path, error_type) as file:
-        metadata = file.metadata() or {}
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
-
-
-@contextmanager
-def open_tensors(path: str | os.PathLike, error_type: type[Exception]) -> Iterator[Any]:
-    """A safetensors file of which nothing is read yet but its names. Raises as `read_tensors`."""
-    path = Path(path)
-    if path.is_dir():
-        raise error_type(f"{path}: Is a directory")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            yield file
-    except OSError as error:
-        raise error_type(f"{path}: {error.strerror or str(error).removesuffix(f': {path}')}") from None
-    except safetensors.SafetensorError as error:
-        raise error_type(f"{path}: not a safetensors file, or not a whole one ({error})") from None
-
-
-def checksum(tensors: dict[str, Tensor], scheme: str = "") -> str:
-    """SHA-256 of names, types, shapes and bytes, and of the scheme that gives them their meaning."""
-    digest = hashlib.sha256(scheme.encode())
-    for name in sorted(tensors):
-        value = tensors[name].contiguous().cpu()
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

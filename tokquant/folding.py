@@ -56,8 +56,8 @@ def fold(
             raise TypeError(f"{name}: {x.dtype}; give floating-point weights, which are quantized after they are folded")
     heads, _, d = factors.shape
     for name, weight, bias in (("k", k_weight, k_bias), ("q", q_weight, q_bias)):
-        rows = weight.shape[0]
-        if weight.ndim != 2 or rows % (heads * d) or (name == "k" and rows != heads * d):
+        rows = weight.shape[0] if weight.ndim == 2 else 0
+        if not rows or rows % (heads * d) or (name == "k" and rows != heads * d):
             wanted = f"{heads * d}, as" if name == "k" else f"a multiple of {heads * d}, as"
             raise ValueError(f"{name}_weight: shape {list(weight.shape)} has not {wanted} factors {list(factors.shape)} say")
         if bias is not None and bias.shape != (rows,):
@@ -99,7 +99,7 @@ def _check_factors(factors: object, rope: str) -> None:
         raise ValueError(f"rope: {quote(rope)} is none; use half, interleaved or none")
     if not isinstance(factors, Tensor):
         raise TypeError(f"factors: {quote(factors)}; give the tensor k_balance of a layer's scales, [H_kv, 1, D]")
-    if factors.ndim != 3 or factors.shape[1] != 1 or (rope != "none" and factors.shape[2] % 2):
+    if factors.ndim != 3 or factors.shape[1] != 1 or not factors.numel() or (rope != "none" and factors.shape[2] % 2):
         raise ValueError(f"factors: shape {list(factors.shape)} is not [H_kv, 1, D], D even under RoPE")
     if not bool((factors.isfinite() & (factors > 0)).all()):
         raise ValueError("factors: holds a value that is not finite and above zero")

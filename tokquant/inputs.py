@@ -4,6 +4,7 @@ import math
 import numbers
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from tokquant.reference import Features
 from tokquant.tensor import Coded
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+"""Those types by the names that files have for them."""
 
 Numbers = int | Sequence[int] | Tensor
 """A whole number for all sequences, or one for each."""
@@ -83,6 +86,17 @@ def check_together(q: Tensor | Coded, k: Tensor | Coded, v: Tensor | Coded) -> N
         raise ValueError(f"k: {k.shape[1]} heads do not divide the {q.shape[1]} of q")
 
 
+def whole_number(name: str, given: Any, least: int, most: int | None = None) -> int:
+    """A whole number of any type from `least` to `most`, which are at least 0. Raises ValueError."""
+    try:
+        number = -1 if isinstance(given, bool) else operator.index(given)
+    except TypeError:
+        number = -1
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"{name}: {quote(given)} is not a whole number from {least}" + (f" to {most}" if most else ""))
+    return number
+
+
 def whole_numbers(name: str, given: Numbers, size: int, most: int | np.ndarray) -> np.ndarray:
     """One whole number for each of `size` sequences, from 0 to `most`. Raises ValueError."""
     numbers = _integers(given)
@@ -129,8 +143,10 @@ def features_of(
     if not isinstance(causal, bool):
         raise TypeError(f"causal: {quote(causal)} is not a bool")
     scale = d**-0.5 if scale is None else _finite("scale", scale)
-    if softcap is not None and _finite("softcap", softcap) <= 0:
-        raise ValueError(f"softcap: {softcap} is not above zero; leave it out for none")
+    if softcap is not None:
+        if (number := _finite("softcap", softcap)) <= 0:
+            raise ValueError(f"softcap: {quote(softcap)} is not above zero; leave it out for none")
+        softcap = number
     if window is not None:
         window = _window(window)
     if bias is not None and not isinstance(bias, Bias):
@@ -141,12 +157,12 @@ def features_of(
     parts = [] if bias is None else bias.tensors()
     for name, given in (("mask", mask), ("sinks", sinks), *(("bias", part) for part in parts)):
         check_no_grad(name, given)
+        if isinstance(given, Tensor) and given.device != q.device:
+            raise ValueError(f"{name}: on {given.device}, and q on {q.device}")
     if mask is not None:
         if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask: {kind} is no mask; give a boolean tensor (True = attend) or floats to add")
-        if mask.device != q.device:
-            raise ValueError(f"mask: on {mask.device}, and q on {q.device}")
         try:
             mask = mask.expand(b, heads, n_q, n_k)
         except RuntimeError:
@@ -157,20 +173,18 @@ def features_of(
             raise TypeError(f"sinks: {kind}; give a floating-point tensor [H_q]")
         if sinks.shape != (heads,):
             raise ValueError(f"sinks: shape {list(sinks.shape)} is not [{heads}], one logit for each head of q")
-        if sinks.device != q.device:
-            raise ValueError(f"sinks: on {sinks.device}, and q on {q.device}")
     if bias is not None:
         bias = bias.expand(b, heads, n_q, n_k)
-        for part in parts:
-            if part.device != q.device:
-                raise ValueError(f"bias: on {part.device}, and q on {q.device}")
     return Features(scale=scale, causal=causal, window=window, mask=mask, softcap=softcap, sinks=sinks, bias=bias)
 
 
-def _window(window: object) -> tuple[int | None, int | None]:
+def _window(window: Any) -> tuple[int | None, int | None]:
     try:
-        left, right = (side if side is None else operator.index(side) for side in window)  # type: ignore[attr-defined]
-        if any(side is True or side is False or (side is not None and side < 0) for side in window):  # type: ignore[attr-defined]
+        left, right = window
+        if isinstance(left, bool) or isinstance(right, bool):
+            raise ValueError
+        left, right = (side if side is None else operator.index(side) for side in (left, right))
+        if any(side is not None and side < 0 for side in (left, right)):
             raise ValueError
     except (TypeError, ValueError):
         raise ValueError(

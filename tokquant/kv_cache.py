@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tokquant import cache_file
-from tokquant.attention import Backend, check_scales, choose_backend
+from tokquant.attention import Backend, check_scales, choose_backend, scheme_of
 from tokquant.cache_file import Content
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import CacheFileError, ScalesError, SchemeError, UnsupportedError, quote
-from tokquant.inputs import DTYPES, Numbers, check_beside_cache, sequence_numbers, whole_numbers
+from tokquant.inputs import DTYPES, Numbers, check_beside_cache, sequence_numbers, whole_number, whole_numbers
 from tokquant.kernels.cpu.pages import CpuPages
 from tokquant.kernels.decode_launch import Call
 from tokquant.kernels.pages import TritonPages
@@ -32,6 +32,9 @@ from tokquant.windows import Windows
 
 STORES: dict[str, Any] = {"triton": TritonPages, "cpu": CpuPages, "reference": ReferencePages}
 """What keeps pages, by backend; each is made and used as `ReferencePages` is."""
+
+MOST = 2**31 - 1
+"""Of sequences, heads, channels and tokens: what 32 bits count."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,11 @@ class KVCache:
         scales: LayerScales | None = None,
         backend: Backend = "auto",
     ):
-        self.scheme = scheme = resolve(scheme, layer if layer is not None else getattr(scales, "layer", None))
-        for name, value in (("batch", batch), ("kv_heads", kv_heads), ("head_dim", head_dim), ("capacity", capacity)):
-            if not (value is None and name == "capacity") and (type(value) is not int or not 0 < value < 2**31):
-                raise ValueError(f"{name}: {quote(value)} is not a whole number from 1")
+        self.scheme = scheme = resolve(scheme_of(scheme, layer, scales))
+        batch = whole_number("batch", batch, 1, MOST)
+        kv_heads = whole_number("kv_heads", kv_heads, 1, MOST)
+        head_dim = whole_number("head_dim", head_dim, 1, MOST)
+        capacity = None if capacity is None else whole_number("capacity", capacity, 1, MOST)
         if dtype not in DTYPES:
             found = dtype if isinstance(dtype, torch.dtype) else quote(dtype)
             raise TypeError(f"dtype: {found}; use torch.float16, torch.bfloat16 or torch.float32")
@@ -136,9 +140,7 @@ class KVCache:
         `lengths` and positions count what is left from then on, and `decode` sees no difference within the window. Where the
         scheme keeps tokens in 16 bits, nothing is freed. Returns how many tokens of each sequence are gone.
         """
-        if type(keep) is not int or keep < 0:
-            raise ValueError(f"keep: {quote(keep)} is not a whole number from 0")
-        return self._held.forget(keep).tolist()
+        return self._held.forget(whole_number("keep", keep, 0)).tolist()
 
     def evict(self, sequences: Numbers) -> None:
         """Empty these sequences and free their pages; others can begin in their places."""
@@ -213,13 +215,12 @@ class KVCache:
 
     def codes(self, sequence: int) -> tuple[QuantizedTensor, QuantizedTensor]:
         """K and V of a sequence's packed tokens `[1, kv_heads, n, head_dim]`."""
-        [b] = sequence_numbers(sequence, self.batch)
-        return self._held.read(int(b), 0, int(self._held.packed[b]))
+        b = self._one(sequence)
+        return self._held.read(b, 0, int(self._held.packed[b]))
 
     def windows(self, sequence: int) -> tuple[Tensor, Tensor]:
         """K and V of a sequence's tokens in 16 bits `[1, kv_heads, n, head_dim]`: first the sink, then the newest."""
-        [b] = sequence_numbers(sequence, self.batch)
-        return self._held.ends(int(b))
+        return self._held.ends(self._one(sequence))
 
     def __repr__(self) -> str:
         tokens, (batch, heads, d) = sum(self.lengths), self._shape
@@ -290,8 +291,14 @@ class KVCache:
 
     # ------------------------------------------------------------------ checks
 
+    def _one(self, sequence: int) -> int:
+        chosen = sequence_numbers(sequence, self.batch)
+        if len(chosen) != 1:
+            raise ValueError(f"sequence: {quote(sequence)}; give the number of one")
+        return int(chosen[0])
+
     def _check_positions(self, positions: Numbers) -> None:
-        given = whole_numbers("positions", positions, self.batch, 2**31 - 1)
+        given = whole_numbers("positions", positions, self.batch, MOST)
         if (wrong := np.nonzero(given != self._held.lengths)[0]).size:
             b = wrong[0]
             raise ValueError(f"positions: {given[b]} for sequence {b}, whose next token is at {self._held.lengths[b]}")

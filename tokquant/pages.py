@@ -157,11 +157,9 @@ class _Rows:
         device: torch.device,
     ):
         self.spec, self.scheme, self.scales, self.shape, self.dtype = spec, scheme, scales, shape, dtype
-        self.types = {name: kind for name, (_, kind) in sizes(spec, shape, dtype).items()}
-        self.parts = {
-            name: indexable(torch.zeros(size, dtype=kind, device=device))
-            for name, (size, kind) in sizes(spec, shape, dtype).items()
-        }
+        kept = sizes(spec, shape, dtype)
+        self.types = {name: kind for name, (_, kind) in kept.items()}
+        self.parts = {name: indexable(torch.zeros(size, dtype=kind, device=device)) for name, (size, kind) in kept.items()}
         self.frame = frame_of(torch.empty(1, device=device).expand(1, shape[1], 1, shape[3]), spec, scheme, scales)
 
     def grow(self, pages: int) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tokquant.autocast import in_their_types, joined
 from tokquant.bias import Bias
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import place
@@ -120,11 +121,6 @@ def weighted(p: Tensor, v: Tensor) -> Tensor:
     return matmul_kept(_grouped(p, v.shape[1]), v).reshape(*p.shape[:3], v.shape[3])
 
 
-def in_their_types(device: torch.device) -> torch.autocast:
-    """Products inside are those of the tensors as they are; autocast would take float32 in 16 bits."""
-    return torch.autocast(device.type, enabled=False)
-
-
 def matmul_kept(p: Tensor, v: Tensor) -> Tensor:
     """p @ v where a weight of zero takes nothing of v, be it infinite or not a number."""
     product = p @ v
@@ -174,7 +170,7 @@ def row_chunks(n: int, a_row: int, only: Sequence[slice] | None = None) -> Itera
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     outs, sums = zip(*parts, strict=True)
-    return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
+    return joined(outs, dim=2), joined(sums, dim=2)
 
 
 class _Emulation:

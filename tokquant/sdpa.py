@@ -20,6 +20,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     scheme: Scheme = "int8",
+    layer: str | None = None,
     scales: LayerScales | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -35,7 +36,7 @@ def scaled_dot_product_attention(
             query sees is not quantized. It goes with a mask.
         scale: of the scores; E**-0.5 where None.
         enable_gqa: heads of query may be a multiple of those of key and value.
-        scheme, scales, backend: as for `tokquant.attention`, but that `auto` always quantizes.
+        scheme, layer, scales, backend: as for `tokquant.attention`, but that `auto` always quantizes.
 
     Returns: `[..., H_q, L, E_v]` in query's type. A query that attends to nothing gets 0, as in torch. So does one whose mask
     is all below -2.3e38 (`torch.finfo(torch.float32).min`, say), where torch gives the mean of value.
@@ -95,7 +96,7 @@ def scaled_dot_product_attention(
     q, k, v = (x if x.shape[3] == width else torch.nn.functional.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
     scale = d**-0.5 if scale is None else scale
     own = quantizing(backend, q.device)
-    out = attention(q, k, v, scheme, scale=scale, mask=attn_mask, window=window, scales=scales, backend=own)
+    out = attention(q, k, v, scheme, layer=layer, scale=scale, mask=attn_mask, window=window, scales=scales, backend=own)
     return out[..., :d_v].reshape(result)  # type: ignore[call-overload]
 
 

@@ -74,7 +74,7 @@ class Sequences:
     def forget(self, keep: int) -> np.ndarray:
         """Let go of whole pages of the oldest tokens, but of the `keep` newest; how many tokens of each that were."""
         page = self.table.pool.page
-        pages = np.maximum(self.lengths - keep, 0) // page
+        pages = np.maximum(self.lengths - min(keep, 2**31 - 1), 0) // page
         if self.windows.slots:  # whose places are counted from the first token
             pages = np.zeros_like(pages)
         for b in np.nonzero(pages)[0].tolist():

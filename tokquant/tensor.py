@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokquant import blocks
+from tokquant.autocast import joined
 from tokquant.precisions import Precision
 from tokquant.schemes import Granularity, Operand, QuantScheme
 from tokquant.schemes.placement import as_bytes, place
@@ -188,7 +189,7 @@ class QuantizedHeads:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in its original frame, `[B, H, N, D]`, in `dtype` (its own where None)."""
-        return torch.cat([part.dequantize(dtype) for part in self.parts], dim=1)
+        return joined([part.dequantize(dtype) for part in self.parts], dim=1)
 
     @property
     def nbytes(self) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokquant.attention import quantize
+from tokquant.attention import quantize, scheme_of
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError
@@ -58,7 +58,7 @@ def tune(
 
     Raises as `attention`; UnsupportedError where there is no GPU.
     """
-    found = resolve(scheme, layer)
+    found = resolve(scheme_of(scheme, layer, scales))
     check_tensors(q, k, v)
     features = features_of(q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     need_gpu(q.device)

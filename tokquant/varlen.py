@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tokquant.attention import RUN, Backend, Scheme, check_heads, check_scales, choose_backend, quantized, ranges, scheme_of
+from tokquant.autocast import joined
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import quote
@@ -69,6 +70,10 @@ def attention_varlen(
             raise TypeError(f"{name}: a {type(x).__name__}; give a torch.Tensor [tokens, heads, head_dim]")
         if x.ndim != 3:
             raise ValueError(f"{name}: shape {list(x.shape)} has {x.ndim} dimensions; give [tokens, heads, head_dim]")
+        if 0 in x.shape:
+            raise ValueError(f"{name}: shape {list(x.shape)} is empty; give at least one of tokens, heads and head_dim")
+    if k.shape != v.shape:
+        raise ValueError(f"v: shape {list(v.shape)} is not that of k, {list(k.shape)}")
     refuse_capture(q.device, "cu_seqlens: lengths, which are read on the CPU,")
     whole = [x.transpose(0, 1)[None] for x in (q, k, v)]
     check_tensors(*whole)
@@ -93,7 +98,7 @@ def attention_varlen(
             _attend([q[:, rows], k[:, heads], v[:, heads]], own, features.of_heads(rows), *rest)
             for rows, heads, own in ranges(found, q, k)
         ]
-        out, lse = (None if x[0] is None else torch.cat(x, dim=1) for x in zip(*each, strict=True))
+        out, lse = (None if x[0] is None else joined(x, dim=1) for x in zip(*each, strict=True))
     else:
         out, lse = _attend(whole, found, features, *rest)
     out = out[0].transpose(0, 1)  # type: ignore[index]

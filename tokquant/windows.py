@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokquant.reference import Features, in_their_types
+from tokquant.autocast import in_their_types
+from tokquant.reference import Features
 from tokquant.transfer import to_device
 
 

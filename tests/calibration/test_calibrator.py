@@ -169,6 +169,15 @@ def test_nothing_observed_is_an_error():
         tq.Calibrator("kv-fp8").scales()
 
 
+def test_a_scale_that_its_type_does_not_hold_names_its_layer():
+    calibrator = tq.Calibrator(scheme(k=INT8 | {"granularity": "head", "scale": "static", "scale_dtype": "fp16"}))
+    q, k, v = batch()
+    calibrator.observe("layers.0", q, k, v)
+    calibrator.observe("layers.1", q, 1e9 * k, v)
+    with pytest.raises(tq.ScalesError, match=r"layers\.1\.k: a scale of .* does not fit scale_dtype fp16"):
+        calibrator.scales()
+
+
 def test_a_dynamic_scheme_has_nothing_to_calibrate():
     with pytest.raises(tq.SchemeError, match="'int8' has no static part"):
         tq.Calibrator("int8")

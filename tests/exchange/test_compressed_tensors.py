@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokquant as tq
 from tokquant.exchange.compressed_tensors import fp8_scheme
+from tokquant.tensor_files import read_tensors
 
 STATIC = "fp8_e4m3 {} static"
 EXPRESSIBLE = {f"{kind}{' with q' if q else ''}": fp8_scheme(kind, q=q) for kind in ("head", "tensor") for q in (False, True)}
@@ -52,7 +53,7 @@ def test_a_model_quantized_by_what_is_written_has_the_names_and_shapes_of_export
         calibrator.observe(f"model.layers.{layer}.self_attn", *(torch.randn(1, h, 20, 16) for h in (4, 2, 2)))
     path = tmp_path / "scales.safetensors"
     tq.export_checkpoint_scales(path, calibrator.scales())
-    written = tq.export.read_tensors(path, ValueError)[0]
+    written = read_tensors(path, ValueError)[0]
     assert {key: list(value.shape) for key, value in written.items()} == expected
     found = model.load_state_dict(written, strict=False)
     assert not found.unexpected_keys and not any(key.endswith("_scale") for key in found.missing_keys)
@@ -72,7 +73,7 @@ def test_transformers_loads_what_is_exported_beside_a_model(name, tmp_path):
     shard = "model-00001-of-00001.safetensors"
     (tmp_path / "model.safetensors").rename(tmp_path / shard)
     files = (shard, "kv_scales.safetensors")
-    where = {key: file for file in files for key in tq.export.read_tensors(tmp_path / file, ValueError)[0]}
+    where = {key: file for file in files for key in read_tensors(tmp_path / file, ValueError)[0]}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = tq.to_compressed_tensors(EXPRESSIBLE[name])

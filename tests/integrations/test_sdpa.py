@@ -74,6 +74,12 @@ def test_it_is_attention_by_the_scheme():
     assert not torch.equal(made, torch_attention(Q, Q, Q, is_causal=True))
 
 
+def test_a_map_takes_the_layer():
+    schemes = tq.SchemeMap((("a", tq.preset("int8")), ("b", tq.preset("int4"))))
+    made = tq.scaled_dot_product_attention(Q, K, V, scheme=schemes, layer="b", backend="reference")
+    assert torch.equal(made, tq.scaled_dot_product_attention(Q, K, V, scheme="int4", backend="reference"))
+
+
 def test_keys_that_no_query_sees_are_not_quantized():
     k, v = K.clone(), V.clone()
     k[:, :, 6:], v[:, :, 6:] = 1e4, float("nan")

@@ -2,8 +2,10 @@
 
 import ast
 import inspect
+import re
 import textwrap
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,7 +266,12 @@ def test_a_taken_name_is_refused():
         register(PRECISIONS["int8"])
 
 
-@pytest.mark.parametrize("name", ["Int8", "8bit", "a b", "", "x" * 40, "q\n", "a.b"])
+def test_what_is_no_precision_is_not_registered():
+    with pytest.raises(TypeError, match=r"precision: 'int8'; give a tokquant\.Precision"):
+        register("int8")
+
+
+@pytest.mark.parametrize("name", ["Int8", "8bit", "a b", "", "x" * 40, "q\n", "a.b", 8])
 def test_a_bad_name_is_refused_and_quoted(name):
     with pytest.raises(ValueError, match=r"name: .* is no name for a precision; use lower-case letters") as error:
         replace(PRECISIONS["int8"], name=name)
@@ -277,6 +284,8 @@ def test_a_bad_name_is_refused_and_quoted(name):
         (dict(bits=0), "bits: 0 of precision 'int8' is not a whole number"),
         (dict(kind="log"), "kind: 'log'"),
         (dict(largest=float("nan")), "largest: nan"),
+        (dict(largest="127"), "largest: '127' of precision 'int8' is not a number above zero"),
+        (dict(encode=None), "encode: None of precision 'int8' is not a function"),
         (dict(stored="int8"), "stored: 'int8' of precision 'int8' is not a torch.dtype"),
         (dict(packed=3), "packed: 3"),
         (dict(roles="z"), "roles: 'z'"),
@@ -287,6 +296,12 @@ def test_a_bad_name_is_refused_and_quoted(name):
 def test_a_wrong_field_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         replace(PRECISIONS["int8"], **wrong)
+
+
+def test_every_field_is_described():
+    page = (Path(__file__).parents[2] / "docs" / "precisions.md").read_text()
+    for field in fields(Precision):
+        assert re.search(rf"^\|.*`{field.name}`.* \| ", page, re.M), field.name
 
 
 def test_a_precision_of_p_needs_a_triton_encode():

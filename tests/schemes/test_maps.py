@@ -60,7 +60,9 @@ def test_a_file_is_a_scheme_or_a_map(tmp_path):
     path.write_text(TEXT.replace("name: mine\n", ""))
     assert read(path).name == "eight-bit" and read(str(path))["x"] == preset("int8")
     read(path).dump(tmp_path / "again.yaml")
-    assert read(tmp_path / "again.yaml") == read(path)
+    assert SchemeMap.load(tmp_path / "again.yaml") == SchemeMap.load(path) == read(path)
+    with pytest.raises(SchemeError, match=r"none\.yaml: No such file"):
+        SchemeMap.load(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(
@@ -96,8 +98,12 @@ def test_what_is_wrong_is_said_with_its_place(text, message, tmp_path):
     [
         (lambda: SchemeMap((("*", "int8"),)), r"layers: \('\*', 'int8'\) is no entry; give \(pattern, scheme\)"),
         (lambda: SchemeMap({"*": preset("int8")}), "layers: '\\*' is no entry.*from_data takes a mapping"),
+        (lambda: SchemeMap.from_data(["*"]), r"a scheme map is a mapping with layers, not \['\*'\]"),
         (lambda: SchemeMap((("*", preset("int8")),), "Mine"), "name: 'Mine' is not accepted"),
         (lambda: SchemeMap((("*", preset("int8")),))[3], "layer: 3 is no name of a layer"),
+        (lambda: SchemeMap(5), r"layers: 5 is no entry; give \(pattern, scheme\)"),
+        (lambda: SchemeMap(iter(())), "layers: is empty"),
+        (lambda: HeadSchemes(5), r"heads: 5 is no part; give \(heads, scheme\)"),
         (lambda: HeadSchemes(()), r"heads: \(\) is no part; give \(heads, scheme\)"),
         (lambda: HeadSchemes(((-1, preset("int8")), (3, preset("int4")))), r"heads: \(-1, a QuantScheme\) is no part"),
         (lambda: HeadSchemes(((1, "int8"),)), r"heads: \(1, 'int8'\) is no part"),
@@ -175,6 +181,17 @@ def test_the_layer_of_a_map_goes_to_every_face(tmp_path):
     assert found.bits["k"] < 9 and found.scheme.name == "int8 + kv-int4"
     assert tq.compile(path, layer="b", head_dim=64).scheme == preset("kv-int4")
     assert tq.KVCache(path, layer="b", batch=1, kv_heads=2, head_dim=32).scheme == preset("kv-int4")
+
+
+def test_the_layer_of_calibrated_scales_says_which_of_a_map_it_is():
+    q, k, v = qkv(40, d=32)
+    schemes = SchemeMap((("a", preset("kv-fp8")), ("b", preset("int8"))))
+    scales = tq.Scales(schemes, {"a": dict.fromkeys(("k_scale", "v_scale"), torch.full((2, 1, 1), 0.02))})["a"]
+    out = tq.attention(q, k, v, schemes, scales=scales)
+    assert torch.equal(tq.scaled_dot_product_attention(q, k, v, scheme=schemes, scales=scales), out)
+    assert tq.KVCache(schemes, batch=1, kv_heads=2, head_dim=32, scales=scales).scheme == preset("kv-fp8")
+    with pytest.raises(tq.UnsupportedError, match="tune: needs a GPU, and q is on cpu"):
+        tq.tune(q, k, v, schemes, scales=scales)
 
 
 def test_ranges_that_are_not_of_these_heads_and_static_ones_are_refused():

@@ -67,6 +67,11 @@ def test_what_is_left_out_has_the_default_of_the_design():
     assert scheme(cache={}).model_dump()["cache"] == {"sink": 0, "recent": 0, "page": 128}
 
 
+def test_a_scheme_says_all_that_is_done_to_an_operand():
+    made = scheme(k={"smooth": "mean", "symmetric": False}, v={"precision": "fp16", "smooth": "mean"})
+    assert str(made) == "q int8 token, k int8 token asymmetric less mean, v fp16 less mean, p int8 unit"
+
+
 @pytest.mark.parametrize(("place", "field"), [("", "name"), ("k", "precision"), ("v", "granularity"), ("cache", "sink")])
 def test_cannot_be_changed(place, field):
     whole = scheme(cache={})

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tokquant.autocast import joined
 from tokquant.bias.kinds import Dense, LowRank, check_floats, check_sixteen_bits, lowrank
 from tokquant.errors import quote
 
@@ -99,8 +100,8 @@ def squared_distance(
     q_norm, k_norm = (_parts(-f * points.square().sum(-1, keepdim=True), dtype) for points, f in ((x, w), (y, t)))
     w_high, w_low = (part.expand(*q_high.shape[:3], 1) for part in (w_high, w_low))
     one = torch.ones_like(k_norm[0]) * t
-    q = torch.cat([q_high, q_high, q_low, *q_norm, w_high, w_high, w_low, 0 * w_low, 0 * w_low], dim=-1)
-    k = torch.cat([k_high, k_low, k_high, one, one, *k_norm, k_norm[0], 0 * one, 0 * one], dim=-1)
+    q = joined([q_high, q_high, q_low, *q_norm, w_high, w_high, w_low, 0 * w_low, 0 * w_low], dim=-1)
+    k = joined([k_high, k_low, k_high, one, one, *k_norm, k_norm[0], 0 * one, 0 * one], dim=-1)
     if not bool(q.isfinite().all() and k.isfinite().all()):
         raise ValueError(f"weight: with points {s:g} from their middle, {quote(weight)} is too large for factors of {dtype}")
     return lowrank(q, k)

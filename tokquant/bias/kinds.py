@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokquant.autocast import in_their_types
 from tokquant.errors import quote
 
 Kind = Literal["alibi", "key_vector", "lowrank", "dense"]
@@ -124,7 +125,8 @@ class LowRank(Bias):
         return replace(self, q_factors=self.q_factors[:, heads], k_factors=self.k_factors[:, heads])
 
     def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
-        return self.q_factors[..., rows, :].to(dtype) @ self.k_factors[..., keys, :].to(dtype).mT
+        with in_their_types(self.q_factors.device):
+            return self.q_factors[..., rows, :].to(dtype) @ self.k_factors[..., keys, :].to(dtype).mT
 
     def terms(self, rows: slice, keys: slice, n_q: int, n_k: int) -> Tensor:
         magnitudes = replace(self, q_factors=self.q_factors.abs(), k_factors=self.k_factors.abs())

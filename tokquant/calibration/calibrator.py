@@ -12,7 +12,7 @@ from tokquant.calibration.layers import Layer
 from tokquant.calibration.scales import Scales, needed, static
 from tokquant.calibration.statistics import Change
 from tokquant.calibration.watching import Watcher
-from tokquant.errors import SchemeError, quote
+from tokquant.errors import ScalesError, SchemeError, quote
 from tokquant.inputs import check_tensors
 from tokquant.quantize import asymmetric_scale, symmetric_scale
 from tokquant.schemes import Operand, QuantScheme, SchemeMap, read
@@ -125,12 +125,18 @@ class Calibrator:
     def scales(self, margin: float = 1.0) -> Scales:
         """The scales of every layer seen, their ranges `margin` times as wide as the observer found them.
 
-        What comes later may go beyond what was seen; a margin leaves room for it. Raises ScalesError if there is no layer,
-        ValueError for a margin that is not above zero.
+        What comes later may go beyond what was seen; a margin leaves room for it. Raises ScalesError if there is no layer, or
+        for a scale that its type does not hold, naming the layer; ValueError for a margin that is not above zero.
         """
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < float("inf"):
             raise ValueError(f"margin: {quote(margin)} is not a number above zero; 1.25 leaves a quarter of room")
-        return Scales(self.scheme, {name: self._layer(layer, margin) for name, layer in self.layers.items()})
+        found = {}
+        for name, layer in self.layers.items():
+            try:
+                found[name] = self._layer(layer, margin)
+            except ValueError as error:
+                raise ScalesError(f"{name}.{error}") from None
+        return Scales(self.scheme, found)
 
     def __repr__(self) -> str:
         return f"Calibrator({self.scheme.name!r}, '{self.observer}', {len(self.layers)} layers)"

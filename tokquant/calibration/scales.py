@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokquant.errors import ScalesError, SchemeError, nearest
-from tokquant.schemes import LayerScheme, Operand, QuantScheme, SchemeMap, of_layer, resolve
+from tokquant.errors import ScalesError, SchemeError, nearest, quote
+from tokquant.schemes import LayerScheme, Operand, QuantScheme, SchemeMap, of_layer, read, resolve
 from tokquant.schemes.scheme import SCALE_TYPES
 
 
@@ -43,12 +43,16 @@ class LayerScales:
     layer: str
     tensors: Mapping[str, Tensor]
     scheme: QuantScheme | None = None
-    """The scheme they are checked against when they are made."""
+    """The scheme they are checked against when they are made; a preset's name, a path or a map is that of this layer."""
     _copies: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     """On other devices: each copy waits for a GPU, once."""
 
     def __post_init__(self):
+        if not isinstance(self.tensors, Mapping):
+            raise TypeError(f"tensors: {quote(self.tensors)}; give a mapping of names to tensors, such as {{'k_scale': ...}}")
+        object.__setattr__(self, "tensors", dict(self.tensors))  # that were checked stay what they were
         if self.scheme is not None:
+            object.__setattr__(self, "scheme", resolve(self.scheme, self.layer))
             self.check(self.scheme)
 
     @classmethod
@@ -65,8 +69,9 @@ class LayerScales:
             object.__setattr__(made, "scheme", scheme)
         return made
 
-    def check(self, scheme: QuantScheme) -> None:
+    def check(self, scheme: QuantScheme | SchemeMap | str) -> None:
         """Raise ScalesError unless these are just what `scheme` needs: finite, and scales and factors above zero."""
+        scheme = resolve(scheme, self.layer)
         self.check_form(scheme)
         for name, value in self.tensors.items():
             if name.endswith(("_scale", "_zero")):
@@ -149,12 +154,25 @@ def _shape(name: str, spec: Operand) -> str:
 class Scales(Mapping[str, LayerScales]):
     """The scales of every layer, by the layer's name, with the scheme they were calibrated for.
 
-    `scales["layers.0"]` is what `attention(scales=...)` takes. Raises ScalesError as `LayerScales.check` does.
+    `scales["layers.0"]` is what `attention(scales=...)` takes.
+
+    Args:
+        scheme: a QuantScheme, a SchemeMap, a preset's name or a path.
+        layers: for each layer its tensors by name, or LayerScales: `{**some, **others}` joins the layers of two.
+
+    Raises ScalesError as `LayerScales.check` does; SchemeError for a layer that a map has no scheme for.
     """
 
-    def __init__(self, scheme: QuantScheme | SchemeMap, layers: Mapping[str, Mapping[str, Tensor]]):
-        self.scheme = scheme
-        self._layers = {name: LayerScales(name, dict(tensors), resolve(scheme, name)) for name, tensors in layers.items()}
+    def __init__(
+        self, scheme: QuantScheme | SchemeMap | str, layers: "Mapping[str, Mapping[str, Tensor]] | Mapping[str, LayerScales]"
+    ):
+        self.scheme = read(scheme)
+        if not isinstance(layers, Mapping):
+            raise TypeError(f"layers: {quote(layers)}; give a mapping of layers' names to their tensors")
+        self._layers = {
+            name: LayerScales(name, given.tensors if isinstance(given, LayerScales) else given, resolve(self.scheme, name))
+            for name, given in layers.items()
+        }
         if not self._layers:
             raise ScalesError("there are no layers; observe at least one")
 

@@ -13,14 +13,13 @@ from tokquant.calibration import observers
 from tokquant.calibration.layers import Layer
 from tokquant.calibration.scales import static
 from tokquant.errors import ScalesError, quote
-from tokquant.export import checksum, read_tensors
 from tokquant.files import write_atomically
-from tokquant.inputs import DTYPES
+from tokquant.inputs import DTYPE_NAMES
 from tokquant.schemes import QuantScheme, SchemeMap
 from tokquant.schemes.reading import of_data
+from tokquant.tensor_files import checksum, read_tensors
 
 FORMAT = "1"
-TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 LARGEST = 2**20
 """Heads times channels that a file may claim."""
 
@@ -119,7 +118,12 @@ def _state(tensors: dict[str, Tensor], document: str) -> State:
 def _layer(name: str, given: Any, scheme: QuantScheme | SchemeMap, observer: observers.Observer) -> Layer:
     """An empty layer as it is described. Raises ValueError."""
     shapes, tokens = (given.get(key) if isinstance(given, dict) else None for key in ("shapes", "tokens"))
-    if not isinstance(shapes, dict) or not isinstance(tokens, dict) or given.get("dtype") not in TYPES or not _counts(tokens):
+    if (
+        not isinstance(shapes, dict)
+        or not isinstance(tokens, dict)
+        or given.get("dtype") not in DTYPE_NAMES
+        or not _counts(tokens)
+    ):
         raise ValueError(f"layer {quote(name)} is described wrongly: it needs dtype, shapes and tokens")
     for role in "qkv":
         pair = shapes.get(role)
@@ -130,7 +134,7 @@ def _layer(name: str, given: Any, scheme: QuantScheme | SchemeMap, observer: obs
     own = static(scheme, name)
     if own is None:
         raise ValueError(f"layer {quote(name)} needs no scales of scheme {scheme.name!r}")
-    layer = Layer.empty(own, observer, {role: tuple(shapes[role]) for role in "qkv"}, TYPES[given["dtype"]])
+    layer = Layer.empty(own, observer, {role: tuple(shapes[role]) for role in "qkv"}, DTYPE_NAMES[given["dtype"]])
     layer.tokens = tokens
     return layer
 

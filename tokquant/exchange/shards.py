@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokquant.activations import natural
 from tokquant.errors import ScalesError, quote
-from tokquant.export import open_tensors
+from tokquant.tensor_files import open_tensors
 
 INDEX = "model.safetensors.index.json"
 NAME = re.compile(r"(?P<layer>.+?)(?:\.(?P<projection>q|k|v|qkv)_proj)?\.(?P<role>q|k|v|kv|prob)_(?P<kind>scale|zero_point)")

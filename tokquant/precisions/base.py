@@ -102,15 +102,16 @@ class Precision:
     """What `triton_encode` subtracts so that unsigned codes fit a signed unit."""
 
     def __post_init__(self):
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", self.name):
+        if not isinstance(self.name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", self.name):
             raise ValueError(f"name: {quote(self.name)} is no name for a precision; use lower-case letters, digits and _")
         for name, right, words in (
             ("bits", type(self.bits) is int and 1 <= self.bits <= 32, "a whole number from 1 to 32"),
             ("kind", self.kind in ("int", "float"), "int or float"),
-            ("largest", self.largest is None or 0 < self.largest < math.inf, "above zero and finite, or None"),
+            ("largest", self.largest is None or _above_zero(self.largest), "a number above zero and finite, or None"),
             ("stored", isinstance(self.stored, torch.dtype), "a torch.dtype"),
             ("packed", self.packed in (1, 2, 4, 8), "1, 2, 4 or 8"),
             ("roles", bool(self.roles) and set(self.roles) <= set("qkvp"), "some of the letters q, k, v and p"),
+            *((name, callable(getattr(self, name)), "a function") for name in ("encode", "decode", "pack", "unpack")),
             ("compute", self.compute in COMPUTE, f"one of {', '.join(COMPUTE)}"),
         ):
             if not right:
@@ -133,6 +134,10 @@ class Precision:
         return f"<precision {self.name}: {self.bits} bits>"
 
 
+def _above_zero(x: Any) -> bool:
+    return isinstance(x, int | float) and 0 < x < math.inf
+
+
 PRECISIONS: dict[str, Precision] = {}
 WHEN_REPLACED: list[Callable[[], None]] = []
 """What forgets what it made of precisions, which it knows by name."""
@@ -143,6 +148,8 @@ def register(precision: Precision, *, replace: bool = False) -> Precision:
 
     Raises ValueError if the name is taken, unless `replace` (in a notebook, say) says to take its place.
     """
+    if not isinstance(precision, Precision):
+        raise TypeError(f"precision: {quote(precision)}; give a tokquant.Precision")
     if precision.name in PRECISIONS and not replace:
         raise ValueError(f"name: a precision {precision.name!r} is already registered; replace=True takes its place")
     if precision.name in PRECISIONS:

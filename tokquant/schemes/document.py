@@ -16,7 +16,7 @@ DEEPEST = 16
 MOST_NODES = 2000
 
 
-def read(text: str | bytes) -> object:
+def read(text: str | bytes) -> Any:
     """The document as dicts, lists, str, int, float, bool and None. Raises SchemeError with the line."""
     if len(text) > LARGEST:
         raise SchemeError(f"the document has more than {LARGEST} bytes; a scheme needs a few hundred")

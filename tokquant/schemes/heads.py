@@ -18,7 +18,7 @@ class HeadSchemes:
     """(heads, scheme): how many heads of K and V, in order."""
 
     def __post_init__(self):
-        object.__setattr__(self, "parts", tuple(self.parts))
+        object.__setattr__(self, "parts", tuple(self.parts) if isinstance(self.parts, Iterable) else (self.parts,))
         for part in self.parts or [()]:
             heads, scheme = part if isinstance(part, tuple) and len(part) == 2 else (None, None)
             if type(heads) is not int or heads < 1 or not isinstance(scheme, QuantScheme):

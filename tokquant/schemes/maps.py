@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,7 +15,7 @@ from tokquant.schemes import document
 from tokquant.schemes.heads import HeadSchemes, LayerScheme, parts_of
 from tokquant.schemes.presets import names as preset_names
 from tokquant.schemes.presets import preset
-from tokquant.schemes.scheme import QuantScheme, write_yaml
+from tokquant.schemes.scheme import QuantScheme, load_document, write_yaml
 
 KEYS = ("name", "layers", "schemes")
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -33,9 +33,9 @@ class SchemeMap:
     name: str = "custom"
 
     def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers) if isinstance(self.layers, Iterable) else (self.layers,))
         if not self.layers:
             raise SchemeError([("layers", 'is empty; write a pattern and its scheme, such as {"*": int8}')])
-        object.__setattr__(self, "layers", tuple(self.layers))
         for entry in self.layers:
             pattern, scheme = entry if isinstance(entry, tuple) and len(entry) == 2 else (None, None)
             if not isinstance(pattern, str) or not isinstance(scheme, LayerScheme):
@@ -75,6 +75,8 @@ class SchemeMap:
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> "SchemeMap":
         """A map from the mapping that its YAML document holds. Raises SchemeError."""
+        if not isinstance(data, Mapping):
+            raise SchemeError(f"a scheme map is a mapping with layers, not {quote(data)}")
         found = []
         if unknown := [key for key in data if key not in KEYS]:
             found.append((str(unknown[0]), f"unknown key; a scheme map has {', '.join(KEYS)}{nearest(unknown[0], KEYS)}"))
@@ -91,10 +93,12 @@ class SchemeMap:
     @classmethod
     def from_yaml(cls, text: str | bytes) -> "SchemeMap":
         """A map from a YAML document. Raises SchemeError."""
-        data = document.read(text)
-        if not isinstance(data, dict):
-            raise SchemeError(f"a scheme map is a mapping with layers, not {quote(data)}")
-        return cls.from_data(data)
+        return cls.from_data(document.read(text))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "SchemeMap":
+        """A map from a YAML file, with its name where it has none. Raises SchemeError, also where it cannot be read."""
+        return load_document(path, cls.from_data)
 
     def to_data(self) -> dict[str, Any]:
         """What `from_data` reads back to an equal map: schemes that are no presets are written out under `schemes`."""

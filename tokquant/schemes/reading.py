@@ -2,15 +2,13 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from tokquant.errors import SchemeError, quote
-from tokquant.schemes import document
 from tokquant.schemes.heads import HeadSchemes, LayerScheme
 from tokquant.schemes.maps import SchemeMap
 from tokquant.schemes.presets import preset
-from tokquant.schemes.scheme import QuantScheme, load_document, name_of
+from tokquant.schemes.scheme import QuantScheme, load_document
 
 
 def read(scheme: object) -> QuantScheme | SchemeMap:
@@ -30,20 +28,13 @@ def read(scheme: object) -> QuantScheme | SchemeMap:
 
 def load(path: str | os.PathLike) -> QuantScheme | SchemeMap:
     """The scheme or the scheme map of a YAML file. Raises SchemeError, also where the file cannot be read."""
-
-    def parse(text: bytes) -> QuantScheme | SchemeMap:
-        data = document.read(text)
-        if isinstance(data, dict) and not {"layers", "schemes"}.isdisjoint(data):
-            return SchemeMap.from_data({"name": name_of(Path(path)), **data})
-        return QuantScheme.from_yaml(text)
-
-    found = load_document(path, parse)
-    return found.named_after(Path(path)) if isinstance(found, QuantScheme) else found
+    return load_document(path, of_data)
 
 
-def of_data(data: Mapping[str, Any]) -> QuantScheme | SchemeMap:
-    """What `to_data` gave: a scheme, or a map where there are layers. Raises SchemeError."""
-    return SchemeMap.from_data(data) if "layers" in data else QuantScheme(**data)
+def of_data(data: Any) -> QuantScheme | SchemeMap:
+    """What a document holds, or `to_data` gave: a scheme, or a map where there are layers. Raises SchemeError."""
+    is_map = isinstance(data, Mapping) and not {"layers", "schemes"}.isdisjoint(data)
+    return SchemeMap.from_data(data) if is_map else QuantScheme.from_data(data)
 
 
 def of_layer(scheme: object, layer: str | None = None) -> LayerScheme:

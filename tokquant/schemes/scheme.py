@@ -62,11 +62,11 @@ class Operand(Strict):
         return self.format.largest is not None
 
     def __str__(self) -> str:
-        if not self.scaled:
-            return self.precision
-        words = [self.precision, str(self.granularity)]
-        words += [] if self.symmetric else ["asymmetric"]
-        words += ["static"] if self.scale == "static" else []
+        words = [self.precision]
+        if self.scaled:
+            words += [str(self.granularity)]
+            words += [] if self.symmetric else ["asymmetric"]
+            words += ["static"] if self.scale == "static" else []
         words += [f"less {self.smooth.replace('_', ' ')}"] if self.smooth != "none" else []
         return " ".join(words)
 
@@ -207,28 +207,28 @@ class QuantScheme(Strict):
     # ------------------------------------------------------------------ documents
 
     @classmethod
-    def from_yaml(cls, text: str | bytes) -> "QuantScheme":
-        """A scheme from a YAML document. Raises SchemeError."""
-        data = document.read(text)
-        if not isinstance(data, dict):
+    def from_data(cls, data: Mapping[str, Any]) -> "QuantScheme":
+        """A scheme from the mapping that its YAML document holds. Raises SchemeError."""
+        if not isinstance(data, Mapping):
             raise SchemeError(f"a scheme is a mapping with q, k, v and p, not {quote(data)}")
         return cls(**data)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "QuantScheme":
-        """A scheme from a YAML file. Raises SchemeError, also where the file cannot be read."""
-        return load_document(path, cls.from_yaml).named_after(Path(path))
+    def from_yaml(cls, text: str | bytes) -> "QuantScheme":
+        """A scheme from a YAML document. Raises SchemeError."""
+        return cls.from_data(document.read(text))
 
-    def named_after(self, path: Path) -> "QuantScheme":
-        """The scheme with its file's name, where it has none of its own."""
-        return self if "name" in self.model_fields_set else self.model_copy(update={"name": name_of(path)})
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "QuantScheme":
+        """A scheme from a YAML file, with its name where it has none. Raises SchemeError, also where it cannot be read."""
+        return load_document(path, cls.from_data)
 
     def schemes(self) -> "list[QuantScheme]":
         """Itself: of a SchemeMap, all that are in it."""
         return [self]
 
     def to_data(self) -> dict[str, Any]:
-        """Every field, as plain data."""
+        """Every field, as plain data that `from_data` reads back to an equal scheme."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
@@ -249,12 +249,16 @@ class QuantScheme(Strict):
         return {role: getattr(self, role).bits_per_value(head_dim) for role in "qkv"}
 
 
-def load_document(path: str | os.PathLike, parse: Callable[[bytes], T]) -> T:
-    """What `parse` makes of a YAML file. Raises SchemeError that names the file, also where it cannot be read."""
+def load_document(path: str | os.PathLike, parse: Callable[[Any], T]) -> T:
+    """What `parse` makes of what a YAML file holds, with the file's name where it has none.
+
+    Raises SchemeError that names the file, also where it cannot be read.
+    """
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            return parse(file.read(document.LARGEST + 1))
+            data = document.read(file.read(document.LARGEST + 1))
+        return parse({"name": name_of(path), **data} if isinstance(data, dict) else data)
     except OSError as error:
         raise SchemeError(f"{path}: {error.strerror}") from None
     except ValueError as error:

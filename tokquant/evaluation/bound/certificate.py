@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokquant.attention import Part, Scheme, check_operands, operands_of, quantize, ranges, scheme_of
+from tokquant.autocast import in_their_types
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales
 from tokquant.evaluation.bound import float32
@@ -21,7 +22,7 @@ from tokquant.evaluation.bound.logits import Logits, logits
 from tokquant.evaluation.bound.operands import Known, known
 from tokquant.evaluation.bound.probabilities import rounding_of_p
 from tokquant.inputs import features_of
-from tokquant.reference import LOG2E, Features, in_their_types, matmul_kept, row_chunks
+from tokquant.reference import LOG2E, Features, matmul_kept, row_chunks
 from tokquant.schemes import HeadSchemes, QuantScheme
 from tokquant.schemes.placement import place
 from tokquant.tensor import Coded, QuantizedTensor

@@ -11,10 +11,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tokquant.attention import Backend, Scheme
 from tokquant.calibration.scales import Scales
 from tokquant.errors import ScalesError
-from tokquant.export import checksum
 from tokquant.integrations.transformers.registration import NAME, known
 from tokquant.integrations.transformers.settings import Setting, place
 from tokquant.schemes import QuantScheme, SchemeMap, read
+from tokquant.tensor_files import checksum
 
 
 @register_quantization_config(NAME)

@@ -1,0 +1,43 @@
+"""Safetensors files: opened with an error that names the file, read whole, and a checksum of what they hold."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+
+def open_tensors(path: str | os.PathLike, error_type: type[Exception]) -> Any:
+    """A safetensors file of which nothing is read yet but its names; as a context manager it is closed at the end.
+
+    Raises `error_type`, naming the file, where there is no whole one.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise error_type(f"{path}: Is a directory")
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except OSError as error:
+        raise error_type(f"{path}: {error.strerror or str(error).removesuffix(f': {path}')}") from None
+    except safetensors.SafetensorError as error:
+        raise error_type(f"{path}: not a safetensors file, or not a whole one ({error})") from None
+
+
+def read_tensors(path: str | os.PathLike, error_type: type[Exception]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a safetensors file. Raises as `open_tensors`."""
+    with open_tensors(path, error_type) as file:
+        metadata = file.metadata() or {}
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
+
+
+def checksum(tensors: dict[str, Tensor], scheme: str = "") -> str:
+    """SHA-256 of names, types, shapes and bytes, and of the scheme that gives them their meaning."""
+    digest = hashlib.sha256(scheme.encode())
+    for name in sorted(tensors):
+        value = tensors[name].contiguous().cpu()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
