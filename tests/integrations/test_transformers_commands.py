@@ -72,6 +72,29 @@ def test_texts_are_cut_into_windows_in_their_order(folder, lines, tmp_path):
         texts.read(wrapped)
 
 
+@pytest.mark.parametrize("text", ["a\u2028b", "a\x85b", "a\x0bb"], ids=["U+2028", "U+0085", "a vertical tab"])
+def test_only_newlines_end_a_text(text, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(f"{json.dumps({'text': text}, ensure_ascii=False)}\r\n{json.dumps('c')}\n".encode())
+    assert texts.read(path) == [text, "c"]
+    path = tmp_path / "texts.txt"
+    path.write_bytes(f"{text}\r\nc".encode())
+    assert texts.read(path) == [text, "c"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("a\n", encoding="utf-8-sig")
+    assert texts.read(path) == ["a"]
+
+
+def test_a_line_that_is_nested_too_deeply_is_named(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('"a"\n' + "[" * 100_000)
+    with pytest.raises(ValueError, match=r"texts\.jsonl, line 2: is no JSON: maximum recursion depth"):
+        texts.read(path)
+
+
 def test_calibrate_sees_each_layer_under_its_own_name(tokquant, folder, lines, tmp_path):
     path = tmp_path / "scales.safetensors"
     words = ["calibrate", "--scheme", "kv-fp8", "--model", folder, "--texts", lines, "--tokens", 32, "-o", path]
