@@ -49,6 +49,14 @@ def test_run_prints_a_table(tokquant):
     assert code == 0 and f"int8 on sample.safetensors, head_dim 32, backend {AUTO}" in out and "layers.5" in out and err == ""
 
 
+def test_layers_of_several_head_dims_are_all_named(tokquant, tmp_path):
+    tensors = {f"{layer}.{role}": torch.randn(1, 1, 32, d) for layer, d in (("a", 96), ("b", 64)) for role in "qkv"}
+    safetensors.torch.save_file(tensors, tmp_path / "mixed.safetensors")
+    words = ("-i", tmp_path / "mixed.safetensors", "--repeats", 1, "--backend", "reference")
+    assert "int8 on mixed.safetensors, head_dim 64 and 96, backend reference" in tokquant("run", *words)[1]
+    assert "mixed.safetensors: 2 layers of head_dim 64 and 96" in tokquant("compare", "int8", *words)[1]
+
+
 def test_run_takes_a_scheme_from_yaml(tokquant, tmp_path):
     tq.preset("int8-fast").model_copy(update={"name": "mine"}).dump(tmp_path / "mine.yaml")
     code, out, _ = tokquant("run", "--scheme", tmp_path / "mine.yaml", "--json", "--repeats", 1)

@@ -246,6 +246,7 @@ def test_a_folder_without_a_tokenizer_is_named(tokquant, folder, lines):
         (["eval", "--model", "{folder}", "--texts", "{lines}", "--tokens", "32", "-s", "kv-fp8"], "is static; calibrate it"),
         (["calibrate", "-s", "kv-fp8", "-o", "x", "--model", "{folder}"], "give --model and --texts together"),
         (["record", "--model", "{folder}", "--texts", "{lines}", "-o", "nowhere/x"], "there is no folder nowhere"),
+        (["record", "--model", "missing", "--texts", "{lines}", "-o", "{folder}"], "is a folder; name a file in it"),
     ],
 )
 def test_what_cannot_be_is_one_message(tokquant, folder, lines, words, message):

@@ -93,7 +93,7 @@ def compare(
     if json:
         output.print_json(report.to_json() | {"input": str(layers.file.path)})
     else:
-        title = f"{layers.name}: {len(layers.file)} layers of head_dim {q.shape[3]}, backend {chose}"
+        title = f"{layers.name}: {len(layers)} layers of head_dim {layers.head_dims}, backend {chose}"
         output.console().print(_table(report, title, explain))
         if bound:
             output.console().print(_bounds(report))

@@ -44,6 +44,7 @@ def io(
 
     Nothing runs and no GPU is needed. Times are those bytes over the datasheet's bandwidth, not measurements.
     """
+    options.check_writable("--plot", picture)
     if picture is not None:
         plot.check(picture)
     if heads % (kv_heads or heads):

@@ -93,6 +93,11 @@ class Layers(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.file)
 
+    @property
+    def head_dims(self) -> str:
+        """Of all layers, in words."""
+        return " and ".join(map(str, sorted(self.file.head_dims())))
+
     def each(self, what: str) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
         """Name and Q, K, V of each layer, with a progress bar."""
         for name in output.progress(self.file, what, len(self.file)):

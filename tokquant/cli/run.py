@@ -58,7 +58,7 @@ def run(
             }
         )
         return
-    table = Table(title=escape(f"{resolved.name} on {layers.name}, head_dim {q.shape[3]}, backend {chosen}"))
+    table = Table(title=escape(f"{resolved.name} on {layers.name}, head_dim {layers.head_dims}, backend {chosen}"))
     table.add_column("layer")
     for column in ("cosine", "rel. L1", "RMSE", "max", "bits q / k / v", "ms", "quantize ms", "SDPA ms"):
         table.add_column(column, justify="right")
