@@ -390,6 +390,25 @@ def test_what_the_user_got_wrong_is_one_message(words, message, tokquant):
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ("calibrate", "-s", "kv-fp8", "-i", "{file}", "-o", "{file}"),
+        ("calibrate", "-s", "kv-fp8", "--state", "new", "-o", "./new"),
+        ("compare", "int8", "-i", "{file}", "--html", "{file}"),
+        ("export", "{file}", "-o", "{file}"),
+        ("import", "{file}", "-o", "{file}"),
+    ],
+    ids=" ".join,
+)
+def test_a_command_does_not_write_over_its_own_files(words, tokquant, activations, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = activations.read_bytes()
+    code, _, err = tokquant(*(word.format(file=activations.name) for word in words))
+    assert code == 2 and "is another file of this command, which would be lost; name a new one" in err
+    assert activations.read_bytes() == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
     "command",
     ["run", "compare", "schemes", "show", "compile", "tune", "bench", "calibrate", "doctor", "search", "export", "import"],
 )

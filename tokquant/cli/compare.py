@@ -60,7 +60,7 @@ def compare(
     ] = None,
 ) -> None:
     """Compare schemes on activations: means over the layers of errors against float64, bits, and times beside torch's SDPA."""
-    options.check_writable("--html", html)
+    options.check_writable("--html", html, input, *(scales or []))
     layers = options.Layers(input, device)
     calibrated = [layers.scales(path) for path in scales or []]
     fixed: list[Scales | None] = [None] * len(schemes) if schemes else []

@@ -59,10 +59,12 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def check_writable(option: str, path: Path | None) -> None:
-    """Raise ValueError, before any work is done, where a file cannot be written."""
+def check_writable(option: str, path: Path | None, *others: Path | None) -> None:
+    """Raise ValueError, before any work is done, where a file cannot be written, or is one of the command's other files."""
     if path is None:
         return
+    if path.resolve() in (other.resolve() for other in others if other is not None):
+        raise ValueError(f"{option}: {path} is another file of this command, which would be lost; name a new one")
     if not path.parent.is_dir():
         raise ValueError(f"{option}: there is no folder {path.parent}")
     if path.is_dir():

@@ -20,7 +20,7 @@ def record(
     json: options.Json = False,
 ) -> None:
     """Run a model on texts and write Q, K and V of each of its layers, for `compare`, `run` and `calibrate`."""
-    options.check_writable("--output", output_path)
+    options.check_writable("--output", output_path, texts)
     loaded, ids = models.load(model, texts, tokens, windows, device, dtype)
     from tokquant.integrations.transformers import record as record_model
 
