@@ -93,6 +93,23 @@ def test_time_is_measured_here():
     assert found.unit == "ms" and 0 < found.cost < 1e6
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("features", "kernel", "pairs"),
+    [
+        ({"causal": True}, {"causal": True}, 64 * 65 // 2),  # the first 32 of 96 queries see none of 64 keys
+        ({"window": (3, 1)}, {"window": True}, 1 + 2 + 3 + 4 + 60 * 5 + 4),
+        ({"softcap": 30.0, "bias": tq.bias.alibi(tq.bias.alibi_slopes(4))}, {"softcap": True, "bias": "alibi"}, 96 * 64),
+    ],
+    ids=["causal", "a window", "softcap and ALiBi"],
+)
+def test_predicted_time_is_of_the_kernel_and_the_scores_that_features_leave(features, kernel, pairs):
+    layers = {"x": qkv(96, 64, d=64, heads=4, kv_heads=2)}
+    found = tq.search(layers, ["int8"], budget="ms=1e6", target="sm_90", **features)
+    made = tq.compile("int8", head_dim=64, shared_heads=2, target="sm_90", **kernel)
+    assert found.cost == pytest.approx(4 * 4 * pairs * 64 / made.prediction.serial_tops / 1e9)
+
+
 def test_candidates_that_do_not_fit_are_passed_over():
     q, k, v = qkv(64, d=48)
     names = {each.name for each in default(48)}
