@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokquant import reference
-from tokquant.attention import Backend, Scheme, attention, choose_backend, quantize
+from tokquant.attention import Backend, Scheme, attention, check_one_layer, choose_backend, quantize
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import quote
@@ -125,7 +125,8 @@ def compare(
 def _scales_of(
     schemes: list[LayerScheme], scales: LayerScales | Sequence[LayerScales | None] | None
 ) -> Sequence[LayerScales | None]:
-    if scales is None or isinstance(scales, LayerScales):
+    if not isinstance(scales, Sequence):
+        check_one_layer(scales)
         return [scales if isinstance(scheme, QuantScheme) and needed(scheme) else None for scheme in schemes]
     if len(scales) != len(schemes):
         raise ValueError(
