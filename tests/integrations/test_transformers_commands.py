@@ -185,6 +185,7 @@ def test_what_cannot_be_evaluated_is_named(folder, lines):
         (dict(schemes="int8"), "schemes: 'int8' alone; give a list"),
         (dict(schemes=["int8"], scales=[None, None]), "scales: 2 for 1 schemes"),
         (dict(schemes=["int8"], windows=[]), "windows: there are none"),
+        (dict(schemes=["int8"], decoded=-1), "decoded: -1 is not a whole number from 0"),
         (
             dict(schemes=["int8"], windows=[found[0][:, :1]]),
             r"windows: one of shape \[1, 1\]; give \[1, N\] of two tokens or more",
@@ -199,6 +200,19 @@ def test_what_cannot_be_evaluated_is_named(folder, lines):
         evaluate(transformers.BertForMaskedLM(masked).eval(), found[:1], ["int8"])
     with pytest.raises(TypeError, match=r"model: a str; give a transformers\.PreTrainedModel"):
         evaluate("llama", found[:1], ["int8"])
+
+
+def test_layers_that_no_cache_keeps_are_judged_by_prompts(folder, lines):
+    _, found = windows(folder, lines)
+    config = transformers.Llama4TextConfig(
+        **SIZES, num_local_experts=1, intermediate_size_mlp=96, head_dim=16, attention_chunk_size=8,
+        layer_types=["chunked_attention", "full_attention"],
+    )  # fmt: skip
+    model = transformers.Llama4ForCausalLM(config).eval()
+    _, [none] = evaluate(model, found[:1], ["none"], backend="reference", decoded=4)
+    assert none.prefill.kl < 1e-6 and none.decode is None and "layer 0 is of type 'chunked_attention'" in none.refusal
+    _, [int8] = evaluate(model, found[:1], ["int8"], backend="reference", decoded=0)
+    assert int8.decode is None and not int8.refusal, "nothing was to be decoded"
 
 
 @pytest.mark.parametrize("last", [slice(None), slice(1)], ids=["of windows that fit", "after an error"])
