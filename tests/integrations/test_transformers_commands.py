@@ -14,7 +14,7 @@ import tokquant as tq
 from tokquant import cli
 from tokquant.activations import Activations
 from tokquant.evaluation.logits import Agreement
-from tokquant.integrations.transformers import evaluate, texts, use
+from tokquant.integrations.transformers import evaluate, record, texts, use
 
 LAYERS = [f"model.layers.{i}.self_attn" for i in range(SIZES["num_hidden_layers"])]
 LINES = ["the quick brown fox", "jumps over", "", "the lazy dog " * 12]
@@ -136,6 +136,14 @@ def test_recorded_activations_are_those_of_the_model(tokquant, folder, lines, tm
         assert (k - layer.keys).abs().max() < 1e-5 and (v - layer.values).abs().max() < 1e-5
     code, out, _ = tokquant("compare", "int8", "--input", path, "--causal", "--repeats", 1, "--json")
     assert code == 0 and json.loads(out)["schemes"][0]["rel_l1"] < 0.03
+
+
+def test_windows_that_make_no_activations_are_named(folder, lines):
+    model, found = windows(folder, lines)
+    with pytest.raises(ValueError, match="windows: there are none"):
+        record(model, [])
+    with pytest.raises(ValueError, match="windows: of 8 and 32 tokens; give windows of one length"):
+        record(model, [found[0], found[0][:, :8]])
 
 
 def test_eval_measures_schemes_for_prompts_and_step_by_step(tokquant, folder, lines):

@@ -36,7 +36,7 @@ def record(model: PreTrainedModel, windows: Iterable[Tensor]) -> dict[str, tuple
     Args:
         windows: token ids `[B, N]`, all of one length.
 
-    Returns: for each module `[sum of B, H, N, D]`. Raises ValueError where lengths differ; else as `use`.
+    Returns: for each module `[sum of B, H, N, D]`. Raises ValueError where lengths differ or there is no window; else as `use`.
     """
     found: dict[str, list[tuple[Tensor, ...]]] = {}
 
@@ -44,6 +44,8 @@ def record(model: PreTrainedModel, windows: Iterable[Tensor]) -> dict[str, tuple
         found.setdefault(name, []).append(tuple(x.cpu().clone() for x in operands))
 
     run_observed(model, windows, keep)
+    if not found:
+        raise ValueError("windows: there are none, or nothing in the model attends; give at least one")
     lengths = {operands[0].shape[2] for parts in found.values() for operands in parts}
     if len(lengths) > 1:
         raise ValueError(f"windows: of {' and '.join(map(str, sorted(lengths)))} tokens; give windows of one length")
