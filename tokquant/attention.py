@@ -217,10 +217,15 @@ def operands_of(scheme: LayerScheme, q: Any, k: Any, v: Any) -> list[Part]:
     return parts
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """The backend that `auto` stands for on this device, or the one that was named. Raises ValueError for another name."""
+def check_backend(backend: object) -> None:
+    """Raise ValueError for a name that is none."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: {quote(backend)} is none; use one of {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}")
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The backend that `auto` stands for on this device, or the one that was named. Raises ValueError for another name."""
+    check_backend(backend)
     if backend != "auto":
         return backend
     if device.type == "cuda":

@@ -279,6 +279,9 @@ def test_calibrated_scales_go_to_their_layers(calls):
     )
     with pytest.raises(tq.ScalesError, match="FluxTransformer2DModel has no layer 'elsewhere'"):
         use(model, "kv-fp8", scales=more)
+    part = tq.SchemeMap.from_data({"name": "part", "layers": {"single*": "kv-fp8", "*": "int8"}})
+    with pytest.raises(tq.ScalesError, match=r"scales: transformer_blocks.0.attn takes scheme 'int8', which has no use for th"):
+        use(model, part, scales=scales)
     calls.clear()
     assert torch.equal(model(**given).sample, near) and [call[0] for call in calls] == ["kv-fp8"] * 3
 
@@ -286,7 +289,8 @@ def test_calibrated_scales_go_to_their_layers(calls):
 def test_what_does_not_fit_a_model_is_named():
     model, _ = flux()
     with pytest.raises(
-        tq.SchemeError, match=r"'transformer_block\.\*' matches no layer; did you mean 'transformer_blocks.0.attn'"
+        tq.SchemeError,
+        match=r"'transformer_block\.\*' matches no layer of FluxTransformer2DModel; did you mean 'transformer_blocks.0.attn'",
     ):
         use(model, tq.SchemeMap.from_yaml('layers: {"transformer_block.*": int8, "*": int8}'))
     with pytest.raises(tq.SchemeError, match=r"no pattern matches layer 'single_transformer_blocks\.0\.attn'"):

@@ -276,7 +276,7 @@ def _timed(
 
 
 def _named(schemes: Sequence[QuantScheme | str]) -> dict[str, QuantScheme]:
-    """Schemes by what they were given as: several files may hold one name. Raises ValueError for two that are called the same."""
+    """Schemes by what they were given as: several files may hold one name. Raises ValueError for two of one name."""
     named: dict[str, QuantScheme] = {}
     for scheme in schemes:
         name, found = scheme if isinstance(scheme, str) else scheme.name, resolve(scheme)

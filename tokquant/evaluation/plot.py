@@ -43,8 +43,8 @@ def figure(found: Found) -> "Figure":
     costs, errors = zip(*found.front, strict=True)
     axes.step(costs, errors, where="post", label="maps", zorder=1)
     # there is none where every scheme fits some layers only
-    costs, errors = np.array(list(found.singles.values())).reshape(-1, 2).T
-    axes.scatter(costs, errors, s=16, color="0.5", label="one scheme for all layers", zorder=2)
+    x, y = np.array(list(found.singles.values())).reshape(-1, 2).T
+    axes.scatter(x, y, s=16, color="0.5", label="one scheme for all layers", zorder=2)
     for name, point in found.singles.items():
         if any(cost <= point[0] and error < point[1] for cost, error in found.singles.values()):
             continue  # names of those that another beats would lie on top of each other

@@ -95,8 +95,8 @@ def search(
         heads: let ranges of heads of K and V take schemes of their own, none static or with a scale per tensor; for the mean
             of rel_l1.
         rows: queries that are looked at in each head, in runs spread over the sequence; all where None. Keys are always all.
-        target: for `ms`, a GPU (`sm_90` ...) whose time is predicted instead: of attention on codes, from the instructions of its
-            compiled kernels for float16 tensors.
+        target: for `ms`, a GPU (`sm_90` ...) whose time is predicted instead: of attention on codes, from the instructions of
+            its compiled kernels for float16 tensors.
         held_out: the same layers' activations on other inputs, which the search does not see: what was found is judged on them.
         name: of the map; no candidate's.
         progress: wraps the names of the layers, and how many there are, as they are worked on.

@@ -73,14 +73,13 @@ def measure(
                 why = "has no error" if unit == 0 else "does not fit, or gives what is no number,"
                 raise ValueError(f"relative_to: {relative_to.name!r} {why} in layer {quote(layer)}; count in another's errors")
             found = found / unit
-        if cost == "ms":
-            spent = [
-                _measured_ms(q, k, v, scheme, features) if target is None else _predicted_ms(q, k, scheme, target, judge.features)
-                for scheme in own
-            ]
-        else:
+        if cost != "ms":
             spent = [_bits(q, k, scheme, cost) for scheme in own]
             values += k.numel() + v.numel() + (q.numel() if cost == "bits" else 0)
+        elif target is None:
+            spent = [_measured_ms(q, k, v, scheme, features) for scheme in own]
+        else:
+            spent = [_predicted_ms(q, k, scheme, target, judge.features) for scheme in own]
         kv_heads.append(k.shape[1])
         error.append(found)
         price.append(np.repeat(np.array(spent)[None] / len(found), len(found), axis=0))

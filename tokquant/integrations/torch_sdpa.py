@@ -12,7 +12,7 @@ from torch.nn.functional import multi_head_attention_forward
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 from torch.overrides import TorchFunctionMode
 
-from tokquant.attention import Backend, Scheme, check_scales, choose_backend, scheme_of
+from tokquant.attention import Backend, Scheme, check_backend, check_scales, scheme_of
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError, nearest, quote
 from tokquant.inputs import check_no_grad
@@ -54,7 +54,7 @@ class quantized_sdpa(TorchFunctionMode):
         found, self.fallback = scheme_of(scheme, None, scales), fallback
         if isinstance(found, QuantScheme):
             check_scales(found, scales)
-        choose_backend(backend, torch.device("meta"))  # for what it says of a name that is none
+        check_backend(backend)
         self._quantized = partial(scaled_dot_product_attention, scheme=found, scales=scales, backend=backend)
         self._multi_head = _with_attention(self._attend)
 

@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, TypeVar
 
@@ -10,9 +9,10 @@ from torch import nn
 
 from tokquant.attention import Backend, Scheme
 from tokquant.calibration.scales import LayerScales, Scales, static
-from tokquant.errors import ScalesError, SchemeError, UnsupportedError, nearest, quote
+from tokquant.errors import SchemeError, UnsupportedError, quote
 from tokquant.integrations.diffusers import surface
 from tokquant.integrations.diffusers.attention import function_of
+from tokquant.integrations.layers import check_layers, check_scales_of
 from tokquant.schemes import HeadSchemes, LayerScheme, SchemeMap, of_layer, read
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -73,22 +73,12 @@ def use(model: Model, scheme: Scheme = "int8", *, scales: Scales | None = None, 
     """
     layers = _layers(model)
     given = _read(scheme)
-    if isinstance(given, SchemeMap):
-        for pattern, _ in given.layers:
-            if not any(fnmatchcase(layer, pattern) for layer in layers):
-                raise SchemeError(f"scheme map {given.name!r}: {quote(pattern)} matches no layer{nearest(pattern, layers)}")
-    fixed = [layer for layer in layers if static(given, layer)]
-    if scales is not None:
-        if not isinstance(scales, Scales):
-            raise TypeError(f"scales: a {type(scales).__name__}; give what load_scales or a Calibrator returns")
-        if not fixed:
-            raise ScalesError(f"scales: scheme {given.name!r} has no static part and no use for them")
-        for layer in scales:
-            if layer not in layers:
-                raise ScalesError(f"scales: {type(model).__name__} has no layer {quote(layer)}{nearest(layer, layers)}")
+    check_scales_of(given, scales)
+    check_layers(given, scales, model, layers, "layer")
     chosen: dict[int, tuple[str, Any]] = {}
     for layer, processor in layers.items():
-        own = _backend(of_layer(given, layer), scales[layer] if scales is not None and layer in fixed else None, backend)
+        its_scales = scales[layer] if scales is not None and static(given, layer) else None
+        own = _backend(of_layer(given, layer), its_scales, backend)
         first, its = chosen.setdefault(id(processor), (layer, own))
         if its is not own:
             raise SchemeError(
