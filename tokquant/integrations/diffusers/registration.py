@@ -2,12 +2,12 @@
 
 import re
 import warnings
-from functools import cache
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from torch import nn
 
-from tokquant.attention import Backend, Scheme
+from tokquant.attention import Backend, Scheme, check_backend
 from tokquant.calibration.scales import LayerScales, Scales, static
 from tokquant.errors import SchemeError, UnsupportedError, quote
 from tokquant.integrations.diffusers import surface
@@ -73,6 +73,7 @@ def use(model: Model, scheme: Scheme = "int8", *, scales: Scales | None = None, 
     """
     layers = _layers(model)
     given = _read(scheme)
+    check_backend(backend)
     check_scales_of(given, scales)
     check_layers(given, scales, model, layers, "layer")
     chosen: dict[int, tuple[str, Any]] = {}
@@ -89,10 +90,18 @@ def use(model: Model, scheme: Scheme = "int8", *, scales: Scales | None = None, 
     return model
 
 
-@cache
+_shared: WeakValueDictionary[tuple[LayerScheme, Backend], Any] = WeakValueDictionary()
+"""Backends of schemes without scales, as long as a model has them."""
+
+
 def _backend(scheme: LayerScheme, scales: LayerScales | None, backend: Backend) -> Any:
-    """One for all layers of a scheme: torch.compile then compiles them once."""
-    return surface.unlisted(function_of(scheme, scales, backend))
+    """One for all layers of a scheme, but for scales: torch.compile then compiles them once."""
+    made = _shared.get((scheme, backend)) if scales is None else None
+    if made is None:
+        made = surface.unlisted(function_of(scheme, scales, backend))
+        if scales is None:
+            _shared[scheme, backend] = made
+    return made
 
 
 def _read(scheme: Scheme) -> LayerScheme | SchemeMap:
