@@ -262,6 +262,16 @@ def test_show_prints_the_text_that_is_launched(tokquant, tmp_path):
     code, out, _ = tokquant("show", "int8-fp8", "--head-dim", 128, "--json")
     report = json.loads(out)
     assert report["config"]["block_n"] == 128 and "head_dim 128" in report["source"]
+    words = ("--window", 64, "--softcap", 30, "--mask", "boolean", "--bias", "lowrank", "--bias-rank", 8, "--sinks", "--lse")
+    kernel = tq.compile(
+        "int8", head_dim=64, window=True, softcap=True, mask="boolean", bias="lowrank", bias_rank=8, sinks=True, return_lse=True
+    )
+    assert tokquant("show", "int8", *words)[1] == kernel.source
+    assert tokquant("show", "int8", "--varlen")[1] == tq.compile("int8", head_dim=64, varlen=True).source
+    words = ("--decode", "--shared-heads", 4, "--target", "sm_80")
+    assert tokquant("show", "kv-int4", *words)[1] == tq.compile(
+        "kv-int4", head_dim=64, decode=True, shared_heads=4, target="sm_80"
+    ).source  # fmt: skip
 
 
 @pytest.mark.compiled

@@ -15,7 +15,6 @@ from tokquant.io_model.plot import draw
 from tokquant.io_model.report import Standing
 from tokquant.io_model.workload import Workload
 from tokquant.kernels.compile import compile
-from tokquant.kernels.targets import TARGETS
 
 
 def io(
@@ -29,7 +28,7 @@ def io(
     head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 128,
     causal: options.Causal = False,
     lse: features.Lse = False,
-    target: Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")] = "sm_90",
+    target: options.Target = "sm_90",
     dtype: options.Dtype = "fp16",
     memory: Annotated[
         int | None,

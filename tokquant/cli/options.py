@@ -15,6 +15,7 @@ from tokquant.calibration.scales import Scales, static
 from tokquant.cli import output
 from tokquant.errors import nearest, quote
 from tokquant.export import load_scales
+from tokquant.kernels.targets import TARGETS
 
 SCHEME = typer.Option("--scheme", "-s", help="A preset (see `tokquant schemes`), or the YAML file of a scheme or scheme map.")
 Scheme = Annotated[str, SCHEME]
@@ -34,6 +35,7 @@ Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; medi
 Layer = Annotated[str | None, typer.Option("--layer", help="Which layer, where the scheme is a map of layers.")]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the tensors: fp16, bf16 or fp32.")]
+Target = Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

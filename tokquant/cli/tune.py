@@ -24,7 +24,7 @@ from tokquant.tuning.trials import Tuned
 def tune(
     schemes: Annotated[list[str] | None, typer.Argument(help="Presets or YAML files; int8, or kv-int8 to decode.")] = None,
     layer: options.Layer = None,
-    decode: Annotated[bool, typer.Option("--decode", help="The kernel that reads a KV cache, for one new token.")] = False,
+    decode: features.Decode = False,
     tokens: Annotated[
         list[int] | None, typer.Option("--tokens", min=1, help="Sequence lengths, or keys of a cache; repeat for more.")
     ] = None,
