@@ -23,7 +23,7 @@ from tokquant.tuning.work import Step
 def compile(
     schemes: Annotated[list[str] | None, typer.Argument(help="Presets or YAML files; int8, or kv-int8 to decode.")] = None,
     layer: options.Layer = None,
-    head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 128,
+    head_dim: options.HeadDim = 128,
     target: options.Target = "sm_90",
     causal: options.Causal = False,
     window: features.Window = None,

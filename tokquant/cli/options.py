@@ -29,16 +29,21 @@ ScaleFile = Annotated[
     Path | None,
     typer.Option("--scales", help="Calibrated scales of a static scheme, from `tokquant calibrate`; they bring it."),
 ]
+ScaleFiles = Annotated[
+    list[Path] | None, typer.Option("--scales", help="Calibrated scales; adds the scheme they were made for. Repeatable.")
+]
 Backend = Annotated[Any, typer.Option("--backend", metavar="<str>", help="auto, triton, cpu or reference.")]
 Causal = Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own place, counted from the end.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; medians are shown.")]
 Layer = Annotated[str | None, typer.Option("--layer", help="Which layer, where the scheme is a map of layers.")]
+Batch = Annotated[int, typer.Option("--batch", min=1)]
+Heads = Annotated[int, typer.Option("--heads", min=1, help="Of Q.")]
+KvHeads = Annotated[int | None, typer.Option("--kv-heads", min=1, help="Of K and V; as many as Q's if left out.")]
+HeadDim = Annotated[int, typer.Option("--head-dim", min=1)]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the tensors: fp16, bf16 or fp32.")]
 Target = Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
 Device = Annotated[
     str | None, typer.Option("--device", help="Where to run: cpu, cuda, cuda:1 ... A GPU where there is one, if left out.")
 ]
@@ -59,6 +64,13 @@ def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"--dtype: {quote(name)} is none; use {', '.join(DTYPES)}{nearest(name, DTYPES)}")
     return DTYPES[name]
+
+
+def kv_heads_of(heads: int, kv_heads: int | None) -> int:
+    """The heads of K and V beside these of Q. Raises ValueError where they do not divide them."""
+    if heads % (kv_heads or heads):
+        raise ValueError(f"--kv-heads: {kv_heads} does not divide the {heads} heads of Q")
+    return kv_heads or heads
 
 
 def check_writable(option: str, path: Path | None, *others: Path | None) -> None:

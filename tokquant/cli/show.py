@@ -15,7 +15,7 @@ from tokquant.kernels.compile import compile
 def show(
     scheme: Annotated[str, typer.Argument(help="A preset or the path of a YAML file.")] = "int8",
     layer: options.Layer = None,
-    head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 64,
+    head_dim: options.HeadDim = 64,
     target: options.Target = "sm_90",
     causal: options.Causal = False,
     window: features.Window = None,

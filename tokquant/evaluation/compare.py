@@ -42,6 +42,8 @@ class Comparison:
     """The largest error over the channels of each query, `[B, H_q, N_q]` float64: what a bound bounds."""
     bound: Bound | None = None
     """What those are certified to stay below, where it was asked for."""
+    explanation: Explanation | None = None
+    """Where the errors come from, if that was asked for."""
 
     @property
     def tightness(self) -> Tensor | None:
@@ -49,9 +51,6 @@ class Comparison:
         if self.bound is None:
             return None
         return torch.where(self.row_errors == 0, 0.0, self.row_errors / self.bound.total)
-
-    explanation: Explanation | None = None
-    """Where the errors come from, if that was asked for."""
 
 
 def compare(
