@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 import tokquant as tq
-from tokquant.activations import Activations, sample
+from tokquant.activations import Activations, sample, save
 from tokquant.attention import choose_backend
 from tokquant.schemes import preset_names
 
@@ -425,6 +425,14 @@ def test_a_command_does_not_write_over_its_own_files(words, tokquant, activation
 def test_every_command_explains_itself_and_takes_json(command, tokquant):
     code, out, _ = tokquant(command, "--help")
     assert code == 0 and "--json" in out and len(out.splitlines()) > 8
+
+
+def test_operands_that_share_memory_are_saved(tmp_path):
+    qkv = torch.randn(3, 1, 2, 8, 32)
+    save(tmp_path / "a.safetensors", {"one": tuple(qkv), "same": (qkv[0],) * 3, "turned": tuple(qkv.transpose(2, 3))})
+    found = Activations(tmp_path / "a.safetensors")
+    assert torch.equal(torch.stack(found["one"]), qkv) and torch.equal(torch.stack(found["turned"]), qkv.transpose(2, 3))
+    assert all(torch.equal(x, qkv[0]) for x in found["same"])
 
 
 def test_the_sample_is_small_and_real():
