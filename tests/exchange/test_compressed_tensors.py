@@ -178,7 +178,7 @@ def test_targets_are_names():
     for targets in ("LlamaAttention", ["LlamaAttention"], ("LlamaAttention",)):
         assert tq.to_compressed_tensors(q, targets)["config_groups"]["attention"]["targets"] == ["LlamaAttention"]
     for targets in (5, [5], None):
-        with pytest.raises(TypeError, match="targets: .*; give a class, or re: and a pattern of names"):
+        with pytest.raises(TypeError, match=r"targets: .*; give a class, or re: and a pattern of names"):
             tq.to_compressed_tensors(q, targets)
 
 

@@ -69,14 +69,14 @@ def bench(
     shared = options.kv_heads_of(q_heads, kv_heads or heads or chosen.heads[1])
     if workload != "decode" and queries is not None:
         raise ValueError(f"--queries: {workload} has as many as --tokens; use it to decode")
+    if workload != "decode" and cold is not None:
+        raise ValueError(f"--cold, --warm: {workload} is timed as it comes; use them to decode")
     shapes = [
         Shape(batch, q_heads, shared, queries or (1 if workload == "decode" else n), n, d, each)
         for n in tokens or [chosen.tokens]
         for d in head_dim or chosen.head_dims
         for each in (chosen.causal if causal is None else [causal])
     ]
-    if workload != "decode" and cold is not None:
-        raise ValueError(f"--cold, --warm: {workload} is timed as it comes; use them to decode")
     more = {} if cold is None else {"cold": cold}
     found = [
         chosen.measure(shape, scheme or chosen.schemes, device=where, repeats=repeats, **more)

@@ -82,8 +82,8 @@ class Judged:
             "sdpa_ms": self.mean(lambda each: each.sdpa_ms),
             "backend": first.backend,
         }
-        found |= {} if self.parts is None else {"parts": self.parts}
-        return found if self.bound is None else found | {"bound": self.bound}
+        more = {"parts": self.parts, "bound": self.bound}
+        return found | {name: value for name, value in more.items() if value is not None}
 
     def to_json(self) -> dict:
         """Everything: the means, the scheme, and each layer with its heads."""

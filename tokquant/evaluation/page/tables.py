@@ -1,6 +1,6 @@
 """The parts of a page that have a row for each scheme."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from statistics import median
 
@@ -137,7 +137,7 @@ def parts(report: Report) -> Markup:
     )
 
 
-def part_cells(found: dict[str, float]) -> list[Markup]:
+def part_cells(found: Mapping[str, float]) -> list[Markup]:
     """A cell for each of Q, K, V and P, with a bar."""
     largest = max((part for part in found.values() if isfinite(part)), default=0.0)
     return [
