@@ -38,6 +38,8 @@ def test_no_scheme_takes_the_place_of_another_of_its_name():
     other = tq.preset("int4").model_copy(update={"name": "int8"})
     with pytest.raises(ValueError, match="schemes: two are called 'int8'; give each a name of its own"):
         bench.attention(SHAPE, ["int8", other], device=CPU, repeats=1)
+    with pytest.raises(TypeError, match="schemes: 'int8' alone; give a list of them"):
+        bench.attention(SHAPE, "int8", device=CPU, repeats=1)
 
 
 @needs_compiler

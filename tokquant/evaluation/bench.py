@@ -13,7 +13,7 @@ from tokquant.attention import attention as attend
 from tokquant.attention import choose_backend, quantize, quantizing
 from tokquant.calibration.scales import LayerScales
 from tokquant.decode import decode as decode_cache
-from tokquant.errors import SchemeError
+from tokquant.errors import SchemeError, quote
 from tokquant.evaluation import packages, peers
 from tokquant.evaluation.machine import machine
 from tokquant.evaluation.packages import Call, first_line
@@ -277,6 +277,8 @@ def _timed(
 
 def _named(schemes: Sequence[QuantScheme | str]) -> dict[str, QuantScheme]:
     """Schemes by what they were given as: several files may hold one name. Raises ValueError for two of one name."""
+    if isinstance(schemes, str | QuantScheme):
+        raise TypeError(f"schemes: {quote(schemes)} alone; give a list of them")
     named: dict[str, QuantScheme] = {}
     for scheme in schemes:
         name, found = scheme if isinstance(scheme, str) else scheme.name, resolve(scheme)
