@@ -388,6 +388,7 @@ def test_doctor_says_of_compiler_and_instruction_set_each_what_is_wrong_with_it(
         (("calibrate", "-s", "kv-fp8", "-o", "x", "--margin", "0"), "margin: 0.0 is not a number above zero"),
         (("compare", "int8", "fp9"), "no preset 'fp9'"),
         (("run", "--device", "nowhere"), "--device: 'nowhere' cannot be used"),
+        (("run", "--device", "meta"), "--device: 'meta' cannot be used"),
     ],
     ids=lambda x: " ".join(map(str, x)) if isinstance(x, tuple) else "",
 )

@@ -53,7 +53,7 @@ def device_of(name: str | None) -> torch.device:
     """The device that --device names, or the first GPU, or the CPU. Raises ValueError where it cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # which "meta" has not
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {quote(name)} cannot be used: {str(error).splitlines()[0]}") from None
     return device
