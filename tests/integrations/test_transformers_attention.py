@@ -271,6 +271,14 @@ def test_values_of_another_size_than_keys_are_refused_by_name():
         attend(model.model.layers[0].self_attn, q, k, k, None, indices=torch.zeros(1))
 
 
+def test_schemes_of_heads_are_those_of_every_layer():
+    heads = tq.HeadSchemes(((1, tq.preset("int8")), (1, tq.preset("int8-fp16"))))
+    mapped = tq.SchemeMap.from_data({"layers": {"*": {"heads": {"0": "int8", "1": "int8-fp16"}}}})
+    given = prompts()
+    ours, theirs = (use(decoder(), each, backend="reference")(**given).logits for each in (heads, mapped))
+    assert torch.equal(ours, theirs) and not torch.equal(ours, use(decoder(), "int8", backend="reference")(**given).logits)
+
+
 def test_what_does_not_fit_a_model_leaves_it_as_it_was():
     model = decoder()
     ones = {"k_scale": torch.ones(2, 1, 1), "v_scale": torch.ones(2, 1, 1)}

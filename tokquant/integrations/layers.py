@@ -5,25 +5,29 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from tokquant.attention import Scheme
 from tokquant.calibration.scales import Scales, needed, static
 from tokquant.errors import ScalesError, SchemeError, nearest, quote
-from tokquant.schemes import LayerScheme, SchemeMap, of_layer
-from tokquant.schemes.heads import parts_of
+from tokquant.schemes import HeadSchemes, QuantScheme, SchemeMap, of_layer, read
 
 
-def check_scales_of(scheme: LayerScheme | SchemeMap, scales: object) -> None:
+def scheme_of_layers(scheme: Scheme) -> QuantScheme | SchemeMap:
+    """What a user gives for all layers. Raises SchemeError."""
+    return SchemeMap((("*", scheme),)) if isinstance(scheme, HeadSchemes) else read(scheme)
+
+
+def check_scales_of(scheme: QuantScheme | SchemeMap, scales: object) -> None:
     """Raise TypeError unless these are scales of layers, or None; ScalesError where no layer could have a use for them."""
     if scales is None:
         return
     if not isinstance(scales, Scales):
         raise TypeError(f"scales: a {type(scales).__name__}; give what load_scales or a Calibrator returns")
-    parts = scheme.schemes() if isinstance(scheme, SchemeMap) else [part for _, part in parts_of(scheme)]
-    if not any(map(needed, parts)):
+    if not any(map(needed, scheme.schemes())):
         raise ScalesError(f"scales: scheme {scheme.name!r} has no static part and no use for them")
 
 
 def check_layers(
-    scheme: LayerScheme | SchemeMap, scales: Scales | None, model: nn.Module, names: Collection[str], kind: str
+    scheme: QuantScheme | SchemeMap, scales: Scales | None, model: nn.Module, names: Collection[str], kind: str
 ) -> None:
     """Raise SchemeError for a pattern of a map that matches none of these names of a `kind` of modules of a model.
 

@@ -12,8 +12,8 @@ from tokquant.calibration.scales import LayerScales, Scales, static
 from tokquant.errors import SchemeError, UnsupportedError, quote
 from tokquant.integrations.diffusers import surface
 from tokquant.integrations.diffusers.attention import function_of
-from tokquant.integrations.layers import check_layers, check_scales_of
-from tokquant.schemes import HeadSchemes, LayerScheme, SchemeMap, of_layer, read
+from tokquant.integrations.layers import check_layers, check_scales_of, scheme_of_layers
+from tokquant.schemes import LayerScheme, SchemeMap, of_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,7 +39,7 @@ def register(
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_.-]+", name):
         raise ValueError(f"name: {quote(name)}; use lower-case letters, digits, '_', '-' and '.'")
-    given = _read(scheme)
+    given = scheme_of_layers(scheme)
     one = given.only() if isinstance(given, SchemeMap) else given
     untold = "and diffusers does not tell a backend which one calls it; use(model, ...) takes them"
     if one is None:
@@ -72,7 +72,7 @@ def use(model: Model, scheme: Scheme = "int8", *, scales: Scales | None = None, 
         ImportError, TypeError, ValueError: as `register`. The model is then as it was.
     """
     layers = _layers(model)
-    given = _read(scheme)
+    given = scheme_of_layers(scheme)
     check_backend(backend)
     check_scales_of(given, scales)
     check_layers(given, scales, model, layers, "layer")
@@ -102,10 +102,6 @@ def _backend(scheme: LayerScheme, scales: LayerScales | None, backend: Backend) 
         if scales is None:
             _shared[scheme, backend] = made
     return made
-
-
-def _read(scheme: Scheme) -> LayerScheme | SchemeMap:
-    return scheme if isinstance(scheme, HeadSchemes) else read(scheme)
 
 
 def _layers(model: object) -> dict[str, Any]:

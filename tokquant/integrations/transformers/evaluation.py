@@ -11,9 +11,10 @@ from tokquant.attention import Backend, Scheme
 from tokquant.calibration.scales import Scales
 from tokquant.errors import SchemeError, UnsupportedError, quote
 from tokquant.evaluation.logits import Agreement
+from tokquant.integrations.layers import scheme_of_layers
 from tokquant.integrations.transformers.cache import TokquantCache
 from tokquant.integrations.transformers.registration import check_model, kept, use
-from tokquant.schemes import QuantScheme, SchemeMap, read
+from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ def evaluate(
     Raises: as `use`. ValueError for a model that predicts no next token, for no window, or one of another shape, and for
     `decoded` below 0.
     """
-    if isinstance(schemes, str | QuantScheme | SchemeMap):
+    if isinstance(schemes, str | LayerScheme | SchemeMap):
         raise TypeError(f"schemes: {quote(schemes)} alone; give a list of them")
     check_model(model)
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(f"model: {type(model).__name__} predicts no next token of its input; give a causal language model")
     if type(decoded) is not int or decoded < 0:
         raise ValueError(f"decoded: {quote(decoded)} is not a whole number from 0")
-    chosen = [read(scheme) for scheme in schemes]
+    chosen = [scheme_of_layers(scheme) for scheme in schemes]
     fixed = list(scales) if scales is not None else [None] * len(chosen)
     if len(fixed) != len(chosen):
         raise ValueError(f"scales: {len(fixed)} for {len(chosen)} schemes; give one for each, None where it needs none")

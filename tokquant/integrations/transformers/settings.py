@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from tokquant.attention import Backend, check_backend
 from tokquant.calibration.scales import LayerScales, Scales, needed
 from tokquant.errors import ScalesError
-from tokquant.integrations.layers import check_layers, check_scales_of
-from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap, of_layer, read
+from tokquant.integrations.layers import check_layers, check_scales_of, scheme_of_layers
+from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap, of_layer
 
 ATTRIBUTE = "_tokquant"
 """Of a module: its Place."""
@@ -34,7 +34,7 @@ class Setting:
     """Sees name, q, k and v of each attention."""
 
     def __post_init__(self):
-        object.__setattr__(self, "scheme", read(self.scheme))
+        object.__setattr__(self, "scheme", scheme_of_layers(self.scheme))
         check_backend(self.backend)
         check_scales_of(self.scheme, self.scales)
         fixed = [scheme.name for scheme in self.scheme.schemes() if needed(scheme)]
