@@ -268,6 +268,7 @@ def test_show_prints_the_text_that_is_launched(tokquant, tmp_path):
     )
     assert tokquant("show", "int8", *words)[1] == kernel.source
     assert tokquant("show", "int8", "--varlen")[1] == tq.compile("int8", head_dim=64, varlen=True).source
+    assert tokquant("show", "--decode")[1] == tq.compile("kv-int8", head_dim=64, decode=True).source
     words = ("--decode", "--shared-heads", 4, "--target", "sm_80")
     assert tokquant("show", "kv-int4", *words)[1] == tq.compile(
         "kv-int4", head_dim=64, decode=True, shared_heads=4, target="sm_80"

@@ -13,7 +13,9 @@ from tokquant.kernels.compile import compile
 
 
 def show(
-    scheme: Annotated[str, typer.Argument(help="A preset or the path of a YAML file.")] = "int8",
+    scheme: Annotated[
+        str | None, typer.Argument(help="A preset or the path of a YAML file; int8, or kv-int8 to decode.")
+    ] = None,
     layer: options.Layer = None,
     head_dim: options.HeadDim = 64,
     target: options.Target = "sm_90",
@@ -39,7 +41,7 @@ def show(
         causal=causal, window=window, softcap=softcap, mask=mask, bias=bias, bias_rank=bias_rank, sinks=sinks, lse=lse
     )
     kernel = compile(
-        scheme,
+        scheme if scheme is not None else "kv-int8" if decode else "int8",
         layer=layer,
         head_dim=head_dim,
         **wanted.flags(),
