@@ -144,6 +144,15 @@ def test_windows_that_make_no_activations_are_named(folder, lines):
         record(model, [])
     with pytest.raises(ValueError, match="windows: of 8 and 32 tokens; give windows of one length"):
         record(model, [found[0], found[0][:, :8]])
+    for wrong, message in (
+        (found[0].tolist(), "windows: one is a list; give tensors of token ids"),
+        ({"input_ids": found[0]}, "windows: one is a dict; give tensors of token ids"),
+        (found[0][0], r"windows: one of shape \[32\] and torch.int64; give token ids \[B, N\]"),
+        (found[0].float(), r"windows: one of shape \[1, 32\] and torch.float32"),
+    ):
+        for call in (lambda w: record(model, [w]), lambda w: evaluate(model, [w], ["none"], decoded=0)):
+            with pytest.raises((TypeError, ValueError), match=message):
+                call(wrong)
 
 
 def test_eval_measures_schemes_for_prompts_and_step_by_step(tokquant, folder, lines):

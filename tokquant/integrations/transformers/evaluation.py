@@ -13,6 +13,7 @@ from tokquant.errors import SchemeError, UnsupportedError, quote
 from tokquant.evaluation.logits import Agreement
 from tokquant.integrations.layers import scheme_of_layers
 from tokquant.integrations.transformers.cache import TokquantCache
+from tokquant.integrations.transformers.recording import check_window
 from tokquant.integrations.transformers.registration import check_model, kept, use
 from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap
 
@@ -66,8 +67,9 @@ def evaluate(
     with kept(model), torch.no_grad():
         found = [_begin(model, *each, decoded, backend) for each in zip(chosen, fixed, strict=True)]
         for ids in windows:
+            check_window(ids)
             ids = ids.to(model.device)
-            if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
+            if ids.shape[0] != 1 or ids.shape[1] < 2:
                 raise ValueError(f"windows: one of shape {list(ids.shape)}; give [1, N] of two tokens or more")
             targets, first = ids[0, 1:], max(ids.shape[1] - 1 - decoded, 0)
             model.set_attn_implementation("eager")

@@ -24,10 +24,19 @@ def observing(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
 
 
 def run_observed(model: PreTrainedModel, windows: Iterable[Tensor], observer: Observer) -> None:
-    """Run a model on token ids `[B, N]` of any lengths, `observing` it. Raises as that does."""
+    """Run a model on token ids `[B, N]` of any lengths, `observing` it. Raises as that does, and as `check_window`."""
     with observing(model, observer), torch.no_grad():
         for ids in windows:
+            check_window(ids)
             model(input_ids=ids.to(model.device), use_cache=False)
+
+
+def check_window(ids: object) -> None:
+    """Raise TypeError or ValueError unless these are token ids `[B, N]`."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"windows: one is a {type(ids).__name__}; give tensors of token ids [B, N]")
+    if ids.ndim != 2 or not ids.numel() or ids.dtype.is_floating_point:
+        raise ValueError(f"windows: one of shape {list(ids.shape)} and {ids.dtype}; give token ids [B, N]")
 
 
 def record(model: PreTrainedModel, windows: Iterable[Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
