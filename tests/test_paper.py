@@ -1,5 +1,6 @@
 """The paper's tables: the script runs, and its page says what its figures say."""
 
+import importlib
 import json
 import os
 import re
@@ -8,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from tokquant.attention import choose_backend
 from tokquant.schemes import preset
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +73,21 @@ def test_what_cannot_be_done_is_said_in_a_line(arguments, message, tmp_path, mon
     with pytest.raises(SystemExit):
         runpy.run_path(str(PAPER / "__main__.py"), run_name="__main__")
     assert message in capsys.readouterr().err
+
+
+def test_rows_say_what_they_were_measured_on(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(PAPER)
+    study = importlib.import_module("study")
+    monkeypatch.setattr(study, "machine", lambda device, backend: {"device": str(device), "backend": backend})
+    timed = SimpleNamespace(__name__="timed", DEVICE=torch.device("cuda", 1), BACKEND="triton", draw=None)
+    judged = SimpleNamespace(__name__="judged", draw=None)
+    for each, said in ((timed, {"device": "cuda:1", "backend": "triton"}), (judged, {"device": "cpu", "backend": "reference"})):
+        each.measure, each.table = lambda small: [], lambda rows: ""
+        study.run(each, False, tmp_path, tmp_path)
+        assert json.loads(study.kept(each, tmp_path).read_text())["setting"] == {"small": False, **said}
+    for name in ("speed", "transform_cost"):
+        each = importlib.import_module(name)
+        assert choose_backend("auto", getattr(each, "DEVICE", torch.device("cpu"))) == each.BACKEND
 
 
 def by_input(rows):

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from tokquant.errors import nearest, quote
@@ -68,7 +69,10 @@ class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
 def save(path: str | os.PathLike, layers: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
     """Write Q, K and V of layers `[B, H, N, D]` as an activation file, atomically."""
     tensors = {
-        f"{layer}.{role}": x.contiguous() for layer, operands in layers.items() for role, x in zip("qkv", operands, strict=True)
+        # safetensors refuses tensors that share memory, as those of one projection may
+        f"{layer}.{role}": x.clone(memory_format=torch.contiguous_format)
+        for layer, operands in layers.items()
+        for role, x in zip("qkv", operands, strict=True)
     }
     write_atomically(path, safetensors.torch.save(tensors))
 

@@ -218,10 +218,15 @@ def operands_of(scheme: LayerScheme, q: Any, k: Any, v: Any) -> list[Part]:
     return parts
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """The backend that `auto` stands for on this device, or the one that was named. Raises ValueError for another name."""
+def check_backend(backend: object) -> None:
+    """Raise ValueError for a name that is none."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: {quote(backend)} is none; use one of {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}")
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The backend that `auto` stands for on this device, or the one that was named. Raises ValueError for another name."""
+    check_backend(backend)
     if backend != "auto":
         return backend
     if device.type == "cuda":
@@ -254,12 +259,17 @@ def _check_quantized(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor,
     check_together(q, k, v)
 
 
-def check_scales(scheme: QuantScheme, scales: object) -> None:
-    """Raise TypeError or ScalesError unless these are scales of one layer for this scheme, or None where it needs none."""
+def check_one_layer(scales: object) -> None:
+    """Raise TypeError unless these are scales of one layer, or None."""
     if isinstance(scales, Scales):
         raise TypeError(f"scales: these are of {len(scales)} layers; give one, such as scales[{next(iter(scales))!r}]")
     if scales is not None and not isinstance(scales, LayerScales):
         raise TypeError(f"scales: a {type(scales).__name__}; give one layer of load_scales(path), such as scales['layers.0']")
+
+
+def check_scales(scheme: QuantScheme, scales: LayerScales | None) -> None:
+    """Raise TypeError or ScalesError unless these are scales of one layer for this scheme, or None where it needs none."""
+    check_one_layer(scales)
     if scales is not None:
         if scales.scheme != scheme:  # those of a file were checked when it was read
             scales.check(scheme)

@@ -7,6 +7,13 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 
 
+def in_percent(axes: Axes, *ticks: float) -> None:
+    """Mark these percentages on the y axis, with a grid; where x is marked already."""
+    axes.set_yticks(ticks, [f"{tick:g} %" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+
+
 def percents(axis: Axis, shares: Sequence[float]) -> None:
     """Ticks at these shares of one, and no others."""
     axis.set_ticks(list(shares), [f"{100 * share:g} %" for share in shares])
@@ -15,8 +22,13 @@ def percents(axis: Axis, shares: Sequence[float]) -> None:
 
 def thousands(axis: Axis, tokens: Sequence[int]) -> None:
     """Ticks at these numbers of tokens, and no others."""
-    axis.set_ticks(list(tokens), [f"{n // 1024}k" if n >= 1024 else str(n) for n in tokens])
+    axis.set_ticks(list(tokens), list(map(short, tokens)))
     axis.set_ticks([], minor=True)
+
+
+def short(tokens: int) -> str:
+    """4096 -> '4k'."""
+    return f"{tokens // 1024}k" if tokens >= 1024 else str(tokens)
 
 
 def named_line(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, up: float = 0, **style: Any) -> None:

@@ -16,8 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from axes import in_percent
 from matplotlib.figure import Figure
-from study import ROOT, Rows, grouped, in_percent
+from study import ROOT, Rows, grouped
 from torch import Tensor
 from torch.nn.functional import gelu, rms_norm
 

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from axes import in_percent, short
 from matplotlib.figure import Figure
-from study import Case, Rows, changed, grouped, in_percent, normal
+from study import Case, Rows, changed, grouped, normal
 from torch import Tensor
 
 import tokquant as tq
@@ -168,12 +169,8 @@ def table(rows: Rows) -> str:
         for (n,), of_n in grouped(those, "tokens"):
             found = [f"{row['rel_l1']:.2%}" for row in of_n]
             facts = (f"{of_n[0][name]:.2%}" for name in ("lost", "row_steps", "block_steps"))
-            lines.append(f"| {thousands(n)} | {' | '.join((*found, *facts))} |")
+            lines.append(f"| {short(n)} | {' | '.join((*found, *facts))} |")
     return "\n".join(lines)
-
-
-def thousands(n: int) -> str:
-    return f"{n // 1024}k" if n >= 1024 else str(n)
 
 
 def draw(rows: Rows) -> Figure:
@@ -189,7 +186,7 @@ def draw(rows: Rows) -> Figure:
         if data == "normal":
             steps = [100 * row["row_steps"] for row in own]
             axes.loglog(tokens, steps, ":", color="#808080", label="steps of P alone, largest / 127")
-        axes.set_xticks(tokens, map(thousands, tokens), fontsize=8)
+        axes.set_xticks(tokens, map(short, tokens), fontsize=8)
         in_percent(axes, 0.5, 1, 2, 5, 10, 20, 50, 100)
         axes.set(title=data, xlabel="keys")
     panels[0].set_ylabel("relative L1 error")

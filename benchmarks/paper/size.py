@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from axes import in_percent
 from matplotlib.figure import Figure
-from study import Case, Rows, grouped, in_percent
+from study import Case, Rows, grouped
 from torch import Tensor
 
 import tokquant as tq

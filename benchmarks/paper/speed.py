@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from axes import short
 from matplotlib.figure import Figure
 from study import Rows, grouped
 
 from tokquant.attention import choose_backend
 from tokquant.evaluation import bench
 
-BACKEND = choose_backend("auto", torch.device("cpu"))
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKEND = choose_backend("auto", DEVICE)
 SCHEMES = ["int-flash-half", "int-flash", "int8", "fp8"]
 
 
@@ -35,11 +37,10 @@ class Row:
 
 def measure(small: bool) -> Iterator[Row]:
     """Medians of interleaved repeats, on codes and with quantization."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for n in [128] if small else [1024, 2048, 4096, 8192, 16384]:
-        batch, heads = (1, 2) if small else (1 if n > 4096 and device.type == "cpu" else 4, 32)
+        batch, heads = (1, 2) if small else (1 if n > 4096 and DEVICE.type == "cpu" else 4, 32)
         shape = bench.Shape(batch, heads, heads, n, n, 64, causal=False)
-        found = bench.attention(shape, SCHEMES, device=device, repeats=3 if n > 4096 else 7)
+        found = bench.attention(shape, SCHEMES, device=DEVICE, repeats=3 if n > 4096 else 7)
         for row in found.rows:
             if row.ratio is not None:
                 yield Row(n, batch, heads, row.provider, row.ms, 1 - 1 / row.ratio, found.peer)
@@ -67,7 +68,7 @@ def draw(rows: Rows) -> Figure:
     axes.plot([], [], ":", color="#808080", label="with quantization")
     lengths = [length for (length,), _ in grouped(rows, "tokens")]
     axes.set(xscale="log", xlabel="tokens", ylabel="less time than the fastest of torch's, %", ylim=(0, 100))
-    axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
+    axes.set_xticks(lengths, map(short, lengths))
     axes.minorticks_off()
     axes.legend(fontsize=7, ncols=2, loc="lower right")
     return figure

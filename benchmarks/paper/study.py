@@ -3,7 +3,7 @@
 A study is a module whose docstring states its question. `measure(small)` yields rows (dataclasses of numbers and words), of
 sizes that a test can run where `small`; `table(rows)` is their Markdown, and `draw(rows)` their picture, or None where a table
 says it all. These two take rows as they are read from JSON, so that a picture can be drawn again without a run. One that times
-something says on which `BACKEND`.
+something says on which `BACKEND`, and on which `DEVICE` where that may be a GPU.
 """
 
 import json
@@ -17,7 +17,6 @@ from typing import Any
 import matplotlib
 import matplotlib.style
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor
 
 import tokquant as tq
@@ -128,7 +127,8 @@ def of_heads(cases: list[Case], scheme: tq.QuantScheme) -> dict[str, float]:
 def run(study: ModuleType, small: bool, results: Path, figures: Path) -> str:
     """Measure; keep the rows as JSON and the picture as SVG. Returns the table in Markdown."""
     rows: Rows = [asdict(row) for row in study.measure(small)]
-    setting = {"small": small, **machine(torch.device("cpu"), getattr(study, "BACKEND", "reference"))}
+    device, backend = getattr(study, "DEVICE", torch.device("cpu")), getattr(study, "BACKEND", "reference")
+    setting = {"small": small, **machine(device, backend)}
     lines = ",\n".join(f" {json.dumps(row)}" for row in rows)
     kept(study, results).write_text(f'{{"setting": {json.dumps(setting)}, "rows": [\n{lines}\n]}}\n')
     picture(study, rows, figures)
@@ -158,10 +158,3 @@ def grouped(rows: Rows, *names: str) -> Iterator[tuple[tuple[Any, ...], Rows]]:
     """Rows by what they have under those names, in the order in which it first occurs."""
     for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
         yield key, [row for row in rows if tuple(row[name] for name in names) == key]
-
-
-def in_percent(axes: Axes, *ticks: float) -> None:
-    """Mark these percentages on the y axis, with a grid; where x is marked already."""
-    axes.set_yticks(ticks, [f"{tick:g} %" for tick in ticks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)

@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
+import torch
 import transforms
 from study import Rows, normal
 
 import tokquant as tq
+from tokquant.attention import choose_backend
 from tokquant.evaluation.trials import scales_for
 from tokquant.tensor import Coded
 
 Codes = tuple[Coded, Coded, Coded]
 
+BACKEND = choose_backend("auto", torch.device("cpu"))
 HEADS, TOKENS, HEAD_DIM, RUNS = 8, 1024, 128, 101
 CODES = {
     "q": {"precision": "int8"},

@@ -81,8 +81,8 @@ def test_the_benchmarks_are_the_command(workload, monkeypatch, capsys):
     [
         (("decod",), "workload: 'decod' is none; use one of attention, quantization, decode; did you mean 'decode'?"),
         (("-s", "int9"), "no preset 'int9'"),
-        (("--heads", "6", "--kv-heads", "4"), "--kv-heads: 4 do not divide the 6 of --heads"),
-        (("decode", "--kv-heads", "3"), "--kv-heads: 3 do not divide the 32 of --heads"),
+        (("--heads", "6", "--kv-heads", "4"), "--kv-heads: 4 does not divide the 6 heads of Q"),
+        (("decode", "--kv-heads", "3"), "--kv-heads: 3 does not divide the 32 heads of Q"),
         (("--queries", "2"), "--queries: attention has as many as --tokens"),
         (("quantization", "--queries", "2"), "--queries: quantization has as many as --tokens"),
         (("--warm",), "--cold, --warm: attention is timed as it comes"),

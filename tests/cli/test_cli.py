@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 import tokquant as tq
-from tokquant.activations import Activations, sample
+from tokquant.activations import Activations, sample, save
 from tokquant.attention import choose_backend
 from tokquant.schemes import preset_names
 
@@ -47,6 +47,14 @@ def test_run_takes_a_file_with_gqa_and_causality(tokquant, activations):
 def test_run_prints_a_table(tokquant):
     code, out, err = tokquant("run", "--repeats", 1)
     assert code == 0 and f"int8 on sample.safetensors, head_dim 32, backend {AUTO}" in out and "layers.5" in out and err == ""
+
+
+def test_layers_of_several_head_dims_are_all_named(tokquant, tmp_path):
+    tensors = {f"{layer}.{role}": torch.randn(1, 1, 32, d) for layer, d in (("a", 96), ("b", 64)) for role in "qkv"}
+    safetensors.torch.save_file(tensors, tmp_path / "mixed.safetensors")
+    words = ("-i", tmp_path / "mixed.safetensors", "--repeats", 1, "--backend", "reference")
+    assert "int8 on mixed.safetensors, head_dim 64 and 96, backend reference" in tokquant("run", *words)[1]
+    assert "mixed.safetensors: 2 layers of head_dim 64 and 96" in tokquant("compare", "int8", *words)[1]
 
 
 def test_run_takes_a_scheme_from_yaml(tokquant, tmp_path):
@@ -254,6 +262,17 @@ def test_show_prints_the_text_that_is_launched(tokquant, tmp_path):
     code, out, _ = tokquant("show", "int8-fp8", "--head-dim", 128, "--json")
     report = json.loads(out)
     assert report["config"]["block_n"] == 128 and "head_dim 128" in report["source"]
+    words = ("--window", 64, "--softcap", 30, "--mask", "boolean", "--bias", "lowrank", "--bias-rank", 8, "--sinks", "--lse")
+    kernel = tq.compile(
+        "int8", head_dim=64, window=True, softcap=True, mask="boolean", bias="lowrank", bias_rank=8, sinks=True, return_lse=True
+    )
+    assert tokquant("show", "int8", *words)[1] == kernel.source
+    assert tokquant("show", "int8", "--varlen")[1] == tq.compile("int8", head_dim=64, varlen=True).source
+    assert tokquant("show", "--decode")[1] == tq.compile("kv-int8", head_dim=64, decode=True).source
+    words = ("--decode", "--shared-heads", 4, "--target", "sm_80")
+    assert tokquant("show", "kv-int4", *words)[1] == tq.compile(
+        "kv-int4", head_dim=64, decode=True, shared_heads=4, target="sm_80"
+    ).source  # fmt: skip
 
 
 @pytest.mark.compiled
@@ -370,6 +389,7 @@ def test_doctor_says_of_compiler_and_instruction_set_each_what_is_wrong_with_it(
         (("calibrate", "-s", "kv-fp8", "-o", "x", "--margin", "0"), "margin: 0.0 is not a number above zero"),
         (("compare", "int8", "fp9"), "no preset 'fp9'"),
         (("run", "--device", "nowhere"), "--device: 'nowhere' cannot be used"),
+        (("run", "--device", "meta"), "--device: 'meta' cannot be used"),
     ],
     ids=lambda x: " ".join(map(str, x)) if isinstance(x, tuple) else "",
 )
@@ -382,12 +402,39 @@ def test_what_the_user_got_wrong_is_one_message(words, message, tokquant):
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ("calibrate", "-s", "kv-fp8", "-i", "{file}", "-o", "{file}"),
+        ("calibrate", "-s", "kv-fp8", "--state", "new", "-o", "./new"),
+        ("compare", "int8", "-i", "{file}", "--html", "{file}"),
+        ("export", "{file}", "-o", "{file}"),
+        ("import", "{file}", "-o", "{file}"),
+    ],
+    ids=" ".join,
+)
+def test_a_command_does_not_write_over_its_own_files(words, tokquant, activations, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = activations.read_bytes()
+    code, _, err = tokquant(*(word.format(file=activations.name) for word in words))
+    assert code == 2 and "is another file of this command, which would be lost; name a new one" in err
+    assert activations.read_bytes() == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
     "command",
     ["run", "compare", "schemes", "show", "compile", "tune", "bench", "calibrate", "doctor", "search", "export", "import"],
 )
 def test_every_command_explains_itself_and_takes_json(command, tokquant):
     code, out, _ = tokquant(command, "--help")
     assert code == 0 and "--json" in out and len(out.splitlines()) > 8
+
+
+def test_operands_that_share_memory_are_saved(tmp_path):
+    qkv = torch.randn(3, 1, 2, 8, 32)
+    save(tmp_path / "a.safetensors", {"one": tuple(qkv), "same": (qkv[0],) * 3, "turned": tuple(qkv.transpose(2, 3))})
+    found = Activations(tmp_path / "a.safetensors")
+    assert torch.equal(torch.stack(found["one"]), qkv) and torch.equal(torch.stack(found["turned"]), qkv.transpose(2, 3))
+    assert all(torch.equal(x, qkv[0]) for x in found["same"])
 
 
 def test_the_sample_is_small_and_real():

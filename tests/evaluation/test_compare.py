@@ -64,6 +64,11 @@ def test_what_attention_refuses_compare_refuses():
         tq.compare(q, q, q[:, :, :4], schemes=["int8"])
     with pytest.raises(ValueError, match="scales: 2 of them for 1 schemes"):
         tq.compare(q, q, q, schemes=["int8"], scales=[None, None])
+    scales = tq.Scales(tq.preset("kv-fp8"), {"a": {f"{role}_scale": torch.ones(1, 1, 1) for role in "kv"}})
+    with pytest.raises(TypeError, match=r"scales: these are of 1 layers; give one, such as scales\['a'\]"):
+        tq.compare(q, q, q, schemes=["kv-fp8"], scales=scales)
+    with pytest.raises(TypeError, match=r"scales: a int; give one layer of load_scales"):
+        tq.compare(q, q, q, schemes=["kv-fp8"], scales=1)
 
 
 def test_scales_go_to_the_schemes_that_need_them():

@@ -31,7 +31,7 @@ def compared():
 
 @pytest.fixture(scope="module")
 def report(compared):
-    return gather("a <b>file</b>", {"torch": "2", "<i>odd</i>": "<u>value</u>"}, [preset(name) for name in SCHEMES], compared)
+    return gather("a <b>file</b>", {"torch": "2", "<i>odd</i>": "<u>value</u>"}, SCHEMES, compared)
 
 
 def of(layers):

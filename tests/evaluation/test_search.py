@@ -10,6 +10,7 @@ import tokquant as tq
 from tests.factories import qkv, scheme
 from tokquant.activations import Activations, sample
 from tokquant.evaluation.candidates import default
+from tokquant.evaluation.plot import draw
 from tokquant.evaluation.sampling import runs
 from tokquant.evaluation.trials import measure
 from tokquant.schemes import HeadSchemes
@@ -93,6 +94,23 @@ def test_time_is_measured_here():
     assert found.unit == "ms" and 0 < found.cost < 1e6
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("features", "kernel", "pairs"),
+    [
+        ({"causal": True}, {"causal": True}, 64 * 65 // 2),  # the first 32 of 96 queries see none of 64 keys
+        ({"window": (3, 1)}, {"window": True}, 1 + 2 + 3 + 4 + 60 * 5 + 4),
+        ({"softcap": 30.0, "bias": tq.bias.alibi(tq.bias.alibi_slopes(4))}, {"softcap": True, "bias": "alibi"}, 96 * 64),
+    ],
+    ids=["causal", "a window", "softcap and ALiBi"],
+)
+def test_predicted_time_is_of_the_kernel_and_the_scores_that_features_leave(features, kernel, pairs):
+    layers = {"x": qkv(96, 64, d=64, heads=4, kv_heads=2)}
+    found = tq.search(layers, ["int8"], budget="ms=1e6", target="sm_90", **features)
+    made = tq.compile("int8", head_dim=64, shared_heads=2, target="sm_90", **kernel)
+    assert found.cost == pytest.approx(4 * 4 * pairs * 64 / made.prediction.serial_tops / 1e9)
+
+
 def test_candidates_that_do_not_fit_are_passed_over():
     q, k, v = qkv(64, d=48)
     names = {each.name for each in default(48)}
@@ -101,6 +119,17 @@ def test_candidates_that_do_not_fit_are_passed_over():
     assert "kv-int4-kivi" not in found.singles
     huge = {"x": (q, k, v * 1e9)}
     assert "kv-int8" not in tq.search(huge, ["kv-int8", "int8"], budget="bits=32").singles
+
+
+def test_layers_of_which_no_scheme_fits_all_are_searched_and_drawn(tmp_path):
+    q, k, v = qkv(64, d=48)
+    layers = {"a": (q, k, v), "b": (*qkv(64, d=32)[:2], qkv(64, d=32)[2] * 1e9)}
+    groups = scheme("int8", "int8", "int8 group:32", "fp16", name="groups")  # of channels, which 48 is no multiple of
+    found = tq.search(layers, ["kv-int8", groups], budget="bits=32")  # scales in fp16 do not hold 1e9
+    assert [each.scheme.name for each in found.layers] == ["kv-int8", "groups"] and not found.singles
+    pytest.importorskip("matplotlib")
+    draw(found, tmp_path / "front.svg")
+    assert "one scheme for all layers" in (tmp_path / "front.svg").read_text()
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0])

@@ -34,6 +34,14 @@ def test_attention_has_its_peers_and_schemes_with_and_without_quantization():
     assert all((row.ms or 0) > 0 for row in table.rows if not row.note) and not rows(table)["kv-fp8"].note
 
 
+def test_no_scheme_takes_the_place_of_another_of_its_name():
+    other = tq.preset("int4").model_copy(update={"name": "int8"})
+    with pytest.raises(ValueError, match="schemes: two are called 'int8'; give each a name of its own"):
+        bench.attention(SHAPE, ["int8", other], device=CPU, repeats=1)
+    with pytest.raises(TypeError, match="schemes: 'int8' alone; give a list of them"):
+        bench.attention(SHAPE, "int8", device=CPU, repeats=1)
+
+
 @needs_compiler
 def test_ratios_rates_and_shares_are_those_of_the_same_medians():
     table = bench.attention(SHAPE, ["int8", "int8-fp16", "none"], device=CPU, repeats=2)

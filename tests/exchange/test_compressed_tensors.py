@@ -174,6 +174,15 @@ def test_every_part_that_cannot_be_expressed_is_in_one_error():
     assert {"q.precision", "k.precision", "k.granularity", "k.smooth", "v.granularity", "p"} <= set(places)
 
 
+def test_targets_are_names():
+    q = EXPRESSIBLE["head with q"]
+    for targets in ("LlamaAttention", ["LlamaAttention"], ("LlamaAttention",)):
+        assert tq.to_compressed_tensors(q, targets)["config_groups"]["attention"]["targets"] == ["LlamaAttention"]
+    for targets in (5, [5], None):
+        with pytest.raises(TypeError, match=r"targets: .*; give a class, or re: and a pattern of names"):
+            tq.to_compressed_tensors(q, targets)
+
+
 def test_what_does_not_change_numbers_is_expressed():
     plain = tq.to_compressed_tensors("kv-fp8")
     words = STATIC.format("head")

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -279,22 +280,46 @@ def test_calibrated_scales_go_to_their_layers(calls):
     )
     with pytest.raises(tq.ScalesError, match="FluxTransformer2DModel has no layer 'elsewhere'"):
         use(model, "kv-fp8", scales=more)
+    part = tq.SchemeMap.from_data({"name": "part", "layers": {"single*": "kv-fp8", "*": "int8"}})
+    with pytest.raises(tq.ScalesError, match=r"scales: transformer_blocks.0.attn takes scheme 'int8', which has no use for th"):
+        use(model, part, scales=scales)
     calls.clear()
     assert torch.equal(model(**given).sample, near) and [call[0] for call in calls] == ["kv-fp8"] * 3
+
+
+def test_nothing_is_kept_of_backends_that_no_model_has():
+    model, _ = flux()
+    registry = dispatch._AttentionBackendRegistry
+    sizes = [len(entries) for entries in (registry._backends, registry._constraints, registry._supported_arg_names)]
+    layers = [name for name, module in model.named_modules() if hasattr(module, "processor")]
+    kept = []
+    for _ in range(3):
+        ones = {layer: {f"{role}_scale": torch.ones(2, 1, 1) for role in "kv"} for layer in layers}
+        scales = tq.Scales(tq.preset("kv-fp8"), ones)
+        use(model, "kv-fp8", scales=scales)
+        kept.append(weakref.ref(scales[layers[0]]))
+    del scales
+    assert [each() is None for each in kept] == [True, True, False]
+    use(model, "int8-fast")
+    model.reset_attention_backend()
+    assert kept[-1]() is None
+    assert sizes == [len(entries) for entries in (registry._backends, registry._constraints, registry._supported_arg_names)]
 
 
 def test_what_does_not_fit_a_model_is_named():
     model, _ = flux()
     with pytest.raises(
-        tq.SchemeError, match=r"'transformer_block\.\*' matches no layer; did you mean 'transformer_blocks.0.attn'"
+        tq.SchemeError,
+        match=r"'transformer_block\.\*' matches no layer of FluxTransformer2DModel; did you mean 'transformer_blocks.0.attn'",
     ):
         use(model, tq.SchemeMap.from_yaml('layers: {"transformer_block.*": int8, "*": int8}'))
     with pytest.raises(tq.SchemeError, match=r"no pattern matches layer 'single_transformer_blocks\.0\.attn'"):
         use(model, tq.SchemeMap.from_yaml('layers: {"transformer_blocks.*": int8}'))
     with pytest.raises(TypeError, match=r"model: a str; give a torch\.nn\.Module, such as pipe\.transformer"):
         use("flux")
-    with pytest.raises(ValueError, match="backend: 'tritn' is none"):
-        use(model, backend="tritn")
+    for backend, words in (("tritn", "'tritn'"), (["auto"], r"\['auto'\]")):
+        with pytest.raises(ValueError, match=f"backend: {words} is none"):
+            use(model, backend=backend)
     with pytest.raises(tq.UnsupportedError, match="a Linear takes no backends; it has no attention of diffusers"):
         use(torch.nn.Linear(2, 2))
     assert all(processor._attention_backend is None for processor in model.attn_processors.values())

@@ -271,14 +271,29 @@ def test_values_of_another_size_than_keys_are_refused_by_name():
         attend(model.model.layers[0].self_attn, q, k, k, None, indices=torch.zeros(1))
 
 
+def test_schemes_of_heads_are_those_of_every_layer():
+    heads = tq.HeadSchemes(((1, tq.preset("int8")), (1, tq.preset("int8-fp16"))))
+    mapped = tq.SchemeMap.from_data({"layers": {"*": {"heads": {"0": "int8", "1": "int8-fp16"}}}})
+    given = prompts()
+    ours, theirs = (use(decoder(), each, backend="reference")(**given).logits for each in (heads, mapped))
+    assert torch.equal(ours, theirs) and not torch.equal(ours, use(decoder(), "int8", backend="reference")(**given).logits)
+
+
 def test_what_does_not_fit_a_model_leaves_it_as_it_was():
     model = decoder()
-    static = tq.Scales(tq.preset("kv-fp8"), {"layers.0": {"k_scale": torch.ones(2, 1, 1), "v_scale": torch.ones(2, 1, 1)}})
+    ones = {"k_scale": torch.ones(2, 1, 1), "v_scale": torch.ones(2, 1, 1)}
+    static = tq.Scales(tq.preset("kv-fp8"), {"layers.0": ones})
+    both = tq.Scales(tq.preset("kv-fp8"), {f"model.layers.{i}.self_attn": ones for i in range(2)})
+    half = tq.SchemeMap.from_data({"name": "half", "layers": {"*.0.*": "kv-fp8", "*": "int8"}})
     for wrong, message in [
         (dict(scheme="int9"), "int9"),
         (dict(scheme="kv-fp8"), "scheme 'kv-fp8' is static; calibrate it"),
         (dict(scheme="int8", scales=static), "has no static part"),
         (dict(scheme="kv-fp8", scales=static), "LlamaForCausalLM has no module 'layers.0'"),
+        (
+            dict(scheme=half, scales=both),
+            r"layers\.1\.self_attn takes scheme 'int8', which has no use for them; calibrate for 'half'",
+        ),
         (dict(scheme="int8", backend="cuda"), "backend: 'cuda' is none"),
         (
             dict(scheme=tq.SchemeMap.from_data({"layers": {"model.layer.*": "int8", "*": "none"}})),

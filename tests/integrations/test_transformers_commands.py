@@ -14,7 +14,7 @@ import tokquant as tq
 from tokquant import cli
 from tokquant.activations import Activations
 from tokquant.evaluation.logits import Agreement
-from tokquant.integrations.transformers import evaluate, texts, use
+from tokquant.integrations.transformers import evaluate, record, texts, use
 
 LAYERS = [f"model.layers.{i}.self_attn" for i in range(SIZES["num_hidden_layers"])]
 LINES = ["the quick brown fox", "jumps over", "", "the lazy dog " * 12]
@@ -72,6 +72,29 @@ def test_texts_are_cut_into_windows_in_their_order(folder, lines, tmp_path):
         texts.read(wrapped)
 
 
+@pytest.mark.parametrize("text", ["a\u2028b", "a\x85b", "a\x0bb"], ids=["U+2028", "U+0085", "a vertical tab"])
+def test_only_newlines_end_a_text(text, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(f"{json.dumps({'text': text}, ensure_ascii=False)}\r\n{json.dumps('c')}\n".encode())
+    assert texts.read(path) == [text, "c"]
+    path = tmp_path / "texts.txt"
+    path.write_bytes(f"{text}\r\nc".encode())
+    assert texts.read(path) == [text, "c"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("a\n", encoding="utf-8-sig")
+    assert texts.read(path) == ["a"]
+
+
+def test_a_line_that_is_nested_too_deeply_is_named(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('"a"\n' + "[" * 100_000)
+    with pytest.raises(ValueError, match=r"texts\.jsonl, line 2: is no JSON: maximum recursion depth"):
+        texts.read(path)
+
+
 def test_calibrate_sees_each_layer_under_its_own_name(tokquant, folder, lines, tmp_path):
     path = tmp_path / "scales.safetensors"
     words = ["calibrate", "--scheme", "kv-fp8", "--model", folder, "--texts", lines, "--tokens", 32, "-o", path]
@@ -113,6 +136,23 @@ def test_recorded_activations_are_those_of_the_model(tokquant, folder, lines, tm
         assert (k - layer.keys).abs().max() < 1e-5 and (v - layer.values).abs().max() < 1e-5
     code, out, _ = tokquant("compare", "int8", "--input", path, "--causal", "--repeats", 1, "--json")
     assert code == 0 and json.loads(out)["schemes"][0]["rel_l1"] < 0.03
+
+
+def test_windows_that_make_no_activations_are_named(folder, lines):
+    model, found = windows(folder, lines)
+    with pytest.raises(ValueError, match="windows: there are none"):
+        record(model, [])
+    with pytest.raises(ValueError, match="windows: of 8 and 32 tokens; give windows of one length"):
+        record(model, [found[0], found[0][:, :8]])
+    for wrong, message in (
+        (found[0].tolist(), "windows: one is a list; give tensors of token ids"),
+        ({"input_ids": found[0]}, "windows: one is a dict; give tensors of token ids"),
+        (found[0][0], r"windows: one of shape \[32\] and torch.int64; give token ids \[B, N\]"),
+        (found[0].float(), r"windows: one of shape \[1, 32\] and torch.float32"),
+    ):
+        for call in (lambda w: record(model, [w]), lambda w: evaluate(model, [w], ["none"], decoded=0)):
+            with pytest.raises((TypeError, ValueError), match=message):
+                call(wrong)
 
 
 def test_eval_measures_schemes_for_prompts_and_step_by_step(tokquant, folder, lines):
@@ -162,6 +202,7 @@ def test_what_cannot_be_evaluated_is_named(folder, lines):
         (dict(schemes="int8"), "schemes: 'int8' alone; give a list"),
         (dict(schemes=["int8"], scales=[None, None]), "scales: 2 for 1 schemes"),
         (dict(schemes=["int8"], windows=[]), "windows: there are none"),
+        (dict(schemes=["int8"], decoded=-1), "decoded: -1 is not a whole number from 0"),
         (
             dict(schemes=["int8"], windows=[found[0][:, :1]]),
             r"windows: one of shape \[1, 1\]; give \[1, N\] of two tokens or more",
@@ -176,6 +217,19 @@ def test_what_cannot_be_evaluated_is_named(folder, lines):
         evaluate(transformers.BertForMaskedLM(masked).eval(), found[:1], ["int8"])
     with pytest.raises(TypeError, match=r"model: a str; give a transformers\.PreTrainedModel"):
         evaluate("llama", found[:1], ["int8"])
+
+
+def test_layers_that_no_cache_keeps_are_judged_by_prompts(folder, lines):
+    _, found = windows(folder, lines)
+    config = transformers.Llama4TextConfig(
+        **SIZES, num_local_experts=1, intermediate_size_mlp=96, head_dim=16, attention_chunk_size=8,
+        layer_types=["chunked_attention", "full_attention"],
+    )  # fmt: skip
+    model = transformers.Llama4ForCausalLM(config).eval()
+    _, [none] = evaluate(model, found[:1], ["none"], backend="reference", decoded=4)
+    assert none.prefill.kl < 1e-6 and none.decode is None and "layer 0 is of type 'chunked_attention'" in none.refusal
+    _, [int8] = evaluate(model, found[:1], ["int8"], backend="reference", decoded=0)
+    assert int8.decode is None and not int8.refusal, "nothing was to be decoded"
 
 
 @pytest.mark.parametrize("last", [slice(None), slice(1)], ids=["of windows that fit", "after an error"])
@@ -223,6 +277,7 @@ def test_a_folder_without_a_tokenizer_is_named(tokquant, folder, lines):
         (["eval", "--model", "{folder}", "--texts", "{lines}", "--tokens", "32", "-s", "kv-fp8"], "is static; calibrate it"),
         (["calibrate", "-s", "kv-fp8", "-o", "x", "--model", "{folder}"], "give --model and --texts together"),
         (["record", "--model", "{folder}", "--texts", "{lines}", "-o", "nowhere/x"], "there is no folder nowhere"),
+        (["record", "--model", "missing", "--texts", "{lines}", "-o", "{folder}"], "is a folder; name a file in it"),
     ],
 )
 def test_what_cannot_be_is_one_message(tokquant, folder, lines, words, message):

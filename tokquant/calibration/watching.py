@@ -1,8 +1,8 @@
 """Seeing the attention of any torch model: which module runs, and what it gives to torch's attention."""
 
-import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Watcher(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is OF_MODULE and self.running:
             with self:
-                return _without_dispatch(func)(*args, **kwargs)
+                return without_dispatch(func)(*args, **kwargs)
         out = func(*args, **kwargs)
         if func is ATTENTION and self.running:
             self._attended(*_operands(*args, **kwargs))
@@ -80,8 +80,14 @@ def _operands(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> 
     return query, key, value
 
 
-def _without_dispatch(func: Callable) -> Callable:
-    """The function as it is where no mode watches: what it calls is then seen, and not the function itself, again and again."""
-    assert isinstance(func, types.FunctionType)
-    names = {**func.__globals__, "has_torch_function": lambda _: False}
-    return types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+def without_dispatch(function: Callable, **changed: Any) -> FunctionType:
+    """A function of torch as it is where no mode watches, with some of the names that it looks up changed; nothing of torch is.
+
+    A mode is off while torch runs a function that it was asked about. Run like this, and with the mode on, what it calls is
+    seen, and not the function itself, again and again.
+    """
+    assert isinstance(function, FunctionType)
+    names = {**function.__globals__, "has_torch_function": lambda _: False, **changed}
+    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made

@@ -40,9 +40,9 @@ def bench(
     scheme: Annotated[
         list[str] | None, typer.Option("--scheme", "-s", help="A preset or the path of a YAML file; repeat for more.")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
+    batch: options.Batch = 1,
     heads: Annotated[int | None, typer.Option("--heads", min=1, help="Of Q; 8, and 32 over 8 of K and V to decode.")] = None,
-    kv_heads: Annotated[int | None, typer.Option("--kv-heads", min=1, help="Of K and V; as many as Q's if left out.")] = None,
+    kv_heads: options.KvHeads = None,
     queries: Annotated[int | None, typer.Option("--queries", min=1, help="To decode at once; 1 if left out.")] = None,
     tokens: Annotated[list[int] | None, typer.Option("--tokens", min=1, help="Sequence lengths; repeat for more.")] = None,
     head_dim: Annotated[list[int] | None, typer.Option("--head-dim", min=1, help="Repeat for more.")] = None,
@@ -66,19 +66,17 @@ def bench(
         )
     chosen, where = WORKLOADS[workload], options.device_of(device)
     q_heads = heads or chosen.heads[0]
-    shared = kv_heads or (heads or chosen.heads[1])
-    if q_heads % shared:
-        raise ValueError(f"--kv-heads: {shared} do not divide the {q_heads} of --heads")
+    shared = options.kv_heads_of(q_heads, kv_heads or heads or chosen.heads[1])
     if workload != "decode" and queries is not None:
         raise ValueError(f"--queries: {workload} has as many as --tokens; use it to decode")
+    if workload != "decode" and cold is not None:
+        raise ValueError(f"--cold, --warm: {workload} is timed as it comes; use them to decode")
     shapes = [
         Shape(batch, q_heads, shared, queries or (1 if workload == "decode" else n), n, d, each)
         for n in tokens or [chosen.tokens]
         for d in head_dim or chosen.head_dims
         for each in (chosen.causal if causal is None else [causal])
     ]
-    if workload != "decode" and cold is not None:
-        raise ValueError(f"--cold, --warm: {workload} is timed as it comes; use them to decode")
     more = {} if cold is None else {"cold": cold}
     found = [
         chosen.measure(shape, scheme or chosen.schemes, device=where, repeats=repeats, **more)

@@ -44,7 +44,7 @@ def calibrate(
     json: options.Json = False,
 ) -> None:
     """Calibrate a static scheme on activations, or on a model that reads texts, and write its scales, with the scheme."""
-    options.check_writable("--output", output_path)
+    options.check_writable("--output", output_path, state, texts, *(input or []))
     options.check_writable("--state", state)
     if (model is None) != (texts is None) or (model is not None and input):
         raise ValueError("--model: give --model and --texts together, or --input")

@@ -20,6 +20,7 @@ from tokquant.evaluation.candidates import fits
 from tokquant.evaluation.compare import Comparison
 from tokquant.evaluation.compare import compare as compare_layer
 from tokquant.evaluation.machine import machine
+from tokquant.evaluation.page.numbers import thousandths
 from tokquant.evaluation.report import Report, gather
 from tokquant.files import write_atomically
 from tokquant.schemes import QuantScheme, SchemeMap, preset_names, read, resolve
@@ -43,9 +44,7 @@ def compare(
         typer.Argument(help="Presets or YAML files; if left out, every preset that fits all layers and needs no calibration."),
     ] = None,
     input: options.Input = None,
-    scales: Annotated[
-        list[Path] | None, typer.Option("--scales", help="Calibrated scales; adds the scheme they were made for. Repeatable.")
-    ] = None,
+    scales: options.ScaleFiles = None,
     backend: options.Backend = "auto",
     causal: options.Causal = False,
     device: options.Device = None,
@@ -60,17 +59,15 @@ def compare(
     ] = None,
 ) -> None:
     """Compare schemes on activations: means over the layers of errors against float64, bits, and times beside torch's SDPA."""
-    options.check_writable("--html", html)
+    options.check_writable("--html", html, input, *(scales or []))
     layers = options.Layers(input, device)
     calibrated = [layers.scales(path) for path in scales or []]
-    fixed: list[Scales | None] = [None] * len(schemes) if schemes else []
-    chosen: list[QuantScheme | SchemeMap] = [read(scheme) for scheme in schemes] if schemes else []
+    chosen: list[QuantScheme | SchemeMap] = [read(scheme) for scheme in schemes or ()]
     if not schemes:
         dynamic = [scheme for name in preset_names() if not needed(scheme := resolve(name))]
-        chosen = [scheme for scheme in dynamic if all(fits(scheme, head_dim) for head_dim in layers.file.head_dims())]
-        fixed = [None] * len(chosen)
+        chosen += [scheme for scheme in dynamic if all(fits(scheme, head_dim) for head_dim in layers.file.head_dims())]
+    fixed: list[Scales | None] = [None] * len(chosen) + calibrated
     chosen += [each.scheme for each in calibrated]
-    fixed += calibrated
     results: dict[str, list[Comparison]] = {}
     shapes: Counter[str] = Counter()
     asked = {"backend": backend, "causal": causal, "repeats": repeats, "bound": bound, "explained": explain or html is not None}
@@ -93,7 +90,7 @@ def compare(
     if json:
         output.print_json(report.to_json() | {"input": str(layers.file.path)})
     else:
-        title = f"{layers.name}: {len(layers.file)} layers of head_dim {q.shape[3]}, backend {chose}"
+        title = f"{layers.name}: {len(layers)} layers of head_dim {layers.head_dims}, backend {chose}"
         output.console().print(_table(report, title, explain))
         if bound:
             output.console().print(_bounds(report))
@@ -143,7 +140,7 @@ def _table(report: Report, title: str, explained: bool) -> Table:
             output.percent(row["rel_l1"]),
             output.percent(row["worst_rel_l1"]),
             f"{row['rmse']:.2e}",
-            " / ".join(output.bits(row["bits"][role]) for role in "qkv"),
+            " / ".join(thousandths(row["bits"][role]) for role in "qkv"),
             *(f"{row[key]:.2f}" for key in ("ms", "quantize_ms", "sdpa_ms")),
             *([" / ".join(output.percent(row["parts"][role]) for role in "qkvp")] if explained else []),
         )

@@ -16,7 +16,6 @@ from tokquant.kernels import launch
 from tokquant.kernels.compile import Kernel
 from tokquant.kernels.compile import compile as compile_kernel
 from tokquant.kernels.decode_plan import DecodePlan
-from tokquant.kernels.targets import TARGETS
 from tokquant.tuning.planner import KEEP, Trial, planned
 from tokquant.tuning.work import Step
 
@@ -24,8 +23,8 @@ from tokquant.tuning.work import Step
 def compile(
     schemes: Annotated[list[str] | None, typer.Argument(help="Presets or YAML files; int8, or kv-int8 to decode.")] = None,
     layer: options.Layer = None,
-    head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 128,
-    target: Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")] = "sm_90",
+    head_dim: options.HeadDim = 128,
+    target: options.Target = "sm_90",
     causal: options.Causal = False,
     window: features.Window = None,
     softcap: features.Softcap = None,
@@ -34,10 +33,10 @@ def compile(
     bias_rank: features.BiasRank = 16,
     sinks: features.Sinks = False,
     lse: features.Lse = False,
-    varlen: Annotated[bool, typer.Option("--varlen", help="For sequences of their own lengths, one after another.")] = False,
+    varlen: features.Varlen = False,
     dtype: options.Dtype = "fp16",
-    decode: Annotated[bool, typer.Option("--decode", help="The kernel that reads a KV cache, for one new token.")] = False,
-    shared_heads: Annotated[int, typer.Option("--shared-heads", min=1, help="Heads of Q to one of K and V.")] = 1,
+    decode: features.Decode = False,
+    shared_heads: features.SharedHeads = 1,
     candidates: Annotated[
         bool, typer.Option("--candidates", help="Compare every launch that tuning may choose, best prediction first.")
     ] = False,
@@ -127,8 +126,8 @@ def _report(kernel: Kernel, given: Workload | Step) -> dict[str, Any]:
     }
     if isinstance(kernel.plan, DecodePlan):
         report["bandwidth"] = {**asdict(kernel.bandwidth), "predicted": kernel.bandwidth.predicted}
-    elif not kernel.wanted.varlen:
-        report["bytes_per_score"] = _moved(kernel, given)
+    elif (moved := _moved(kernel, given)) is not None:
+        report["bytes_per_score"] = moved
     return report
 
 

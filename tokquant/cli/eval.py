@@ -1,7 +1,6 @@
 """`tokquant eval`: what schemes do to a language model's predictions."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,9 +26,7 @@ def eval(
         list[str] | None,
         typer.Option("--scheme", "-s", help=f"A preset or a YAML file; repeat for more. {', '.join(DEFAULT)} if left out."),
     ] = None,
-    scales: Annotated[
-        list[Path] | None, typer.Option("--scales", help="Calibrated scales; adds the scheme they were made for. Repeatable.")
-    ] = None,
+    scales: options.ScaleFiles = None,
     tokens: models.Tokens = 512,
     windows: models.Windows = None,
     decoded: Annotated[

@@ -22,7 +22,7 @@ def export(
     json: options.Json = False,
 ) -> None:
     """Write calibrated fp8 scales as vLLM (compressed-tensors), ModelOpt or SGLang reads them."""
-    options.check_writable("--output", output_path)
+    options.check_writable("--output", output_path, scales)
     loaded = load_scales(scales)
     export_checkpoint_scales(output_path, loaded, format, model_type=model_type, tp_size=tp_size)
     config = to_compressed_tensors(loaded.scheme) if format == "compressed-tensors" else None
@@ -45,7 +45,7 @@ def import_scales(
     json: options.Json = False,
 ) -> None:
     """Take the attention scales out of a checkpoint of llm-compressor or ModelOpt, with the scheme that they imply."""
-    options.check_writable("--output", output_path)
+    options.check_writable("--output", output_path, checkpoint)
     scales = import_checkpoint_scales(checkpoint, scheme)
     save_scales(output_path, scales)
     if json:

@@ -25,6 +25,9 @@ Bias = Annotated[str, typer.Option("--bias", metavar="<str>", help=f"One of {', 
 BiasRank = Annotated[int, typer.Option("--bias-rank", min=1, help="Columns of a bias of low rank.")]
 Sinks = Annotated[bool, typer.Option("--sinks", help="With a logit for each head that takes its part of the softmax.")]
 Lse = Annotated[bool, typer.Option("--lse", help="With the log-sum-exp as a second output.")]
+Varlen = Annotated[bool, typer.Option("--varlen", help="For sequences of their own lengths, one after another.")]
+Decode = Annotated[bool, typer.Option("--decode", help="The kernel that reads a KV cache, for one new token.")]
+SharedHeads = Annotated[int, typer.Option("--shared-heads", min=1, help="Heads of Q to one of K and V.")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from tokquant.io_model.plot import draw
 from tokquant.io_model.report import Standing
 from tokquant.io_model.workload import Workload
 from tokquant.kernels.compile import compile
-from tokquant.kernels.targets import TARGETS
 
 
 def io(
@@ -23,13 +22,13 @@ def io(
     layer: options.Layer = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Keys, and queries if --queries is left out.")] = 8192,
     queries: Annotated[int | None, typer.Option("--queries", min=1, help="The last ones; as many as keys if left out.")] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
-    heads: Annotated[int, typer.Option("--heads", min=1, help="Of Q.")] = 32,
-    kv_heads: Annotated[int | None, typer.Option("--kv-heads", min=1, help="Of K and V; as many as Q's if left out.")] = None,
-    head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 128,
+    batch: options.Batch = 1,
+    heads: options.Heads = 32,
+    kv_heads: options.KvHeads = None,
+    head_dim: options.HeadDim = 128,
     causal: options.Causal = False,
     lse: features.Lse = False,
-    target: Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")] = "sm_90",
+    target: options.Target = "sm_90",
     dtype: options.Dtype = "fp16",
     memory: Annotated[
         int | None,
@@ -44,17 +43,16 @@ def io(
 
     Nothing runs and no GPU is needed. Times are those bytes over the datasheet's bandwidth, not measurements.
     """
+    options.check_writable("--plot", picture)
     if picture is not None:
         plot.check(picture)
-    if heads % (kv_heads or heads):
-        raise ValueError(f"--kv-heads: {kv_heads} does not divide the {heads} heads of Q")
     kernel = compile(
         scheme,
         layer=layer,
         head_dim=head_dim,
         causal=causal,
         return_lse=lse,
-        shared_heads=heads // (kv_heads or heads),
+        shared_heads=heads // options.kv_heads_of(heads, kv_heads),
         dtype=options.dtype_of(dtype),
         target=target,
     )

@@ -15,6 +15,7 @@ from tokquant.calibration.scales import Scales, static
 from tokquant.cli import output
 from tokquant.errors import nearest, quote
 from tokquant.export import load_scales
+from tokquant.kernels.targets import TARGETS
 
 SCHEME = typer.Option("--scheme", "-s", help="A preset (see `tokquant schemes`), or the YAML file of a scheme or scheme map.")
 Scheme = Annotated[str, SCHEME]
@@ -28,15 +29,21 @@ ScaleFile = Annotated[
     Path | None,
     typer.Option("--scales", help="Calibrated scales of a static scheme, from `tokquant calibrate`; they bring it."),
 ]
+ScaleFiles = Annotated[
+    list[Path] | None, typer.Option("--scales", help="Calibrated scales; adds the scheme they were made for. Repeatable.")
+]
 Backend = Annotated[Any, typer.Option("--backend", metavar="<str>", help="auto, triton, cpu or reference.")]
 Causal = Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own place, counted from the end.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; medians are shown.")]
 Layer = Annotated[str | None, typer.Option("--layer", help="Which layer, where the scheme is a map of layers.")]
+Batch = Annotated[int, typer.Option("--batch", min=1)]
+Heads = Annotated[int, typer.Option("--heads", min=1, help="Of Q.")]
+KvHeads = Annotated[int | None, typer.Option("--kv-heads", min=1, help="Of K and V; as many as Q's if left out.")]
+HeadDim = Annotated[int, typer.Option("--head-dim", min=1)]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the tensors: fp16, bf16 or fp32.")]
+Target = Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
 Device = Annotated[
     str | None, typer.Option("--device", help="Where to run: cpu, cuda, cuda:1 ... A GPU where there is one, if left out.")
 ]
@@ -46,7 +53,7 @@ def device_of(name: str | None) -> torch.device:
     """The device that --device names, or the first GPU, or the CPU. Raises ValueError where it cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # which "meta" has not
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {quote(name)} cannot be used: {str(error).splitlines()[0]}") from None
     return device
@@ -59,10 +66,19 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def check_writable(option: str, path: Path | None) -> None:
-    """Raise ValueError, before any work is done, where a file cannot be written."""
+def kv_heads_of(heads: int, kv_heads: int | None) -> int:
+    """The heads of K and V beside these of Q. Raises ValueError where they do not divide them."""
+    if heads % (kv_heads or heads):
+        raise ValueError(f"--kv-heads: {kv_heads} does not divide the {heads} heads of Q")
+    return kv_heads or heads
+
+
+def check_writable(option: str, path: Path | None, *others: Path | None) -> None:
+    """Raise ValueError, before any work is done, where a file cannot be written, or is one of the command's other files."""
     if path is None:
         return
+    if path.resolve() in (other.resolve() for other in others if other is not None):
+        raise ValueError(f"{option}: {path} is another file of this command, which would be lost; name a new one")
     if not path.parent.is_dir():
         raise ValueError(f"{option}: there is no folder {path.parent}")
     if path.is_dir():
@@ -92,6 +108,11 @@ class Layers(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.file)
+
+    @property
+    def head_dims(self) -> str:
+        """Of all layers, in words."""
+        return " and ".join(map(str, sorted(self.file.head_dims())))
 
     def each(self, what: str) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
         """Name and Q, K, V of each layer, with a progress bar."""

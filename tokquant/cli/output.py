@@ -34,11 +34,6 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.3f} %"
 
 
-def bits(value: float) -> str:
-    """Bits per value, as short as it is exact."""
-    return f"{value:.3f}".rstrip("0").rstrip(".")
-
-
 def _finite(data: Any) -> Any:
     if isinstance(data, dict):
         return {key: _finite(value) for key, value in data.items()}

@@ -14,14 +14,13 @@ def record(
     texts: models.Texts,
     output_path: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write.")],
     tokens: models.Tokens = 512,
-    windows: models.Windows = 1,
+    windows: Annotated[int, typer.Option("--windows", min=1, help="How many windows to take; the file grows with them.")] = 1,
     device: options.Device = None,
     dtype: models.Dtype = None,
     json: options.Json = False,
 ) -> None:
     """Run a model on texts and write Q, K and V of each of its layers, for `compare`, `run` and `calibrate`."""
-    if not output_path.parent.is_dir():
-        raise ValueError(f"--output: there is no folder {output_path.parent}")
+    options.check_writable("--output", output_path, texts)
     loaded, ids = models.load(model, texts, tokens, windows, device, dtype)
     from tokquant.integrations.transformers import record as record_model
 

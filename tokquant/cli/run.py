@@ -8,6 +8,7 @@ from rich.table import Table
 
 from tokquant.cli import options, output
 from tokquant.evaluation.compare import compare
+from tokquant.evaluation.page.numbers import thousandths
 from tokquant.schemes import read
 
 
@@ -58,7 +59,7 @@ def run(
             }
         )
         return
-    table = Table(title=escape(f"{resolved.name} on {layers.name}, head_dim {q.shape[3]}, backend {chosen}"))
+    table = Table(title=escape(f"{resolved.name} on {layers.name}, head_dim {layers.head_dims}, backend {chosen}"))
     table.add_column("layer")
     for column in ("cosine", "rel. L1", "RMSE", "max", "bits q / k / v", "ms", "quantize ms", "SDPA ms"):
         table.add_column(column, justify="right")
@@ -70,7 +71,7 @@ def run(
             output.percent(errors.rel_l1),
             f"{errors.rmse:.2e}",
             f"{errors.max_abs:.2e}",
-            " / ".join(output.bits(result.bits[role]) for role in "qkv"),
+            " / ".join(thousandths(result.bits[role]) for role in "qkv"),
             f"{result.ms:.2f}",
             f"{result.quantize_ms:.2f}",
             f"{result.sdpa_ms:.2f}",

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from tokquant.cli import options, output
 from tokquant.errors import SchemeError
+from tokquant.evaluation.page.numbers import thousandths
 from tokquant.schemes import QuantScheme, SchemeMap, preset_names, read, resolve
 from tokquant.schemes.presets import source
 
@@ -44,7 +45,7 @@ def schemes(
             preset,
             *(str(operand) for operand in (scheme.q, scheme.k, scheme.v)),
             f"{scheme.p.precision} {scheme.p.granularity}",
-            " / ".join(output.bits(each) for each in bits.values()) if bits else "does not fit",
+            " / ".join(thousandths(each) for each in bits.values()) if bits else "does not fit",
         )
     output.console().print(table)
 

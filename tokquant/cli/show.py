@@ -13,16 +13,44 @@ from tokquant.kernels.compile import compile
 
 
 def show(
-    scheme: Annotated[str, typer.Argument(help="A preset or the path of a YAML file.")] = "int8",
+    scheme: Annotated[
+        str | None, typer.Argument(help="A preset or the path of a YAML file; int8, or kv-int8 to decode.")
+    ] = None,
     layer: options.Layer = None,
-    head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 64,
+    head_dim: options.HeadDim = 64,
+    target: options.Target = "sm_90",
     causal: options.Causal = False,
+    window: features.Window = None,
+    softcap: features.Softcap = None,
+    mask: features.Mask = "none",
+    bias: features.Bias = "none",
+    bias_rank: features.BiasRank = 16,
+    sinks: features.Sinks = False,
     lse: features.Lse = False,
+    varlen: features.Varlen = False,
+    decode: features.Decode = False,
+    shared_heads: features.SharedHeads = 1,
     dtype: options.Dtype = "fp16",
     json: options.Json = False,
 ) -> None:
-    """Print the Triton kernel of a scheme: the very text that is launched, which runs alone."""
-    kernel = compile(scheme, layer=layer, head_dim=head_dim, causal=causal, return_lse=lse, dtype=options.dtype_of(dtype))
+    """Print the Triton kernel of a scheme: the very text that is launched, which runs alone.
+
+    Of a window and a softcap the text says that there are some; how large comes at a call.
+    """
+    wanted = features.Wanted(
+        causal=causal, window=window, softcap=softcap, mask=mask, bias=bias, bias_rank=bias_rank, sinks=sinks, lse=lse
+    )
+    kernel = compile(
+        scheme if scheme is not None else "kv-int8" if decode else "int8",
+        layer=layer,
+        head_dim=head_dim,
+        **wanted.flags(),
+        varlen=varlen,
+        shared_heads=shared_heads,
+        decode=decode,
+        target=target,
+        dtype=options.dtype_of(dtype),
+    )
     if json:
         output.print_json(
             {"scheme": kernel.scheme.name, "kernel": kernel.plan.name, "config": asdict(kernel.config), "source": kernel.source}

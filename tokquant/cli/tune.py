@@ -24,14 +24,14 @@ from tokquant.tuning.trials import Tuned
 def tune(
     schemes: Annotated[list[str] | None, typer.Argument(help="Presets or YAML files; int8, or kv-int8 to decode.")] = None,
     layer: options.Layer = None,
-    decode: Annotated[bool, typer.Option("--decode", help="The kernel that reads a KV cache, for one new token.")] = False,
+    decode: features.Decode = False,
     tokens: Annotated[
         list[int] | None, typer.Option("--tokens", min=1, help="Sequence lengths, or keys of a cache; repeat for more.")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
-    heads: Annotated[int, typer.Option("--heads", min=1, help="Of Q.")] = 32,
-    kv_heads: Annotated[int | None, typer.Option("--kv-heads", min=1, help="Of K and V; as many as Q's if left out.")] = None,
-    head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 128,
+    batch: options.Batch = 1,
+    heads: options.Heads = 32,
+    kv_heads: options.KvHeads = None,
+    head_dim: options.HeadDim = 128,
     causal: options.Causal = False,
     window: features.Window = None,
     softcap: features.Softcap = None,
@@ -58,9 +58,7 @@ def tune(
     )
     where, kind = options.device_of(device), options.dtype_of(dtype)
     resolved = [resolve(name, layer) for name in schemes or ["kv-int8" if decode else "int8"]]
-    shared = kv_heads or heads
-    if heads % shared:
-        raise ValueError(f"--kv-heads: {shared} does not divide the {heads} heads of Q")
+    shared = options.kv_heads_of(heads, kv_heads)
     of_cache = wanted.of_cache() if decode else {}
     need_gpu(where)
     times: dict[str, Any] = dict(keep=keep or None, repeats=repeats)

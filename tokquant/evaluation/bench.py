@@ -13,7 +13,7 @@ from tokquant.attention import attention as attend
 from tokquant.attention import choose_backend, quantize, quantizing
 from tokquant.calibration.scales import LayerScales
 from tokquant.decode import decode as decode_cache
-from tokquant.errors import SchemeError
+from tokquant.errors import SchemeError, quote
 from tokquant.evaluation import packages, peers
 from tokquant.evaluation.machine import machine
 from tokquant.evaluation.packages import Call, first_line
@@ -114,8 +114,8 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
         device: where to run; the backend is that of `auto`.
         repeats: timed runs of each.
 
-    What does not run is a row that says why. Raises SchemeError for a scheme that is none, ValueError for a shape that does not
-    fit memory.
+    What does not run is a row that says why. Raises SchemeError for a scheme that is none, ValueError for two of one name and
+    for a shape that does not fit memory.
     """
     named = _named(schemes)
     q, k, v = _tensors(shape, device)
@@ -276,8 +276,15 @@ def _timed(
 
 
 def _named(schemes: Sequence[QuantScheme | str]) -> dict[str, QuantScheme]:
-    """Schemes by what they were given as: several files may hold one name."""
-    return {scheme if isinstance(scheme, str) else scheme.name: resolve(scheme) for scheme in schemes}
+    """Schemes by what they were given as: several files may hold one name. Raises ValueError for two of one name."""
+    if isinstance(schemes, str | QuantScheme):
+        raise TypeError(f"schemes: {quote(schemes)} alone; give a list of them")
+    named: dict[str, QuantScheme] = {}
+    for scheme in schemes:
+        name, found = scheme if isinstance(scheme, str) else scheme.name, resolve(scheme)
+        if named.setdefault(name, found) != found:
+            raise ValueError(f"schemes: two are called {name!r}; give each a name of its own")
+    return named
 
 
 def _tensors(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

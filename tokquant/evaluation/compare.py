@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokquant import reference
-from tokquant.attention import Backend, Scheme, attention, choose_backend, quantize
+from tokquant.attention import Backend, Scheme, attention, check_one_layer, choose_backend, quantize
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import quote
@@ -42,6 +42,8 @@ class Comparison:
     """The largest error over the channels of each query, `[B, H_q, N_q]` float64: what a bound bounds."""
     bound: Bound | None = None
     """What those are certified to stay below, where it was asked for."""
+    explanation: Explanation | None = None
+    """Where the errors come from, if that was asked for."""
 
     @property
     def tightness(self) -> Tensor | None:
@@ -49,9 +51,6 @@ class Comparison:
         if self.bound is None:
             return None
         return torch.where(self.row_errors == 0, 0.0, self.row_errors / self.bound.total)
-
-    explanation: Explanation | None = None
-    """Where the errors come from, if that was asked for."""
 
 
 def compare(
@@ -125,7 +124,8 @@ def compare(
 def _scales_of(
     schemes: list[LayerScheme], scales: LayerScales | Sequence[LayerScales | None] | None
 ) -> Sequence[LayerScales | None]:
-    if scales is None or isinstance(scales, LayerScales):
+    if not isinstance(scales, Sequence):
+        check_one_layer(scales)
         return [scales if isinstance(scheme, QuantScheme) and needed(scheme) else None for scheme in schemes]
     if len(scales) != len(schemes):
         raise ValueError(

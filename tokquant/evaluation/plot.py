@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tokquant.errors import UnsupportedError, quote
 from tokquant.evaluation.search import Found
 
@@ -40,8 +42,9 @@ def figure(found: Found) -> "Figure":
     axes = figure.add_subplot()
     costs, errors = zip(*found.front, strict=True)
     axes.step(costs, errors, where="post", label="maps", zorder=1)
-    costs, errors = zip(*found.singles.values(), strict=True)
-    axes.scatter(costs, errors, s=16, color="0.5", label="one scheme for all layers", zorder=2)
+    # there is none where every scheme fits some layers only
+    x, y = np.array(list(found.singles.values())).reshape(-1, 2).T
+    axes.scatter(x, y, s=16, color="0.5", label="one scheme for all layers", zorder=2)
     for name, point in found.singles.items():
         if any(cost <= point[0] and error < point[1] for cost, error in found.singles.values()):
             continue  # names of those that another beats would lie on top of each other

@@ -12,7 +12,7 @@ import torch
 from tokquant.evaluation.bound import Bound
 from tokquant.evaluation.compare import Comparison
 from tokquant.evaluation.explain import WorstRow
-from tokquant.schemes import QuantScheme, SchemeMap
+from tokquant.schemes import QuantScheme, SchemeMap, read
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Judged:
             "sdpa_ms": self.mean(lambda each: each.sdpa_ms),
             "backend": first.backend,
         }
-        found |= {} if self.parts is None else {"parts": self.parts}
-        return found if self.bound is None else found | {"bound": self.bound}
+        more = {"parts": self.parts, "bound": self.bound}
+        return found | {name: value for name, value in more.items() if value is not None}
 
     def to_json(self) -> dict:
         """Everything: the means, the scheme, and each layer with its heads."""
@@ -138,17 +138,20 @@ def bits_of_cache(judged: Judged) -> float:
 def gather(
     input: str,
     setting: Mapping[str, str],
-    schemes: Sequence[QuantScheme | SchemeMap],
+    schemes: Sequence[QuantScheme | SchemeMap | str],
     layers: Mapping[str, Sequence[Comparison]],
 ) -> Report:
-    """What `compare` gave for each layer with these schemes, as a report. Raises ValueError where there is nothing."""
+    """What `compare` gave for each layer with these schemes, as a report.
+
+    Raises ValueError where there is nothing, or another number of comparisons than of schemes; SchemeError.
+    """
     if not layers or not all(layers.values()):
         raise ValueError("layers: there is nothing to report; give the comparisons of at least one layer and scheme")
     if counts := {len(found) for found in layers.values()} - {len(schemes)}:
         raise ValueError(f"layers: {sorted(counts)} comparisons of {len(schemes)} schemes; compare the same ones on each")
     names: Counter[str] = Counter()
     judged = []
-    for place, scheme in enumerate(schemes):
+    for place, scheme in enumerate(map(read, schemes)):
         names[scheme.name] += 1
         name = scheme.name + (f" ({names[scheme.name]})" if names[scheme.name] > 1 else "")
         judged.append(Judged(name, scheme, {layer: found[place] for layer, found in layers.items()}))

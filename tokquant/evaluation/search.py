@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+from torch import Tensor
 
+from tokquant.bias import Bias
 from tokquant.calibration.scales import needed
 from tokquant.errors import nearest, quote
 from tokquant.evaluation import candidates as families
@@ -67,7 +69,13 @@ def search(
     held_out: Activations | None = None,
     name: str = "searched",
     progress: Progress | None = None,
-    **features: Any,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    bias: Bias | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Found:
     """The scheme map that errs least within a cost, or costs least within an error.
 
@@ -81,17 +89,18 @@ def search(
             `"max_abs=0.1"` or `"cosine=0.999"`, the most it may err, or the least a cosine may be.
         metric: the error to make small, where the budget is a cost; rel_l1 where None. Of a cosine, what it lacks of 1.
         cost: what to make small, where the budget is an error; bits where None. `bits` a value of Q, K and V in a long
-            sequence, scales included; `kv_bits` of K and V alone; `ms` of all layers, quantization included.
+            sequence, scales included; `kv_bits` of K and V alone; `ms` of all layers, measured here with quantization.
         over: the mean over the layers, or the worst.
         relative_to: count each layer's error in those of this scheme there.
         heads: let ranges of heads of K and V take schemes of their own, none static or with a scale per tensor; for the mean
             of rel_l1.
         rows: queries that are looked at in each head, in runs spread over the sequence; all where None. Keys are always all.
-        target: for `ms`, a GPU whose time is predicted from compiled kernels (`sm_90` ...); measured here where None.
+        target: for `ms`, a GPU (`sm_90` ...) whose time is predicted instead: of attention on codes, from the instructions of
+            its compiled kernels for float16 tensors.
         held_out: the same layers' activations on other inputs, which the search does not see: what was found is judged on them.
         name: of the map; no candidate's.
         progress: wraps the names of the layers, and how many there are, as they are worked on.
-        features: causal, scale, window, softcap, mask, sinks and bias, as for `attention`.
+        causal, scale, mask, bias, window, softcap, sinks: as for `attention`, of every layer.
 
     Raises ValueError and SchemeError for what cannot be read, and where no combination keeps the budget.
     """
@@ -112,6 +121,7 @@ def search(
     if name in (scheme.name for scheme in schemes):
         raise ValueError(f"name: {quote(name)}, of the map or its file, is a candidate's; give another")
     base = None if relative_to is None else read(relative_to)
+    features = dict(causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     judged: dict[str, Any] = dict(metric=metric, rows=rows, relative_to=base, progress=progress, **features)
     table = measure(activations, schemes, cost=cost, heads=heads, target=target, **judged)
     fronts = []

@@ -17,7 +17,9 @@ from tokquant.errors import SchemeError, quote
 from tokquant.evaluation.front import Floats
 from tokquant.evaluation.sampling import runs
 from tokquant.inputs import check_tensors, features_of
+from tokquant.io_model.workload import seen
 from tokquant.kernels.compile import compile
+from tokquant.kernels.launch import asked
 from tokquant.metrics import errors
 from tokquant.quantize import quantize_operands
 from tokquant.schemes import HeadSchemes, LayerScheme, QuantScheme, SchemeMap, of_layer
@@ -71,11 +73,13 @@ def measure(
                 why = "has no error" if unit == 0 else "does not fit, or gives what is no number,"
                 raise ValueError(f"relative_to: {relative_to.name!r} {why} in layer {quote(layer)}; count in another's errors")
             found = found / unit
-        if cost == "ms":
-            spent = [_ms(q, k, v, scheme, target, features) for scheme in own]
-        else:
+        if cost != "ms":
             spent = [_bits(q, k, scheme, cost) for scheme in own]
             values += k.numel() + v.numel() + (q.numel() if cost == "bits" else 0)
+        elif target is None:
+            spent = [_measured_ms(q, k, v, scheme, features) for scheme in own]
+        else:
+            spent = [_predicted_ms(q, k, scheme, target, judge.features) for scheme in own]
         kv_heads.append(k.shape[1])
         error.append(found)
         price.append(np.repeat(np.array(spent)[None] / len(found), len(found), axis=0))
@@ -161,19 +165,34 @@ def _bits(q: Tensor, k: Tensor, scheme: LayerScheme, cost: str) -> float:
     return total
 
 
-def _ms(q: Tensor, k: Tensor, v: Tensor, scheme: LayerScheme, target: str | None, features: dict[str, Any]) -> float:
-    if target is None:
-        scales = scales_for(scheme, q, k, v)
-        own = quantizing("auto", q.device)
-        attend = partial(attention, q, k, v, scheme, scales=scales, backend=own, **features)
-        [found] = interleaved_medians([attend], 3, q.device)
-        return found
-    (b, h, n_q, d), n_k = q.shape, k.shape[2]
-    causal, softcap = bool(features.get("causal")), features.get("softcap") is not None
-    pairs = n_q * n_k - (n_q * (n_q - 1) // 2 if causal and n_q <= n_k else 0)
+def _measured_ms(q: Tensor, k: Tensor, v: Tensor, scheme: LayerScheme, features: dict[str, Any]) -> float:
+    """With quantization."""
+    scales = scales_for(scheme, q, k, v)
+    own = quantizing("auto", q.device)
+    [found] = interleaved_medians([partial(attention, q, k, v, scheme, scales=scales, backend=own, **features)], 3, q.device)
+    return found
+
+
+def _predicted_ms(q: Tensor, k: Tensor, scheme: LayerScheme, target: str, features: reference.Features) -> float:
+    """Of attention on codes: its operations at the rate that kernels with these features should reach on the target."""
+    (b, h, n_q, d), (kv_heads, n_k) = q.shape, k.shape[1:3]
+    first, end = seen(n_q, n_k, features.reach())
+    operations = 4 * b * h * int(np.maximum(end - first, 0).sum()) * d
+    wanted, _ = asked(features, return_lse=False)
     ms = 0.0
     for heads, part in parts_of(scheme):
-        kernel = compile(part, head_dim=d, causal=causal, softcap=softcap, target=target)
-        share = (heads or k.shape[1]) / k.shape[1]
-        ms += share * 4 * b * h * pairs * d / kernel.prediction.serial_tops / 1e9
+        kernel = compile(
+            part,
+            head_dim=d,
+            causal=features.causal,
+            window=features.window is not None,
+            mask=wanted.mask,
+            softcap=wanted.softcap,
+            sinks=wanted.sinks,
+            bias="none" if features.bias is None else features.bias.kind,
+            bias_rank=wanted.bias_rank,
+            shared_heads=h // kv_heads,
+            target=target,
+        )
+        ms += (heads or kv_heads) / kv_heads * operations / kernel.prediction.serial_tops / 1e9
     return ms

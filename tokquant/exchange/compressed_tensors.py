@@ -29,9 +29,12 @@ def to_compressed_tensors(
 
     `targets` are the attention modules, by class or as `re:` and a pattern of their names; they count where Q has codes.
 
-    Raises SchemeError for every part of the scheme that cannot be expressed, with what could be.
+    Raises SchemeError for every part of the scheme that cannot be expressed, with what could be; TypeError for other targets.
     """
     scheme = expressible(scheme)
+    listed = [targets] if isinstance(targets, str) else targets
+    if not isinstance(listed, Sequence) or not all(isinstance(each, str) for each in listed):
+        raise TypeError(f"targets: {quote(targets)}; give a class, or re: and a pattern of names, or a list of those")
     args = {
         "num_bits": 8,
         "type": "float",
@@ -41,7 +44,7 @@ def to_compressed_tensors(
         "dynamic": False,
     }
     group = {
-        "targets": [targets] if isinstance(targets, str) else list(targets),
+        "targets": list(listed),
         "weights": None,
         "input_activations": args,
         "output_activations": None,

@@ -3,17 +3,16 @@
 import inspect
 import warnings
 from functools import partial
-from types import FunctionType
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.nn.functional import multi_head_attention_forward
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 from torch.overrides import TorchFunctionMode
 
-from tokquant.attention import Backend, Scheme, check_scales, choose_backend, scheme_of
+from tokquant.attention import Backend, Scheme, check_backend, check_scales, scheme_of
 from tokquant.calibration.scales import LayerScales
+from tokquant.calibration.watching import without_dispatch
 from tokquant.errors import UnsupportedError, nearest, quote
 from tokquant.inputs import check_no_grad
 from tokquant.schemes import QuantScheme
@@ -54,9 +53,9 @@ class quantized_sdpa(TorchFunctionMode):
         found, self.fallback = scheme_of(scheme, None, scales), fallback
         if isinstance(found, QuantScheme):
             check_scales(found, scales)
-        choose_backend(backend, torch.device("meta"))  # for what it says of a name that is none
+        check_backend(backend)
         self._quantized = partial(scaled_dot_product_attention, scheme=found, scales=scales, backend=backend)
-        self._multi_head = _with_attention(self._attend)
+        self._multi_head = without_dispatch(multi_head_attention_forward, scaled_dot_product_attention=self._attend)
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -91,19 +90,3 @@ class quantized_sdpa(TorchFunctionMode):
         if self.fallback == "warn":
             # the place that called torch
             warnings.warn(f"scaled_dot_product_attention is torch's here, not quantized: {error}", stacklevel=4)
-
-
-def _with_attention(attend: Any) -> FunctionType:
-    """torch's own multi-head attention with another function for the one it calls.
-
-    A mode is off while torch runs a function that it was asked about, so that what this one calls would never be seen. Its code
-    runs with a name changed; nothing of torch is.
-    """
-    names = {
-        **vars(torch.nn.functional),
-        "scaled_dot_product_attention": attend,
-        "has_torch_function": lambda tensors: False,
-    }
-    made = FunctionType(multi_head_attention_forward.__code__, names, argdefs=multi_head_attention_forward.__defaults__)
-    made.__kwdefaults__ = multi_head_attention_forward.__kwdefaults__
-    return made

@@ -48,7 +48,7 @@ def _parts(judged: Judged) -> Markup:
     for name, each in judged.layers.items():
         assert each.explanation is not None
         bits = " / ".join(plain(each.bits[role]) for role in "qkv")
-        cells = part_cells(dict(each.explanation.parts))
+        cells = part_cells(each.explanation.parts)
         rows.append(
             tag("tr", _layer(name), *cells, tag("td", percent(each.errors.rel_l1), class_="n"), tag("td", bits, class_="n"))
         )
@@ -88,4 +88,4 @@ def _row(layer: str, row: WorstRow) -> Markup:
     figures = (str(row.head), token, f"{percent(row.error)} ({percent(row.usual_error)})", *entropies)
     cells = [tag("td", text, class_="n") for text in figures]
     largest = ", ".join(f"{percent(share)} on {key}" for key, share in row.weights)
-    return tag("tr", _layer(layer), *cells, tag("td", largest, class_="wide"), *part_cells(dict(row.parts)))
+    return tag("tr", _layer(layer), *cells, tag("td", largest, class_="wide"), *part_cells(row.parts))

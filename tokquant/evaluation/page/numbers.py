@@ -34,6 +34,11 @@ def plain(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def thousandths(value: float) -> str:
+    """As short as it is exact, to a thousandth: '8.25', '4'."""
+    return f"{value:.3f}".rstrip("0").rstrip(".")
+
+
 def special(value: float) -> str:
     """What is no number."""
     return "NaN" if math.isnan(value) else "\u221e" if value > 0 else "\u2212\u221e"

@@ -1,12 +1,12 @@
 """The parts of a page that have a row for each scheme."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from statistics import median
 
 from tokquant.evaluation.page.heat import Scale, heat_map, scrolled
 from tokquant.evaluation.page.markup import Markup, tag
-from tokquant.evaluation.page.numbers import percent, plain, special
+from tokquant.evaluation.page.numbers import percent, plain, special, thousandths
 from tokquant.evaluation.page.scatter import Point, scatter
 from tokquant.evaluation.report import Judged, Report, bits_of_cache
 
@@ -23,17 +23,12 @@ def in_short(report: Report) -> Markup:
         )
     best, smallest = front[-1], front[0]
     fastest = min(report.schemes, key=_ms)
-    beside = plain(fastest.mean(lambda each: each.sdpa_ms))
+    kept, least = (f"{thousandths(bits_of_cache(each))} bits a value of K and V" for each in (best, smallest))
+    times = f"{plain(_ms(fastest))} ms, and torch\u2019s SDPA {plain(fastest.mean(lambda each: each.sdpa_ms))} ms"
     said = [
-        _said("Closest to exact", best, f"{percent(best.rel_l1)} off at {_bits(bits_of_cache(best))} bits a value of K and V"),
-        _said(
-            "Fewest bits", smallest, f"{_bits(bits_of_cache(smallest))} bits a value of K and V, {percent(smallest.rel_l1)} off"
-        ),
-        _said(
-            "Fastest here",
-            fastest,
-            f"{plain(_ms(fastest))} ms, and torch\u2019s SDPA {beside} ms; {percent(fastest.rel_l1)} off",
-        ),
+        _said("Closest to exact", best, f"{percent(best.rel_l1)} off at {kept}"),
+        _said("Fewest bits", smallest, f"{least}, {percent(smallest.rel_l1)} off"),
+        _said("Fastest here", fastest, f"{times}; {percent(fastest.rel_l1)} off"),
     ]
     return tag("dl", *(part for each in said for part in each), class_="lead")
 
@@ -62,7 +57,7 @@ def summary(report: Report) -> Markup:
 
     def row(place: int, judged: Judged) -> Markup:
         found = judged.summary()
-        bits = " / ".join(_bits(found["bits"][role]) for role in "qkv")
+        bits = " / ".join(thousandths(found["bits"][role]) for role in "qkv")
         return tag(
             "tr",
             _name(judged, place, id(judged) in fronts),
@@ -142,7 +137,7 @@ def parts(report: Report) -> Markup:
     )
 
 
-def part_cells(found: dict[str, float]) -> list[Markup]:
+def part_cells(found: Mapping[str, float]) -> list[Markup]:
     """A cell for each of Q, K, V and P, with a bar."""
     largest = max((part for part in found.values() if isfinite(part)), default=0.0)
     return [
@@ -207,10 +202,6 @@ def _name(judged: Judged, place: int, on_front: bool | None = None) -> Markup:
 
 def _number(text: str, value: float) -> Markup:
     return tag("td", text, class_="n", data_v=f"{value:.6g}")
-
-
-def _bits(value: float) -> str:
-    return f"{value:.3f}".rstrip("0").rstrip(".")
 
 
 def _ms(judged: Judged) -> float:

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tokquant.attention import Backend, attention, check_heads, check_scales, choose_backend, quantizing
+from tokquant.attention import Backend, attention, check_backend, check_heads, check_scales, quantizing
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError, quote
 from tokquant.schemes import HeadSchemes, LayerScheme
@@ -14,7 +13,7 @@ from tokquant.schemes import HeadSchemes, LayerScheme
 
 def function_of(scheme: LayerScheme, scales: LayerScales | None, backend: Backend) -> Callable:
     """Attention by a scheme as diffusers calls it. Raises SchemeError, ScalesError, TypeError or ValueError at once."""
-    choose_backend(backend, torch.device("meta"))  # for what it says of a name that is none
+    check_backend(backend)
     if isinstance(scheme, HeadSchemes):
         check_heads(scheme, scheme.heads, scales)
     else:

@@ -2,18 +2,18 @@
 
 import re
 import warnings
-from fnmatch import fnmatchcase
-from functools import cache
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from torch import nn
 
-from tokquant.attention import Backend, Scheme
+from tokquant.attention import Backend, Scheme, check_backend
 from tokquant.calibration.scales import LayerScales, Scales, static
-from tokquant.errors import ScalesError, SchemeError, UnsupportedError, nearest, quote
+from tokquant.errors import SchemeError, UnsupportedError, quote
 from tokquant.integrations.diffusers import surface
 from tokquant.integrations.diffusers.attention import function_of
-from tokquant.schemes import HeadSchemes, LayerScheme, SchemeMap, of_layer, read
+from tokquant.integrations.layers import check_layers, check_scales_of, scheme_of_layers
+from tokquant.schemes import LayerScheme, SchemeMap, of_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,7 +39,7 @@ def register(
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_.-]+", name):
         raise ValueError(f"name: {quote(name)}; use lower-case letters, digits, '_', '-' and '.'")
-    given = _read(scheme)
+    given = scheme_of_layers(scheme)
     one = given.only() if isinstance(given, SchemeMap) else given
     untold = "and diffusers does not tell a backend which one calls it; use(model, ...) takes them"
     if one is None:
@@ -72,23 +72,14 @@ def use(model: Model, scheme: Scheme = "int8", *, scales: Scales | None = None, 
         ImportError, TypeError, ValueError: as `register`. The model is then as it was.
     """
     layers = _layers(model)
-    given = _read(scheme)
-    if isinstance(given, SchemeMap):
-        for pattern, _ in given.layers:
-            if not any(fnmatchcase(layer, pattern) for layer in layers):
-                raise SchemeError(f"scheme map {given.name!r}: {quote(pattern)} matches no layer{nearest(pattern, layers)}")
-    fixed = [layer for layer in layers if static(given, layer)]
-    if scales is not None:
-        if not isinstance(scales, Scales):
-            raise TypeError(f"scales: a {type(scales).__name__}; give what load_scales or a Calibrator returns")
-        if not fixed:
-            raise ScalesError(f"scales: scheme {given.name!r} has no static part and no use for them")
-        for layer in scales:
-            if layer not in layers:
-                raise ScalesError(f"scales: {type(model).__name__} has no layer {quote(layer)}{nearest(layer, layers)}")
+    given = scheme_of_layers(scheme)
+    check_backend(backend)
+    check_scales_of(given, scales)
+    check_layers(given, scales, model, layers, "layer")
     chosen: dict[int, tuple[str, Any]] = {}
     for layer, processor in layers.items():
-        own = _backend(of_layer(given, layer), scales[layer] if scales is not None and layer in fixed else None, backend)
+        its_scales = scales[layer] if scales is not None and static(given, layer) else None
+        own = _backend(of_layer(given, layer), its_scales, backend)
         first, its = chosen.setdefault(id(processor), (layer, own))
         if its is not own:
             raise SchemeError(
@@ -99,14 +90,18 @@ def use(model: Model, scheme: Scheme = "int8", *, scales: Scales | None = None, 
     return model
 
 
-@cache
+_shared: WeakValueDictionary[tuple[LayerScheme, Backend], Any] = WeakValueDictionary()
+"""Backends of schemes without scales, as long as a model has them."""
+
+
 def _backend(scheme: LayerScheme, scales: LayerScales | None, backend: Backend) -> Any:
-    """One for all layers of a scheme: torch.compile then compiles them once."""
-    return surface.unlisted(function_of(scheme, scales, backend))
-
-
-def _read(scheme: Scheme) -> LayerScheme | SchemeMap:
-    return scheme if isinstance(scheme, HeadSchemes) else read(scheme)
+    """One for all layers of a scheme, but for scales: torch.compile then compiles them once."""
+    made = _shared.get((scheme, backend)) if scales is None else None
+    if made is None:
+        made = surface.unlisted(function_of(scheme, scales, backend))
+        if scales is None:
+            _shared[scheme, backend] = made
+    return made
 
 
 def _layers(model: object) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 from itertools import count
 from typing import Any
+from weakref import finalize
 
 from tokquant.errors import UnsupportedError, nearest, quote
 
@@ -16,7 +17,7 @@ TRIED = "0.35 to 0.42"
 NEEDED: dict[str, tuple[str, ...]] = {
     "dispatch_attention_fn": (),
     "AttentionBackendName": ("NATIVE", "_member_map_", "_member_names_", "_value2member_map_"),
-    "_AttentionBackendRegistry": ("register", "_active_backend", "_backends", "_supported_arg_names"),
+    "_AttentionBackendRegistry": ("register", "_active_backend", "_backends", "_constraints", "_supported_arg_names"),
 }
 """What is used of diffusers.models.attention_dispatch."""
 
@@ -61,11 +62,21 @@ def remove(name: str) -> None:
 
 
 def unlisted(function: Callable) -> Any:
-    """A backend that only those processors have to which it is given. Raises ImportError, UnsupportedError."""
+    """A backend that only those processors have to which it is given. Nothing is left of it when the last of them is gone.
+
+    Raises ImportError, UnsupportedError.
+    """
     names, registry = _surface()
-    member = _member(names, f"tokquant #{next(_numbers)}")
-    _fill(names, registry, member, function)
-    return member
+    # two that are equal: the registry would keep the one that is given alive
+    kept, given = (_member(names, value) for value in [f"tokquant #{next(_numbers)}"] * 2)
+    _fill(names, registry, kept, function)
+    finalize(given, _forget, registry, kept)
+    return given
+
+
+def _forget(registry: Any, member: Any) -> None:
+    for entries in (registry._backends, registry._constraints, registry._supported_arg_names):
+        del entries[member]
 
 
 def _member(names: Any, value: str) -> Any:

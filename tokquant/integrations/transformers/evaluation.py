@@ -9,11 +9,13 @@ from transformers import PreTrainedModel
 
 from tokquant.attention import Backend, Scheme
 from tokquant.calibration.scales import Scales
-from tokquant.errors import SchemeError, quote
+from tokquant.errors import SchemeError, UnsupportedError, quote
 from tokquant.evaluation.logits import Agreement
+from tokquant.integrations.layers import scheme_of_layers
 from tokquant.integrations.transformers.cache import TokquantCache
+from tokquant.integrations.transformers.recording import check_window
 from tokquant.integrations.transformers.registration import check_model, kept, use
-from tokquant.schemes import QuantScheme, SchemeMap, read
+from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class Evaluation:
     prefill: Agreement
     """All tokens of each window at once."""
     decode: Agreement | None
-    """The last of each window one by one through a TokquantCache; None where the scheme cannot grow."""
+    """The last of each window one by one through a TokquantCache; None where that was not asked for, or cannot be."""
     refusal: str = ""
-    """Why it cannot."""
+    """Why it cannot: the scheme sees later tokens, or the model has layers that cannot be kept in codes."""
 
 
 def evaluate(
@@ -47,14 +49,17 @@ def evaluate(
 
     Returns: eager attention's own figures, and one Evaluation a scheme, in order. Afterwards the model attends as before.
 
-    Raises: as `use`. ValueError for a model that predicts no next token, for no window, or one of another shape.
+    Raises: as `use`. ValueError for a model that predicts no next token, for no window, or one of another shape, and for
+    `decoded` below 0.
     """
-    if isinstance(schemes, str | QuantScheme | SchemeMap):
+    if isinstance(schemes, str | LayerScheme | SchemeMap):
         raise TypeError(f"schemes: {quote(schemes)} alone; give a list of them")
     check_model(model)
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(f"model: {type(model).__name__} predicts no next token of its input; give a causal language model")
-    chosen = [read(scheme) for scheme in schemes]
+    if type(decoded) is not int or decoded < 0:
+        raise ValueError(f"decoded: {quote(decoded)} is not a whole number from 0")
+    chosen = [scheme_of_layers(scheme) for scheme in schemes]
     fixed = list(scales) if scales is not None else [None] * len(chosen)
     if len(fixed) != len(chosen):
         raise ValueError(f"scales: {len(fixed)} for {len(chosen)} schemes; give one for each, None where it needs none")
@@ -62,8 +67,9 @@ def evaluate(
     with kept(model), torch.no_grad():
         found = [_begin(model, *each, decoded, backend) for each in zip(chosen, fixed, strict=True)]
         for ids in windows:
+            check_window(ids)
             ids = ids.to(model.device)
-            if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
+            if ids.shape[0] != 1 or ids.shape[1] < 2:
                 raise ValueError(f"windows: one of shape {list(ids.shape)}; give [1, N] of two tokens or more")
             targets, first = ids[0, 1:], max(ids.shape[1] - 1 - decoded, 0)
             model.set_attn_implementation("eager")
@@ -85,11 +91,13 @@ def _begin(
     model: PreTrainedModel, scheme: QuantScheme | SchemeMap, scales: Scales | None, decoded: int, backend: Backend
 ) -> Evaluation:
     use(model, scheme, scales=scales, backend=backend)
+    if not decoded:
+        return Evaluation(scheme, Agreement(), None)
     try:
         TokquantCache(model, scheme, scales=scales, backend=backend)
-    except SchemeError as error:
+    except (SchemeError, UnsupportedError) as error:
         return Evaluation(scheme, Agreement(), None, str(error))
-    return Evaluation(scheme, Agreement(), Agreement() if decoded else None)
+    return Evaluation(scheme, Agreement(), Agreement())
 
 
 def _one_by_one(model: PreTrainedModel, ids: Tensor, first: int, cache: TokquantCache) -> Tensor:

@@ -11,9 +11,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tokquant.attention import Backend, Scheme
 from tokquant.calibration.scales import Scales
 from tokquant.errors import ScalesError
+from tokquant.integrations.layers import scheme_of_layers
 from tokquant.integrations.transformers.registration import NAME, known
 from tokquant.integrations.transformers.settings import Setting, place
-from tokquant.schemes import QuantScheme, SchemeMap, read
+from tokquant.schemes import QuantScheme, SchemeMap
 from tokquant.tensor_files import checksum
 
 
@@ -37,7 +38,7 @@ class TokquantConfig(QuantizationConfigMixin):
         quant_method: str = NAME,
     ):
         self.quant_method = quant_method  # type: ignore[assignment]
-        self.scheme, self.backend = _of_config(scheme) if isinstance(scheme, dict) else read(scheme), backend
+        self.scheme, self.backend = _of_config(scheme) if isinstance(scheme, dict) else scheme_of_layers(scheme), backend
         self.scales = None if isinstance(scales, dict) else scales
         self.saved: dict | None = scales if isinstance(scales, dict) else None
         """Of scales that are in the checkpoint: shape and type of each layer's, and a checksum."""

@@ -24,10 +24,19 @@ def observing(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
 
 
 def run_observed(model: PreTrainedModel, windows: Iterable[Tensor], observer: Observer) -> None:
-    """Run a model on token ids `[B, N]` of any lengths, `observing` it. Raises as that does."""
+    """Run a model on token ids `[B, N]` of any lengths, `observing` it. Raises as that does, and as `check_window`."""
     with observing(model, observer), torch.no_grad():
         for ids in windows:
+            check_window(ids)
             model(input_ids=ids.to(model.device), use_cache=False)
+
+
+def check_window(ids: object) -> None:
+    """Raise TypeError or ValueError unless these are token ids `[B, N]`."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"windows: one is a {type(ids).__name__}; give tensors of token ids [B, N]")
+    if ids.ndim != 2 or not ids.numel() or ids.dtype.is_floating_point:
+        raise ValueError(f"windows: one of shape {list(ids.shape)} and {ids.dtype}; give token ids [B, N]")
 
 
 def record(model: PreTrainedModel, windows: Iterable[Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -36,7 +45,7 @@ def record(model: PreTrainedModel, windows: Iterable[Tensor]) -> dict[str, tuple
     Args:
         windows: token ids `[B, N]`, all of one length.
 
-    Returns: for each module `[sum of B, H, N, D]`. Raises ValueError where lengths differ; else as `use`.
+    Returns: for each module `[sum of B, H, N, D]`. Raises ValueError where lengths differ or there is no window; else as `use`.
     """
     found: dict[str, list[tuple[Tensor, ...]]] = {}
 
@@ -44,6 +53,8 @@ def record(model: PreTrainedModel, windows: Iterable[Tensor]) -> dict[str, tuple
         found.setdefault(name, []).append(tuple(x.cpu().clone() for x in operands))
 
     run_observed(model, windows, keep)
+    if not found:
+        raise ValueError("windows: there are none, or nothing in the model attends; give at least one")
     lengths = {operands[0].shape[2] for parts in found.values() for operands in parts}
     if len(lengths) > 1:
         raise ValueError(f"windows: of {' and '.join(map(str, sorted(lengths)))} tokens; give windows of one length")

@@ -45,8 +45,9 @@ def use(model: Model, scheme: Scheme = "int8", *, scales: Scales | None = None, 
 
     Args: as for `register`. Names are those of `model.named_modules()`.
 
-    Raises: SchemeError where a pattern of a map matches no module, ScalesError where scales are of a module that is not there,
-    UnsupportedError for a model that does not look up its attention; else as `register`. The model is then as it was.
+    Raises: SchemeError where a pattern of a map matches no module, ScalesError where scales are of a module that is not there
+    or has no use for them, UnsupportedError for a model that does not look up its attention; else as `register`. The model is
+    then as it was.
     """
     return _use(model, Setting(scheme, scales, backend))
 

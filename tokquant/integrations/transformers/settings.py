@@ -3,16 +3,16 @@
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tokquant.attention import BACKENDS, Backend
+from tokquant.attention import Backend, check_backend
 from tokquant.calibration.scales import LayerScales, Scales, needed
-from tokquant.errors import ScalesError, SchemeError, nearest, quote
-from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap, of_layer, read
+from tokquant.errors import ScalesError
+from tokquant.integrations.layers import check_layers, check_scales_of, scheme_of_layers
+from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap, of_layer
 
 ATTRIBUTE = "_tokquant"
 """Of a module: its Place."""
@@ -34,19 +34,14 @@ class Setting:
     """Sees name, q, k and v of each attention."""
 
     def __post_init__(self):
-        object.__setattr__(self, "scheme", read(self.scheme))
-        if self.backend not in BACKENDS:
-            known = ", ".join(BACKENDS)
-            raise ValueError(f"backend: {quote(self.backend)} is none; use one of {known}{nearest(self.backend, BACKENDS)}")
-        if self.scales is not None and not isinstance(self.scales, Scales):
-            raise TypeError(f"scales: a {type(self.scales).__name__}; give what load_scales or a Calibrator returns")
-        static = [scheme for scheme in self.scheme.schemes() if needed(scheme)]
-        if static and self.scales is None:
+        object.__setattr__(self, "scheme", scheme_of_layers(self.scheme))
+        check_backend(self.backend)
+        check_scales_of(self.scheme, self.scales)
+        fixed = [scheme.name for scheme in self.scheme.schemes() if needed(scheme)]
+        if fixed and self.scales is None:
             raise ScalesError(
-                f"scales: scheme {static[0].name!r} is static; calibrate it (`tokquant calibrate --model`) and give its scales"
+                f"scales: scheme {fixed[0]!r} is static; calibrate it (`tokquant calibrate --model`) and give its scales"
             )
-        if self.scales is not None and not static:
-            raise ScalesError(f"scales: scheme {self.scheme.name!r} has no static part and no use for them")
 
     @property
     def by_name(self) -> bool:
@@ -60,18 +55,8 @@ class Setting:
         return scheme, self.scales[name] if static and self.scales is not None else None
 
     def check(self, model: nn.Module) -> None:
-        """Raise SchemeError or ScalesError unless every pattern and every layer of the scales is of a module of `model`."""
-        names = [name for name, _ in model.named_modules() if name]
-        if isinstance(self.scheme, SchemeMap):
-            for pattern, _ in self.scheme.layers:
-                if not any(fnmatchcase(name, pattern) for name in names):
-                    raise SchemeError(
-                        f"scheme map {self.scheme.name!r}: {quote(pattern)} matches no module of {type(model).__name__}"
-                        f"{nearest(pattern, names)}"
-                    )
-        for name in self.scales or ():
-            if name not in names:
-                raise ScalesError(f"scales: {type(model).__name__} has no module {quote(name)}{nearest(name, names)}")
+        """Raise SchemeError or ScalesError unless every pattern and all scales are of modules of `model` that use them."""
+        check_layers(self.scheme, self.scales, model, [name for name, _ in model.named_modules() if name], "module")
 
     def __deepcopy__(self, memo: dict) -> "Setting":
         return self  # a copied model goes on with the same

@@ -44,7 +44,8 @@ def read(path: str | os.PathLike) -> list[str]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # lines as JSON has them: splitlines() would also cut at U+2028 and the like, which a string may hold as they are
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text ({error})") from None
     texts = []
@@ -52,7 +53,7 @@ def read(path: str | os.PathLike) -> list[str]:
         if path.suffix == ".jsonl" and line.strip():
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: is no JSON: {error}") from None
             text = entry.get("text") if isinstance(entry, dict) else entry
             if not isinstance(text, str):

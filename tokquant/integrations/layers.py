@@ -1,0 +1,48 @@
+"""What a user gives for the layers of a model, beside the layers that the model has."""
+
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from tokquant.attention import Scheme
+from tokquant.calibration.scales import Scales, needed, static
+from tokquant.errors import ScalesError, SchemeError, nearest, quote
+from tokquant.schemes import HeadSchemes, QuantScheme, SchemeMap, of_layer, read
+
+
+def scheme_of_layers(scheme: Scheme) -> QuantScheme | SchemeMap:
+    """What a user gives for all layers. Raises SchemeError."""
+    return SchemeMap((("*", scheme),)) if isinstance(scheme, HeadSchemes) else read(scheme)
+
+
+def check_scales_of(scheme: QuantScheme | SchemeMap, scales: object) -> None:
+    """Raise TypeError unless these are scales of layers, or None; ScalesError where no layer could have a use for them."""
+    if scales is None:
+        return
+    if not isinstance(scales, Scales):
+        raise TypeError(f"scales: a {type(scales).__name__}; give what load_scales or a Calibrator returns")
+    if not any(map(needed, scheme.schemes())):
+        raise ScalesError(f"scales: scheme {scheme.name!r} has no static part and no use for them")
+
+
+def check_layers(
+    scheme: QuantScheme | SchemeMap, scales: Scales | None, model: nn.Module, names: Collection[str], kind: str
+) -> None:
+    """Raise SchemeError for a pattern of a map that matches none of these names of a `kind` of modules of a model.
+
+    ScalesError for scales of none of them, or of one that has no use for them.
+    """
+    if isinstance(scheme, SchemeMap):
+        for pattern, _ in scheme.layers:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise SchemeError(
+                    f"scheme map {scheme.name!r}: {quote(pattern)} matches no {kind} of {type(model).__name__}"
+                    f"{nearest(pattern, names)}"
+                )
+    for name in scales or ():
+        if name not in names:
+            raise ScalesError(f"scales: {type(model).__name__} has no {kind} {quote(name)}{nearest(name, names)}")
+        if static(scheme, name) is None:
+            own = of_layer(scheme, name).name
+            raise ScalesError(f"scales: {name} takes scheme {own!r}, which has no use for them; calibrate for {scheme.name!r}")
