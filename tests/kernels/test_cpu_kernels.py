@@ -1,6 +1,7 @@
 """Generated C++ kernels, against the emulation and against float64 on the same codes."""
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from factories import CASES, SCHEMES, bounds, exact_operands, fits, nan_filled, 
 import tokquant as tq
 from tokquant.inputs import features_of
 from tokquant.kernels.cpu import build, launch
+from tokquant.precisions import PRECISIONS, register
 from tokquant.reference import integer_scores, oracle
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
@@ -209,6 +211,19 @@ def test_a_large_head_dim_runs():
     operands = qkv(9, 70, 1100, 1)
     out, expected = (tq.attention(*operands, "int8", backend=backend) for backend in ("cpu", "reference"))
     assert (out - expected).abs().max() <= 1e-3
+
+
+def test_a_precision_that_was_replaced_is_the_new_one_in_the_next_kernel():
+    s, eight = scheme("int8", "int8", "fp16", "int8"), PRECISIONS["int8"]
+    operands = tq.quantize(*qkv(9, 70), s, backend="cpu")
+    outs = [tq.attention(*operands, s, backend="cpu")]
+    halved = "static inline floats encode_p(floats p) { return nearest(p / 2); }"
+    try:
+        register(replace(eight, encode=lambda x: eight.encode(x / 2), cpp_encode=halved), replace=True)
+        outs += [tq.attention(*operands, s, backend=backend) for backend in ("cpu", "reference")]
+    finally:
+        register(eight, replace=True)
+    assert (outs[1] - outs[2]).abs().mean() < 1e-3 and (outs[1] - outs[0]).abs().mean() > 0.1
 
 
 def test_what_no_kernel_does_says_so():

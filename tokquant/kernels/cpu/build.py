@@ -154,7 +154,10 @@ def _own_file(path: Path) -> bool:
 
 @lru_cache(maxsize=16)
 def _compiler(wanted: str, path: str) -> Compiler:
-    commands = [shlex.split(wanted)] if wanted.strip() else [[name] for name in COMPILERS]
+    try:
+        commands = [shlex.split(wanted)] if wanted.strip() else [[name] for name in COMPILERS]
+    except ValueError:  # a quotation that does not end
+        commands = []
     for command in commands:
         if shutil.which(command[0], path=path) is None:
             continue

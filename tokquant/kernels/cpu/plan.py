@@ -161,6 +161,9 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
     )
 
 
+precisions.base.WHEN_REPLACED.append(plan.cache_clear)
+
+
 def stored_type(operand: Operand, dtype: torch.dtype) -> torch.dtype:
     """The type of the stored elements of an operand that came as `dtype`: 16-bit floats keep their own."""
     return dtype if operand.format.bits == 16 and dtype != torch.float32 else operand.format.stored
