@@ -105,6 +105,22 @@ def test_a_folder_that_cannot_be_made_costs_a_compilation_each_time(monkeypatch,
     assert [answer(), answer()] == [41, 41] and len(compilations) == 2
 
 
+def test_a_temporary_folder_that_nothing_is_run_from_is_only_built_in(monkeypatch, tmp_path):
+    def mapped(path, load=build.ctypes.CDLL):
+        if "tokquant-" in path:
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(build.ctypes, "CDLL", mapped)
+    assert answer() == 41
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TOKQUANT_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(
+        tq.UnsupportedError, match=r"built and cannot be loaded: .*failed to map .*; set TOKQUANT_CACHE_DIR or TMPDIR"
+    ):
+        answer()
+
+
 def test_a_failing_compiler_says_its_first_lines():
     with pytest.raises(
         tq.UnsupportedError, match=r"fails on broken_\w+\.cpp; set CXX .*backend='reference'(.|\n)*nonsense"
