@@ -76,7 +76,7 @@ def patched_once():
 
 @pytest.fixture(autouse=True, scope="session")
 def rendered_once():
-    """A kernel is loaded under the name of its text, and thousands are: each text, and each fragment's, is put together once."""
+    """Thousands of kernels are loaded, under names that are of their text: each text, and each fragment's, is made once."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("render", "_source"):
             patch.setattr(generate, name, cache(getattr(generate, name)))
