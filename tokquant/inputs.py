@@ -43,9 +43,11 @@ def check_tensor(name: str, x: object) -> None:
 
 def check_memory(name: str, x: object) -> None:
     """Raise TypeError for a tensor whose memory holds other numbers than its own, in the order of its strides."""
-    if isinstance(x, Tensor) and x.layout != torch.strided:
+    if not isinstance(x, Tensor):
+        return
+    if x.layout != torch.strided:
         raise TypeError(f"{name}: a tensor of layout {x.layout}; give a dense one")
-    if isinstance(x, Tensor) and x.is_neg():
+    if x.is_neg():
         # as the imaginary part of what torch conjugates only when it is read
         raise TypeError(f"{name}: a view that torch negates when it is read; give its resolve_neg()")
 
