@@ -34,8 +34,7 @@ def check_tensor(name: str, x: object) -> None:
     """Raise TypeError, ValueError or RuntimeError unless this is a tensor that can be quantized."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: a {type(x).__name__}; give a torch.Tensor [B, H, N, D]")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: a tensor of layout {x.layout}; give a dense one")
+    check_memory(name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: {x.dtype} is not supported; use float16, bfloat16 or float32")
     if x.ndim != 4:
@@ -43,6 +42,17 @@ def check_tensor(name: str, x: object) -> None:
     if 0 in x.shape:
         raise ValueError(f"{name}: shape {list(x.shape)} is empty; give at least one of batch, heads, tokens and head_dim")
     check_no_grad(name, x)
+
+
+def check_memory(name: str, x: object) -> None:
+    """Raise TypeError for a tensor whose memory holds other numbers than its own, in the order of its strides."""
+    if not isinstance(x, Tensor):
+        return
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: a tensor of layout {x.layout}; give a dense one")
+    if x.is_neg():
+        # as the imaginary part of what torch conjugates only when it is read
+        raise TypeError(f"{name}: a view that torch negates when it is read; give its resolve_neg()")
 
 
 def check_no_grad(name: str, x: object) -> None:
@@ -156,6 +166,7 @@ def features_of(
         )
     parts = [] if bias is None else bias.tensors()
     for name, given in (("mask", mask), ("sinks", sinks), *(("bias", part) for part in parts)):
+        check_memory(name, given)
         check_no_grad(name, given)
         if isinstance(given, Tensor) and given.device != q.device:
             raise ValueError(f"{name}: on {given.device}, and q on {q.device}")
@@ -203,4 +214,6 @@ def _finite(name: str, value: object) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name}: {quote(value)} is not finite")
+    if abs(number) > torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: {quote(value)} is more than float32 holds, in which logits are computed")
     return number

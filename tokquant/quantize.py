@@ -70,19 +70,25 @@ def queries(
     q: Tensor, frame: Frame, k: QuantizedTensor, scheme: QuantScheme, scales: LayerScales | None = None
 ) -> QuantizedTensor:
     """Q in codes, with what its logits lack of those of K `k`, and the sum of its codes where K has zeros."""
-    logit_offset = None
-    if k.offset is not None:
-        logit_offset = (q.float() * for_query_heads(k.offset.float(), q, k)).sum(dim=-1, keepdim=True)
-    if place(scheme.k) == "q":
-        assert k.scale is not None
-        if k.origin is not None:
-            # K = code * scale + origin per channel: the origin is one more offset
-            zero_logit = (frame.apply(q) * for_query_heads(k.origin, q, k)).sum(dim=-1, keepdim=True)
-            logit_offset = zero_logit if logit_offset is None else logit_offset + zero_logit
-        frame = frame.with_fold(for_query_heads(k.scale.float(), q, k))
-    qq = replace(in_frame(q, frame, scheme.q, scales), logit_offset=logit_offset)
+    turned, offset, origin = of_keys(q, frame, k)
+    logit_offset = None if offset is None else (q.float() * offset.float()).sum(dim=-1, keepdim=True)
+    if origin is not None:
+        of_origin = (frame.apply(q) * origin).sum(dim=-1, keepdim=True)
+        logit_offset = of_origin if logit_offset is None else logit_offset + of_origin
+    qq = replace(in_frame(q, turned, scheme.q, scales), logit_offset=logit_offset)
     # S = s_q (c_q . (c_k s_k + origin_k)) takes the sum of Q's values as the product meets them
     return replace(qq, code_sum=met(qq).sum(dim=-1, keepdim=True)) if needs_query_sums(scheme) else qq
+
+
+def of_keys(q: Tensor, frame: Frame, k: QuantizedTensor) -> tuple[Frame, Tensor | None, Tensor | None]:
+    """What Q takes over from K, for each of its heads: its frame with K's scale per channel in it, and what its logits lack the
+    products with, `[B, H_q, 1, D]`: K's offset, and what K's codes of 0 stand for where channels have zeros."""
+    offset = None if k.offset is None else for_query_heads(k.offset, q, k)
+    if place(k.spec) != "q":
+        return frame, offset, None
+    assert k.scale is not None
+    origin = None if k.origin is None else for_query_heads(k.origin, q, k)
+    return frame.with_fold(for_query_heads(k.scale.float(), q, k)), offset, origin
 
 
 def values(v: Tensor, frame: Frame, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:

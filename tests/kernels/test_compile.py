@@ -4,14 +4,13 @@ import pytest
 import torch
 
 import tokquant as tq
-from tokquant.schemes import preset_names
 
 MMA = {"sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma"}
+INTEGERS = [(name, target) for name in ("int-flash", "int8", "int8-fast", "int8-fp16") for target in ("sm_80", "sm_90")]
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("target", MMA)
-@pytest.mark.parametrize("name", ["int-flash", "int8", "int8-fast", "int8-fp16"])
+@pytest.mark.parametrize(("name", "target"), [*INTEGERS, ("int8", "sm_89")])
 def test_integer_schemes_compile_to_integer_tensor_core_instructions(name, target):
     kernel = tq.compile(name, head_dim=64, causal=True, return_lse=True, target=target)
     ptx = kernel.asm["ptx"]
@@ -38,14 +37,6 @@ def test_every_input_type_compiles_and_bf16_values_are_never_cast_to_fp16(dtype)
 @pytest.mark.parametrize("head_dim", [32, 80, 128])
 def test_head_dims_compile(head_dim):
     assert tq.compile("int8", head_dim=head_dim).asm["cubin"]
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize(
-    "name", sorted({*preset_names()} - {"int-flash", "int8", "int8-fast", "int8-fp16", "int8-fp8", "fireq"})
-)
-def test_the_other_presets_compile(name):
-    assert tq.compile(name, head_dim=64, causal=True, return_lse=True).asm["cubin"]
 
 
 @pytest.mark.compiled

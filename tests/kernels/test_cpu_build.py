@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from factories import qkv
 
 import tokquant as tq
 from tokquant.kernels import store
-from tokquant.kernels.cpu import build
+from tokquant.kernels.cpu import build, launch
+from tokquant.reference import Features
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 
@@ -103,6 +105,22 @@ def test_a_folder_that_cannot_be_made_costs_a_compilation_each_time(monkeypatch,
     assert [answer(), answer()] == [41, 41] and len(compilations) == 2
 
 
+def test_a_temporary_folder_that_nothing_is_run_from_is_only_built_in(monkeypatch, tmp_path):
+    def mapped(path, load=build.ctypes.CDLL):
+        if "tokquant-" in path:
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(build.ctypes, "CDLL", mapped)
+    assert answer() == 41
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TOKQUANT_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(
+        tq.UnsupportedError, match=r"built and cannot be loaded: .*failed to map .*; set TOKQUANT_CACHE_DIR or TMPDIR"
+    ):
+        answer()
+
+
 def test_a_failing_compiler_says_its_first_lines():
     with pytest.raises(
         tq.UnsupportedError, match=r"fails on broken_\w+\.cpp; set CXX .*backend='reference'(.|\n)*nonsense"
@@ -111,7 +129,7 @@ def test_a_failing_compiler_says_its_first_lines():
     assert len(str(raised.value).splitlines()) <= 9
 
 
-@pytest.mark.parametrize(("name", "value"), [("CXX", "no-such-compiler"), ("PATH", "/nowhere")])
+@pytest.mark.parametrize(("name", "value"), [("CXX", "no-such-compiler"), ("CXX", 'g++ "-O1'), ("PATH", "/nowhere")])
 def test_without_a_compiler_the_backend_says_what_to_do(name, value, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv(name, value)
@@ -144,11 +162,6 @@ def test_a_set_that_is_none_or_not_here_is_refused(monkeypatch):
 
 def test_tensors_elsewhere_are_refused():
     x = torch.empty(1, 1, 16, 16, device="meta")
+    q, k, v = tq.quantize(*qkv(16, 16, 16, 1), "none", backend="reference")
     with pytest.raises(tq.UnsupportedError, match=r"takes tensors in memory, and q is on meta"):
-        from dataclasses import replace
-
-        from tokquant.kernels.cpu import launch
-        from tokquant.reference import Features
-
-        q, k, v = tq.quantize(*qkv(16, 16, 16, 1), "none", backend="reference")
         launch.attention(replace(q, codes=x), k, v, q.scheme, Features(scale=1.0), False)

@@ -1,6 +1,7 @@
 """Generated C++ kernels, against the emulation and against float64 on the same codes."""
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from factories import CASES, SCHEMES, bounds, exact_operands, fits, nan_filled, 
 import tokquant as tq
 from tokquant.inputs import features_of
 from tokquant.kernels.cpu import build, launch
+from tokquant.precisions import PRECISIONS, register
 from tokquant.reference import integer_scores, oracle
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
@@ -145,9 +147,9 @@ def test_extreme_logits_stay_finite_and_right(name):
 
 
 def test_rows_with_nothing_to_attend_are_zero_with_lse_minus_infinity():
-    q, k, v = torch.randn(1, 1, 200, 64), torch.randn(1, 1, 70, 64), torch.randn(1, 1, 70, 64) + 5
+    q, k, v = torch.randn(1, 1, 200, 48), torch.randn(1, 1, 70, 48), torch.randn(1, 1, 70, 48) + 5
     out, lse = tq.attention(q, k, v, "int8", causal=True, return_lse=True, backend="cpu")
-    assert torch.equal(out[:, :, :130], torch.zeros(1, 1, 130, 64)) and bool((lse[:, :, :130] == -torch.inf).all())
+    assert torch.equal(out[:, :, :130], torch.zeros(1, 1, 130, 48)) and bool((lse[:, :, :130] == -torch.inf).all())
     assert bool(lse[:, :, 130:].isfinite().all())
 
 
@@ -211,6 +213,19 @@ def test_a_large_head_dim_runs():
     assert (out - expected).abs().max() <= 1e-3
 
 
+def test_a_precision_that_was_replaced_is_the_new_one_in_the_next_kernel():
+    s, eight = scheme("int8", "int8", "fp16", "int8"), PRECISIONS["int8"]
+    operands = tq.quantize(*qkv(9, 70), s, backend="cpu")
+    outs = [tq.attention(*operands, s, backend="cpu")]
+    halved = "static inline floats encode_p(floats p) { return nearest(p / 2); }"
+    try:
+        register(replace(eight, encode=lambda x: eight.encode(x / 2), cpp_encode=halved), replace=True)
+        outs += [tq.attention(*operands, s, backend=backend) for backend in ("cpu", "reference")]
+    finally:
+        register(eight, replace=True)
+    assert (outs[1] - outs[2]).abs().mean() < 1e-3 and (outs[1] - outs[0]).abs().mean() > 0.1
+
+
 def test_what_no_kernel_does_says_so():
     q = torch.randn(1, 1, 32, 64)
     with pytest.raises(tq.UnsupportedError, match=r"row_block 2048 is more than a CPU kernel holds; at most 1024"):
@@ -218,7 +233,7 @@ def test_what_no_kernel_does_says_so():
 
 
 def test_sequences_of_their_own_lengths_come_out_as_each_alone():
-    q, k, v = (torch.randn(150, 2, 32) for _ in range(3))
+    q, k, v = (torch.randn(150, 2, 48) for _ in range(3))
     starts = torch.tensor([0, 40, 40, 150], dtype=torch.int32)
     given = dict(cu_seqlens_q=starts, cu_seqlens_k=starts, causal=True, return_lse=True, backend="cpu")
     out, lse = tq.attention_varlen(q, k, v, "int8", **given)

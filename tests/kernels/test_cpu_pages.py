@@ -9,7 +9,7 @@ from paged import differs, filled
 from plain_cache import SCHEMES as KEPT
 from quantized import differences
 from test_kv_cache_walk import Walk
-from test_pages import BLOCKS, FEATURES, SCHEMES, dtype_of
+from test_pages import BLOCKS, FEATURES, SCHEMES, dtype_of, head_dim_of
 
 import tokquant as tq
 from tokquant import kv_cache
@@ -20,6 +20,7 @@ from tokquant.reference import Features
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 
+# a kernel takes a second to build: tests share them by the head_dim and the type that a scheme is tested with
 KIND = dict(kinds=(CpuPages,))
 
 
@@ -39,8 +40,7 @@ def test_what_is_written_in_steps_is_what_the_definition_makes_of_all(name):
     lengths, step = ((192, 128), 64) if name in BLOCKS else ((150, 83), 37)
     if name == "one block a tile":
         lengths, step = (256, 128), 128
-    d = 80 if s.v.granularity.size != 32 else 96
-    ours, theirs = filled(s, lengths, d=d, dtype=dtype_of(s), step=step, kinds=(CpuPages, ReferencePages))
+    ours, theirs = filled(s, lengths, d=head_dim_of(s), dtype=dtype_of(s), step=step, kinds=(CpuPages, ReferencePages))
     for b, tokens in enumerate(lengths):
         for one, other in zip(*(x.store.read(x.table[b], tokens) for x in (ours, theirs)), strict=True):
             assert differences(one, other) == [], one
@@ -57,8 +57,8 @@ def test_a_page_takes_the_bits_that_the_scheme_says(name, bits):
 
 @pytest.mark.parametrize("name", ["kv-int8", "kv-int4"])
 def test_tokens_of_zeros_and_what_is_not_finite_keep_their_weights(name):
-    ours, theirs = (filled(SCHEMES[name], (40,), d=32, kv_heads=1, kinds=(kind,)) for kind in (CpuPages, ReferencePages))
-    x = torch.randn(1, 1, 3, 32)
+    ours, theirs = (filled(SCHEMES[name], (40,), d=80, kv_heads=1, kinds=(kind,)) for kind in (CpuPages, ReferencePages))
+    x = torch.randn(1, 1, 3, 80)
     x[0, 0, 0] = 0
     x[0, 0, 1] = 2.5  # one value
     x[0, 0, 2, 5] = math.nan
@@ -72,8 +72,8 @@ def test_tokens_of_zeros_and_what_is_not_finite_keep_their_weights(name):
 
 
 def test_a_scale_that_does_not_fit_its_type_is_an_error():
-    case = filled(SCHEMES["kv-int8"], (20,), d=32, kv_heads=1, **KIND)
-    x = torch.full((1, 1, 2, 32), 1e8)
+    case = filled(SCHEMES["kv-int8"], (20,), d=80, kv_heads=1, **KIND)
+    x = torch.full((1, 1, 2, 80), 1e8)
     with pytest.raises(ValueError, match=r"k: a scale of .* does not fit scale_dtype fp16"):
         case.store.write(x, x, case.table, torch.tensor([3], dtype=torch.int32))
 
@@ -91,10 +91,9 @@ def test_a_larger_pool_and_a_copied_page_hold_what_they_held():
 @pytest.mark.parametrize("name", ["kv-int8", "kv-int4", "kv-int4-kivi", "kv-fp8", "a static tensor", "16 bits"])
 def test_canonical_codes_are_stored_as_if_they_had_been_written(name):
     s = SCHEMES[name]
-    case = filled(s, (96, 64), d=32, dtype=dtype_of(s), **KIND)
-    other = CpuPages(
-        s, kv_heads=2, head_dim=32, dtype=dtype_of(s), device=torch.device("cpu"), pages=2, page=128, scales=case.store.scales
-    )
+    case = filled(s, (96, 64), d=head_dim_of(s), dtype=dtype_of(s), **KIND)
+    sizes = dict(kv_heads=2, head_dim=head_dim_of(s), dtype=dtype_of(s), device=torch.device("cpu"), pages=2, page=128)
+    other = CpuPages(s, **sizes, scales=case.store.scales)
     for b, tokens in enumerate((96, 64)):
         other.store(case.table[b], 32, *case.store.read(case.table[b], tokens - 32))  # which comes to be overwritten
         other.store(case.table[b], 0, *case.store.read(case.table[b], tokens))
@@ -106,7 +105,8 @@ def test_canonical_codes_are_stored_as_if_they_had_been_written(name):
 def test_attention_agrees_with_the_emulation_and_with_float64_on_the_same_codes(name):
     s = SCHEMES[name]
     lengths = ((256, 128) if name == "one block a tile" else (192, 64)) if name in BLOCKS else (200, 131)
-    assert not differs(s, Features(scale=0.125, causal=True), lengths=lengths, dtype=dtype_of(s), **KIND)
+    shape = dict(lengths=lengths, d=head_dim_of(s), dtype=dtype_of(s))
+    assert not differs(s, Features(scale=0.125, causal=True), **shape, **KIND)
 
 
 BUILT = ("some queries", "three heads to one", "as many queries as keys", "one key", "more queries than keys", "everything")
@@ -139,7 +139,7 @@ def test_a_window_in_chunks_is_the_same_bits_in_any_batch():
 def test_queries_stand_behind_keys_that_are_elsewhere():
     offset = torch.tensor([0, 40], dtype=torch.int32)
     features = Features(scale=0.2, causal=True, window=(100, None))
-    assert not differs(SCHEMES["kv-int8"], features, offset, lengths=(160, 96), n_q=5, d=32, **KIND)
+    assert not differs(SCHEMES["kv-int4"], features, offset, lengths=(160, 96), n_q=5, d=32, **KIND)
 
 
 def test_a_sequence_without_keys_gives_zero_and_minus_infinity():
@@ -150,10 +150,10 @@ def test_a_sequence_without_keys_gives_zero_and_minus_infinity():
 
 
 def test_garbage_beyond_the_last_key_does_not_show():
-    for name in ("16 bits", "kv-int4", "kv-int4-kivi"):
-        case = filled(SCHEMES[name], (32,), d=32, dtype=dtype_of(SCHEMES[name]), **KIND)
+    for s in (SCHEMES[name] for name in ("16 bits", "kv-int4", "kv-int4-kivi")):
+        case = filled(s, (32,), d=head_dim_of(s), dtype=dtype_of(s), **KIND)
         before = case.attend(Features(scale=0.2, causal=True))
-        x = torch.full((1, 2, 32, 32), math.nan, dtype=case.q.dtype)
+        x = torch.full((1, 2, 32, head_dim_of(s)), math.nan, dtype=case.q.dtype)
         case.store.write(x, x, case.table, torch.tensor([32], dtype=torch.int32))
         assert all(torch.equal(a, b) for a, b in zip(before, case.attend(Features(scale=0.2, causal=True)), strict=True))
         case.lengths += 32
@@ -202,7 +202,7 @@ def test_a_default_type_or_device_of_torch_changes_nothing(name, elsewhere, tmp_
 
 
 def test_sequences_of_which_none_has_a_token_come_out_as_nothing(monkeypatch):
-    case = filled(SCHEMES["kv-int8"], (20, 20), d=32, **KIND)
+    case = filled(SCHEMES["kv-int8"], (20, 20), d=80, **KIND)
     case.lengths.zero_()
     monkeypatch.setattr(torch, "empty", nan_filled)  # what is not written would show
     out, lse = case.attend(Features(scale=1.0))
@@ -214,7 +214,7 @@ def test_pages_of_fewer_tokens_than_a_tile_are_refused_and_auto_takes_the_refere
     with pytest.raises(tq.UnsupportedError, match=r"cache\.page: 64 tokens .* use page: 128"):
         tq.KVCache(s, batch=1, kv_heads=1, head_dim=32, backend="cpu")
     assert tq.KVCache(s, batch=1, kv_heads=1, head_dim=32).backend == "reference"
-    case = filled(SCHEMES["kv-int8"], (20,), d=32, **KIND)
+    case = filled(SCHEMES["kv-int8"], (20,), d=80, **KIND)
     with pytest.raises(tq.UnsupportedError, match="mask, bias"):
         case.attend(Features(scale=1.0, mask=torch.ones(1, 4, 1, 20, dtype=torch.bool)))
 
@@ -222,7 +222,7 @@ def test_pages_of_fewer_tokens_than_a_tile_are_refused_and_auto_takes_the_refere
 class WalkOnCpu(Walk):
     tolerance = 0.03  # a code of P may fall on the other side of a tie
     backend = "cpu"
-    features = (Walk.features[0], Walk.features[-1])  # each makes a kernel, which takes a second or two to build
+    features = Walk.features[:1]  # each makes two kernels
 
 
 @pytest.mark.parametrize("name", ["kv-int4", "KIVI in 2 bits, no windows", "FireQ's precisions"])

@@ -58,6 +58,11 @@ def dtype_of(s):
     return torch.float16 if s.q.precision == "fp16" else torch.float32
 
 
+def head_dim_of(s):
+    """No power of two, as far as groups of 32 channels let it."""
+    return 96 if s.v.granularity.size == 32 else 80
+
+
 # ---------------------------------------------------------------------------- what is written
 
 
@@ -68,8 +73,7 @@ def test_what_is_written_in_steps_is_what_the_definition_makes_of_all(name):
     lengths, step = ((192, 128), 64) if name in BLOCKS else ((150, 83), 53)
     if name == "one block a tile":
         lengths, step = (256, 128), 128
-    d = 80 if s.v.granularity.size != 32 else 96
-    ours, theirs = filled(s, lengths, d=d, dtype=dtype_of(s), step=step, kinds=(TritonPages, ReferencePages))
+    ours, theirs = filled(s, lengths, d=head_dim_of(s), dtype=dtype_of(s), step=step, kinds=(TritonPages, ReferencePages))
     for b, tokens in enumerate(lengths):
         for one, other in zip(*(x.store.read(x.table[b], tokens) for x in (ours, theirs)), strict=True):
             assert differences(one, other) == [], one
@@ -78,8 +82,8 @@ def test_what_is_written_in_steps_is_what_the_definition_makes_of_all(name):
 
 @pytest.mark.parametrize(("name", "page"), [("kv-int8", 16), ("kv-int4", 32), ("kv-int4", 256)])
 def test_tokens_are_appended_anywhere_in_a_page_of_any_size(name, page):
-    ours, theirs = filled(SCHEMES[name], (70, 33, 1), step=13, page=page, d=32, kinds=(TritonPages, ReferencePages))
-    for b, tokens in enumerate((70, 33, 1)):
+    ours, theirs = filled(SCHEMES[name], (45, 33, 1), step=13, page=page, d=32, kinds=(TritonPages, ReferencePages))
+    for b, tokens in enumerate((45, 33, 1)):
         for one, other in zip(*(x.store.read(x.table[b], tokens) for x in (ours, theirs)), strict=True):
             assert differences(one, other) == [], one
 

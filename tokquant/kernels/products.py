@@ -64,6 +64,8 @@ def takes_tokens_last(scheme: QuantScheme, dtype: torch.dtype) -> bool:
 
 
 def via(operand: Operand, product: str) -> str:
+    """The type that a tile's codes take first: what they are decoded to where scales are applied to them, else the product's,
+    but float16 on the way from integers to fp8."""
     decoded = operand.format.compute
     if place(operand) == "operand":
         return decoded

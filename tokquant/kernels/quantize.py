@@ -21,11 +21,11 @@ from tokquant.kernels.triton.operands import Coded, Source, Table, Turned
 from tokquant.quantize import (
     asymmetric_scale,
     check_groups,
-    for_query_heads,
     frame_of_queries,
     frames,
     keys,
     log2_weight,
+    of_keys,
     queries,
     reduce_groups,
     symmetric_scale,
@@ -91,23 +91,17 @@ class _Run:
         )
 
     def queries(self, q: Tensor, frame: Frame, k: QuantizedTensor) -> QuantizedTensor:
-        spec, given, turned = self.scheme.q, Turned(), frame
-        if k.offset is not None:
-            given = given._replace(k_offset=for_query_heads(k.offset, q, k))
-        if place(self.scheme.k) == "q":
-            assert k.scale is not None
-            turned = frame.with_fold(for_query_heads(k.scale.float(), q, k))
-            if k.origin is not None:
-                given = given._replace(k_origin=for_query_heads(k.origin, q, k))
+        spec, (turned, k_offset, k_origin) = self.scheme.q, of_keys(q, frame, k)
         if _left_to_torch(q, turned, spec):
             return queries(q, frame, k, self.scheme, self.scales)
         column = (*q.shape[:3], 1)
-        lowered = given.k_offset is not None or given.k_origin is not None
+        lowered = k_offset is not None or k_origin is not None
         logit_offset = q.new_empty(column, dtype=torch.float32) if lowered else None
         # the sum of integers is one in any order
         in_kernel = needs_query_sums(self.scheme) and spec.format.compute == "tl.int8" and place(spec) == "scores"
         code_sum = q.new_empty(column, dtype=torch.float32) if in_kernel else None
-        qq = self._coded(q, turned, spec, given=given, made=Coded(logit_offset=logit_offset, code_sum=code_sum))
+        made = Coded(logit_offset=logit_offset, code_sum=code_sum)
+        qq = self._coded(q, turned, spec, given=Turned(k_offset=k_offset, k_origin=k_origin), made=made)
         if needs_query_sums(self.scheme) and not in_kernel:
             code_sum = met(qq).sum(dim=-1, keepdim=True)
         return replace(qq, logit_offset=logit_offset, code_sum=code_sum)

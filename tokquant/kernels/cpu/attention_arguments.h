@@ -62,10 +62,7 @@ struct Arguments {
     const float* q_mean;  // [B, H, ceil(N_q / 128), D]
     const float* companion;  // keys in panels of floats
 #endif
-#if LOWERED_SOFTCAP
-    const float* logit_offset;  // q . c [B, H, N_q]
-#endif
-#if LOWERED_LOGITS
+#if LOWERED_SOFTCAP || LOWERED_LOGITS
     const float* logit_offset;  // q . c [B, H, N_q]
 #endif
 #if LEFT

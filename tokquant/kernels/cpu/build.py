@@ -91,27 +91,43 @@ def load(name: str, text: str, chosen: str, more: tuple[str, ...] = ()) -> ctype
     It is found only in a folder that this user owns with mode 0700, in a file that is this user's alone, under a name that
     hashes text, compiler and flags, and with its own hash at its end. Otherwise it is built, and kept there if possible.
 
-    Raises UnsupportedError where there is no compiler, or with the first lines of what it says where it fails.
+    Raises UnsupportedError where there is no compiler, with the first lines of what it says where it fails, and where no folder
+    is one that libraries can be loaded from.
     """
     built_by = compiler()
     flags = (*FLAGS, *INSTRUCTIONS[chosen], *more)
     identity = "\0".join((text, *built_by.command, built_by.version, *flags))
     file_name = f"{name}_{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
     store.keep(Path("kernels") / f"{file_name}.cpp", text)
-    folder = libraries()
-    path = folder / f"{file_name}.so"
-    if _own_folder(folder) and _own_file(path):
-        with suppress(OSError):  # a bad entry is a miss
-            return ctypes.CDLL(str(path))
+    path = libraries() / f"{file_name}.so"
+    if (found := _kept(path)) is not None:
+        return found
     with tempfile.TemporaryDirectory(prefix="tokquant-") as private:
         library = Path(private) / f"{file_name}.so"
         _compile(built_by, text, flags, library)
-        if _own_folder(folder):
+        if _own_folder(path.parent):
             data = library.read_bytes()
             with suppress(OSError):
                 write_atomically(path, data + hashlib.sha256(data).digest())
-        # what is loaded stays mapped after the folder is gone
-        return ctypes.CDLL(str(library))
+        try:
+            return ctypes.CDLL(str(library))  # which stays mapped after the folder is gone
+        except OSError as error:
+            if (found := _kept(path)) is not None:
+                return found
+            raise UnsupportedError(
+                f"backend: a kernel was built and cannot be loaded: {error}; set TOKQUANT_CACHE_DIR or TMPDIR to a folder of "
+                "yours on a file system that programs may be run from, or use backend='reference'"
+            ) from None
+
+
+def _kept(path: Path) -> ctypes.CDLL | None:
+    """The library that was kept there, where nobody else can have written it."""
+    if not (_own_folder(path.parent) and _own_file(path)):
+        return None
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # a bad entry is a miss
+        return None
 
 
 def _compile(built_by: Compiler, text: str, flags: tuple[str, ...], library: Path) -> None:
@@ -154,7 +170,10 @@ def _own_file(path: Path) -> bool:
 
 @lru_cache(maxsize=16)
 def _compiler(wanted: str, path: str) -> Compiler:
-    commands = [shlex.split(wanted)] if wanted.strip() else [[name] for name in COMPILERS]
+    try:
+        commands = [shlex.split(wanted)] if wanted.strip() else [[name] for name in COMPILERS]
+    except ValueError:  # a quotation that does not end
+        commands = []
     for command in commands:
         if shutil.which(command[0], path=path) is None:
             continue

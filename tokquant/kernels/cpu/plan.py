@@ -53,10 +53,6 @@ class CpuPlan:
         # every call looks its kernel up
         return hash((self.name, self.constants, self.fragments, self.instructions, self.template, self.flags))
 
-    def has(self, name: str) -> bool:
-        """Whether a constant is 1."""
-        return dict(self.constants)[name] == "1"
-
     def __repr__(self) -> str:
         return f"<plan {self.name} for {self.instructions}: {self.title}>"
 
@@ -161,6 +157,9 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
     )
 
 
+precisions.base.WHEN_REPLACED.append(plan.cache_clear)
+
+
 def stored_type(operand: Operand, dtype: torch.dtype) -> torch.dtype:
     """The type of the stored elements of an operand that came as `dtype`: 16-bit floats keep their own."""
     return dtype if operand.format.bits == 16 and dtype != torch.float32 else operand.format.stored
@@ -213,6 +212,7 @@ def _decoder(operand: Operand, dtype: torch.dtype, bits: int) -> str:
 
 
 def literal(x: float) -> str:
+    """A float32 as C++ writes it."""
     if not math.isfinite(x):
         return "NAN" if math.isnan(x) else f"{'-' * (x < 0)}INFINITY"
     return f"{torch.tensor(x, dtype=torch.float64).float().item()!r}f"

@@ -17,7 +17,7 @@ from tokquant.kernels.cpu.launch import READ
 from tokquant.kernels.cpu.plan import ALL, stored_type
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
 from tokquant.kernels.launch import Operands
-from tokquant.quantize import check_groups, for_query_heads, frames, keys, log2_weight, values
+from tokquant.quantize import check_groups, frames, keys, log2_weight, of_keys, values
 from tokquant.quantize import quantize_operands as define
 from tokquant.quantize import queries as define_queries
 from tokquant.schemes import QuantScheme
@@ -73,23 +73,15 @@ class _Run:
         return kq
 
     def queries(self, q: Tensor, frame: Frame, k: QuantizedTensor) -> QuantizedTensor:
-        spec, turned = self.scheme.q, frame
-        given: dict[str, Tensor | None] = {}
-        if k.offset is not None:
-            given["k_offset"] = for_query_heads(k.offset.float(), q, k)
-        if place(self.scheme.k) == "q":
-            assert k.scale is not None
-            turned = frame.with_fold(for_query_heads(k.scale.float(), q, k))
-            if k.origin is not None:
-                given["k_origin"] = for_query_heads(k.origin, q, k)
+        spec, (turned, k_offset, k_origin) = self.scheme.q, of_keys(q, frame, k)
         # the sum of integers is one in any order
         sums = needs_query_sums(self.scheme) and spec.format.kind == "int" and place(spec) == "scores"
         task = self._task(
             q,
             turned,
             "q",
-            k_offset="k_offset" in given,
-            k_origin="k_origin" in given,
+            k_offset=k_offset is not None,
+            k_origin=k_origin is not None,
             code_sum=sums,
             met=Task.read_of(self.scheme),
         )
@@ -98,12 +90,12 @@ class _Run:
         if own or lacking(task):
             return replace(define_queries(q, frame, k, self.scheme, self.scales), scheme=self.scheme)
         column = (*q.shape[:3], 1)
-        logit_offset = torch.empty(column, dtype=torch.float32, device=q.device) if given else None
+        logit_offset = torch.empty(column, dtype=torch.float32, device=q.device) if task.k_offset or task.k_origin else None
         code_sum = torch.empty(column, dtype=torch.float32, device=q.device) if sums else None
         met_as = {"": None, "bytes": torch.int8, "floats": torch.float32}[task.met]
         read = torch.empty(q.shape, dtype=met_as, device=q.device) if met_as else None
         made = {"logit_offset": logit_offset, "code_sum": code_sum}
-        qq = self._coded(q, turned, task, {**given, **made, "met": read}, made)
+        qq = self._coded(q, turned, task, {"k_offset": k_offset, "k_origin": k_origin, "met": read, **made}, made)
         if needs_query_sums(self.scheme) and not sums:
             qq = replace(qq, code_sum=met(qq).sum(dim=-1, keepdim=True))
         if read is not None:
