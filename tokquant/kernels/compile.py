@@ -47,7 +47,10 @@ class Kernel:
 
     @cached_property
     def _candidates(self) -> "tuple[Kernel, ...]":
-        return tuple(replace(self, config=config) for config in self.plan.candidates)  # kept, as what is read of them is
+        # kept, as what is read of them is
+        return tuple(
+            replace(self, config=config, source=generate.render(self.plan, config.loop)) for config in self.plan.candidates
+        )
 
     @cached_property
     def compiled(self) -> Any:
@@ -195,9 +198,13 @@ def _compile(kernel: Kernel) -> Any:
                 # as at a launch on tensors of even strides; without it loads are scalar
                 attributes[path] = [["tt.divisibility", 16]]
         signature[name] = type(value)(*parts) if isinstance(value, tuple) else parts[0]
-    for name, number in (("BLOCK_M", kernel.config.block_m), ("BLOCK_N", kernel.config.block_n)):
+    for name, number in kernel.config.tiles().items():
         constexprs[(len(signature),)] = number
         signature[name] = "constexpr"
-    source = ASTSource(fn=generate.load(kernel.plan), signature=signature, constexprs=constexprs, attrs=attributes)
+    function = generate.load(kernel.plan, kernel.config.loop)
+    language = ASTSource
+    if kernel.config.loop == "hopper":
+        from triton.experimental.gluon._runtime import GluonASTSource as language
+    source = language(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
     target = GPUTarget(kernel.target.backend, kernel.target.arch, kernel.target.lanes)
     return triton.compile(source, target=target, options=kernel.config.options())

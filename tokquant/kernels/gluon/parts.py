@@ -1,0 +1,59 @@
+"""Functions that the template calls whatever fills its holes."""
+
+from tokquant.kernels.gluon.language import async_load, tl, triton
+
+
+@triton.jit
+def places(base, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    # pointers to a tile of 8-bit codes, 16 of a row to a thread, and the row and the column of each. Rows that a thread takes
+    # further down have a dimension of their own and are added last: what it keeps is one offset, and the rest is one for all
+    ACROSS: tl.constexpr = COLUMNS // 16
+    AT_ONCE: tl.constexpr = tl.num_warps() * 32 // ACROSS
+    TAKEN: tl.constexpr = tl.BlockedLayout([1, 1, 16], [1, 32 // ACROSS, ACROSS], [1, tl.num_warps(), 1], [2, 1, 0])
+    further = tl.arange(0, ROWS // AT_ONCE, layout=tl.SliceLayout(1, tl.SliceLayout(2, TAKEN)))[:, None, None] * AT_ONCE
+    row = tl.arange(0, AT_ONCE, layout=tl.SliceLayout(0, tl.SliceLayout(2, TAKEN)))[None, :, None]
+    column = tl.arange(0, COLUMNS, layout=tl.SliceLayout(0, tl.SliceLayout(1, TAKEN)))[None, None, :]
+    at = base + (row * stride + column) + further.to(tl.int64) * stride
+    rows = (further + row + column * 0).reshape(ROWS, COLUMNS)
+    columns = (further * 0 + row * 0 + column).reshape(ROWS, COLUMNS)
+    # launches see to it that rows begin at multiples of 16
+    return tl.max_contiguous(tl.multiple_of(at.reshape(ROWS, COLUMNS), [16, 16]), [1, 16]), rows, columns
+
+
+@triton.jit
+def fetch_rows(tile, base, stride, count):
+    # begins to copy; rows from `count` on come as zeros, and none is read
+    at, row, _ = places(base, stride, tile.shape[0], tile.shape[1])
+    async_load(tile, at, mask=tl.max_constancy(row < count, [1, 16]))
+
+
+@triton.jit
+def fetch_columns(tile, base, stride, count):
+    # the same of columns, by whole 16
+    at, _, column = places(base, stride, tile.shape[0], tile.shape[1])
+    async_load(tile, at, mask=tl.max_constancy(column < count, [1, 16]))
+
+
+@triton.jit
+def fetch_floats(floats, base, stride, GROUP: tl.constexpr, start, count):
+    # one for each key or channel, of which each GROUP have one together
+    n = tl.arange(0, floats.shape[0], layout=tl.BlockedLayout([1], [32], [tl.num_warps()], [0]))
+    async_load(floats, base + ((start + n) // GROUP) * stride, mask=n < count)
+
+
+@triton.jit
+def in_words(codes, M: tl.constexpr, N: tl.constexpr):
+    # [M, N] 8-bit codes -> [M, N / 4] words of four that a thread has side by side anyway: no instruction. A tensor of bytes that
+    # goes through a loop is taken apart and put together again
+    words = tl.inline_asm_elementwise("mov.b32 $0, $4;", "=r,=r,=r,=r,r", [codes], dtype=tl.int32, is_pure=True, pack=4)
+    first, _ = tl.split(words.reshape(M, N // 4, 2, 2))
+    return tl.split(first)[0]
+
+
+@triton.jit
+def of_words(words, TYPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    # the reverse
+    two = tl.join(words, tl.zeros_like(words))
+    four = tl.join(two, tl.zeros_like(two)).reshape(M, N)
+    codes = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r,r", [four], dtype=tl.int8, is_pure=True, pack=4)
+    return codes.to(TYPE, bitcast=True)

@@ -1,0 +1,55 @@
+"""The main loop for Hopper: which kernels may have it, and how it may be launched. It is a choice of tuning, and of nothing else."""
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from tokquant.kernels.candidates import Config
+from tokquant.kernels.triton import fragments
+from tokquant.precisions import fp8_e4m3, fp8_e5m2, int8
+from tokquant.schemes import QuantScheme
+
+if TYPE_CHECKING:
+    from tokquant.kernels.plan import Plan
+
+AS_STORED = (int8.decode_tile, fp8_e4m3.decode_tile, fp8_e5m2.decode_tile)
+"""What decodes codes that tensor cores multiply as they lie in memory."""
+
+ABSENT = (
+    "PADDED", "K_ZERO", "V_ZERO_DECODED", "V_PER_TOKEN", "V_TILE_ZERO", "V_OUTPUT_ZERO", "V_ROTATED", "BLOCK_MEANS", "CLEAR_TAIL",
+    "VARLEN", "LEFT", "SOFTCAP", "ADDITIVE_MASK", "BOOLEAN_MASK", "ALIBI", "KEY_VECTOR", "LOWRANK", "DENSE_BIAS", "SINKS",
+)  # fmt: skip
+"""What this loop lacks, by the constants of a plan."""
+
+
+def takes(plan: "Plan", scheme: QuantScheme) -> bool:
+    """Whether the loop does what a plan asks for: Q, K, P and V in 8 bits, V with its tokens side by side, head_dim 64 or 128, and
+    nothing added to scores but a causal mask."""
+    constants, holes = dict(plan.constants), dict(plan.holes)
+    return (
+        constants["D"] in ("64", "128")
+        and constants["TOKENS_LAST"] == "True"
+        and all(holes[f"decode_{role}"] in AS_STORED for role in "qkv")
+        and all(constants[name] == "False" for name in ABSENT)
+        # P is summed before it is rounded to a float
+        and holes["count"] in (fragments.exact, fragments.nearest_integers)
+        # what each tile has of its own is copied in words of 32 bits
+        and not (constants["K_PER_KEY"] == "True" and scheme.k.scale_dtype != "fp32")
+        and not (constants["V_PER_TILE"] == "True" and scheme.v.scale_dtype != "fp32")
+    )
+
+
+@cache
+def available() -> bool:
+    """Whether this Triton has what the loop is written in."""
+    try:
+        from tokquant.kernels.gluon import language  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def candidates(key_tiles: tuple[int, ...], head_dim: int) -> tuple[Config, ...]:
+    """Four warps for 64 queries, twice on a multiprocessor, or eight for 128, once; the first tile of keys alone."""
+    return tuple(
+        Config(block_m, key_tiles[0], warps, stages, "hopper") for block_m, warps in ((64, 4), (128, 8)) for stages in (2, 3)
+    )
