@@ -72,7 +72,7 @@ class Kernel:
     @property
     def prediction(self) -> Prediction:
         """What the main loop should take, by a model. Raises as `asm`."""
-        return predict(self.resources, self.plan, self.head_dim, self.target)
+        return predict(self.resources, self.plan, self.head_dim, self.target, self.config.loop)
 
     @property
     def bandwidth(self) -> Bandwidth:
@@ -182,7 +182,6 @@ def compile(
 def _compile(kernel: Kernel) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     signature: dict[str, Any] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
@@ -202,9 +201,16 @@ def _compile(kernel: Kernel) -> Any:
         constexprs[(len(signature),)] = number
         signature[name] = "constexpr"
     function = generate.load(kernel.plan, kernel.config.loop)
-    language = ASTSource
-    if kernel.config.loop == "hopper":
-        from triton.experimental.gluon._runtime import GluonASTSource as language
-    source = language(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
+    source = _language(kernel)(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
     target = GPUTarget(kernel.target.backend, kernel.target.arch, kernel.target.lanes)
     return triton.compile(source, target=target, options=kernel.config.options())
+
+
+def _language(kernel: Kernel) -> Any:
+    if kernel.config.loop == "hopper":
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource

@@ -55,15 +55,7 @@ TEMPLATES = {
 
 def render(plan: Plan | QuantizePlan, loop: Loop = "portable") -> str:
     """The text of the plan's kernel, with that main loop."""
-    if loop == "hopper":
-        # no import where Triton has no Gluon
-        from tokquant.kernels.gluon import template as module
-
-        kernel, arguments = module.attention, (operands.Operand, operands.Rows, operands.Features)
-        language, functions = module.LANGUAGE, module.PARTS
-    else:
-        module, kernel, arguments = TEMPLATES[type(plan)]
-        language, functions = TRITON, PARTS
+    module, kernel, arguments, language, functions = _template(plan, loop)
     constants = dict(plan.constants)
     body = _living(_source(kernel, plan.name), constants)
     pieces = [inspect.getsource(argument) for argument in arguments]
@@ -133,6 +125,15 @@ def _launch(plan: Plan | QuantizePlan, loop: Loop) -> str:
     if dict(plan.constants)["TOKENS_LAST"] == "True":
         words += ["V's codes lie [B, H, D, N], as tokquant.tensor.tokens_last pads and orders them."]
     return "\n".join(words) + "\n\n"
+
+
+def _template(plan: Plan | QuantizePlan, loop: Loop) -> tuple[types.ModuleType, Any, tuple[type, ...], str, tuple[Any, ...]]:
+    """Module, kernel and arguments; what the text begins with, and the functions that it may call."""
+    if loop == "portable":
+        return *TEMPLATES[type(plan)], TRITON, PARTS
+    from tokquant.kernels.gluon import template as hopper  # which not every Triton can import
+
+    return hopper, hopper.attention, TEMPLATES[Plan][2], hopper.LANGUAGE, hopper.PARTS
 
 
 def _used(functions: tuple[Any, ...], text: str) -> list[Any]:

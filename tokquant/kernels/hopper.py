@@ -1,4 +1,4 @@
-"""The main loop for Hopper: which kernels may have it, and how it may be launched. It is a choice of tuning, and of nothing else."""
+"""The main loop for Hopper: which kernels may have it, and how it may be launched. Only tuning chooses it."""
 
 from functools import cache
 from typing import TYPE_CHECKING
@@ -15,15 +15,15 @@ AS_STORED = (int8.decode_tile, fp8_e4m3.decode_tile, fp8_e5m2.decode_tile)
 """What decodes codes that tensor cores multiply as they lie in memory."""
 
 ABSENT = (
-    "PADDED", "K_ZERO", "V_ZERO_DECODED", "V_PER_TOKEN", "V_TILE_ZERO", "V_OUTPUT_ZERO", "V_ROTATED", "BLOCK_MEANS", "CLEAR_TAIL",
-    "VARLEN", "LEFT", "SOFTCAP", "ADDITIVE_MASK", "BOOLEAN_MASK", "ALIBI", "KEY_VECTOR", "LOWRANK", "DENSE_BIAS", "SINKS",
+    "PADDED", "K_ZERO", "V_PER_TOKEN", "V_TILE_ZERO", "V_OUTPUT_ZERO", "V_ROTATED", "BLOCK_MEANS", "CLEAR_TAIL", "VARLEN",
+    "LEFT", "SOFTCAP", "ADDITIVE_MASK", "BOOLEAN_MASK", "ALIBI", "KEY_VECTOR", "LOWRANK", "DENSE_BIAS", "SINKS",
 )  # fmt: skip
 """What this loop lacks, by the constants of a plan."""
 
 
 def takes(plan: "Plan", scheme: QuantScheme) -> bool:
-    """Whether the loop does what a plan asks for: Q, K, P and V in 8 bits, V with its tokens side by side, head_dim 64 or 128, and
-    nothing added to scores but a causal mask."""
+    """Whether the loop does what a plan asks for: Q, K, P and V in 8 bits, V with its tokens side by side, head_dim 64 or 128,
+    and nothing done to scores but a causal mask."""
     constants, holes = dict(plan.constants), dict(plan.holes)
     return (
         constants["D"] in ("64", "128")
@@ -48,8 +48,10 @@ def available() -> bool:
     return True
 
 
-def candidates(key_tiles: tuple[int, ...], head_dim: int) -> tuple[Config, ...]:
-    """Four warps for 64 queries, twice on a multiprocessor, or eight for 128, once; the first tile of keys alone."""
+def candidates(key_tiles: tuple[int, ...]) -> tuple[Config, ...]:
+    """Four warps for 64 queries, of which two blocks fit a multiprocessor, or eight for 128; in the tile of keys that a kernel
+    has without tuning, if registers hold its scores."""
+    launches = [(block_m, warps, stages) for block_m, warps in ((64, 4), (128, 8)) for stages in (2, 3)]
     return tuple(
-        Config(block_m, key_tiles[0], warps, stages, "hopper") for block_m, warps in ((64, 4), (128, 8)) for stages in (2, 3)
+        Config(m, tile, warps, stages, "hopper") for tile in key_tiles[:1] if tile in (64, 128) for m, warps, stages in launches
     )

@@ -239,7 +239,7 @@ def plan(
         ),
     )
     if aligned and not interpreted and target.name == "sm_90" and hopper.takes(made, scheme) and hopper.available():
-        made = replace(made, candidates=(*made.candidates, *hopper.candidates(tiles, head_dim)))
+        made = replace(made, candidates=(*made.candidates, *hopper.candidates(tiles)))
     if not interpreted:
         _refuse_on(target, made, scheme)
     return made

@@ -43,8 +43,8 @@ def fetch_floats(floats, base, stride, GROUP: tl.constexpr, start, count):
 
 @triton.jit
 def in_words(codes, M: tl.constexpr, N: tl.constexpr):
-    # [M, N] 8-bit codes -> [M, N / 4] words of four that a thread has side by side anyway: no instruction. A tensor of bytes that
-    # goes through a loop is taken apart and put together again
+    # [M, N] 8-bit codes -> [M, N / 4] words of four, which a thread has side by side anyway: no instruction. Bytes would go
+    # through a loop one by one
     words = tl.inline_asm_elementwise("mov.b32 $0, $4;", "=r,=r,=r,=r,r", [codes], dtype=tl.int32, is_pure=True, pack=4)
     first, _ = tl.split(words.reshape(M, N // 4, 2, 2))
     return tl.split(first)[0]
@@ -57,3 +57,17 @@ def of_words(words, TYPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     four = tl.join(two, tl.zeros_like(two)).reshape(M, N)
     codes = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r,r", [four], dtype=tl.int8, is_pure=True, pack=4)
     return codes.to(TYPE, bitcast=True)
+
+
+@triton.jit
+def stay_behind(x):
+    # the compiler moves a wait for products up to the last access to memory that stands before it, here one that needs `x`, of a
+    # byte that nobody wants
+    tl.inline_asm_elementwise(
+        "{ .reg .b32 sign; shr.u32 sign, $1, 31; ld.volatile.shared.u8 $0, [sign]; }",
+        "=r,r",
+        [x],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -1,7 +1,7 @@
 """Flash attention on Hopper with its holes filled for int8: while a tile's softmax is computed, P V of the tile before runs.
 
-Same codes, same sums, in the same order as in the portable kernel. Tensor cores are told what to multiply and left to it: a tile
-j begins with Q K(j) and P(j - 1) V(j - 1), waits for the former alone, and adds the latter up when its own P is known.
+Codes, sums and their order are those of the portable kernel. Tile j begins Q K(j) and P(j - 1) V(j - 1), which tensor cores do
+by themselves, waits for the former alone, and adds the latter up when its own P is known: softmax never waits for P V.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from tokquant.kernels.gluon.language import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from tokquant.kernels.gluon.parts import fetch_columns, fetch_floats, fetch_rows, in_words, of_words
+from tokquant.kernels.gluon.parts import fetch_columns, fetch_floats, fetch_rows, in_words, of_words, stay_behind
 from tokquant.kernels.triton.fragments import exact as count
 from tokquant.kernels.triton.fragments import in_groups as order_p
 from tokquant.kernels.triton.fragments import running_maximum as row_reference
@@ -29,8 +29,9 @@ PARTS = (
     parts.fetch_floats,
     parts.in_words,
     parts.of_words,
+    parts.stay_behind,
 )
-LANGUAGE = inspect.getsource(language).split('"""')[2].strip()
+LANGUAGE = inspect.getsource(language).split('"""')[2].partition("__all__")[0].strip()
 """What a kernel's text begins with."""
 
 D = tl.constexpr(64)  # head_dim
@@ -104,7 +105,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     if UNSIGNED_P:
         v_tile = kv * tl.cdiv(n_k, BLOCK_N)
 
-    # queries, read once; then rings: a slot has the keys of a tile, the values of the tile before, and what these have beside codes
+    # queries; then rings of slots, each for the keys of a tile, the values of the tile before, and what these have beside codes
     q = tl.allocate_shared_memory(Q_TYPE, [BLOCK_M, D], tl.NVMMASharedLayout.get_default_for([BLOCK_M, D], Q_TYPE))
     fetch_rows(q, q_codes + first.to(tl.int64) * Q.row, Q.row, n_q - first)
     k_ring = tl.allocate_shared_memory(K_TYPE, [STAGES, BLOCK_N, D], tl.NVMMASharedLayout.get_default_for([BLOCK_N, D], K_TYPE))
@@ -208,7 +209,10 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
                 l = l * alpha + tl.sum(count(p, p), 1)
 
                 # P V of the tile before; P is encoded after it, since the registers of the P that it takes must not change
+                stay_behind(l)
                 pv, p = warpgroup_mma_wait(0, deps=(pv, p))
+                codes = tl.convert_layout(order_p(encode_p(p).to(P_TYPE), BLOCK_M, BLOCK_N), TAKEN)
+                p_before = in_words(codes, BLOCK_M, BLOCK_N)
                 pv = pv.to(tl.float32)
                 if V_PER_TILE:
                     pv *= v_scales.index(slot).load(CHANNELS)[None, :]
@@ -217,8 +221,6 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
                     pv += corrections.index(slot).load(CHANNELS)[None, :]
                 acc = acc * tl.convert_layout(alpha_before, SUM_ROWS)[:, None] + pv
                 alpha_before = alpha
-                codes = tl.convert_layout(order_p(encode_p(p).to(P_TYPE), BLOCK_M, BLOCK_N), TAKEN)
-                p_before = in_words(codes, BLOCK_M, BLOCK_N)
 
     # P V of the last tile
     slot = tl.cdiv(tl.maximum(end, 0), BLOCK_N) % STAGES
