@@ -1,7 +1,7 @@
 """A stand-in for an NVIDIA GPU: what Triton compiles for one is run, PTX instruction by PTX instruction, on the CPU.
 
-All is checked that a GPU would have to trust: that every access is to a tensor that was given, and is aligned. Nothing here is
-parallel, so races between threads do not show. Copies and products that run beside threads do: they end when they are waited for.
+All is checked that a GPU would have to trust: that every access is to a tensor that was given, and is aligned. Threads are not
+parallel here, so races between them do not show. Copies and products are beside them: they end when they are waited for.
 """
 
 import struct

@@ -61,8 +61,8 @@ def of_words(words, TYPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def stay_behind(x):
-    # the compiler moves a wait for products up to the last access to memory that stands before it, here one that needs `x`, of a
-    # byte that nobody wants
+    # the compiler moves a wait for products up to the last access to memory before it: here is one that needs `x`, of a byte
+    # that nobody wants
     tl.inline_asm_elementwise(
         "{ .reg .b32 sign; shr.u32 sign, $1, 31; ld.volatile.shared.u8 $0, [sign]; }",
         "=r,r",
