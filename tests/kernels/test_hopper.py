@@ -20,7 +20,7 @@ from tokquant.kernels.resources import machine_code, main_loop
 from tokquant.schemes import preset, preset_names
 
 pytestmark = pytest.mark.skipif(not hopper.available(), reason="this Triton has no Gluon, or another")
-PRESETS = ["int8", "int8-fast", "int8-fp8", "fp8", "fp8-rotated", "int-flash"]
+PRESETS = ["int8", "int8-token", "int8-fast", "int8-fp8", "fp8", "fp8-rotated", "int-flash"]
 
 
 def planned(s, head_dim=64, target="sm_90", **features):
@@ -50,6 +50,7 @@ CASES = {
     "more queries than keys, causal": ("int8-fast", (150, 90, 64, 1), True, 0),
     "two sequences of one key": ("int8-fp8", (5, 1, 64, 2), False, 0),
     "causal with 128 channels": ("fp8", (140, 270, 128, 1), True, 0),
+    "a scale of V for each token": ("int8-token", (70, 150, 64, 1), False, 0),
     "a scale of K for each key, a ring of three": ("int-flash", (70, 400, 64, 1), True, 1),
 }  # fmt: skip
 MORE = {
@@ -102,7 +103,7 @@ def test_a_wait_or_a_fence_that_is_left_out_is_found(on_ptx, monkeypatch):
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_presets_in_8_bits_with_one_scale_of_v_for_many_tokens_have_such_candidates(name):
+def test_presets_in_8_bits_have_such_candidates(name):
     made = planned(preset(name), right=True, lse=True)
     assert bool(loops(made)) is (name in PRESETS)
     assert made.config.loop == "portable" and len(loops(made)) in (0, 4)
@@ -130,6 +131,7 @@ def test_what_the_loop_lacks_has_no_such_candidate(features):
 
 OTHERS = {
     "scales of K in 16 bits": scheme("int8", "int8 scale=fp16", "int8 channel", "int8 row_block:128"),
+    "queries decoded to 16 bits": scheme("int8 group:16", "int8", "int8 channel", "int8 row_block:128"),
     "zeros of V": scheme("int8", "int8", "int8 channel asymmetric", "int8 row_block:128"),
     "packed keys": scheme("int8", "int4", "int8 channel", "int8 row_block:128"),
     "a tile of 32": scheme("int8", "int8", "int8 channel", "int8 row_block:32"),

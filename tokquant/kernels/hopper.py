@@ -15,7 +15,7 @@ AS_STORED = (int8.decode_tile, fp8_e4m3.decode_tile, fp8_e5m2.decode_tile)
 """What decodes codes that tensor cores multiply as they lie in memory."""
 
 ABSENT = (
-    "PADDED", "K_ZERO", "V_PER_TOKEN", "V_TILE_ZERO", "V_OUTPUT_ZERO", "V_ROTATED", "BLOCK_MEANS", "CLEAR_TAIL", "VARLEN",
+    "PADDED", "K_ZERO", "V_TOKEN_ZERO", "V_TILE_ZERO", "V_OUTPUT_ZERO", "V_ROTATED", "BLOCK_MEANS", "CLEAR_TAIL", "VARLEN",
     "LEFT", "SOFTCAP", "ADDITIVE_MASK", "BOOLEAN_MASK", "ALIBI", "KEY_VECTOR", "LOWRANK", "DENSE_BIAS", "SINKS",
 )  # fmt: skip
 """What this loop lacks, by the constants of a plan."""
@@ -28,6 +28,7 @@ def takes(plan: "Plan", scheme: QuantScheme) -> bool:
     return (
         constants["D"] in ("64", "128")
         and constants["TOKENS_LAST"] == "True"
+        and all(kind == "tl.int8" or "float8" in kind for kind in plan.products)
         and all(holes[f"decode_{role}"] in AS_STORED for role in "qkv")
         and all(constants[name] == "False" for name in ABSENT)
         # P is summed before it is rounded to a float

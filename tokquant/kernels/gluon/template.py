@@ -54,12 +54,14 @@ K_SCALED = tl.constexpr(True)
 K_PER_KEY = tl.constexpr(True)  # K has several scales in a tile,
 K_PER_TILE = tl.constexpr(False)  # or one
 V_PER_TILE = tl.constexpr(False)  # where V's scale enters: each tile's product,
+V_PER_TOKEN = tl.constexpr(False)  # P,
 V_ON_OUTPUT = tl.constexpr(True)  # or the output
 V_COLUMN = tl.constexpr(0)  # 1 where V has a scale per channel
 V_MEAN = tl.constexpr(False)
 UNSIGNED_P = tl.constexpr(False)
 RIGHT = tl.constexpr(False)  # whether a query's reach is bounded
 LOWERED_LOGITS = tl.constexpr(False)  # K has lost an offset c; logits are lower by scale * q . c
+JOINED = tl.constexpr(False)  # whether something is added to the logits
 MAY_BE_EMPTY = tl.constexpr(False)  # whether scores of floats may all be -inf
 WITH_LSE = tl.constexpr(False)
 
@@ -113,6 +115,9 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     FLAT: tl.constexpr = tl.SwizzledSharedLayout(1, 1, 1, [0])
     if K_PER_KEY:
         k_scales = tl.allocate_shared_memory(tl.float32, [STAGES, BLOCK_N], FLAT)
+    if V_PER_TOKEN:
+        v_weights = tl.allocate_shared_memory(tl.float32, [STAGES, BLOCK_N], FLAT)
+        v_inverses = tl.allocate_shared_memory(tl.float32, [STAGES, BLOCK_N], FLAT)
     if V_PER_TILE:
         v_scales = tl.allocate_shared_memory(tl.float32, [STAGES, D], FLAT)
     if UNSIGNED_P:
@@ -172,6 +177,9 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
             if K_PER_KEY:
                 k_scale_at = K.scale + k_group
                 fetch_floats(k_scales.index(slot_ahead), k_scale_at, K.scale_row, K_GROUP, ahead, end - ahead)
+            if V_PER_TOKEN:
+                fetch_floats(v_weights.index(slot_ahead), V.log2_weight + kv * n_k, 1, 1, ahead, end - ahead)
+                fetch_floats(v_inverses.index(slot_ahead), V.inverse_weight + kv * n_k, 1, 1, ahead, end - ahead)
             if V_PER_TILE:
                 v_scale_at = V.scale + v_group + (behind // V_GROUP) * V.scale_row
                 fetch_floats(v_scales.index(slot_ahead), v_scale_at, V_COLUMN, 1, 0, tl.where(wanted, D, 0))
@@ -187,6 +195,11 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
                 s = warpgroup_mma_wait(1, deps=(s,))  # P V goes on
                 if K_PER_KEY:
                     s = s.to(tl.float32) * k_scales.index(slot).load(KEYS)[None, :]
+                if V_PER_TOKEN:
+                    # V's scale joins the exponent, so that P is rounded with its weight; l takes the weight out again
+                    s = s.to(tl.float32) * c[:, None]
+                    s += v_weights.index(slot).load(KEYS)[None, :]
+                    c = tl.full([BLOCK_M], 1.0, tl.float32, ROWS)
                 if phase != 1:
                     j = start + tl.arange(0, BLOCK_N, layout=KEYS)
                     keep = (j < n_k)[None, :]
@@ -200,13 +213,16 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
                 reference = row_reference(largest, m)
                 # up by an ulp, so that no rounding gives a code beyond the largest
                 reference += tl.abs(reference) * 1.1920928955078125e-07
-                if phase != 1 or MAY_BE_EMPTY:
+                if phase != 1 or MAY_BE_EMPTY or JOINED:
                     # a tile with nothing in it moves nothing
                     reference = tl.where(largest == float("-inf"), r, reference)
                 alpha = tl.exp2(tl.minimum(r - reference, 65.0))
                 r = reference
                 p = tl.exp2(s.to(tl.float32) * c[:, None] - (r - LOG2_LARGEST)[:, None])
-                l = l * alpha + tl.sum(count(p, p), 1)
+                counted = count(p, p)
+                if V_PER_TOKEN:
+                    counted *= v_inverses.index(slot).load(KEYS)[None, :]
+                l = l * alpha + tl.sum(counted, 1)
 
                 # P V of the tile before; P is encoded after it, since the registers of the P that it takes must not change
                 stay_behind(l)
