@@ -20,7 +20,7 @@ from tokquant.kernels.resources import machine_code, main_loop
 from tokquant.schemes import preset, preset_names
 
 pytestmark = pytest.mark.skipif(not hopper.available(), reason="this Triton has no Gluon, or another")
-PRESETS = ["int8", "int8-token", "int8-fast", "int8-fp8", "fp8", "fp8-rotated", "int-flash"]
+PRESETS = ["int8", "int8-token", "int8-fast", "int8-fp8", "fp8", "fp8-rotated", "int-flash", "int8-fp16", "int-flash-half"]
 
 
 def planned(s, head_dim=64, target="sm_90", **features):
@@ -50,6 +50,7 @@ CASES = {
     "more queries than keys, causal": ("int8-fast", (150, 90, 64, 1), True, 0),
     "two sequences of one key": ("int8-fp8", (5, 1, 64, 2), False, 0),
     "causal with 128 channels": ("fp8", (140, 270, 128, 1), True, 0),
+    "values of 16 bits, causal": ("int8-fp16", (130, 300, 64, 1), True, 0),
     "a scale of V for each token": ("int8-token", (70, 150, 64, 1), False, 0),
     "a scale of K for each key, a ring of three": ("int-flash", (70, 400, 64, 1), True, 1),
 }  # fmt: skip
@@ -103,7 +104,7 @@ def test_a_wait_or_a_fence_that_is_left_out_is_found(on_ptx, monkeypatch):
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_presets_in_8_bits_have_such_candidates(name):
+def test_presets_with_scores_in_8_bits_have_such_candidates(name):
     made = planned(preset(name), right=True, lse=True)
     assert bool(loops(made)) is (name in PRESETS)
     assert made.config.loop == "portable" and len(loops(made)) in (0, 4)

@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING
 
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.triton import fragments
-from tokquant.precisions import fp8_e4m3, fp8_e5m2, int8
+from tokquant.precisions import bf16, fp8_e4m3, fp8_e5m2, fp16, int8
 from tokquant.schemes import QuantScheme
 
 if TYPE_CHECKING:
     from tokquant.kernels.plan import Plan
 
-AS_STORED = (int8.decode_tile, fp8_e4m3.decode_tile, fp8_e5m2.decode_tile)
+EIGHT = ("tl.int8", "tl.float8e4nv", "tl.float8e5")
+SIXTEEN = ("tl.float16", "tl.bfloat16")
+AS_STORED = tuple(each.decode_tile for each in (int8, fp8_e4m3, fp8_e5m2, fp16, bf16))
 """What decodes codes that tensor cores multiply as they lie in memory."""
 
 ABSENT = (
@@ -27,8 +29,8 @@ def takes(plan: "Plan", scheme: QuantScheme) -> bool:
     constants, holes = dict(plan.constants), dict(plan.holes)
     return (
         constants["D"] in ("64", "128")
-        and constants["TOKENS_LAST"] == "True"
-        and all(kind == "tl.int8" or "float8" in kind for kind in plan.products)
+        and all(kind in EIGHT for kind in plan.products[: 4 if constants["TOKENS_LAST"] == "True" else 2])
+        and (constants["TOKENS_LAST"] == "True" or plan.products[3] == constants["OWN_TYPE"] in SIXTEEN)
         and all(holes[f"decode_{role}"] in AS_STORED for role in "qkv")
         and all(constants[name] == "False" for name in ABSENT)
         # P is summed before it is rounded to a float

@@ -5,19 +5,20 @@ from tokquant.kernels.gluon.language import async_load, tl, triton
 
 @triton.jit
 def places(base, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    # pointers to a tile of 8-bit codes, 16 of a row to a thread, and the row and the column of each. Rows that a thread takes
-    # further down have a dimension of their own and are added last: what it keeps is one offset, and the rest is one for all
-    ACROSS: tl.constexpr = COLUMNS // 16
+    # pointers to a tile, 16 bytes of a row to a thread, and the row and the column of each. Rows that a thread takes further
+    # down have a dimension of their own and are added last: what it keeps is one offset, and the rest is one for all
+    EACH: tl.constexpr = 128 // base.dtype.element_ty.primitive_bitwidth
+    ACROSS: tl.constexpr = COLUMNS // EACH
     AT_ONCE: tl.constexpr = tl.num_warps() * 32 // ACROSS
-    TAKEN: tl.constexpr = tl.BlockedLayout([1, 1, 16], [1, 32 // ACROSS, ACROSS], [1, tl.num_warps(), 1], [2, 1, 0])
+    TAKEN: tl.constexpr = tl.BlockedLayout([1, 1, EACH], [1, 32 // ACROSS, ACROSS], [1, tl.num_warps(), 1], [2, 1, 0])
     further = tl.arange(0, ROWS // AT_ONCE, layout=tl.SliceLayout(1, tl.SliceLayout(2, TAKEN)))[:, None, None] * AT_ONCE
     row = tl.arange(0, AT_ONCE, layout=tl.SliceLayout(0, tl.SliceLayout(2, TAKEN)))[None, :, None]
     column = tl.arange(0, COLUMNS, layout=tl.SliceLayout(0, tl.SliceLayout(1, TAKEN)))[None, None, :]
     at = base + (row * stride + column) + further.to(tl.int64) * stride
     rows = (further + row + column * 0).reshape(ROWS, COLUMNS)
     columns = (further * 0 + row * 0 + column).reshape(ROWS, COLUMNS)
-    # launches see to it that rows begin at multiples of 16
-    return tl.max_contiguous(tl.multiple_of(at.reshape(ROWS, COLUMNS), [16, 16]), [1, 16]), rows, columns
+    # launches see to it that rows begin at multiples of 16 bytes
+    return tl.max_contiguous(tl.multiple_of(at.reshape(ROWS, COLUMNS), [16, 16]), [1, EACH]), rows, columns
 
 
 @triton.jit
@@ -43,19 +44,28 @@ def fetch_floats(floats, base, stride, GROUP: tl.constexpr, start, count):
 
 @triton.jit
 def in_words(codes, M: tl.constexpr, N: tl.constexpr):
-    # [M, N] 8-bit codes -> [M, N / 4] words of four, which a thread has side by side anyway: no instruction. Bytes would go
-    # through a loop one by one
-    words = tl.inline_asm_elementwise("mov.b32 $0, $4;", "=r,=r,=r,=r,r", [codes], dtype=tl.int32, is_pure=True, pack=4)
-    first, _ = tl.split(words.reshape(M, N // 4, 2, 2))
-    return tl.split(first)[0]
+    # [M, N] codes of 8 or 16 bits -> [M, N / 4] or [M, N / 2] words of those that a thread has side by side anyway: no
+    # instruction. Parts of words would go through a loop one by one
+    if codes.dtype.primitive_bitwidth == 8:
+        words = tl.inline_asm_elementwise("mov.b32 $0, $4;", "=r,=r,=r,=r,r", [codes], dtype=tl.int32, is_pure=True, pack=4)
+        found, _ = tl.split(tl.split(words.reshape(M, N // 4, 2, 2))[0])
+    else:
+        words = tl.inline_asm_elementwise("mov.b32 $0, $2;", "=r,=r,r", [codes], dtype=tl.int32, is_pure=True, pack=2)
+        found, _ = tl.split(words.reshape(M, N // 2, 2))
+    return found
 
 
 @triton.jit
 def of_words(words, TYPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     # the reverse
     two = tl.join(words, tl.zeros_like(words))
-    four = tl.join(two, tl.zeros_like(two)).reshape(M, N)
-    codes = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r,r", [four], dtype=tl.int8, is_pure=True, pack=4)
+    if words.shape[1] * 4 == N:
+        four = tl.join(two, tl.zeros_like(two)).reshape(M, N)
+        codes = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r,r", [four], dtype=tl.int8, is_pure=True, pack=4)
+    else:
+        codes = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r,r", [two.reshape(M, N)], dtype=tl.int16, is_pure=True, pack=2
+        )
     return codes.to(TYPE, bitcast=True)
 
 

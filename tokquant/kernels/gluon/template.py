@@ -37,6 +37,8 @@ LANGUAGE = inspect.getsource(language).split('"""')[2].partition("__all__")[0].s
 D = tl.constexpr(64)  # head_dim
 SHARED_HEADS = tl.constexpr(1)  # heads of Q to one of K and V
 V_TOKENS = tl.constexpr(16)  # V holds whole groups of so many
+TOKENS_FIRST = tl.constexpr(False)  # V has 16 bits and lies as it came,
+TOKENS_LAST = tl.constexpr(True)  # or 8, with the tokens of a channel side by side
 Q_GROUP = tl.constexpr(1)  # tokens under one scale
 K_GROUP = tl.constexpr(1)
 V_GROUP = tl.constexpr(1)
@@ -70,8 +72,9 @@ WITH_LSE = tl.constexpr(False)
 def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr):
     # scores and sums lie in registers as tensor cores leave them, P as they take it; each four warps have rows of their own
     SCORES: tl.constexpr = tl.NVMMADistributedLayout([3, 0], [tl.num_warps(), 1], [16, BLOCK_N, 32])
-    SUMS: tl.constexpr = tl.NVMMADistributedLayout([3, 0], [tl.num_warps(), 1], [16, D, 32])
-    TAKEN: tl.constexpr = tl.DotOperandLayout(0, SUMS, 4)
+    P_BITS: tl.constexpr = V.codes.dtype.element_ty.primitive_bitwidth
+    SUMS: tl.constexpr = tl.NVMMADistributedLayout([3, 0], [tl.num_warps(), 1], [16, D, 256 // P_BITS])
+    TAKEN: tl.constexpr = tl.DotOperandLayout(0, SUMS, 32 // P_BITS)
     ROWS: tl.constexpr = tl.SliceLayout(1, SCORES)
     KEYS: tl.constexpr = tl.SliceLayout(0, SCORES)
     SUM_ROWS: tl.constexpr = tl.SliceLayout(1, SUMS)
@@ -110,8 +113,14 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     # queries; then rings of slots, each for the keys of a tile, the values of the tile before, and what these have beside codes
     q = tl.allocate_shared_memory(Q_TYPE, [BLOCK_M, D], tl.NVMMASharedLayout.get_default_for([BLOCK_M, D], Q_TYPE))
     fetch_rows(q, q_codes + first.to(tl.int64) * Q.row, Q.row, n_q - first)
-    k_ring = tl.allocate_shared_memory(K_TYPE, [STAGES, BLOCK_N, D], tl.NVMMASharedLayout.get_default_for([BLOCK_N, D], K_TYPE))
-    v_ring = tl.allocate_shared_memory(V_TYPE, [STAGES, D, BLOCK_N], tl.NVMMASharedLayout.get_default_for([D, BLOCK_N], V_TYPE))
+    K_TILE: tl.constexpr = tl.NVMMASharedLayout.get_default_for([BLOCK_N, D], K_TYPE)
+    k_ring = tl.allocate_shared_memory(K_TYPE, [STAGES, BLOCK_N, D], K_TILE)
+    if TOKENS_LAST:
+        V_TURNED: tl.constexpr = tl.NVMMASharedLayout.get_default_for([D, BLOCK_N], V_TYPE)
+        v_ring = tl.allocate_shared_memory(V_TYPE, [STAGES, D, BLOCK_N], V_TURNED)
+    if TOKENS_FIRST:
+        V_TILE: tl.constexpr = tl.NVMMASharedLayout.get_default_for([BLOCK_N, D], V_TYPE)
+        v_ring = tl.allocate_shared_memory(V_TYPE, [STAGES, BLOCK_N, D], V_TILE)
     FLAT: tl.constexpr = tl.SwizzledSharedLayout(1, 1, 1, [0])
     if K_PER_KEY:
         k_scales = tl.allocate_shared_memory(tl.float32, [STAGES, BLOCK_N], FLAT)
@@ -142,7 +151,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     alpha_before = tl.zeros([BLOCK_M], tl.float32, ROWS)
     acc = tl.zeros([BLOCK_M, D], tl.float32, SUMS)
     # P of no tile is zero, and so are its values
-    p_before = in_words(tl.zeros([BLOCK_M, BLOCK_N], tl.int8, TAKEN), BLOCK_M, BLOCK_N)
+    p_before = in_words(tl.zeros([BLOCK_M, BLOCK_N], tl.float32, TAKEN).to(P_TYPE), BLOCK_M, BLOCK_N)
     no_scores = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if tl.int8 == Q_TYPE else tl.float32, SCORES)
     no_sums = tl.zeros([BLOCK_M, D], tl.int32 if tl.int8 == P_TYPE else tl.float32, SUMS)
     for phase in tl.static_range(0, 3):
@@ -165,7 +174,10 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
                 fence_async_shared()
                 p = tl.convert_layout(of_words(p_before, P_TYPE, BLOCK_M, BLOCK_N), TAKEN)
                 s = warpgroup_mma(q, k_ring.index(slot).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-                pv = warpgroup_mma(p, v_ring.index(slot).permute((1, 0)), no_sums, use_acc=False, is_async=True)
+                if TOKENS_LAST:
+                    pv = warpgroup_mma(p, v_ring.index(slot).permute((1, 0)), no_sums, use_acc=False, is_async=True)
+                if TOKENS_FIRST:
+                    pv = warpgroup_mma(p, v_ring.index(slot), acc, is_async=True)
 
             # the slot that was read last is filled for a later tile
             slot_ahead = (tile + STAGES - 1) % STAGES
@@ -173,7 +185,11 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
             behind = ahead - BLOCK_N
             wanted = (behind >= 0) & (behind < end)
             fetch_rows(k_ring.index(slot_ahead), k_codes + tl.cast(ahead, tl.int64) * K.row, K.row, end - ahead)
-            fetch_columns(v_ring.index(slot_ahead), v_codes + behind, V.row, tl.where(wanted, n_v - behind, 0))
+            if TOKENS_LAST:
+                fetch_columns(v_ring.index(slot_ahead), v_codes + behind, V.row, tl.where(wanted, n_v - behind, 0))
+            if TOKENS_FIRST:
+                v_at = v_codes + tl.cast(behind, tl.int64) * V.row
+                fetch_rows(v_ring.index(slot_ahead), v_at, V.row, tl.where(wanted, n_v - behind, 0))
             if K_PER_KEY:
                 k_scale_at = K.scale + k_group
                 fetch_floats(k_scales.index(slot_ahead), k_scale_at, K.scale_row, K_GROUP, ahead, end - ahead)
@@ -235,7 +251,11 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
                 if UNSIGNED_P:
                     # what the product of codes that fit a signed unit lacks
                     pv += corrections.index(slot).load(CHANNELS)[None, :]
-                acc = acc * tl.convert_layout(alpha_before, SUM_ROWS)[:, None] + pv
+                if TOKENS_LAST:
+                    acc = acc * tl.convert_layout(alpha_before, SUM_ROWS)[:, None] + pv
+                if TOKENS_FIRST:
+                    # sums of 16 bits are added up where they are
+                    acc = pv * tl.convert_layout(alpha, SUM_ROWS)[:, None]
                 alpha_before = alpha
 
     # P V of the last tile
@@ -244,12 +264,16 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     barrier()
     fence_async_shared()
     p = tl.convert_layout(of_words(p_before, P_TYPE, BLOCK_M, BLOCK_N), TAKEN)
-    pv = warpgroup_mma(p, v_ring.index(slot).permute((1, 0)), no_sums, use_acc=False).to(tl.float32)
+    if TOKENS_FIRST:
+        acc = warpgroup_mma(p, v_ring.index(slot), acc)
+    if TOKENS_LAST:
+        pv = warpgroup_mma(p, v_ring.index(slot).permute((1, 0)), no_sums, use_acc=False).to(tl.float32)
     if V_PER_TILE:
         pv *= v_scales.index(slot).load(CHANNELS)[None, :]
     if UNSIGNED_P:
         pv += corrections.index(slot).load(CHANNELS)[None, :]
-    acc = acc * tl.convert_layout(alpha_before, SUM_ROWS)[:, None] + pv
+    if TOKENS_LAST:
+        acc = acc * tl.convert_layout(alpha_before, SUM_ROWS)[:, None] + pv
 
     inverse_total = 1.0 / tl.where(l == 0.0, 1.0, l)
     o = acc * tl.convert_layout(inverse_total, SUM_ROWS)[:, None]
