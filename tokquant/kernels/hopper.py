@@ -24,8 +24,8 @@ ABSENT = (
 
 
 def takes(plan: "Plan", scheme: QuantScheme) -> bool:
-    """Whether the loop does what a plan asks for: Q, K, P and V in 8 bits, V with its tokens side by side, head_dim 64 or 128,
-    and nothing done to scores but a causal mask."""
+    """Whether the loop does what a plan asks for: Q and K in 8 bits; P and V in 8, with V's tokens side by side, or in the
+    tensors' own 16; head_dim 64 or 128; and nothing done to scores but a causal mask."""
     constants, holes = dict(plan.constants), dict(plan.holes)
     return (
         constants["D"] in ("64", "128")
