@@ -217,3 +217,22 @@ def test_a_softmax_runs_between_the_waits_for_its_scores_and_for_the_tile_before
     found = kernel.resources
     assert found.instructions_per_score <= BUDGETS[name] and found.blocks_per_multiprocessor == 2
     assert found.spills_in_loop <= 16 and found.loop.get("PRMT", 0) <= 48, "P goes from product to product in registers"
+
+
+@pytest.mark.gpu
+@pytest.mark.compiled
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_gpu_finds_the_bits_of_the_portable_loop_in_every_launch(name, d, monkeypatch):
+    if targets.of(torch.device("cuda")).name != "sm_90":
+        pytest.skip("needs an H100 or H200")
+    tensors = [x.cuda() for x in qkv(700, 2100, d, heads=8, kv_heads=2, batch=4, dtype=torch.float16)]
+    operands = tq.quantize(*tensors, name)
+    for causal in (False, True):
+        take(monkeypatch, None)
+        expected = tq.attention(*operands, name, causal=causal, return_lse=True)
+        for place in range(4):
+            take(monkeypatch, place)
+            for _ in range(20):  # a race would not show in each
+                for ours, portable in zip(tq.attention(*operands, name, causal=causal, return_lse=True), expected, strict=True):
+                    assert torch.equal(ours, portable), f"candidate {place}"
