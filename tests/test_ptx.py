@@ -1,5 +1,7 @@
 """The machine that runs PTX where there is no GPU computes what torch does, and forgives nothing that a GPU would not."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,26 @@ def test_products_are_those_of_torch(on_ptx, kind, across, request):
         expected, most = a.double() @ b.double(), a.double().abs() @ b.double().abs()
         assert ((c - expected).abs() <= LEAST.get(kind, 1e-6) * most).all()
         assert m < 64 or UNITS[capability] in on_ptx[-1].asm["ptx"]
+
+
+def test_a_product_is_there_when_it_is_waited_for_and_of_what_a_fence_has_shown(on_ptx):
+    a, b = ((40 * torch.randn(64, 64)).to(torch.int8) for _ in range(2))
+    c = torch.zeros(64, 64, dtype=torch.int32)
+    given = (a, b.T.contiguous(), c, 64, 64, 64, True)
+    product[(1,)](*given, num_warps=4)
+    [compiled], expected = on_ptx, a.int() @ b.T.int()
+    assert torch.equal(c, expected) and compiled.unfenced == 0
+
+    def without(instruction):
+        lines = compiled.asm["ptx"].splitlines()
+        left = [line for line in lines if not line.strip().startswith(instruction)]
+        assert len(left) < len(lines)
+        changed = SimpleNamespace(asm={"ptx": "\n".join(left)}, src=compiled.src, metadata=compiled.metadata)
+        return device.launch(changed, (1,), given), torch.equal(c, expected)
+
+    assert without("wgmma.wait_group") == (0, False)
+    unfenced, same = without("fence.proxy.async")
+    assert unfenced > 0 and same
 
 
 @pytest.mark.parametrize("on_ptx", [89, 90], indirect=True)

@@ -121,6 +121,17 @@ def test_the_model_is_products_then_whatever_softmax_waits_for():
     assert many.serial_tops == pytest.approx(whole / (0.0625 + 16 / 128)) and many.share == pytest.approx(1 / 3)
 
 
+def test_products_of_p_and_v_run_beside_the_softmax_in_the_loop_for_hopper():
+    made = plan(preset("int8-fast"), head_dim=128, dtype=torch.float16)
+    few, many = (predict(resources_of(count), made, 128, targets.get("sm_90"), "hopper") for count in (1.0, 16.0))
+    whole = 132 * 1.83e9 * 4 * 128 / 1e12
+    assert few.serial_tops == pytest.approx(whole / (1 / 32 + 1 / 16)), (
+        "exponentials, which take longer than half of the products"
+    )
+    assert many.serial_tops == pytest.approx(whole / (1 / 32 + 1 / 8)) and many.roofline_tops == few.roofline_tops
+    assert many.clocks(0.5) == pytest.approx(1 / 32 + 1 / 8 + 0.5)
+
+
 def test_half_precision_products_take_twice_as_long():
     made = plan(preset("int8-fp16"), head_dim=128, dtype=torch.float16)
     assert predict(resources_of(8.0), made, 128, targets.get("sm_90")).products == 256 / 8192 + 256 / 4096

@@ -12,8 +12,30 @@ from ptx.text import Address, Instruction, Kernel, Operand
 
 Array = np.ndarray
 
-NOTHING = {"bar", "barrier", "fence", "membar", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "griddepcontrol"}
+NOTHING = {"bar", "barrier", "fence", "membar", "wgmma.fence", "griddepcontrol"}
 """What orders threads that here are never out of order."""
+
+
+class Later:
+    """What is begun and done in groups, as late as may be: when a group is waited for."""
+
+    def __init__(self) -> None:
+        self.begun: list[Callable[[], None]] = []
+        self.groups: deque[list[Callable[[], None]]] = deque()
+
+    def begin(self, finish: Callable[[], None]) -> None:
+        self.begun.append(finish)
+
+    def order(self, each: Instruction) -> None:
+        """`commit_group`, `wait_group` or `wait_all`."""
+        if "commit_group" in each.opcode:
+            self.groups.append(self.begun)
+            self.begun = []
+            return
+        pending = int(each.operands[0]) if each.operands else 0
+        while len(self.groups) > pending:
+            for finish in self.groups.popleft():
+                finish()
 
 
 class Block:
@@ -30,8 +52,11 @@ class Block:
             name: np.broadcast_to(np.asarray(x, np.uint32), len(self.threads)) for name, x in (special | place).items()
         }
         self.all = np.ones(len(self.threads), bool)
-        self.copies: list[Callable[[], None]] = []
-        self.groups: deque[list[Callable[[], None]]] = deque()
+        self.copies, self.products = Later(), Later()
+        self.fresh = np.zeros(shared, bool)
+        """Bytes of shared memory that threads have written since the last `fence.proxy.async`."""
+        self.unfenced = 0
+        """Products of bytes that were fresh when they were begun: tensor cores need not see those."""
 
     def run(self) -> None:
         """From the first instruction to `ret`. Raises OutOfBounds, NotImplementedError for what no kernel here has needed."""
@@ -109,9 +134,15 @@ class Block:
             (self.load if name == "ld" else self.store)(each, guard)
         elif each.opcode.startswith("cp.async"):
             self.copy(each, guard)
+        elif each.opcode.startswith("fence.proxy.async"):
+            self.fresh[:] = False
+        elif each.opcode.startswith(("wgmma.commit_group", "wgmma.wait_group")):
+            self.products.order(each)
+        elif each.opcode.startswith("wgmma.mma_async"):
+            self.multiply(each)
         elif name in ("ldmatrix", "stmatrix"):
             self.move_matrices(each)
-        elif name in ("mma", "shfl", "redux") or each.opcode.startswith("wgmma.mma_async"):
+        elif name in ("mma", "shfl", "redux"):
             self.together(each)
         elif name not in NOTHING and ".".join(each.opcode.split(".")[:2]) not in NOTHING:
             try:
@@ -143,24 +174,47 @@ class Block:
         width = bits(parts[-1])
         given = given if isinstance(given, tuple) else (given,)
         data = np.stack([self.value(x, width) for x in given], axis=1).view(np.uint8)
-        (self.memory if space == "global" else self.shared).store(self.address(where), data, guard)
+        if space == "global":
+            self.memory.store(self.address(where), data, guard)
+        else:
+            self.share(self.address(where), data, guard)
+
+    def share(self, addresses: Array, data: Array, guard: Array) -> None:
+        """Write into shared memory, as threads do."""
+        self.shared.store(addresses, data, guard)
+        self.fresh[(addresses[guard].astype(np.int64)[:, None] + np.arange(data.shape[1]))] = True
 
     def copy(self, each: Instruction, guard: Array) -> None:
-        """`cp.async`: nothing arrives before it is waited for."""
-        if each.opcode == "cp.async.commit_group":
-            self.groups.append(self.copies)
-            self.copies = []
-        elif each.opcode in ("cp.async.wait_group", "cp.async.wait_all"):
-            pending = int(each.operands[0]) if each.operands else 0
-            while len(self.groups) > pending:
-                for arrive in self.groups.popleft():
-                    arrive()
+        """`cp.async`: until it is waited for, nobody knows what is there."""
+        if each.opcode in ("cp.async.commit_group", "cp.async.wait_group", "cp.async.wait_all"):
+            self.copies.order(each)
         else:
             to, of, size, *least = each.operands
             size, to, of = number(size, 32), self.address(to), self.address(of)
             wanted = self.value(least[0], 32) if least else np.full(len(self.threads), size)
             data = self.memory.load(of, size, guard & (wanted > 0)) * (np.arange(size) < wanted[:, None])
-            self.copies.append(lambda: self.shared.store(to, data.astype(np.uint8), guard))
+            self.share(to, np.full_like(data, 0xFF, np.uint8), guard)
+            self.copies.begin(lambda: self.share(to, data.astype(np.uint8), guard))
+
+    def multiply(self, each: Instruction) -> None:
+        """`wgmma.mma_async`: reads its operands, in registers and in shared memory, when it is waited for."""
+        to, a, b, scaled, *rest = each.operands
+        does = matrices.Wgmma.of(each.opcode)
+        # of floats two signs; then, of 16 bits, whether operands in shared memory lie with their rows side by side
+        assert set(rest[:2]) <= {"1"}, f"{each.opcode}: an operand with its sign turned"
+        across = [False, False, *(each == "1" for each in rest[2:])][-2:]
+        rows = None if isinstance(a, tuple) else does.places(self.value(a, 64), False, across[0])
+        columns = does.places(self.value(b, 64), True, across[1])
+        self.unfenced += any(self.fresh[x].any() for x in (rows, columns) if x is not None)
+        adds, active = self.value(scaled, 1), self.active
+
+        def finish() -> None:
+            left = [self.value(x, 32) for x in a] if rows is None else self.held[rows]
+            found = does.run([self.value(x, 32) for x in to], left, self.held[columns], adds)
+            for register, x in zip(to, found, strict=True):
+                self.write(register, x, active)
+
+        self.products.begin(finish)
 
     def move_matrices(self, each: Instruction) -> None:
         count = int(each.opcode.split(".x")[1][0])
@@ -175,10 +229,10 @@ class Block:
         else:
             found = matrices.gathered([self.value(x, 32) for x in to])
             found = np.ascontiguousarray(found.swapaxes(2, 3) if across else found).view(np.uint8).reshape(-1, 16)
-            self.shared.store(rows, found, np.ones(len(rows), bool))
+            self.share(rows, found, np.ones(len(rows), bool))
 
     def together(self, each: Instruction) -> None:
-        """What threads of a warp, or of four, do with each other's registers."""
+        """What threads of a warp do with each other's registers."""
         to, *given = each.operands
         if each.opcode.startswith("shfl"):
             found = matrices.shuffled(each.opcode.split(".")[2], *(self.value(x, 32) for x in given[:3]))
@@ -188,17 +242,7 @@ class Block:
             self.write(to, matrices.reduced(each.opcode, self.value(given[0], 32)), self.active)
             return
         before = [self.value(x, 32) for x in to]
-        if each.opcode.startswith("mma"):
-            found = matrices.mma(each.opcode, before, *([self.value(x, 32) for x in each] for each in given))
-        else:
-            a, b, scaled, *rest = given
-            a = [self.value(x, 32) for x in a] if isinstance(a, tuple) else self.value(a, 64)
-            # of floats two signs; then, of 16 bits, whether operands in shared memory lie with their rows side by side
-            assert set(rest[:2]) <= {"1"}, f"{each.opcode}: an operand with its sign turned"
-            across = [each == "1" for each in rest[2:]]
-            found = matrices.wgmma(
-                each.opcode, self.held, before, a, self.value(b, 64), self.value(scaled, 1), [False, False, *across][-2:]
-            )
+        found = matrices.mma(each.opcode, before, *([self.value(x, 32) for x in each] for each in given))
         for register, x in zip(to, found, strict=True):
             self.write(register, x, self.active)
 

@@ -1,7 +1,7 @@
 """A stand-in for an NVIDIA GPU: what Triton compiles for one is run, PTX instruction by PTX instruction, on the CPU.
 
-All is checked that a GPU would have to trust: that every access is to a tensor that was given, and is aligned. Nothing here is
-parallel, so races do not show, but for copies that are not waited for.
+All is checked that a GPU would have to trust: that every access is to a tensor that was given, and is aligned. Threads are not
+parallel here, so races between them do not show. Copies and products are beside them: they end when they are waited for.
 """
 
 import struct
@@ -46,8 +46,9 @@ def flat(values, signature):
             yield value
 
 
-def launch(compiled, grid, values) -> None:
-    """Run a compiled kernel, block by block."""
+def launch(compiled, grid, values) -> int:
+    """Run a compiled kernel, block by block; how many products tensor cores began of what they need not see yet."""
+    unfenced = 0
     kernel = text.read(compiled.asm["ptx"])
     arguments = list(flat(values, compiled.src.signature.values()))
     given = {}
@@ -61,7 +62,10 @@ def launch(compiled, grid, values) -> None:
     axes = dict(zip(("%nctaid.x", "%nctaid.y", "%nctaid.z"), sizes, strict=True))
     for z, y, x in product(*map(range, reversed(sizes))):
         place = axes | {"%ctaid.x": x, "%ctaid.y": y, "%ctaid.z": z}
-        Block(kernel, given, memory, max(compiled.metadata.shared, 16), place).run()
+        block = Block(kernel, given, memory, max(compiled.metadata.shared, 16), place)
+        block.run()
+        unfenced += block.unfenced
+    return unfenced
 
 
 @contextmanager
@@ -91,7 +95,7 @@ def stand_in(monkeypatch, capability: int) -> Iterator[list]:
         if not warmup:
             names = [parameter.name for parameter in self.params]
             values = dict(zip(names, arguments, strict=False)) | options
-            launch(compiled, grid, [values[name] for name in compiled.src.signature])
+            compiled.unfenced = launch(compiled, grid, [values[name] for name in compiled.src.signature])
             launched.append(compiled)
         return compiled
 

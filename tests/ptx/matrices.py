@@ -5,6 +5,7 @@ instructions". In an accumulator and in the operands of products, thread `4 g + 
 """
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -118,8 +119,8 @@ SWIZZLES = {0: 0, 3: 1, 2: 2, 1: 3}
 """Bits of an address that are swapped, by a descriptor's mode: rows of 16, 32, 64 and 128 bytes."""
 
 
-def described(shared: Array, descriptor: int, rows: int, kind: str, transposed: bool, contracted: int) -> Array:
-    """`[rows, contracted]` of an operand that a descriptor finds in shared memory."""
+def described(descriptor: int, rows: int, kind: str, transposed: bool, contracted: int) -> Array:
+    """Where a descriptor finds the bytes of an operand in shared memory, `[rows, contracted, bytes]`."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     assert not descriptor >> 49 & 7, "what is swapped begins at addresses that are multiples of it"
     swapped = SWIZZLES[descriptor >> 62 & 3]
@@ -134,24 +135,38 @@ def described(shared: Array, descriptor: int, rows: int, kind: str, transposed: 
         at = row // 8 * stride + row % 8 * 16 + along * size // 16 * leading + along * size % 16
     at = start + at
     at ^= (at >> 7 & (1 << swapped) - 1) << 4
-    found = shared[at[..., None] + np.arange(size)]
-    return typed(found.view(RAW[8 * size])[..., 0], kind)
+    return at[..., None] + np.arange(size)
 
 
-def wgmma(
-    opcode: str, shared: Array, d: list[Array], a: list[Array] | Array, b: Array, scaled: Array, transposed: list[bool]
-) -> list[Array]:
-    """`wgmma.mma_async`, of each four warps: 64 rows of A, from registers or shared memory, by B; added where `scaled`."""
-    n, k, to, of_a, of_b = re.search(r"m64n(\d+)k(\d+)\.(\w+)\.(\w+)\.(\w+)", opcode).groups()
-    n, k = int(n), int(k)
+@dataclass(frozen=True)
+class Wgmma:
+    """`wgmma.mma_async`, of each four warps: 64 rows of A, from registers or shared memory, by B."""
 
-    def from_shared(descriptors: Array, rows: int, kind: str, across: bool) -> Array:
+    n: int
+    k: int
+    to: str
+    a: str
+    b: str
+
+    @classmethod
+    def of(cls, opcode: str) -> "Wgmma":
+        n, k, *kinds = re.search(r"m64n(\d+)k(\d+)\.(\w+)\.(\w+)\.(\w+)", opcode).groups()
+        return cls(int(n), int(k), *kinds)
+
+    def places(self, descriptors: Array, right: bool, across: bool) -> Array:
+        """Of the bytes of an operand in shared memory, `[groups, rows, K, bytes]`."""
         groups = descriptors.reshape(-1, 128)
-        assert (groups == groups[:, :1]).all(), f"{opcode}: one descriptor for each four warps"
-        return np.stack([described(shared, int(each), rows, kind, across, k) for each in groups[:, 0]])
+        assert (groups == groups[:, :1]).all(), "one descriptor for each four warps"
+        rows, kind = (self.n, self.b) if right else (64, self.a)
+        return np.stack([described(int(each), rows, kind, across, self.k) for each in groups[:, 0]])
 
-    held = left(a, of_a) if isinstance(a, list) else None
-    rows = from_shared(a, 64, of_a, transposed[0]) if held is None else held.reshape(-1, 64, k)
-    columns = from_shared(b, n, of_b, transposed[1])
-    before = np.where(scaled.reshape(-1, 128)[:, :1, None], sums(d, to).reshape(-1, 64, n), 0)
-    return of_sums(multiplied(rows, columns, before, of_a, to).reshape(-1, 16, n))
+    def run(self, d: list[Array], a: list[Array] | Array, b: Array, scaled: Array) -> list[Array]:
+        """Of registers, or bytes of shared memory; added to `d` where `scaled`."""
+        rows = left(a, self.a).reshape(-1, 64, self.k) if isinstance(a, list) else numbers(a, self.a)
+        before = np.where(scaled.reshape(-1, 128)[:, :1, None], sums(d, self.to).reshape(-1, 64, self.n), 0)
+        return of_sums(multiplied(rows, numbers(b, self.b), before, self.a, self.to).reshape(-1, 16, self.n))
+
+
+def numbers(data: Array, kind: str) -> Array:
+    """Of bytes in the last dimension."""
+    return typed(np.ascontiguousarray(data).view(RAW[8 * data.shape[-1]])[..., 0], kind)

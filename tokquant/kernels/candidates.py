@@ -1,9 +1,11 @@
 """How a kernel may be launched: every configuration that is worth trying, the one taken without tuning first."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tokquant.kernels.targets import Target
+
+Loop = Literal["portable", "hopper"]
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,14 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
+    loop: Loop = "portable"
+    """Which main loop: the one that runs everywhere, or that of `hopper.py`."""
+
+    def tiles(self) -> dict[str, int]:
+        """What a kernel is given behind its arguments, by name."""
+        tiles = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
+        # Triton's compiler knows of stages; in Gluon they are the kernel's own
+        return tiles if self.loop == "portable" else tiles | {"STAGES": self.num_stages}
 
     def options(self) -> dict[str, Any]:
         """What Triton's compiler is told."""
@@ -21,7 +31,8 @@ class Config:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
     def __str__(self) -> str:
-        return f"{self.block_m} x {self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
+        loop = "" if self.loop == "portable" else f", {self.loop} loop"
+        return f"{self.block_m} x {self.block_n}, {self.num_warps} warps, {self.num_stages} stages{loop}"
 
 
 Table = tuple[tuple[int, int, int], ...]

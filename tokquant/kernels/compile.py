@@ -47,7 +47,10 @@ class Kernel:
 
     @cached_property
     def _candidates(self) -> "tuple[Kernel, ...]":
-        return tuple(replace(self, config=config) for config in self.plan.candidates)  # kept, as what is read of them is
+        # kept, as what is read of them is
+        return tuple(
+            replace(self, config=config, source=generate.render(self.plan, config.loop)) for config in self.plan.candidates
+        )
 
     @cached_property
     def compiled(self) -> Any:
@@ -69,7 +72,7 @@ class Kernel:
     @property
     def prediction(self) -> Prediction:
         """What the main loop should take, by a model. Raises as `asm`."""
-        return predict(self.resources, self.plan, self.head_dim, self.target)
+        return predict(self.resources, self.plan, self.head_dim, self.target, self.config.loop)
 
     @property
     def bandwidth(self) -> Bandwidth:
@@ -179,7 +182,6 @@ def compile(
 def _compile(kernel: Kernel) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     signature: dict[str, Any] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
@@ -195,9 +197,20 @@ def _compile(kernel: Kernel) -> Any:
                 # as at a launch on tensors of even strides; without it loads are scalar
                 attributes[path] = [["tt.divisibility", 16]]
         signature[name] = type(value)(*parts) if isinstance(value, tuple) else parts[0]
-    for name, number in (("BLOCK_M", kernel.config.block_m), ("BLOCK_N", kernel.config.block_n)):
+    for name, number in kernel.config.tiles().items():
         constexprs[(len(signature),)] = number
         signature[name] = "constexpr"
-    source = ASTSource(fn=generate.load(kernel.plan), signature=signature, constexprs=constexprs, attrs=attributes)
+    function = generate.load(kernel.plan, kernel.config.loop)
+    source = _language(kernel)(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
     target = GPUTarget(kernel.target.backend, kernel.target.arch, kernel.target.lanes)
     return triton.compile(source, target=target, options=kernel.config.options())
+
+
+def _language(kernel: Kernel) -> Any:
+    if kernel.config.loop == "hopper":
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tokquant.kernels import store
+from tokquant.kernels.candidates import Loop
 from tokquant.kernels.decode_plan import DecodePlan
 from tokquant.kernels.plan import Plan
 from tokquant.kernels.quantize_plan import QuantizePlan
@@ -27,9 +28,10 @@ HEADER = '''"""{title}.
 
 from typing import Any, NamedTuple
 
-import triton
-import triton.language as tl
+{language}
 '''
+
+TRITON = "import triton\nimport triton.language as tl"
 
 PARTS = (
     parts.load_tile,
@@ -51,18 +53,17 @@ TEMPLATES = {
 }
 
 
-def render(plan: Plan | QuantizePlan) -> str:
-    """The text of the plan's kernel."""
+def render(plan: Plan | QuantizePlan, loop: Loop = "portable") -> str:
+    """The text of the plan's kernel, with that main loop."""
+    module, kernel, arguments, language, functions = _template(plan, loop)
     constants = dict(plan.constants)
-    module, kernel, arguments = TEMPLATES[type(plan)]
     body = _living(_source(kernel, plan.name), constants)
     pieces = [inspect.getsource(argument) for argument in arguments]
-    for part in PARTS:
-        name = _function(part).__name__
-        if re.search(rf"\b{name}\(", body):
-            pieces.append(f"# {parts.__name__}\n{_source(part, name)}")
+    for part in _used(functions, body):
+        pieces.append(f"# {_function(part).__module__}\n{_source(part, _function(part).__name__)}")
     for hole, fragment in plan.holes:
-        pieces.append(f"# {_function(fragment).__module__}.{_function(fragment).__name__}\n{_source(fragment, hole)}")
+        if loop == "portable" or _names(hole, body):
+            pieces.append(f"# {_function(fragment).__module__}.{_function(fragment).__name__}\n{_source(fragment, hole)}")
     pieces.append(f"# {module.__name__}\n{body}")
     comments = _constant_comments(module)
     lines = [
@@ -70,16 +71,17 @@ def render(plan: Plan | QuantizePlan) -> str:
         for name, value in constants.items()
         if re.search(rf"\b{name}\b", body)
     ]
-    return "\n\n".join([HEADER.format(title=plan.title, launch=_launch(plan)) + "\n" + "\n".join(lines) + "\n", *pieces])
+    header = HEADER.format(title=plan.title, launch=_launch(plan, loop), language=language)
+    return "\n\n".join([header + "\n" + "\n".join(lines) + "\n", *pieces])
 
 
 @lru_cache(maxsize=256)
-def load(plan: Plan | QuantizePlan) -> Any:
+def load(plan: Plan | QuantizePlan, loop: Loop = "portable") -> Any:
     """The plan's kernel as a function, compiled from text in memory.
 
     A copy lies in the cache folder for people, debuggers and profilers to read. It is never run.
     """
-    text, name = render(plan), name_of(plan)
+    text, name = render(plan, loop), name_of(plan, loop)
     path = store.keep(Path("kernels") / f"{name}.py", text)
     # Triton and tracebacks ask linecache for the source; without a modification time it is not looked for on disk
     linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
@@ -95,12 +97,12 @@ def load(plan: Plan | QuantizePlan) -> Any:
 
 
 @lru_cache(maxsize=256)
-def name_of(plan: Plan | QuantizePlan) -> str:
+def name_of(plan: Plan | QuantizePlan, loop: Loop = "portable") -> str:
     """The kernel's name and a hash of its text: kernels of one name are one kernel."""
-    return f"{plan.name}_{hashlib.sha256(render(plan).encode()).hexdigest()[:12]}"
+    return f"{plan.name}_{hashlib.sha256(render(plan, loop).encode()).hexdigest()[:12]}"
 
 
-def _launch(plan: Plan | QuantizePlan) -> str:
+def _launch(plan: Plan | QuantizePlan, loop: Loop) -> str:
     """What is to be known to launch the kernel by hand."""
     if isinstance(plan, QuantizePlan):
         return ""
@@ -110,7 +112,7 @@ def _launch(plan: Plan | QuantizePlan) -> str:
             f"BLOCK_N {plan.config.block_n}; a window's first run begins at a multiple of `step`, whole tiles too.\n"
             "`scale` is the softmax's own, as D**-0.5.\n\n"
         )
-    tiles = " or ".join(str(tile) for tile in sorted({config.block_n for config in plan.candidates}))
+    tiles = " or ".join(str(tile) for tile in sorted({config.block_n for config in plan.candidates if config.loop == loop}))
     grid = "(cdiv(n_q, BLOCK_M), heads, batch)"
     if dict(plan.constants)["RIGHT"] == "True":
         grid = "(side, cdiv(n_q, BLOCK_M), batch * heads // side), of all heads as many side by side"
@@ -118,9 +120,34 @@ def _launch(plan: Plan | QuantizePlan) -> str:
         f"Grid: {grid}; `heads` are q's.",
         f"BLOCK_N: {tiles}. `scale` is the softmax's own, as D**-0.5.",
     ]
+    if loop == "hopper":
+        words += ["STAGES: tiles that a ring holds, from 2. Rows of codes begin at multiples of 16 bytes."]
     if dict(plan.constants)["TOKENS_LAST"] == "True":
         words += ["V's codes lie [B, H, D, N], as tokquant.tensor.tokens_last pads and orders them."]
     return "\n".join(words) + "\n\n"
+
+
+def _template(plan: Plan | QuantizePlan, loop: Loop) -> tuple[types.ModuleType, Any, tuple[type, ...], str, tuple[Any, ...]]:
+    """Module, kernel and arguments; what the text begins with, and the functions that it may call."""
+    if loop == "portable":
+        return *TEMPLATES[type(plan)], TRITON, PARTS
+    from tokquant.kernels.gluon import template as hopper  # which not every Triton can import
+
+    return hopper, hopper.attention, TEMPLATES[Plan][2], hopper.LANGUAGE, hopper.PARTS
+
+
+def _used(functions: tuple[Any, ...], text: str) -> list[Any]:
+    """Those of these functions that a text calls, or that one of them calls that stands further down."""
+    used: list[Any] = []
+    for function in reversed(functions):
+        if _names(_function(function).__name__, text):
+            used.insert(0, function)
+            text += inspect.getsource(_function(function))
+    return used
+
+
+def _names(name: str, text: str) -> bool:
+    return re.search(rf"\b{name}\(", text) is not None
 
 
 def _function(fragment: Any) -> Any:

@@ -111,13 +111,13 @@ class Call:
     @property
     def arguments(self) -> tuple[Any, ...]:
         """All of the kernel's arguments."""
-        return (*self.operands, self.config.block_m, self.config.block_n)
+        return (*self.operands, *self.config.tiles().values())
 
     def run(self) -> tuple[Tensor, Tensor | None]:
         """Launch. Returns output and LSE."""
         device = self.out.device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            generate.load(self.plan)[self.grid](*self.arguments, **self.config.options())
+            generate.load(self.plan, self.config.loop)[self.grid](*self.arguments, **self.config.options())
         return self.out.to(self.dtype), self.lse
 
 
@@ -171,6 +171,7 @@ def planned(operands: Operands, scheme: QuantScheme, wanted: Wanted) -> Plan:
         wanted=wanted,
         tokens_last=v.layout == "tokens_last",
         interpreted=interpreted(),
+        aligned=all(aligned(x.codes) for x in operands),
         target=targets.of(q.device),
     )
     if interpreted() and "tl.bfloat16" in made.products:
@@ -178,6 +179,12 @@ def planned(operands: Operands, scheme: QuantScheme, wanted: Wanted) -> Plan:
             "dtype: Triton's interpreter multiplies bf16 wrongly; use float16 or float32, or backend='reference'"
         )
     return made
+
+
+def aligned(codes: Tensor) -> bool:
+    """Whether rows of codes begin at multiples of 16 bytes."""
+    steps = (step for size, step in zip(codes.shape[:-1], codes.stride(), strict=False) if size > 1)
+    return not any(byte % 16 for byte in (codes.data_ptr(), *(step * codes.itemsize for step in steps)))
 
 
 def outputs(q: QuantizedTensor, shape: tuple[int, ...], return_lse: bool) -> tuple[Tensor, Tensor | None]:

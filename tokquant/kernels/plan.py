@@ -1,7 +1,7 @@
 """The one place that decides: from a scheme, the tensors' types and a target to the holes and constants of a kernel."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +10,7 @@ import torch
 from tokquant import precisions
 from tokquant.bias.factors import block_of
 from tokquant.errors import UnsupportedError
-from tokquant.kernels import targets
+from tokquant.kernels import hopper, targets
 from tokquant.kernels.candidates import Config, candidates
 from tokquant.kernels.products import FLOAT_NAMES, TRITON_TYPES, UNITS, product_types, via
 from tokquant.kernels.triton import fragments
@@ -112,11 +112,13 @@ def plan(
     wanted: Wanted = Wanted(),
     tokens_last: bool = False,
     interpreted: bool = False,
+    aligned: bool = True,
     target: targets.Target = targets.DEFAULT,
 ) -> Plan:
     """The plan of an attention kernel for tensors of `dtype`. Raises UnsupportedError for what no Triton kernel can do.
 
-    `target` decides how the kernel is launched, and which of two equal fragments decodes.
+    `target` decides how the kernel is launched, and which of two equal fragments decodes. So does whether rows of codes are
+    `aligned` to 16 bytes.
     """
     _refuse(scheme, head_dim, wanted)
     types = {**product_types(scheme, "qk", dtype), **product_types(scheme, "pv", dtype)}
@@ -198,6 +200,8 @@ def plan(
         constants["V_PACKED"] = 1
     constants["MAY_BE_EMPTY"] = types["q"] != "tl.int8"
     constants["JOINED"] = natural or any(constants[name] for name in ("BOOLEAN_MASK", "BLOCK_MEANS", "V_PER_TOKEN", "K_ZERO"))
+    constants["K_PER_TILE"] = at["k"] == "scores" and _one_scale_a_tile(scheme)
+    constants["K_PER_KEY"] = at["k"] == "scores" and not _one_scale_a_tile(scheme)
     encoder = _p_format(scheme, dtype)
     wide = "tl.float32" in types.values()
     holes = {
@@ -214,6 +218,7 @@ def plan(
         "row_reference": fragments.running_maximum if scheme.p.granularity.kind == "unit" else fragments.tile_maximum,
     }
     used = "_".join(getattr(scheme, role).precision for role in "qkvp")
+    tiles = tuple(tile for tile in _key_tiles(scheme, wide) if not tokens_last or tile >= 16 * v.format.packed)
     made = Plan(
         name=f"attention_{used}",
         title=_title(scheme, head_dim, wanted),
@@ -222,7 +227,7 @@ def plan(
         products=(types["q"], types["k"], types["p"], types["v"]),
         places=tuple(at.items()),
         candidates=candidates(
-            key_tiles=tuple(tile for tile in _key_tiles(scheme, wide) if not tokens_last or tile >= 16 * v.format.packed),
+            key_tiles=tiles,
             head_dim=padded,
             wide=wide,
             masked=wanted.mask != "none" or wanted.bias == "dense",
@@ -233,6 +238,8 @@ def plan(
             target=target,
         ),
     )
+    if aligned and not interpreted and target.name == "sm_90" and hopper.takes(made, scheme) and hopper.available():
+        made = replace(made, candidates=(*made.candidates, *hopper.candidates(tiles)))
     if not interpreted:
         _refuse_on(target, made, scheme)
     return made
@@ -338,7 +345,12 @@ def _product(kind: str) -> Any:
 def _scale_scores(scheme: QuantScheme) -> Any:
     if place(scheme.k) != "scores":
         return fragments.scale_by_query
-    return fragments.scale_by_tile if scheme.k.granularity.cover(WHOLE, 1)[0] % scheme.key_tile == 0 else fragments.scale_by_key
+    return fragments.scale_by_tile if _one_scale_a_tile(scheme) else fragments.scale_by_key
+
+
+def _one_scale_a_tile(scheme: QuantScheme) -> bool:
+    """Whether a tile of keys has no more than one scale a head."""
+    return scheme.k.granularity.cover(WHOLE, 1)[0] % scheme.key_tile == 0
 
 
 def _count(scheme: QuantScheme) -> Any:

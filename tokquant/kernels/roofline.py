@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tokquant.kernels.candidates import Config
+from tokquant.kernels.candidates import Config, Loop
 from tokquant.kernels.plan import Plan
 from tokquant.kernels.resources import Resources
 from tokquant.kernels.targets import Target
@@ -17,14 +17,21 @@ class Prediction:
 
     products: float
     """Of its tensor cores, for Q K^T and P V."""
+    beside: float
+    """Those of them that run beside a softmax: P V in the loop for Hopper, else none."""
     exponentials: float
     instructions: float
     """Of its schedulers, for all there is in the loop."""
     roofline_tops: float
     """If products and exponentials overlapped, and nothing else took time. 1e12 multiplications and additions a second."""
     serial_tops: float
-    """If a tile's softmax waits for its products and they for it, which is how Triton arranges one block."""
+    """If a tile's softmax waits for its products and they for it, which is how Triton arranges one block; in the loop for
+    Hopper, for Q K^T alone."""
     card: str
+
+    def clocks(self, more: float = 0.0) -> float:
+        """For a score, with so many clocks of further instructions: products, then softmax and what runs beside it."""
+        return _clocks(self.products, self.beside, max(self.exponentials, self.instructions + more))
 
     @property
     def share(self) -> float:
@@ -32,25 +39,30 @@ class Prediction:
         return self.serial_tops / self.roofline_tops
 
 
-def predict(resources: Resources, plan: Plan, head_dim: int, target: Target) -> Prediction:
+def predict(resources: Resources, plan: Plan, head_dim: int, target: Target, loop: Loop = "portable") -> Prediction:
     """The model for whole key tiles of long sequences. Spills and memory are not in it."""
     first, _, _, second = plan.products
-    rates = [target.rates[RATES.get(kind, "fp16")] for kind in (first, second)]
-    products = sum(2 * head_dim / rate for rate in rates)
+    scores, sums = (2 * head_dim / target.rates[RATES.get(kind, "fp16")] for kind in (first, second))
     exponentials = 1 / target.exponentials
-    instructions = resources.instructions_per_score / target.issued
 
     def tops(clocks: float) -> float:
         return 4 * head_dim / clocks * target.multiprocessors * target.gigahertz / 1e3
 
+    products, beside = scores + sums, sums if loop == "hopper" else 0.0
+    instructions = resources.instructions_per_score / target.issued
     return Prediction(
         products=products,
+        beside=beside,
         exponentials=exponentials,
         instructions=instructions,
         roofline_tops=tops(max(products, exponentials)),
-        serial_tops=tops(products + max(exponentials, instructions)),
+        serial_tops=tops(_clocks(products, beside, max(exponentials, instructions))),
         card=target.card,
     )
+
+
+def _clocks(products: float, beside: float, softmax: float) -> float:
+    return products - beside + max(beside, softmax)
 
 
 @dataclass(frozen=True)

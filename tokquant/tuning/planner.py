@@ -66,14 +66,14 @@ def expect(kernel: Kernel, does: Work) -> Expected:
     """The model. Latencies, and what masks add to the tiles at the edges, are not in it. Raises as `Kernel.asm`.
 
     A multiprocessor computes a tile's products, then whatever is longer of its exponentials and instructions, for all of its
-    blocks together as `Kernel.prediction` has it for one: published kernels of this kind come to 0.7 to 0.95 of that with one
-    block and with two. Blocks start in the kernel's own order, each where a place is free first (`schedule`). What is spilled
-    outside the loop over whole tiles costs nothing here, and within it as `SPILL` says.
+    blocks together as `Kernel.prediction` has it for one (which has P V beside them in the loop for Hopper): published kernels
+    of this kind come to 0.7 to 0.95 of that with one block and with two. Blocks start in the kernel's own order, each where a
+    place is free first (`schedule`). What is spilled outside the loop over whole tiles costs nothing here, and within it as
+    `SPILL` says.
     """
     target, config, predicted, found = kernel.target, kernel.config, kernel.prediction, kernel.resources
     spilled = found.spills_in_loop * target.lanes * config.num_warps / (config.block_m * config.block_n)
-    instructions = predicted.instructions + (SPILL - 1) * spilled / target.issued
-    score = predicted.products + max(predicted.exponentials, instructions)
+    score = predicted.clocks((SPILL - 1) * spilled / target.issued)
 
     def clocks(blocks: int) -> float:
         """For a score of each of so many blocks on one multiprocessor. A block of few warps leaves schedulers without one."""

@@ -1,0 +1,238 @@
+"""The main loop for Hopper: same numbers as the portable one, P V beside the softmax, and only where tuning chose it."""
+
+import ast
+import inspect
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from exact import assert_exact
+from factories import nan_filled, qkv, scheme
+from ptx import device
+
+import tokquant as tq
+from tokquant.kernels import generate, hopper, launch, targets, tuned
+from tokquant.kernels.plan import Wanted, plan
+from tokquant.kernels.products import takes_tokens_last
+from tokquant.kernels.resources import machine_code, main_loop
+from tokquant.schemes import preset, preset_names
+
+pytestmark = pytest.mark.skipif(not hopper.available(), reason="this Triton has no Gluon, or another")
+PRESETS = ["int8", "int8-token", "int8-fast", "int8-fp8", "fp8", "fp8-rotated", "int-flash", "int8-fp16", "int-flash-half"]
+
+
+def planned(s, head_dim=64, target="sm_90", **features):
+    last = {"tokens_last": takes_tokens_last(s, torch.float16), "target": targets.get(target)}
+    switches = {name: features.pop(name) for name in ("aligned", "interpreted") if name in features}
+    return plan(s, head_dim=head_dim, dtype=torch.float16, wanted=Wanted(**features), **last, **switches)
+
+
+def loops(made):
+    return [config for config in made.candidates if config.loop == "hopper"]
+
+
+def quantized(name, n_q, n_k, d, batch=1):
+    tensors = qkv(n_q, n_k, d, heads=2, kv_heads=1, batch=batch, dtype=torch.float16)
+    return launch.packed(tq.quantize(*tensors, name, backend="reference"), preset(name))
+
+
+def take(monkeypatch, place):
+    """Let launches take a candidate of this loop, or the plan's own where `place` is None."""
+    monkeypatch.setattr(tuned, "choose", lambda made, *_: (made.config if place is None else loops(made)[place], None))
+
+
+# preset; queries, keys, head_dim, batch; causal; which candidate
+CASES = {
+    "tails at both ends": ("int8", (70, 300, 64, 1), False, 0),
+    "causal, eight warps": ("int8", (200, 200, 64, 1), True, 2),
+    "more queries than keys, causal": ("int8-fast", (150, 90, 64, 1), True, 0),
+    "two sequences of one key": ("int8-fp8", (5, 1, 64, 2), False, 0),
+    "causal with 128 channels": ("fp8", (140, 270, 128, 1), True, 0),
+    "values of 16 bits, causal": ("int8-fp16", (130, 300, 64, 1), True, 0),
+    "a scale of V for each token": ("int8-token", (70, 150, 64, 1), False, 0),
+    "a scale of K for each key, a ring of three": ("int-flash", (70, 400, 64, 1), True, 1),
+}  # fmt: skip
+MORE = {
+    "a ring of three, 128 channels": ("int8-fast", (64, 640, 128, 1), False, 1),
+    "whole tiles alone": ("fp8", (128, 384, 64, 1), False, 3),
+    "every scale of its own, 128 channels": ("int8", (130, 300, 128, 2), True, 3),
+}  # fmt: skip
+EVERY = [pytest.param(case, id=name) for name, case in CASES.items()]
+EVERY += [pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in MORE.items()]
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("case", EVERY)
+def test_numbers_are_those_of_the_portable_loop_to_the_bit(case, on_ptx, monkeypatch):
+    name, shape, causal, place = case
+    s, operands = preset(name), quantized(name, *shape)
+    monkeypatch.setattr(launch.torch, "empty", nan_filled)
+    found = []
+    for chosen in (place, None):
+        take(monkeypatch, chosen)
+        found.append(tq.attention(*operands, s, causal=causal, return_lse=True, backend="triton"))
+    for ours, portable in zip(*found, strict=True):
+        assert torch.equal(ours, portable)
+    assert_exact(*found[0], operands, s, causal=causal)
+    ours, portable = on_ptx
+    assert ours.src.fn.is_gluon() and not portable.src.fn.is_gluon()
+    assert ours.unfenced == 0, "tensor cores see what was copied"
+
+
+@pytest.mark.compiled
+def test_a_wait_or_a_fence_that_is_left_out_is_found(on_ptx, monkeypatch):
+    take(monkeypatch, 0)
+    ran, own = [], device.launch
+    monkeypatch.setattr(device, "launch", lambda *given: ran.append(given) or own(*given))
+    operands = quantized("int8-fast", 64, 384, 64)
+    out = tq.attention(*operands, "int8-fast", backend="triton")
+    expected = out.clone()
+    [(compiled, grid, values)] = ran
+
+    def without(instruction):
+        ptx = "\n".join(line for line in compiled.asm["ptx"].splitlines() if not re.match(rf"\s*{instruction}", line))
+        assert ptx.count("\n") < compiled.asm["ptx"].count("\n") - 1
+        unfenced = own(SimpleNamespace(asm={"ptx": ptx}, src=compiled.src, metadata=compiled.metadata), grid, values)
+        return unfenced, torch.equal(out, expected)
+
+    waits = (r"cp\.async\.wait_group", r"wgmma\.wait_group\S*\s+1;", r"wgmma\.wait_group\S*\s+0;")
+    assert [without(wait) for wait in waits] == [(0, False)] * 3
+    unfenced, same = without(r"fence\.proxy\.async")
+    assert unfenced > 0 and same
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_with_scores_in_8_bits_have_such_candidates(name):
+    made = planned(preset(name), right=True, lse=True)
+    assert bool(loops(made)) is (name in PRESETS)
+    assert made.config.loop == "portable" and len(loops(made)) in (0, 4)
+
+
+NONE = {
+    "a window": {"left": True, "right": True},
+    "softcap": {"softcap": True},
+    "a mask": {"mask": "boolean"},
+    "a bias": {"bias": "alibi"},
+    "sinks": {"sinks": True},
+    "lengths of their own": {"varlen": True},
+    "padded channels": {"head_dim": 80},
+    "another GPU": {"target": "sm_89"},
+    "Blackwell": {"target": "sm_100"},
+    "the interpreter": {"interpreted": True},
+    "rows at any byte": {"aligned": False},
+}
+
+
+@pytest.mark.parametrize("features", NONE.values(), ids=NONE)
+def test_what_the_loop_lacks_has_no_such_candidate(features):
+    assert not loops(planned(preset("int8-fast"), **features)) and loops(planned(preset("int8-fast")))
+
+
+OTHERS = {
+    "scales of K in 16 bits": scheme("int8", "int8 scale=fp16", "int8 channel", "int8 row_block:128"),
+    "queries decoded to 16 bits": scheme("int8 group:16", "int8", "int8 channel", "int8 row_block:128"),
+    "zeros of V": scheme("int8", "int8", "int8 channel asymmetric", "int8 row_block:128"),
+    "packed keys": scheme("int8", "int4", "int8 channel", "int8 row_block:128"),
+    "a tile of 32": scheme("int8", "int8", "int8 channel", "int8 row_block:32"),
+    "rounded sums of floats": scheme("int8", "int8", "fp8_e4m3 channel", "fp8_e4m3", normalizer="quantized"),
+}
+
+
+@pytest.mark.parametrize("s", OTHERS.values(), ids=OTHERS)
+def test_what_tensor_cores_cannot_read_from_memory_has_no_such_candidate(s):
+    assert not loops(planned(s))
+
+
+def entry(made, config):
+    key = tuned.Key(kernel=generate.name_of(made), device="H100", triton="3.6.0", batch_heads=2, n_q=64, n_k=256)
+    return tuned.Entry(key=key, config=config, ms=1.0, default_ms=1.5)
+
+
+def test_an_entry_that_names_the_loop_is_passed_over_where_there_is_none():
+    made = planned(preset("int8-fast"))
+    chosen = entry(made, loops(made)[1])
+    tuned.record(chosen)
+    assert tuned.nearest(made, chosen.key) == chosen
+    without = planned(preset("int8-fast"), aligned=False)
+    assert generate.name_of(without) == chosen.key.kernel and tuned.nearest(without, chosen.key) is None
+
+
+def test_an_entry_of_before_there_were_loops_names_the_portable_one():
+    made = planned(preset("int8-fast"))
+    text = entry(made, made.config).model_dump_json().replace(',"loop":"portable"', "")
+    assert "loop" not in text and tuned.Entry.model_validate_json(text).config == made.config
+
+
+@pytest.mark.compiled
+def test_attention_takes_the_loop_where_tuning_chose_it_and_rows_begin_at_whole_16_bytes(on_ptx, monkeypatch):
+    def choose(made, *_):
+        # as on a GPU
+        chosen = entry(made, loops(planned(s, lse=True))[0])
+        return (chosen if chosen.chooses_for(made) else SimpleNamespace(config=made.config)).config, None
+
+    s = preset("int8-fast")
+    monkeypatch.setattr(tuned, "choose", choose)
+    q, k, v = quantized(s.name, 64, 128, 64)
+    first = tq.attention(q, k, v, s, return_lse=True, backend="triton")
+    apart = torch.zeros(*k.codes.shape[:3], 72, dtype=torch.int8)[..., :64]
+    k = replace(k, codes=apart.copy_(k.codes))
+    second = tq.attention(q, k, v, s, return_lse=True, backend="triton")
+    assert [each.src.fn.is_gluon() for each in on_ptx] == [True, False]
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_text_stands_alone_and_has_the_fragments_of_the_portable_loop(name):
+    made = planned(preset(name), right=True, lse=True)
+    text = generate.render(made, "hopper")
+    tree = ast.parse(text)
+    imports = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert all(module == "typing" or module.startswith("triton.experimental") for module in imports)
+    assert not re.search(r"if [A-Z]\w+:", text), "branches on constants are resolved"
+    holes = dict(made.holes)
+    for hole in ("encode_p", "order_p", "count", "row_reference"):
+        source = inspect.getsource(getattr(holes[hole], "fn", holes[hole]))
+        assert source[source.index("(") :].rstrip() in text
+    assert ("k_scales" in text) is (dict(made.constants)["K_PER_KEY"] == "True")
+
+
+# instructions a score in the loop over whole tiles, 64 queries and 4 warps; head_dim 128
+BUDGETS = {"fp8": 8.6, "int8-fp8": 9.1, "int8-fast": 11.6, "int8": 15.2}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    "name", ["fp8", "int8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8-fp8", "int8-fast"))]
+)
+def test_a_softmax_runs_between_the_waits_for_its_scores_and_for_the_tile_before(name):
+    kernel = next(each for each in tq.compile(name, head_dim=128).candidates() if each.config.loop == "hopper")
+    names = [instruction for _, instruction, _ in main_loop(machine_code(kernel.compiled)[2])]
+    products = [place for place, each in enumerate(names) if "GMMA" in each]
+    waits = [place for place, each in enumerate(names) if each.startswith("WARPGROUP.DEPBAR")]
+    assert products and max(products) < min(waits), "both products are begun before either is waited for"
+    between = names[min(waits) : max(waits)]
+    assert sum(each == "MUFU.EX2" for each in between) >= 64, "a thread's exponentials of the tile"
+    found = kernel.resources
+    assert found.instructions_per_score <= BUDGETS[name] and found.blocks_per_multiprocessor == 2
+    assert found.spills_in_loop <= 16 and found.loop.get("PRMT", 0) <= 48, "P goes from product to product in registers"
+
+
+@pytest.mark.gpu
+@pytest.mark.compiled
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_gpu_finds_the_bits_of_the_portable_loop_in_every_launch(name, d, monkeypatch):
+    if targets.of(torch.device("cuda")).name != "sm_90":
+        pytest.skip("needs an H100 or H200")
+    tensors = [x.cuda() for x in qkv(700, 2100, d, heads=8, kv_heads=2, batch=4, dtype=torch.float16)]
+    operands = tq.quantize(*tensors, name)
+    for causal in (False, True):
+        take(monkeypatch, None)
+        expected = tq.attention(*operands, name, causal=causal, return_lse=True)
+        for place in range(4):
+            take(monkeypatch, place)
+            for _ in range(20):  # a race would not show in each
+                for ours, portable in zip(tq.attention(*operands, name, causal=causal, return_lse=True), expected, strict=True):
+                    assert torch.equal(ours, portable), f"candidate {place}"

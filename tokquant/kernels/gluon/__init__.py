@@ -1,0 +1,1 @@
+"""A second main loop of attention, for Hopper alone."""
