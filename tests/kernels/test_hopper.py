@@ -183,6 +183,22 @@ def test_attention_takes_the_loop_where_tuning_chose_it_and_rows_begin_at_whole_
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
+@pytest.mark.compiled
+def test_sequences_of_their_own_lengths_pass_over_an_entry_of_their_batch_that_names_the_loop(on_ptx, monkeypatch):
+    s = preset("int8-fast")
+    tensors = [x[0].transpose(0, 1) for x in qkv(100, d=64, dtype=torch.float16)]
+    starts = torch.tensor([0, 30, 100], dtype=torch.int32)
+    given = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "backend": "triton"}
+    expected = tq.attention_varlen(*tensors, s, **given)
+    # as on a GPU
+    monkeypatch.setattr(tuned, "_of_call", lambda made, *_: tuned.nearest(made, entry(made, made.config).key))
+    made = planned(s)
+    tuned.record(entry(made, loops(made)[0]))
+    assert tuned.choose(made, torch.device("cuda"), 2, 64, 256) == (loops(made)[0], None)
+    assert torch.equal(tq.attention_varlen(*tensors, s, **given), expected)
+    assert not any(each.src.fn.is_gluon() for each in on_ptx)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_text_stands_alone_and_has_the_fragments_of_the_portable_loop(name):
     made = planned(preset(name), right=True, lse=True)
