@@ -15,6 +15,9 @@ Array = np.ndarray
 NOTHING = {"bar", "barrier", "fence", "membar", "wgmma.fence", "griddepcontrol"}
 """What orders threads that here are never out of order."""
 
+RESERVED = 1024
+"""Bytes of shared memory that a GPU from compute capability 8.0 keeps for the system: a kernel's own begin behind them."""
+
 
 class Later:
     """What is begun and done in groups, as late as may be: when a group is waited for."""
@@ -44,8 +47,8 @@ class Block:
     def __init__(self, kernel: Kernel, given: dict[str, bytes], memory: Memory, shared: int, place: dict[str, int]):
         """Of each parameter's bytes, memory, how many bytes are shared, and special registers that are one for all threads."""
         self.kernel, self.given, self.memory = kernel, given, memory
-        self.held = np.full(shared, 0xFF, np.uint8)  # NaN in every type, until it is written
-        self.shared = Memory([(0, self.held)])
+        self.held = np.full(RESERVED + shared, 0xFF, np.uint8)  # NaN in every type, until it is written
+        self.shared = Memory([(RESERVED, self.held[RESERVED:])])
         self.threads = np.arange(kernel.threads)
         special = {"%tid.x": self.threads, "%laneid": self.threads % 32, "%ntid.x": kernel.threads, "%tid.y": 0, "%tid.z": 0}
         self.registers = {
@@ -53,7 +56,7 @@ class Block:
         }
         self.all = np.ones(len(self.threads), bool)
         self.copies, self.products = Later(), Later()
-        self.fresh = np.zeros(shared, bool)
+        self.fresh = np.zeros(len(self.held), bool)
         """Bytes of shared memory that threads have written since the last `fence.proxy.async`."""
         self.unfenced = 0
         """Products of bytes that were fresh when they were begun: tensor cores need not see those."""
@@ -123,7 +126,7 @@ class Block:
     def address(self, where: Address) -> Array:
         """In bytes."""
         if where.base == "global_smem":
-            return np.full(len(self.threads), where.offset, np.uint64)
+            return np.full(len(self.threads), RESERVED + where.offset, np.uint64)
         base = self.registers[where.base]
         return (base + base.dtype.type(where.offset % 2 ** (8 * base.itemsize))).astype(np.uint64)
 
@@ -250,7 +253,7 @@ class Block:
 def number(text: str, width: int) -> Array:
     """A constant's bits."""
     if text == "global_smem":
-        return RAW[width].type(0)
+        return RAW[width].type(RESERVED)
     if text[:2] in ("0f", "0d"):
         return RAW[width].type(int(text[2:], 16))
     return RAW[width].type(int(text.rstrip("U"), 0) % 2 ** max(width, 8))

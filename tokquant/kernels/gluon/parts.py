@@ -72,9 +72,10 @@ def of_words(words, TYPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def stay_behind(x):
     # the compiler moves a wait for products up to the last access to memory before it: here is one that needs `x`, of a byte
-    # that nobody wants
+    # that nobody wants, among the kernel's own: the first of shared memory belong to the system
     tl.inline_asm_elementwise(
-        "{ .reg .b32 sign; shr.u32 sign, $1, 31; ld.volatile.shared.u8 $0, [sign]; }",
+        "{ .reg .b32 own, at; mov.b32 own, global_smem; shr.u32 at, $1, 31; add.u32 at, at, own; "
+        "ld.volatile.shared.u8 $0, [at]; }",
         "=r,r",
         [x],
         dtype=tl.int32,
