@@ -133,6 +133,8 @@ def test_what_the_loop_lacks_has_no_such_candidate(features):
 OTHERS = {
     "scales of K in 16 bits": scheme("int8", "int8 scale=fp16", "int8 channel", "int8 row_block:128"),
     "queries decoded to 16 bits": scheme("int8 group:16", "int8", "int8 channel", "int8 row_block:128"),
+    "values of 8 bits that meet P in 16": scheme("int8", "int8", "int8 channel", "fp16"),
+    "values decoded to 16 bits": scheme("int8", "int8", "int8 group:16", "int8 row_block:128"),
     "zeros of V": scheme("int8", "int8", "int8 channel asymmetric", "int8 row_block:128"),
     "packed keys": scheme("int8", "int4", "int8 channel", "int8 row_block:128"),
     "a tile of 32": scheme("int8", "int8", "int8 channel", "int8 row_block:32"),

@@ -30,7 +30,11 @@ def takes(plan: "Plan", scheme: QuantScheme) -> bool:
     return (
         constants["D"] in ("64", "128")
         and all(kind in EIGHT for kind in plan.products[: 4 if constants["TOKENS_LAST"] == "True" else 2])
-        and (constants["TOKENS_LAST"] == "True" or plan.products[3] == constants["OWN_TYPE"] in SIXTEEN)
+        and (
+            constants["TOKENS_LAST"] == "True"
+            # what has fewer bits would be decoded first
+            or (scheme.v.format.bits == 16 and plan.products[3] == constants["OWN_TYPE"] in SIXTEEN)
+        )
         and all(holes[f"decode_{role}"] in AS_STORED for role in "qkv")
         and all(constants[name] == "False" for name in ABSENT)
         # P is summed before it is rounded to a float
@@ -45,7 +49,7 @@ def takes(plan: "Plan", scheme: QuantScheme) -> bool:
 def available() -> bool:
     """Whether this Triton has what the loop is written in."""
     try:
-        from tokquant.kernels.gluon import language  # noqa: F401
+        from tokquant.kernels.gluon import template  # noqa: F401
     except (ImportError, AttributeError):
         return False
     return True
