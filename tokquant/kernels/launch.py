@@ -183,8 +183,9 @@ def planned(operands: Operands, scheme: QuantScheme, wanted: Wanted) -> Plan:
 
 def aligned(codes: Tensor) -> bool:
     """Whether rows of codes begin at multiples of 16 bytes."""
-    steps = (step for size, step in zip(codes.shape[:-1], codes.stride(), strict=False) if size > 1)
-    return not any(byte % 16 for byte in (codes.data_ptr(), *(step * codes.itemsize for step in steps)))
+    few = 16 // codes.itemsize
+    steps = zip(codes.shape[:-1], codes.stride(), strict=False)
+    return codes.data_ptr() % 16 == 0 and all(size == 1 or step % few == 0 for size, step in steps)
 
 
 def outputs(q: QuantizedTensor, shape: tuple[int, ...], return_lse: bool) -> tuple[Tensor, Tensor | None]:
