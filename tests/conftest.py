@@ -5,7 +5,7 @@ runs every test of the first kind so, for the GPU of that compute capability.
 """
 
 import os
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 # before anything imports Triton, or NumPy, in which its interpreter computes
@@ -21,7 +21,6 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tokquant import kv_cache
-from tokquant.kernels import generate
 from tokquant.kernels.cpu import build, launch
 from tokquant.plugins import load
 from tokquant.quantize import quantize_operands
@@ -71,15 +70,6 @@ def patched_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def rendered_once():
-    """Thousands of kernels are loaded, under names that are of their text: each text, and each fragment's, is made once."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("render", "_source"):
-            patch.setattr(generate, name, cache(getattr(generate, name)))
         yield
 
 

@@ -34,7 +34,7 @@ def no_kernels(monkeypatch):
         def __getitem__(self, grid):
             return lambda *_, **__: None
 
-    monkeypatch.setattr(generate, "load", lambda plan: Kernel())
+    monkeypatch.setattr(generate, "load", lambda *_: Kernel())
     monkeypatch.setattr(decode_launch, "merge", Kernel())
     # which looks for scales that do not fit; on a GPU after more than 16 tokens alone
     monkeypatch.setattr(pages.TritonPages, "check", lambda self: None)

@@ -38,10 +38,10 @@ def tune(
     """Find the fastest launch of the kernel that `attention` takes for this call, and keep it for calls of like shape.
 
     Every candidate's machine code is read first, and a model puts them in order (`tokquant.tuning.planner`). The best `keep` of
-    that order and the launch that is taken without tuning run in turn on the GPU, `repeats` times each, with a cold cache. The
-    result lies in the cache folder (`tokquant cache list`) and is found again by kernel, device, Triton and shape. Causality,
-    masks, biases and so on each make another kernel; sequences of their own lengths (`attention_varlen`) take what was found
-    for a batch.
+    each loop in that order and the launch that is taken without tuning run in turn on the GPU, `repeats` times each, with a
+    cold cache. The result lies in the cache folder (`tokquant cache list`) and is found again by kernel, device, Triton and
+    shape. Causality, masks, biases and so on each make another kernel; sequences of their own lengths (`attention_varlen`)
+    take what was found for a batch.
 
     In 16 bits, quantization with that launch is then timed in turn with torch's scaled_dot_product_attention, if torch does the
     same: no window, softcap, sinks, mask, bias, LSE or static scales, no N_q other than N_k where causal, nothing of the scheme
@@ -49,7 +49,7 @@ def tune(
     powers of two, and warns; `backend="triton"` quantizes, and so does everything else in tokquant.
 
     Args:
-        keep: how many are timed; None times all that run.
+        keep: how many are timed of each loop (there are two on an H100 or H200); None times all that run.
         repeats: timed runs of each; the median counts.
         The rest is as for `attention`.
 

@@ -49,8 +49,8 @@ def items(setting: Setting) -> Iterator[Item]:
 def _attention(setting: Setting, wanted: list[tuple[str, int, bool]], n: int) -> Iterator[Item]:
     for name, d, causal in wanted:
         title = f"{name}, head_dim {d}, {n} tokens{', causal' * causal}"
-        # at 250 TOPS, seven times each, with the one that is taken without tuning, quantization and torch's
-        seconds = 4 + (KEEP + 3) * 7 * Shape(4, 32, 32, n, n, d, causal).operations / 2.5e14
+        # at 250 TOPS, seven times each, of two loops, with the one that is taken without tuning, quantization and torch's
+        seconds = 4 + (2 * KEEP + 3) * 7 * Shape(4, 32, 32, n, n, d, causal).operations / 2.5e14
         yield Item(title, seconds, partial(_tune, setting, name, d, causal, n))
 
 

@@ -152,8 +152,8 @@ def test_a_seeded_fault_is_seen(name, monkeypatch):
     assert agrees_as_it_is(s, case), "the kernel as it is"
     render, found = generate.render, []
 
-    def mutated(plan):
-        text = render(plan)
+    def mutated(plan, *loop):
+        text = render(plan, *loop)
         if not isinstance(plan, Plan):  # the kernels that quantize have faults of their own
             return text
         found.append(old in text)

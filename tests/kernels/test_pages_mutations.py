@@ -134,8 +134,8 @@ class mutated:
     def __enter__(self):
         render = generate.render
 
-        def changed(plan):
-            text = render(plan)
+        def changed(plan, *loop):
+            text = render(plan, *loop)
             if not isinstance(plan, self.kind):
                 return text
             self.found.append(self.old in text)

@@ -80,8 +80,8 @@ def test_a_seeded_fault_is_seen(name, monkeypatch):
     assert agrees_as_it_is(made), "the kernels as they are"
     render, found = generate.render, []
 
-    def mutated(plan):
-        text = render(plan)
+    def mutated(plan, *loop):
+        text = render(plan, *loop)
         found.append(old in text)
         return text.replace(old, new)
 

@@ -7,6 +7,7 @@ import torch
 
 import tokquant as tq
 from tokquant.io_model import Workload, traffic
+from tokquant.kernels import hopper
 from tokquant.kernels.targets import TARGETS
 from tokquant.tuning.planner import SPILL, expect, planned
 from tokquant.tuning.work import Step, Work, work
@@ -137,7 +138,7 @@ LONG = Workload(heads=8, n_q=4096, n_k=4096)
 
 
 def test_launches_come_by_predicted_time_and_the_best_are_kept_with_the_one_taken_without_tuning(code):
-    made = kernel()
+    made = kernel(target="sm_89")
     for number, config in enumerate(made.plan.candidates):
         code[config] = dict(instructions_per_score=100.0 if config == made.config else 10.0 + 10 * number)
     trials = planned(made, LONG, keep=2)
@@ -148,6 +149,16 @@ def test_launches_come_by_predicted_time_and_the_best_are_kept_with_the_one_take
     third = trials[2]
     assert third.why == f"predicted {third.predicted_ms / trials[0].predicted_ms:.1f} x the best"
     assert all(trial.limit == "processors" for trial in trials)
+
+
+@pytest.mark.skipif(not hopper.available(), reason="this Triton has no Gluon")
+def test_the_best_of_each_loop_are_kept(code):
+    made = kernel(target="sm_90")
+    trials = planned(made, LONG, keep=2)
+    first = {loop: [t.config for t in trials if t.config.loop == loop][:2] for loop in ("portable", "hopper")}
+    assert trials[0].config.loop == trials[1].config.loop, "two of one loop are the best"
+    left = {trial.config for trial in trials if not trial.why}
+    assert left == {*first["portable"], *first["hopper"], made.config}
 
 
 def test_without_a_limit_all_that_run_are_timed_and_what_cannot_run_comes_last(code):

@@ -43,7 +43,7 @@ def tune(
     dtype: options.Dtype = "fp16",
     device: options.Device = None,
     keep: Annotated[
-        int, typer.Option("--keep", min=0, help="Launches that are timed, the planner's best; 0 for all that run.")
+        int, typer.Option("--keep", min=0, help="Launches of each loop that are timed, the planner's best; 0 for all that run.")
     ] = KEEP,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed runs of each launch.")] = 20,
     json: options.Json = False,

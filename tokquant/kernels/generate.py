@@ -53,12 +53,13 @@ TEMPLATES = {
 }
 
 
+@lru_cache(maxsize=256)
 def render(plan: Plan | QuantizePlan, loop: Loop = "portable") -> str:
     """The text of the plan's kernel, with that main loop."""
     module, kernel, arguments, language, functions = _template(plan, loop)
     constants = dict(plan.constants)
     body = _living(_source(kernel, plan.name), constants)
-    pieces = [inspect.getsource(argument) for argument in arguments]
+    pieces = [_text(argument) for argument in arguments]
     for part in _used(functions, body):
         pieces.append(f"# {_function(part).__module__}\n{_source(part, _function(part).__name__)}")
     for hole, fragment in plan.holes:
@@ -143,7 +144,7 @@ def _used(functions: tuple[Any, ...], text: str) -> list[Any]:
     for function in reversed(functions):
         if _names(_function(function).__name__, text):
             used.insert(0, function)
-            text += inspect.getsource(_function(function))
+            text += _text(_function(function))
     return used
 
 
@@ -156,11 +157,16 @@ def _function(fragment: Any) -> Any:
 
 
 def _source(fragment: Any, name: str) -> str:
-    return re.sub(r"(?m)^def \w+", f"def {name}", inspect.getsource(_function(fragment)), count=1)
+    return re.sub(r"(?m)^def \w+", f"def {name}", _text(_function(fragment)), count=1)
+
+
+@lru_cache(maxsize=1024)
+def _text(piece: Any) -> str:
+    return inspect.getsource(piece)
 
 
 def _constant_comments(module: types.ModuleType) -> dict[str, str]:
-    return {m[1]: m[2] for m in re.finditer(r"(?m)^(\w+) = tl\.constexpr\([^#\n]*\)(  #.*)$", inspect.getsource(module))}
+    return {m[1]: m[2] for m in re.finditer(r"(?m)^(\w+) = tl\.constexpr\([^#\n]*\)(  #.*)$", _text(module))}
 
 
 def _living(text: str, constants: dict[str, str]) -> str:

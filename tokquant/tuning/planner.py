@@ -1,5 +1,6 @@
 """Puts a kernel's launches in order before any is timed: by what they move, their machine code, and how they fill a GPU."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from tokquant.errors import quote
@@ -11,7 +12,7 @@ from tokquant.tuning.schedule import busy
 from tokquant.tuning.work import Step, Work, work
 
 KEEP = 5
-"""Launches that are timed, if nobody asks for another number."""
+"""Launches of each loop that are timed, if nobody asks for another number."""
 SPILL = 4
 """Instructions that a load or store of a spilled register counts as: a multiprocessor's load units take 32 threads a clock, its
 schedulers four times as many."""
@@ -91,8 +92,8 @@ def expect(kernel: Kernel, does: Work) -> Expected:
 def planned(kernel: Kernel, given: Workload | Step, keep: int | None = KEEP) -> list[Trial]:
     """Every launch of the kernel that tuning may choose, the one that should be fastest first, with why it is not timed.
 
-    The `keep` first are left, and the one that is taken without tuning; all that run where `keep` is None. What does not
-    compile or does not fit comes last.
+    The `keep` first of each loop are left, and the one that is taken without tuning; all that run where `keep` is None. What
+    does not compile or does not fit comes last.
 
     Raises as `work`; ValueError for a `keep` that is none.
     """
@@ -118,9 +119,11 @@ def planned(kernel: Kernel, given: Workload | Step, keep: int | None = KEEP) -> 
             trial = Trial(each.config, predicted_ms=expected.ms, limit=expected.limit, split=split)
             running.append((expected.ms, trial))
     running.sort(key=lambda one: one[0])
-    order = []
-    for place, (ms, trial) in enumerate(running):
-        late = keep is not None and place >= keep and not trial.untuned(kernel.plan)
+    order, left = [], Counter[str]()
+    for ms, trial in running:
+        # what one loop overlaps and the other does not is the least certain part of the model: it puts none out of the race
+        left[trial.config.loop] += 1
+        late = keep is not None and left[trial.config.loop] > keep and not trial.untuned(kernel.plan)
         order.append(replace(trial, why=f"predicted {ms / running[0][0]:.1f} x the best" if late else ""))
     return order + refused
 
