@@ -132,7 +132,7 @@ def _template(plan: Plan | QuantizePlan, loop: Loop) -> tuple[types.ModuleType, 
     """Module, kernel and arguments; what the text begins with, and the functions that it may call."""
     if loop == "portable":
         return *TEMPLATES[type(plan)], TRITON, PARTS
-    assert any(config.loop == loop for config in plan.candidates), f"{plan!r} lacks the {loop} loop"
+    assert isinstance(plan, Plan) and any(config.loop == loop for config in plan.candidates), f"{plan!r} has no {loop} loop"
     from tokquant.kernels.gluon import template as hopper  # which not every Triton can import
 
     return hopper, hopper.attention, TEMPLATES[Plan][2], hopper.LANGUAGE, hopper.PARTS
