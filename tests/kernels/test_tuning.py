@@ -23,7 +23,7 @@ def prepared(name, n=200):
 
 
 def timed(call, trials):
-    return tuning.time(trials, lambda trial: replace(call, config=trial.config).run, 1, call.out.device)
+    return tuning.time(call.plan, trials, lambda trial: replace(call, config=trial.config).run, 1, call.out.device)
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-fast", "kv-int8", "int-flash", "fp8", "int8-fp16", "kv-int4-kivi", "none"])
@@ -101,6 +101,23 @@ def test_a_candidate_that_the_driver_refuses_is_passed_over(monkeypatch):
     monkeypatch.setattr(launch.Call, "run", sometimes)
     found = timed(call, [Trial(config) for config in call.plan.candidates[:2]])
     assert found[0].ms is not None and found[1] == Trial(refused, None, "does not run: RuntimeError")
+
+
+@pytest.mark.parametrize("wrong", ["a tenth too much", "nothing written"])
+def test_a_launch_with_other_numbers_is_not_timed(monkeypatch, wrong):
+    call, run = prepared("int8-fast", 40), launch.Call.run
+    default, same, refused, *_ = (config for config in call.plan.candidates if config.block_n == call.plan.config.block_n)
+
+    def sometimes(self):
+        if self.config != refused:
+            return run(self)
+        return (self.out if wrong == "nothing written" else run(self)[0].mul_(1.1)), self.lse
+
+    monkeypatch.setattr(launch.Call, "run", sometimes)
+    found = timed(call, [Trial(refused), Trial(default), Trial(same)])
+    assert found[0].ms is None and found[1].ms is not None and found[2].ms is not None
+    assert found[0].why.startswith("other numbers than a launch before it")
+    assert wrong == "nothing written" or "10.0% apart" in found[0].why
 
 
 LAUNCHED = [

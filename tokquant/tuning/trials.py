@@ -12,12 +12,16 @@ from tokquant.errors import UnsupportedError
 from tokquant.io_model.workload import Workload
 from tokquant.kernels import decode_launch, launch, sixteen_bit, targets, tuned
 from tokquant.kernels.compile import Kernel
+from tokquant.kernels.plan import Plan
 from tokquant.kernels.quantize import quantize_operands
 from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
 from tokquant.timing import interleaved_medians
 from tokquant.tuning.planner import Trial, first_line, planned
 from tokquant.tuning.work import Step
+
+APART = 0.01
+"""Part of their magnitude by which outputs of equal tiles may differ: sums in another order turn a code of P now and then."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def tune_attention(
     wanted, _ = launch.asked(features, return_lse)
     kernel = Kernel.of(call.plan, scheme, q.shape[3], q.dtype, targets.of(q.device), wanted)
     trials = planned(kernel, Workload.of(q, k, features), keep)
-    timed = time(trials, lambda trial: replace(call, config=trial.config).run, repeats, q.device)
+    timed = time(call.plan, trials, lambda trial: replace(call, config=trial.config).run, repeats, q.device)
     key = tuned.key_of(call.plan, q.device, q.shape[0] * q.shape[1], q.shape[2], k.shape[2])
     beside: dict[str, float] = {}
     if tensors is not None and not return_lse:
@@ -70,7 +74,7 @@ def tune_pages(call: decode_launch.Call, *, keep: int | None, repeats: int) -> T
     kernel = Kernel.of(call.plan, call.scheme, d, call.q.dtype, call.target, call.wanted)
     step = Step(batch=b, heads=heads, queries=n_q, keys=call.longest, left=call.features.left)
     trials = planned(kernel, step, keep)
-    timed = time(trials, lambda trial: replace(call, config=trial.config, split=trial.split).run, repeats, device)
+    timed = time(call.plan, trials, lambda trial: replace(call, config=trial.config, split=trial.split).run, repeats, device)
     return settle(kernel, tuned.key_of(call.plan, device, b * heads, n_q, call.seen), timed)
 
 
@@ -121,24 +125,33 @@ def settle(kernel: Kernel, key: tuned.Key, trials: Sequence[Trial], **beside: fl
 
 
 def time(
-    trials: Sequence[Trial], run: Callable[[Trial], Callable[[], Any]], repeats: int, device: torch.device
+    plan: Plan, trials: Sequence[Trial], run: Callable[[Trial], Callable[[], Any]], repeats: int, device: torch.device
 ) -> tuple[Trial, ...]:
-    """Time what is left, in turn; `run` makes the launch of a trial."""
-    tried = [trial if trial.why else _tried(trial, run(trial)) for trial in trials]
+    """Time what is left, in turn; `run` makes the launch of a trial, which gives output and LSE.
+
+    A launch that gives other numbers than the first of the same tiles and split, which is that without tuning where it is one
+    of them, is not timed: whatever a compiler or a GPU does wrong, tuning does not choose it.
+    """
+    tried, first = list(trials), dict[tuple[int, int | None], Tensor]()
+    for index in sorted(range(len(tried)), key=lambda index: not tried[index].untuned(plan)):
+        trial = tried[index]
+        if trial.why:
+            continue
+        try:
+            out, _ = run(trial)()
+        except Exception as error:  # of Triton or of the driver
+            tried[index] = replace(trial, why=f"does not run: {first_line(error)}")
+            continue
+        expected = first.setdefault((trial.config.block_n, trial.split), out.clone())
+        apart = (out.float() - expected.float()).abs().nanmean() / expected.float().abs().nanmean()
+        if apart > APART or not torch.equal(out.isnan(), expected.isnan()):
+            tried[index] = replace(trial, why=f"other numbers than a launch before it: {apart.item():.1%} apart")
+        out.fill_(torch.nan)  # what the next one does not write is seen
     left = [index for index, trial in enumerate(tried) if not trial.why]
     medians = interleaved_medians([run(tried[index]) for index in left], repeats, device)
     for index, ms in zip(left, medians, strict=True):
         tried[index] = replace(tried[index], ms=ms)
     return tuple(tried)
-
-
-def _tried(trial: Trial, run: Callable[[], Any]) -> Trial:
-    """Run once: what the driver refuses is not timed."""
-    try:
-        run()
-    except Exception as error:  # of Triton or of the driver
-        return replace(trial, why=f"does not run: {first_line(error)}")
-    return trial
 
 
 def _ms(trial: Trial) -> float:
