@@ -25,7 +25,7 @@ PRESETS = ["int8", "int8-token", "int8-fast", "int8-fp8", "fp8", "fp8-rotated", 
 
 def planned(s, head_dim=64, target="sm_90", **features):
     last = {"tokens_last": takes_tokens_last(s, torch.float16), "target": targets.get(target)}
-    switches = {name: features.pop(name) for name in ("aligned", "interpreted") if name in features}
+    switches = {name: features.pop(name) for name in ("portable", "interpreted") if name in features}
     return plan(s, head_dim=head_dim, dtype=torch.float16, wanted=Wanted(**features), **last, **switches)
 
 
@@ -121,7 +121,7 @@ NONE = {
     "another GPU": {"target": "sm_89"},
     "Blackwell": {"target": "sm_100"},
     "the interpreter": {"interpreted": True},
-    "rows at any byte": {"aligned": False},
+    "rows at any byte": {"portable": True},
 }
 
 
@@ -157,7 +157,7 @@ def test_an_entry_that_names_the_loop_is_passed_over_where_there_is_none():
     chosen = entry(made, loops(made)[1])
     tuned.record(chosen)
     assert tuned.nearest(made, chosen.key) == chosen
-    without = planned(preset("int8-fast"), aligned=False)
+    without = planned(preset("int8-fast"), portable=True)
     assert generate.name_of(without) == chosen.key.kernel and tuned.nearest(without, chosen.key) is None
 
 

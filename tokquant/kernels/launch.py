@@ -160,7 +160,7 @@ def grid(name: str, blocks: int, heads: int, batch: int) -> tuple[int, int, int]
     return (blocks, heads, batch)
 
 
-def planned(operands: Operands, scheme: QuantScheme, wanted: Wanted) -> Plan:
+def planned(operands: Operands, scheme: QuantScheme, wanted: Wanted, *, portable: bool = False) -> Plan:
     """The plan for operands as they lie in memory. Raises UnsupportedError for what no kernel does where they are."""
     q, k, v = operands
     made = plan(
@@ -171,7 +171,7 @@ def planned(operands: Operands, scheme: QuantScheme, wanted: Wanted) -> Plan:
         wanted=wanted,
         tokens_last=v.layout == "tokens_last",
         interpreted=interpreted(),
-        aligned=all(aligned(x.codes) for x in operands),
+        portable=portable or not all(aligned(x.codes) for x in operands),
         target=targets.of(q.device),
     )
     if interpreted() and "tl.bfloat16" in made.products:

@@ -112,13 +112,13 @@ def plan(
     wanted: Wanted = Wanted(),
     tokens_last: bool = False,
     interpreted: bool = False,
-    aligned: bool = True,
+    portable: bool = False,
     target: targets.Target = targets.DEFAULT,
 ) -> Plan:
     """The plan of an attention kernel for tensors of `dtype`. Raises UnsupportedError for what no Triton kernel can do.
 
-    `target` decides how the kernel is launched, and which of two equal fragments decodes. So does whether rows of codes are
-    `aligned` to 16 bytes.
+    `target` decides how the kernel is launched, and which of two equal fragments decodes; `portable` leaves out the launches of
+    the loop for Hopper, which wants rows of codes that begin at multiples of 16 bytes.
     """
     _refuse(scheme, head_dim, wanted)
     types = {**product_types(scheme, "qk", dtype), **product_types(scheme, "pv", dtype)}
@@ -238,7 +238,7 @@ def plan(
             target=target,
         ),
     )
-    if aligned and not interpreted and target.name == "sm_90" and hopper.takes(made, scheme) and hopper.available():
+    if not (portable or interpreted) and target.name == "sm_90" and hopper.takes(made, scheme) and hopper.available():
         made = replace(made, candidates=(*made.candidates, *hopper.candidates(tiles)))
     if not interpreted:
         _refuse_on(target, made, scheme)

@@ -45,7 +45,7 @@ def attention(
     wanted, given = launch.asked(features, return_lse)
     made = launch.planned(present[0], scheme, replace(wanted, varlen=True))
     # its loop is that of a batch, and so is the launch that suits it, of those that sequences have too
-    alike = replace(launch.planned(present[0], scheme, wanted), candidates=made.candidates)
+    alike = launch.planned(present[0], scheme, wanted, portable=True)
     (q_starts, k_starts), b, heads = starts, len(parts), q.shape[1]
     total_q, total_k = int(q_starts[-1]), int(k_starts[-1])
     out, lse = launch.outputs(q, (1, heads, total_q, q.shape[3]), return_lse)
