@@ -3,6 +3,7 @@
 import os
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,12 +153,50 @@ def test_auto_is_cpu_on_a_cpu_and_without_a_compiler_the_reference_with_one_noti
 
 def test_a_set_that_is_none_or_not_here_is_refused(monkeypatch):
     monkeypatch.setenv(build.CHOICE, "avx")
-    with pytest.raises(ValueError, match="'avx' is none; use one of avx512_vnni, avx2, portable; did you mean 'avx2'"):
+    with pytest.raises(ValueError, match=r"'avx' is none; use one of avx512_vnni, .*, portable; did you mean 'avx2'"):
         build.instructions()
     monkeypatch.setenv(build.CHOICE, "avx2")
     monkeypatch.setattr(build, "compiler", lambda: build.Compiler(("c++",), "", ("portable",)))
     with pytest.raises(tq.UnsupportedError, match="has no avx2; use one of portable"):
         build.instructions()
+
+
+@pytest.fixture
+def compiler_that(tmp_path, monkeypatch):
+    """Puts a compiler into CXX that treats some words as others do: a shell's `case` of each word."""
+
+    def put(cases):
+        script = tmp_path / "c++"
+        words = f'for word; do shift; case "$word" in {cases} esac; set -- "$@" "$word"; done'
+        script.write_text(f'#!/bin/sh\n{words}\nexec {" ".join(build.compiler().command)} "$@"\n')
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", str(script))
+
+    return put
+
+
+def test_without_openmp_kernels_run_on_one_thread(compiler_that):
+    operands = qkv(600, 600, 32, 4)
+    out = tq.attention(*operands, "int8", backend="cpu")
+    assert build.compiler().threads == ("-fopenmp",)
+    compiler_that("-fopenmp) exit 1;;")
+    assert build.compiler().threads == () and build.compiler().instructions
+    assert torch.equal(tq.attention(*operands, "int8", backend="cpu"), out)
+
+
+def test_openmp_is_torchs_own_where_a_compiler_comes_without(compiler_that):
+    operands = qkv(600, 600, 32, 4)
+    out = tq.attention(*operands, "int8", backend="cpu")
+    compiler_that('-Xpreprocessor) ours=1; continue;; -fopenmp) [ "$ours" ] || exit 1;; -lomp) word=-lgomp;;')
+    found = build.compiler().threads
+    assert found[:2] == ("-Xpreprocessor", "-fopenmp") and str(Path(torch.__file__).parent / "lib") in found[2]
+    assert torch.equal(tq.attention(*operands, "int8", backend="cpu"), out)
+
+
+def test_a_compiler_that_has_another_word_for_this_processor_is_asked_by_that(compiler_that):
+    here = build.compiler().instructions
+    compiler_that("-march=native) exit 1;; -mcpu=native) word=-march=native;;")
+    assert build.compiler().instructions == here
 
 
 def test_tensors_elsewhere_are_refused():

@@ -2,6 +2,7 @@
 
 import ctypes
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from factories import CASES, SCHEMES, bounds, exact_operands, fits, nan_filled, 
 import tokquant as tq
 from tokquant.inputs import features_of
 from tokquant.kernels.cpu import build, launch
+from tokquant.kernels.cpu.instructions import INSTRUCTIONS, Instructions
 from tokquant.precisions import PRECISIONS, register
 from tokquant.reference import integer_scores, oracle
 
@@ -75,6 +77,17 @@ def test_kernel_agrees_with_the_emulation_and_with_float64_on_the_same_codes(s, 
 @pytest.mark.parametrize("name", ["int8", "small blocks of q and k", "fp8", "kv-int4"])
 def test_other_instruction_sets_compute_the_same(name, instructions, monkeypatch):
     monkeypatch.setenv(build.CHOICE, instructions)
+    s = SCHEMES[name]
+    operands = tq.quantize(*qkv(37, 301, 40, 4, 2, 2), s, backend="cpu")
+    assert not differs(operands, s, dict(causal=True), monkeypatch)
+
+
+@pytest.mark.parametrize("instructions", ["neon_i8mm", "neon_dotprod"])
+@pytest.mark.parametrize("name", ["int8", "int4 q and k, v in 4 bits under unsigned p", "fp8"])
+def test_what_is_written_for_arm_computes_the_same(name, instructions, monkeypatch):
+    of_tests = Instructions(flags=(f"-I{Path(__file__).parent / 'arm'}",))
+    monkeypatch.setitem(INSTRUCTIONS, instructions, of_tests)
+    monkeypatch.setattr(build, "instructions", lambda: instructions)
     s = SCHEMES[name]
     operands = tq.quantize(*qkv(37, 301, 40, 4, 2, 2), s, backend="cpu")
     assert not differs(operands, s, dict(causal=True), monkeypatch)

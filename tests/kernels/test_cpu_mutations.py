@@ -17,11 +17,11 @@ ZEROS = SCHEMES["zeros of k a head, of v a channel"]
 # name: scheme, case, what stands in the kernel, what takes its place
 MUTATIONS = {
     "causal off by one": ("int8", CAUSAL, "least(TILE, own + a.right)", "least(TILE, own + a.right + 1)"),
-    "keys beyond the end kept": ("int8", ODD, "s = at < keys ? s : all(NOTHING)", "s = at < 999 ? s : all(NOTHING)"),
+    "keys beyond the end kept": ("int8", ODD, "where(at < keys, s", "where(at < 999, s"),
     "the wrong head of K": ("int8", CAUSAL, "page * a.k_page + kv_head * a.k_head", "page * a.k_page"),
     "the wrong head of V": ("int8", CAUSAL, "page * a.v_page + kv_head * a.v_head", "page * a.v_page"),
     "slopes of another head": ("int8", CASES["alibi to both sides, sinks"], "int(kv_head * shared + ", "int(0 * shared + "),
-    "K not counted from the lowest": ("int8", ODD, "t.start[i] += K_LOWEST * t.q[i][d]", "t.start[i] += t.q[i][d]"),
+    "K not counted from the lowest": ("int8", ODD, "t.start[i] += (K_LOWEST + FLIPPED) * t.q[i][d]", "t.start[i] += t.q[i][d]"),
     "sums of another query": ("int8", ODD, "ints{} + t.start[g + i + r]", "ints{} + t.start[g + i]"),
     "no rescaling of the accumulator": ("int8", ODD, "load(acc) * alpha[i + r] + product", "load(acc) + product"),
     "no rescaling of the normalizer": ("int8", ODD, "t.l[g + i] * alpha[i] + sum_of", "t.l[g + i] + sum_of"),

@@ -8,10 +8,17 @@ from tokquant.kernels.cpu.peak import STEPS, peaks
 pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 
 SUMS = 12
-STEP = {
-    "avx512_vnni": lambda x: x + 4 * 3 * 5,
-    "avx2": lambda x: 0x0303 * (signed(x, 16) + signed(x >> 16, 16)) + 5,
+STEP = {"avx2": lambda x: 0x0303 * (signed(x, 16) + signed(x >> 16, 16)) + 5}
+"""Others add the same four products."""
+LANES = {
+    "avx512_vnni": (64, 16),
+    "avx_vnni": (32, 8),
+    "avx2": (16, 8),
+    "neon_i8mm": (16, 4),
+    "neon_dotprod": (16, 4),
+    "portable": (0, 4),
 }
+"""Products of integers and of floats in an instruction."""
 
 
 def signed(x, bits):
@@ -29,8 +36,9 @@ def test_every_sum_of_integers_takes_every_step(instructions):
         assert list(peaks(2)) == ["floats"]
         return
     sums = [i * 0x01010101 for i in range(SUMS)]
+    step = STEP.get(instructions, lambda x: x + 4 * 3 * 5)
     for _ in range(5):
-        sums = [signed(STEP[instructions](x), 32) for x in sums]
+        sums = [signed(step(x), 32) for x in sums]
     multiply, _ = peaks(2)["integers"]
     assert multiply.func(5, 3) == 3 * sum(sums) % 2**64
 
@@ -41,7 +49,10 @@ def test_every_sum_of_floats_ends_at_one(instructions):
 
 
 def test_operations_are_multiplications_and_additions_of_all_threads(instructions):
-    lanes = {"avx512_vnni": (64, 16), "avx2": (16, 8), "portable": (0, 4)}[instructions]
     found = {kind: operations for kind, (_, operations) in peaks(2).items()}
-    wanted = {kind: 2 * SUMS * each * STEPS * 2 for kind, each in zip(("integers", "floats"), lanes, strict=True) if each}
+    wanted = {
+        kind: 2 * SUMS * each * STEPS * 2
+        for kind, each in zip(("integers", "floats"), LANES[instructions], strict=True)
+        if each
+    }
     assert found == wanted

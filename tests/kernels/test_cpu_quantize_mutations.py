@@ -27,20 +27,20 @@ EACH = "for (int d = 0; d < WIDE; d += LANES) store(to + d, load(to + d)"
 
 # name: scheme, what stands in the kernel, what takes its place
 MUTATIONS = {
-    "the clamp lost": (k("int8 tensor static"), "y > LARGEST ? all(LARGEST)", "y > 2 * LARGEST ? all(LARGEST)"),
-    "rounding cut": (k("int8"), "x == x ? x : all(0)", "x == x ? x - 0.5f : all(0)"),
-    "NaN with a code": (k("int8 static head"), "x == x ? x : all(0)", "x"),
+    "the clamp lost": (k("int8 tensor static"), "where(y > LARGEST,", "where(y > 2 * LARGEST,"),
+    "rounding cut": (k("int8"), "where(x == x, x, all(0))", "where(x == x, x - 0.5f, all(0))"),
+    "NaN with a code": (k("int8 static head"), "where(x == x, x, all(0))", "x"),
     "a division by the reciprocal": (k("int8"), "y = y / over(t.scale, i, d)", "y = y * (1.f / over(t.scale, i, d))"),
     "the mean not subtracted": (k("int8 mean"), "y = y - load(offset", "y = y - 0 * load(offset"),
-    "a group of zeros with a scale of zero": (k("int8"), "highest == 0 ? all(1)", "highest == 0 ? all(0)"),
-    "NaN dropped": (k("int8"), "as_ints(magnitude(x)); }\n", "as_ints(magnitude(x == x ? x : 0)); }\n"),
-    "a NaN that is no minimum": (k("int4 asymmetric"), "highest != highest ? all(NAN) : lowest", "lowest"),
+    "a group of zeros with a scale of zero": (k("int8"), "where(highest == 0, all(1)", "where(highest == 0, all(0)"),
+    "NaN dropped": (k("int8"), "as_ints(magnitude(x)); }\n", "as_ints(magnitude(where(x == x, x, all(0)))); }\n"),
+    "a NaN that is no minimum": (k("int4 asymmetric"), "where(highest != highest, all(NAN), lowest)", "lowest"),
     "rounded within the rotation": (
         k("int8", rotate="hadamard"), "butterflies<1>(to);", f"{EACH} * 3.f); butterflies<1>(to); {EACH} / 3.f);",
     ),
     "scales of all parts": (k("int8 block:256"), "least(SCALE_TOKENS / PART, parts)", "parts"),
-    "a scale in e4m3 rounded to the nearest": (k("int8 scale=fp8_e4m3"), "from_e4m3(code) < x ? code + 1 : code", "code"),
-    "a scale below the smallest": (k("int8 scale=fp16"), "scale < SCALE_SMALLEST ? all(SCALE_SMALLEST) : scale", "scale"),
+    "a scale in e4m3 rounded to the nearest": (k("int8 scale=fp8_e4m3"), "where(from_e4m3(code) < x, code + 1, code)", "code"),
+    "a scale below the smallest": (k("int8 scale=fp16"), "where(scale < SCALE_SMALLEST, all(SCALE_SMALLEST), scale)", "scale"),
     "the zero of another token": (k("int4 asymmetric"), "y - over(t.zero, i, d)", "y - over(t.zero, 0, d)"),
     "the scale of another group": (k("int4 group:16"), "row[d / SCALE_CHANNELS]", "row[0]"),
     "nibbles swapped": (k("int4"), "x << (BITS * part % 32)", "x << (BITS * (PARTS - 1 - part) % 32)"),

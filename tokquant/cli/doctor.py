@@ -71,13 +71,11 @@ def _compiler() -> tuple[str, str]:
         found = build.compiler()
     except UnsupportedError as error:
         return str(error), "none without a compiler"
-    compiler = f"{' '.join(found.command)}: {found.version}"
+    compiler = f"{' '.join(found.command)}: {found.version}{'' if found.threads else '; without OpenMP, on one thread'}"
     try:
-        chosen = build.instructions()
+        return compiler, build.instructions()
     except (UnsupportedError, ValueError) as error:
         return compiler, str(error)
-    others = [name for name in build.INSTRUCTIONS if name not in found.instructions]
-    return compiler, chosen + (f" (faster where there is one: {others[0]})" if others else "")
 
 
 def _version(package: str) -> str:

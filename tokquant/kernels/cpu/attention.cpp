@@ -69,6 +69,7 @@ constexpr int ROTATION = 64;  // the largest power of two that divides D
 constexpr float ROTATION_NORM = 0.125f;
 constexpr float LOG2_LARGEST = 7.994353437f;  // of P's largest code: P is kept in units of its codes
 constexpr float LOGIT_BASE = 1.442695041f;  // log2(e), or 1 where NATURAL
+constexpr int REGISTER = 16;  // bytes
 
 #include "lanes.h"
 #include "portable.h"

@@ -18,8 +18,8 @@ static inline floats tanh_of(floats x) {
     floats square = x * x;
     floats series = x + x * square * (-0.33333334f + square * (0.13333334f + square * -0.053968254f));
     floats power = x * 2.8853900817779268f;
-    floats far = 1.f - 2.f / (exp2_of(power > 126.f ? all(126.f) : power) + 1.f);
-    return magnitude(x) < 0.25f ? series : far;
+    floats far = 1.f - 2.f / (exp2_of(where(power > 126.f, all(126.f), power)) + 1.f);
+    return where(magnitude(x) < 0.25f, series, far);
 }
 #endif
 
@@ -44,7 +44,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
     for (int i = 0; i < rows; i++) {
         std::memcpy(t.q[i], a.q + (row + i) * D, D);
         t.start[i] = 0;
-        for (int d = 0; d < D; d++) t.start[i] += K_LOWEST * t.q[i][d];
+        for (int d = 0; d < D; d++) t.start[i] += (K_LOWEST + FLIPPED) * t.q[i][d];
     }
 #else
     const float* q = a.q + row * D;
@@ -208,16 +208,16 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
                     s += load(t.log2_weight + j);
 #endif
 #if BOOLEAN_MASK
-                    s = pairs(mask + j * a.mask_column, a.mask_column, there - j) != 0 ? s : all(NOTHING);
+                    s = where(pairs(mask + j * a.mask_column, a.mask_column, there - j) != 0, s, all(NOTHING));
 #endif
                     if (edge) {
                         ints at = counted_from(j);
-                        s = at < keys ? s : all(NOTHING);
+                        s = where(at < keys, s, all(NOTHING));
 #if RIGHT
-                        s = at <= int(most(-1, least(TILE, own + a.right))) ? s : all(NOTHING);
+                        s = where(at <= int(most(-1, least(TILE, own + a.right))), s, all(NOTHING));
 #endif
 #if LEFT
-                        s = at >= int(most(0, least(TILE, own - a.left))) ? s : all(NOTHING);
+                        s = where(at >= int(most(0, least(TILE, own - a.left))), s, all(NOTHING));
 #endif
                     }
                     store(&t.s[i][j], s);
@@ -236,9 +236,9 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
             // up by an ulp, so that no rounding gives a code beyond the largest
             reference += magnitude(reference) * 1.1920928955078125e-07f;
             // a tile with nothing in it moves nothing
-            reference = now == NOTHING ? before : reference;
+            reference = where(now == NOTHING, before, reference);
             floats fall = before - reference;
-            store(alpha, exp2_of(fall > 65.f ? all(65.f) : fall));
+            store(alpha, exp2_of(where(fall > 65.f, all(65.f), fall)));
             store(base, reference - LOG2_LARGEST);
             store(t.m + g, m);
             store(t.r + g, reference);
@@ -282,6 +282,10 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 #endif
                 }
                 t.l[g + i] = t.l[g + i] * alpha[i] + sum_of(total);
+#if INTEGER_V
+                t.flipped[i] = 0;
+                for (int j = 0; FLIPPED && j < columns * LANES; j++) t.flipped[i] -= FLIPPED * t.p[i][j];
+#endif
 #if V_TOKEN_ZERO
                 t.zero[g + i] = t.zero[g + i] * alpha[i] + sum_of(zero);
 #endif
@@ -297,7 +301,9 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
                     for (; v_unpacked < at + W.value; v_unpacked++) unpack_values(t, tile.v, v_unpacked, v_ahead);
 #endif
 #if INTEGER_V
-                    ints c[R.value][W.value] = {};
+                    ints c[R.value][W.value];
+                    for (int r = 0; r < R.value; r++)
+                        for (int w = 0; w < W.value; w++) c[r][w] = ints{} + t.flipped[i + r];
                     multiply<V_BITS, R.value, W.value>(c, t.p[i], TILE, v + at * 4 * V_PANEL, 4 * V_PANEL, (keys * V_BITS + 31) / 32,
                                                        v_ahead);
 #else

@@ -10,10 +10,11 @@ struct Scratch {
     int64_t place[BLOCK];  // and where that is among the keys: the last query is at the last key
 #if INTEGER_K
     alignas(64) int8_t q[BLOCK][K_DEPTH];
-    int start[BLOCK];  // of sums: K's codes are counted from the lowest
+    int start[BLOCK];  // of sums: K's codes are counted from the lowest, or as products read them
 #endif
 #if INTEGER_V
     alignas(64) uint8_t p[ROWS][TILE];
+    int flipped[ROWS];  // what sums begin with, as products read V
 #else
     alignas(64) float p[ROWS][TILE];
 #endif

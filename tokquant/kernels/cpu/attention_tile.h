@@ -65,14 +65,14 @@ static inline void spread_scales(const Arguments& a, const Tile& tile, int64_t k
     for (int j = 0; j < TILE; j += LANES) {
         const int64_t there = count - j;
         floats scale = there > 0 ? load(a.v_scale + v_at + j, there) : all(1);
-        scale = scale == 0 ? all(1) : scale;  // beyond the last
+        scale = where(scale == 0, all(1), scale);  // beyond the last
         // a token of nothing has the scale 1, and would outweigh the row it is in
-        floats weight = scale < 0 ? all(0x1p-32f) : scale, inverse = 1.f / weight;
+        floats weight = where(scale < 0, all(0x1p-32f), scale), inverse = 1.f / weight;
         store(t.log2_weight + j, log2_of(weight) + (weight - weight));  // not a number where the weight is none
-        store(t.inverse_weight + j, inverse == inverse && counted_from(j) < count ? inverse : all(0));
+        store(t.inverse_weight + j, where((inverse == inverse) & (counted_from(j) < count), inverse, all(0)));
 #if V_TOKEN_ZERO
         floats zero = there > 0 ? load(a.v_zero + v_at + j, there) : all(0);
-        store(t.v_zero + j, counted_from(j) < count ? zero - weight * float(V_LOWEST) : all(0));
+        store(t.v_zero + j, where(counted_from(j) < count, zero - weight * float(V_LOWEST), all(0)));
 #endif
     }
 #endif

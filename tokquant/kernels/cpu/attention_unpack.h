@@ -18,8 +18,9 @@ static inline void spread(float* to, const T* from, int64_t there, int size) {
 static inline void of_panel(floats (&to)[K_COLUMNS], const float* tile, int panel) {
     const int row = panel * LANES / K_SCALE_TOKENS;
     for (int c = 0; c < K_COLUMNS; c++) {
-        to[c] = all(tile[row * K_COLUMNS + c]);
-        for (int i = 0; i < LANES && K_SCALE_TOKENS == 1; i++) to[c][i] = tile[(row + i) * K_COLUMNS + c];
+        float x[LANES];
+        for (int i = 0; i < LANES; i++) x[i] = tile[(K_SCALE_TOKENS == 1 ? row + i : row) * K_COLUMNS + c];
+        to[c] = load(x);
     }
 }
 #endif

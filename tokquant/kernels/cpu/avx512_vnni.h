@@ -2,6 +2,7 @@
 #include <immintrin.h>
 constexpr int ROWS = 8;
 constexpr int PANELS = 2;
+constexpr int FLIPPED = 0;
 
 static inline __m512i in_all_lanes(const void* four) {
     int32_t word;

@@ -13,24 +13,25 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from tokquant.errors import UnsupportedError, nearest, quote
+import torch
+
+from tokquant.errors import UnsupportedError, quote
 from tokquant.files import write_atomically
 from tokquant.kernels import store
+from tokquant.kernels.cpu.instructions import INSTRUCTIONS, chosen, of_macros
 
 COMPILERS = ("g++", "clang++")
 # no -ffast-math: NaN, infinities and the order of sums are part of the result
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
-INSTRUCTIONS = {
-    "avx512_vnni": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"),
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "portable": (),
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared")
+THREADED = """
+extern "C" int threads() {
+    int found = 0;
+#pragma omp parallel reduction(+ : found)
+    found += 1;
+    return found;
 }
-"""The fastest first, each a file of its products and the flags it is built with. No -march=native: a cache folder may be
-shared by machines."""
-NEEDED = {
-    "avx512_vnni": ("__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__", "__AVX512VNNI__"),
-    "avx2": ("__AVX2__", "__FMA__", "__F16C__"),
-}
+"""
+"""What needs OpenMP's runtime."""
 CHOICE = "TOKQUANT_CPU_INSTRUCTIONS"
 """The environment variable that forces a set."""
 SECONDS = 300
@@ -46,6 +47,8 @@ class Compiler:
     """The first line of what it says about itself."""
     instructions: tuple[str, ...]
     """What it builds for this processor, the fastest first."""
+    threads: tuple[str, ...] = ()
+    """The flags that it takes for OpenMP; none where it has no OpenMP, and kernels run on one thread."""
 
 
 def compiler() -> Compiler:
@@ -68,16 +71,12 @@ def instructions() -> str:
     Raises UnsupportedError for one that they lack, ValueError for one that is none.
     """
     found = compiler().instructions
-    chosen = os.environ.get(CHOICE)
-    if not chosen:
+    wanted = os.environ.get(CHOICE)
+    if not wanted:
         return found[0]
-    if chosen not in INSTRUCTIONS:
-        raise ValueError(
-            f"{CHOICE}: {quote(chosen)} is none; use one of {', '.join(INSTRUCTIONS)}{nearest(chosen, INSTRUCTIONS)}"
-        )
-    if chosen not in found:
-        raise UnsupportedError(f"{CHOICE}: this processor has no {chosen}; use one of {', '.join(found)}")
-    return chosen
+    if chosen(wanted, CHOICE) not in found:
+        raise UnsupportedError(f"{CHOICE}: this processor has no {wanted}; use one of {', '.join(found)}")
+    return wanted
 
 
 def libraries() -> Path:
@@ -85,7 +84,7 @@ def libraries() -> Path:
     return store.folder() / "cpu"
 
 
-def load(name: str, text: str, chosen: str, more: tuple[str, ...] = ()) -> ctypes.CDLL:
+def load(name: str, text: str, instructions: str, more: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The library of a kernel's text, built for an instruction set, or found built.
 
     It is found only in a folder that this user owns with mode 0700, in a file that is this user's alone, under a name that
@@ -95,7 +94,7 @@ def load(name: str, text: str, chosen: str, more: tuple[str, ...] = ()) -> ctype
     is one that libraries can be loaded from.
     """
     built_by = compiler()
-    flags = (*FLAGS, *INSTRUCTIONS[chosen], *more)
+    flags = (*FLAGS, *built_by.threads, *INSTRUCTIONS[instructions].flags, *more)
     identity = "\0".join((text, *built_by.command, built_by.version, *flags))
     file_name = f"{name}_{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
     store.keep(Path("kernels") / f"{file_name}.cpp", text)
@@ -142,7 +141,7 @@ def _compile(built_by: Compiler, text: str, flags: tuple[str, ...], library: Pat
         said = "\n".join((done.stderr or done.stdout).replace(str(source), source.name).splitlines()[:8])
         raise UnsupportedError(
             f"backend: {' '.join(built_by.command)} ({built_by.version}) fails on {source.name}; set CXX to another compiler "
-            f"(g++ from 9, clang++ with OpenMP), or use backend='reference'. It says:\n{said}"
+            f"(g++ from 9, clang++ from 14), or use backend='reference'. It says:\n{said}"
         )
 
 
@@ -177,13 +176,11 @@ def _compiler(wanted: str, path: str) -> Compiler:
     for command in commands:
         if shutil.which(command[0], path=path) is None:
             continue
-        try:
-            said = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=SECONDS, check=True)
-        except (OSError, subprocess.SubprocessError):
+        said = _run([*command, "--version"])
+        if said is None:
             continue
-        found = _macros(command)
-        sets = [name for name in INSTRUCTIONS if all(macro in found for macro in NEEDED.get(name, ()))]
-        return Compiler(tuple(command), said.stdout.splitlines()[0] if said.stdout else "unknown", tuple(sets))
+        version = said.splitlines()[0] if said else "unknown"
+        return Compiler(tuple(command), version, of_macros(_macros(command)), _threads(command))
     sought = f"CXX={quote(wanted)}" if wanted.strip() else " and ".join(COMPILERS)
     raise UnsupportedError(
         f"backend: 'cpu' needs a C++ compiler, and {sought} cannot be run; install one (apt install g++), set CXX, or use "
@@ -193,11 +190,33 @@ def _compiler(wanted: str, path: str) -> Compiler:
 
 def _macros(command: list[str]) -> set[str]:
     """What a compiler defines for this processor: what both can do."""
+    for native in ("-march=native", "-mcpu=native"):  # clang for Arm takes the latter
+        said = _run([*command, native, "-dM", "-E", "-x", "c++", os.devnull])
+        if said is not None:
+            return {line.split()[1] for line in said.splitlines() if line.startswith("#define ")}
+    return set()
+
+
+def _threads(command: list[str]) -> tuple[str, ...]:
+    """The first flags for OpenMP with which a library is built and loaded."""
+    # torch's own runtime is in the process already; Apple's compiler comes without one
+    beside_torch = Path(torch.__file__).parent / "lib"
+    of_torch = ("-Xpreprocessor", "-fopenmp", f"-L{beside_torch}", "-lomp", f"-Wl,-rpath,{beside_torch}")
+    for flags in (("-fopenmp",), of_torch):
+        with tempfile.TemporaryDirectory(prefix="tokquant-") as private:
+            source, library = Path(private) / "threads.cpp", Path(private) / "threads.so"
+            source.write_text(THREADED, encoding="utf-8")
+            if _run([*command, *flags, "-fPIC", "-shared", str(source), "-o", str(library)]) is None:
+                continue
+            with suppress(OSError):
+                ctypes.CDLL(str(library))
+                return flags
+    return ()
+
+
+def _run(command: list[str]) -> str | None:
+    """What a command prints; None where it fails."""
     try:
-        said = subprocess.run(
-            [*command, "-march=native", "-dM", "-E", "-x", "c++", os.devnull],
-            capture_output=True, text=True, timeout=SECONDS, check=True,
-        )  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return set()
-    return {line.split()[1] for line in said.stdout.splitlines() if line.startswith("#define ")}
+        return None

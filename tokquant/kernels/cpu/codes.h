@@ -1,16 +1,13 @@
 // From float32 to the codes of narrower types, to the nearest, half to even.
 
-typedef uint8_t bytes __attribute__((vector_size(16)));
-typedef uint16_t pairs __attribute__((vector_size(32)));
-
 struct bfloat { uint16_t bits; };
 static inline floats load(const bfloat* at) {
-    pairs x;
-    std::memcpy(&x, at, sizeof x);
-    return from_bfloat(__builtin_convertvector(x, ints));
+    ints x;
+    widen(x, &at->bits);
+    return from_bfloat(x);
 }
 
-static inline void store(int32_t* at, ints x) { std::memcpy(at, &x, sizeof x); }
+static inline void store(int32_t* at, ints x) { put(at, x); }
 static inline ints finite(floats x) { return magnitude(x) < INFINITY; }
 
 static inline int32_t largest_of(ints x) {
@@ -31,13 +28,14 @@ static inline float sum_of(floats x) {
 // each lane changes places with the one STRIDE away
 template <int STRIDE>
 static inline floats swapped(floats x) {
-    floats y;
-    for (int i = 0; i < LANES; i++) y[i] = x[i ^ STRIDE];
-    return y;
+    float from[LANES], y[LANES];
+    store(from, x);
+    for (int i = 0; i < LANES; i++) y[i] = from[i ^ STRIDE];
+    return load(y);
 }
 
 // in the low bits: the nearest integer in two's complement. A NaN has none: its group's scale says so
-static inline ints nearest_integers(floats x) { return as_ints((x == x ? x : all(0)) + SHIFT); }
+static inline ints nearest_integers(floats x) { return as_ints(where(x == x, x, all(0)) + SHIFT); }
 
 // a float of so many bits of mantissa, whose numbers below 2^LEAST are subnormal; its exponents are counted from 1 - LEAST
 template <int MANTISSA, int LEAST>
@@ -47,18 +45,18 @@ static inline ints narrow(floats x) {
     ints normal = (ints)((bits + ((1u << (CUT - 1)) - 1) + (bits >> CUT & 1u)) >> CUT) - ((126 + LEAST) << MANTISSA);
     if (LEAST > -126) {
         const floats shift = all(1.5f * __builtin_ldexpf(1, 23 + LEAST - MANTISSA));
-        normal = magnitude(x) < __builtin_ldexpf(1, LEAST) ? as_ints(magnitude(x) + shift) - as_ints(shift) : normal;
+        normal = where(magnitude(x) < __builtin_ldexpf(1, LEAST), as_ints(magnitude(x) + shift) - as_ints(shift), normal);
     }
     return normal;
 }
 static inline ints sign_at(floats x, int bit) { return as_ints(x) >> (31 - bit) & (1 << bit); }
-static inline ints to_e4m3(floats x) { return (x == x ? narrow<3, -6>(x) : ints{} + 0x7f) | sign_at(x, 7); }
-static inline ints to_e5m2(floats x) { return (x == x ? narrow<2, -14>(x) : ints{} + 0x7f) | sign_at(x, 7); }
+static inline ints to_e4m3(floats x) { return where(x == x, narrow<3, -6>(x), ints{} + 0x7f) | sign_at(x, 7); }
+static inline ints to_e5m2(floats x) { return where(x == x, narrow<2, -14>(x), ints{} + 0x7f) | sign_at(x, 7); }
 static inline ints to_half(floats x) {
-    ints code = magnitude(x) < 65520.f ? narrow<10, -14>(x) : ints{} + 0x7c00;
-    return (x == x ? code : ints{} + 0x7e00) | sign_at(x, 15);
+    ints code = where(magnitude(x) < 65520.f, narrow<10, -14>(x), ints{} + 0x7c00);
+    return where(x == x, code, ints{} + 0x7e00) | sign_at(x, 15);
 }
-static inline ints to_bfloat(floats x) { return (x == x ? narrow<7, -126>(x) : ints{} + 0x7fc0) | sign_at(x, 15); }
+static inline ints to_bfloat(floats x) { return where(x == x, narrow<7, -126>(x), ints{} + 0x7fc0) | sign_at(x, 15); }
 // the midpoints that are passed, a tie going to the even code; a NaN passes none
 static inline ints to_e2m1(floats x) {
     const floats y = magnitude(x);

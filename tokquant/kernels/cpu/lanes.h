@@ -1,22 +1,95 @@
-// 16 numbers at a time, by the compilers' own vector types: what follows compiles for every processor.
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
+// 16 numbers at a time, in as many registers as that takes, by the compilers' own vector types. GCC keeps a vector that is wider
+// than a register in memory, so that it is two halves here.
 constexpr int LANES = 16;
-constexpr float NOTHING = -INFINITY;
 
-static inline floats all(float x) { return floats{} + x; }
-static inline floats load(const float* at) { floats x; std::memcpy(&x, at, sizeof x); return x; }
-static inline ints load(const int32_t* at) { ints x; std::memcpy(&x, at, sizeof x); return x; }
-static inline words load(const uint32_t* at) { words x; std::memcpy(&x, at, sizeof x); return x; }
-static inline void store(float* at, floats x) { std::memcpy(at, &x, sizeof x); }
-static inline floats to_floats(ints x) { return __builtin_convertvector(x, floats); }
+template <class T, int N> struct Two;
+template <class T, int N, bool FITS = (sizeof(T) * N <= REGISTER)> struct Vector { using type = Two<T, N>; };
+template <class T, int N> struct Vector<T, N, true> { typedef T type __attribute__((vector_size(sizeof(T) * N))); };
+template <class T> using Register = typename Vector<T, REGISTER / 4>::type;  // as many as it has numbers of 4 bytes
+typedef Vector<float, LANES>::type floats;
+typedef Vector<int32_t, LANES>::type ints;
+typedef Vector<uint32_t, LANES>::type words;
+
+template <class T, int N> struct Two {
+    using Half = typename Vector<T, N / 2>::type;
+    using Mask = Two<int32_t, N>;
+    Half low, high;
+    Two() = default;
+    Two(Half low, Half high) : low(low), high(high) {}
+    Two(T x) : low(x - Half{}), high(x - Half{}) {}
+    template <class U> explicit operator Two<U, N>() const { return {(typename Two<U, N>::Half)low, (typename Two<U, N>::Half)high}; }
+    T operator[](int i) const { return i < N / 2 ? low[i] : high[i - N / 2]; }
+
+    friend Two operator+(Two x, Two y) { return {x.low + y.low, x.high + y.high}; }
+    friend Two operator-(Two x, Two y) { return {x.low - y.low, x.high - y.high}; }
+    friend Two operator*(Two x, Two y) { return {x.low * y.low, x.high * y.high}; }
+    friend Two operator/(Two x, Two y) { return {x.low / y.low, x.high / y.high}; }
+    friend Two operator&(Two x, Two y) { return {x.low & y.low, x.high & y.high}; }
+    friend Two operator|(Two x, Two y) { return {x.low | y.low, x.high | y.high}; }
+    friend Two operator^(Two x, Two y) { return {x.low ^ y.low, x.high ^ y.high}; }
+    friend Two operator<<(Two x, T bits) { return {x.low << bits, x.high << bits}; }
+    friend Two operator>>(Two x, T bits) { return {x.low >> bits, x.high >> bits}; }
+    friend Two operator-(Two x) { return {-x.low, -x.high}; }
+    friend Two operator~(Two x) { return {~x.low, ~x.high}; }
+    friend Mask operator==(Two x, Two y) { return {x.low == y.low, x.high == y.high}; }
+    friend Mask operator!=(Two x, Two y) { return {x.low != y.low, x.high != y.high}; }
+    friend Mask operator<(Two x, Two y) { return {x.low < y.low, x.high < y.high}; }
+    friend Mask operator>(Two x, Two y) { return {x.low > y.low, x.high > y.high}; }
+    friend Mask operator<=(Two x, Two y) { return {x.low <= y.low, x.high <= y.high}; }
+    friend Mask operator>=(Two x, Two y) { return {x.low >= y.low, x.high >= y.high}; }
+    Two& operator+=(Two x) { return *this = *this + x; }
+    Two& operator-=(Two x) { return *this = *this - x; }
+    Two& operator*=(Two x) { return *this = *this * x; }
+    Two& operator&=(Two x) { return *this = *this & x; }
+    Two& operator|=(Two x) { return *this = *this | x; }
+    Two& operator^=(Two x) { return *this = *this ^ x; }
+};
+
+// What operators do not say: of a register, and of two halves.
+template <class M, class V> static inline V where(M condition, V x, V y) { return condition ? x : y; }
+template <class T, int N> static inline Two<T, N> where(Two<int32_t, N> condition, Two<T, N> x, Two<T, N> y) {
+    return {where(condition.low, x.low, y.low), where(condition.high, x.high, y.high)};
+}
+
+template <class V, class T> static inline void get(V& x, const T* at) { std::memcpy(&x, at, sizeof x); }
+template <class T, int N> static inline void get(Two<T, N>& x, const T* at) { get(x.low, at), get(x.high, at + N / 2); }
+
+template <class V, class T> static inline void put(T* at, V x) { std::memcpy(at, &x, sizeof x); }
+template <class T, int N> static inline void put(T* at, Two<T, N> x) { put(at, x.low), put(at + N / 2, x.high); }
+
+static inline Register<float> to_floats(Register<int32_t> x) { return __builtin_convertvector(x, Register<float>); }
+template <int N> static inline Two<float, N> to_floats(Two<int32_t, N> x) { return {to_floats(x.low), to_floats(x.high)}; }
 static inline floats to_floats(floats x) { return x; }
-static inline floats as_floats(ints x) { floats y; std::memcpy(&y, &x, sizeof y); return y; }
-static inline ints as_ints(floats x) { ints y; std::memcpy(&y, &x, sizeof y); return y; }
-static inline floats magnitude(floats x) { return as_floats(as_ints(x) & 0x7fffffff); }
-static inline ints counted_from(int first) { return ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + first; }
 
+// integers of fewer bytes
+template <class T> static inline void widen(Register<int32_t>& x, const T* at) {
+    Register<T> narrow;
+    std::memcpy(&narrow, at, sizeof narrow);
+    x = __builtin_convertvector(narrow, Register<int32_t>);
+}
+template <class T, int N> static inline void widen(Two<int32_t, N>& x, const T* at) { widen(x.low, at), widen(x.high, at + N / 2); }
+// the low bits, as integers of fewer bytes
+template <class T> static inline void store_low(T* at, Register<int32_t> x) {
+    const Register<T> narrow = __builtin_convertvector(x, Register<T>);
+    std::memcpy(at, &narrow, sizeof narrow);
+}
+template <class T, int N> static inline void store_low(T* at, Two<int32_t, N> x) {
+    store_low(at, x.low), store_low(at + N / 2, x.high);
+}
+
+static inline floats all(float x) { return x - floats{}; }
+static inline floats load(const float* at) { floats x; get(x, at); return x; }
+static inline ints load(const int32_t* at) { ints x; get(x, at); return x; }
+static inline words load(const uint32_t* at) { words x; get(x, at); return x; }
+static inline void store(float* at, floats x) { put(at, x); }
+static inline floats as_floats(ints x) { return (floats)x; }
+static inline ints as_ints(floats x) { return (ints)x; }
+static inline floats magnitude(floats x) { return as_floats(as_ints(x) & 0x7fffffff); }
+static inline ints counted_from(int first) {
+    constexpr int32_t NUMBERS[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return load(NUMBERS) + first;
+}
+constexpr float NOTHING = -INFINITY;
 // 1.5 * 2^23 leaves no bits for fractions: the sum holds the nearest integer, half to even
 constexpr float SHIFT = 12582912.f;
 static inline floats nearest(floats x) { return (x + SHIFT) - SHIFT; }
@@ -35,7 +108,7 @@ static inline floats exp2_of_fraction(floats f) {
 template <int MANTISSA, int LEAST>
 static inline floats rounded(floats x) {
     floats power = as_floats(as_ints(x) & 0x7f800000), least = all(__builtin_ldexpf(1, LEAST));
-    power = power < least ? least : power;
+    power = where(power < least, least, power);
     floats shift = power * (1.5f * (1 << (23 - MANTISSA)));
     return (x + shift) - shift;
 }
@@ -49,13 +122,13 @@ static inline floats rounded_bfloat(floats x) {
 // patterns in the low bits of each lane, as the numbers they stand for
 static inline floats from_half(ints x) {
     floats y = as_floats((x & 0x7fff) << 13) * 0x1p112f;
-    y = (x & 0x7c00) == 0x7c00 ? as_floats((x & 0x3ff) << 13 | 0x7f800000) : y;
+    y = where((x & 0x7c00) == 0x7c00, as_floats((x & 0x3ff) << 13 | 0x7f800000), y);
     return as_floats(as_ints(y) | (x & 0x8000) << 16);
 }
 static inline floats from_bfloat(ints x) { return as_floats(x << 16); }
 static inline floats from_e4m3(ints x) {
     floats y = as_floats((x & 0x7f) << 20) * 0x1p120f;
-    y = (x & 0x7f) == 0x7f ? all(NAN) : y;
+    y = where((x & 0x7f) == 0x7f, all(NAN), y);
     return as_floats(as_ints(y) | (x & 0x80) << 24);
 }
 
@@ -63,14 +136,14 @@ static inline floats from_e4m3(ints x) {
 struct half { uint16_t bits; };
 struct e4m3 { uint8_t bits; };
 static inline floats load(const half* at) {
-    uint16_t x __attribute__((vector_size(32)));
-    std::memcpy(&x, at, sizeof x);
-    return from_half(__builtin_convertvector(x, ints));
+    ints x;
+    widen(x, &at->bits);
+    return from_half(x);
 }
 static inline floats load(const e4m3* at) {
-    uint8_t x __attribute__((vector_size(16)));
-    std::memcpy(&x, at, sizeof x);
-    return from_e4m3(__builtin_convertvector(x, ints));
+    ints x;
+    widen(x, &at->bits);
+    return from_e4m3(x);
 }
 // of which only the first ones exist; zeros beyond
 template <class T>

@@ -3,6 +3,8 @@
 #include <cstring>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -22,9 +24,17 @@ constexpr int PRODUCTS = 64;
 static inline ints step(ints sum) {
     return (ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi8(3), _mm512_set1_epi8(5));
 }
+#elif defined(__AVXVNNI__)
+constexpr int PRODUCTS = 32;
+static inline ints step(ints sum) {
+    return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi8(3), _mm256_set1_epi8(5));
+}
 #elif defined(__AVX2__)
 constexpr int PRODUCTS = 16;
 static inline ints step(ints sum) { return (ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi8(3)) + 5; }
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int PRODUCTS = 16;
+static inline ints step(ints sum) { return vdotq_s32(sum, vdupq_n_s8(3), vdupq_n_s8(5)); }
 #else
 constexpr int PRODUCTS = 0;  // there is none
 static inline ints step(ints sum) { return sum + 1; }

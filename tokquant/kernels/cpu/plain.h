@@ -1,5 +1,5 @@
 // What instruction sets without an own way do.
-static inline floats maximum(floats a, floats b) { return a > b ? a : b; }
+static inline floats maximum(floats a, floats b) { return where(a > b, a, b); }
 
 static inline float largest_of(floats x) {
     float y[LANES];
@@ -19,23 +19,23 @@ static inline float sum_of(floats x) {
 
 // 2^x for x up to 126, 0 from -126 down
 static inline floats exp2_of(floats x) {
-    floats clamped = x < -126.f ? all(-126.f) : x;
+    floats clamped = where(x < -126.f, all(-126.f), x);
     floats shifted = clamped + SHIFT;
     ints power = (as_ints(shifted) << 23) + 0x3f800000;
     floats y = exp2_of_fraction(clamped - (shifted - SHIFT)) * as_floats(power);
-    return x < -126.f ? all(0) : y;
+    return where(x < -126.f, all(0), y);
 }
 
 // what 2^BITS patterns, or 16, stand for
 template <int BITS>
 static inline floats looked_up(const float* values, ints code) {
-    floats x = {};
+    float x[LANES];
     for (int i = 0; i < LANES; i++) x[i] = values[code[i]];
-    return x;
+    return load(x);
 }
 
 static inline floats decoded_half(ints x) { return from_half(x); }
 static inline floats rounded_half(floats x) {
     const floats size = rounded<10, -14>(magnitude(x));
-    return as_floats(as_ints(magnitude(x) >= 65520.f ? all(INFINITY) : size) | (as_ints(x) & int32_t(0x80000000)));
+    return as_floats(as_ints(where(magnitude(x) >= 65520.f, all(INFINITY), size)) | (as_ints(x) & int32_t(0x80000000)));
 }

@@ -9,6 +9,7 @@ import torch
 
 from tokquant import blocks, precisions
 from tokquant.errors import UnsupportedError
+from tokquant.kernels.cpu.instructions import INSTRUCTIONS
 from tokquant.kernels.plan import Wanted
 from tokquant.kernels.products import FLOAT_NAMES
 from tokquant.schemes import QuantScheme
@@ -120,6 +121,7 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
         "BLOCK_OF_ONE_HEAD": q.smooth == "block_mean" or wanted.bias == "lowrank",
     }
     constants = {name: int(value) for name, value in constants.items()} | {
+        "REGISTER": INSTRUCTIONS[instructions].register,
         "D": head_dim,
         "TILE": scheme.key_tile,
         "BLOCK": min(64, max(8, 1 << block.bit_length() - 1)) if block else 8,

@@ -1,23 +1,18 @@
 // Four products a lane, for any processor.
 constexpr int ROWS = 4;
 constexpr int PANELS = 1;
+constexpr int FLIPPED = 0;
+
+static inline Register<int32_t> byte(Register<uint32_t> x, int i, const int8_t*) { return (Register<int32_t>)(x << 8 * (3u - i)) >> 24; }
+static inline Register<int32_t> byte(Register<uint32_t> x, int i, const uint8_t*) { return (Register<int32_t>)(x >> 8u * i & 255u); }
 
 template <class A, class B>
-static inline ints dot(ints sum, const A* four, words panel, const B*) {
-    B x[4 * LANES];
-    std::memcpy(x, &panel, sizeof x);
-    for (int i = 0; i < LANES; i++) {
-        int32_t s = 0;
-        for (int d = 0; d < 4; d++) s += int32_t(four[d]) * x[4 * i + d];
-        sum[i] += s;
-    }
+static inline Register<int32_t> dot(Register<int32_t> sum, const A* four, Register<uint32_t> panel, const B* kind) {
+    for (int i = 0; i < 4; i++) sum += byte(panel, i, kind) * int32_t(four[i]);
     return sum;
 }
 
 // the low bytes of what `x + SHIFT` holds: x rounded, from 0 to 255
-static inline void store_bytes(uint8_t* at, floats x) {
-    ints y = as_ints(x + SHIFT);
-    for (int i = 0; i < LANES; i++) at[i] = uint8_t(y[i]);
-}
+static inline void store_bytes(uint8_t* at, floats x) { store_low(at, as_ints(x + SHIFT)); }
 
 #include "plain.h"

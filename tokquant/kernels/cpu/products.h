@@ -1,6 +1,11 @@
 // C[R][W] += A[R rows] B[W panels]: R rows of A and W panels of B stay in registers, so each load serves several products. Each is
 // a function of its own: inlined, compilers take registers from these loops for what is around them.
 #if INTEGERS
+template <int N, class A, class B>
+static inline Two<int32_t, N> dot(Two<int32_t, N> sum, const A* four, Two<uint32_t, N> panel, const B* kind) {
+    return {dot(sum.low, four, panel.low, kind), dot(sum.high, four, panel.high, kind)};
+}
+
 // the i-th byte-wide plane of words: what is unsigned in the low bits, what is signed in the high ones, where its sign belongs
 template <int BITS> static inline words plane(words x, int i, const uint8_t*) {
     return BITS == 8 ? x : x >> uint32_t(i * BITS) & ((1u << BITS) - 1) * 0x01010101u;
@@ -11,7 +16,7 @@ template <int BITS> static inline words plane(words x, int i, const int8_t*) {
 
 template <int BITS, int R, int W, class A, class B>
 [[gnu::noinline]] static void multiply(ints (&c)[R][W], const A* a, int64_t row, const B* b, int64_t panel, int lines, int64_t ahead) {
-    constexpr int CHAINS = R * W < 8 ? 2 : 1;  // sums of every other line, where few wait for one another
+    constexpr int CHAINS = R * W * 64 / REGISTER < 8 ? 2 : 1;  // sums of every other line, where few wait for one another
     ints sum[CHAINS][R][W] = {};
     const auto line = [&](ints (&sum)[R][W], const A* a, const B* b) {
         words x[W];

@@ -54,6 +54,7 @@ constexpr float LEVELS = 255.0f;  // steps of an asymmetric operand
 constexpr float HALF = 128.0f;  // a stored code of 0 is this many steps above an asymmetric operand's zero
 constexpr float SCALE_LARGEST = 3.4028234663852886e+38f;  // number of its type,
 constexpr float SCALE_SMALLEST = 1.1754943508222875e-38f;  // and smallest normal one
+constexpr int REGISTER = 16;  // bytes
 
 #include "lanes.h"
 #include "codes.h"

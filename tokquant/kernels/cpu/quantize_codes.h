@@ -29,13 +29,13 @@ static inline ints code_of(const Arguments& a, const Scratch& t, int i, int d) {
 #if SYMMETRIC
     y = y / over(t.scale, i, d);
     // by selection: a NaN stays one
-    y = y > LARGEST ? all(LARGEST) : y;
-    y = y < -LARGEST ? all(-LARGEST) : y;
+    y = where(y > LARGEST, all(LARGEST), y);
+    y = where(y < -LARGEST, all(-LARGEST), y);
 #endif
 #if ASYMMETRIC
     y = (y - over(t.zero, i, d)) / over(t.scale, i, d);
-    y = y > LEVELS ? all(LEVELS) : y;
-    y = y < 0 ? all(0) : y;
+    y = where(y > LEVELS, all(LEVELS), y);
+    y = where(y < 0, all(0), y);
     // the nearest integer before the half goes off, which could round
     y = nearest(y) - HALF;
 #endif
@@ -57,7 +57,7 @@ static inline ints pattern(ints code, int d) {
 #if COUNTED
     code ^= 1 << (BITS - 1);
 #endif
-    return D - d >= LANES ? code : (counted_from(d) < D ? code : ints{});
+    return D - d >= LANES ? code : where(counted_from(d) < D, code, ints{});
 }
 
 #if QUERIES || KEYS
@@ -70,20 +70,20 @@ static inline void line_of(const Arguments& a, const Scratch& t, int i, uint8_t*
     for (int d = 0; d < WIDE; d += LANES) {
         const ints code = code_of(a, t, i, d), x = pattern(code, d);
 #if CODE_SUM
-        sum += D - d >= LANES ? number(code) : (counted_from(d) < D ? number(code) : ints{});
+        sum += D - d >= LANES ? number(code) : where(counted_from(d) < D, number(code), ints{});
 #endif
-        const bytes one = __builtin_convertvector(x, bytes);
-        const pairs two = __builtin_convertvector(x, pairs);
-        if (BYTES == 1) std::memcpy(to + d, &one, sizeof one);
-        if (BYTES == 2) std::memcpy(to + 2 * d, &two, sizeof two);
-        if (BYTES == 4) std::memcpy(to + 4 * d, &x, sizeof x);
+        if (BYTES == 1) store_low(to + d, x);
+        if (BYTES == 2) store_low((uint16_t*)to + d, x);
+        if (BYTES == 4) store((int32_t*)to + d, x);
 #if MET_BYTES
-        const bytes read = __builtin_convertvector(number(code), bytes);
-        std::memcpy(a.met + row * D + d, &read, least(D - d, LANES));
+        uint8_t read[LANES];
+        store_low(read, number(code));
+        std::memcpy(a.met + row * D + d, read, least(D - d, LANES));
 #endif
 #if MET_FLOATS
-        const floats read = decode(code);
-        std::memcpy(a.met + row * D + d, &read, least(D - d, LANES) * sizeof(float));
+        float read[LANES];
+        store(read, decode(code));
+        std::memcpy(a.met + row * D + d, read, least(D - d, LANES) * sizeof(float));
 #endif
     }
 #if CODE_SUM
@@ -176,7 +176,7 @@ static void put_all(const Arguments& a, uint32_t* to, int base, int lo, int hi, 
             }
             uint32_t* at = to + w * LANES;
             if (!WHOLE && ~written) word |= load(at) & ~written;
-            std::memcpy(at, &word, sizeof word);
+            put(at, word);
         }
 #if TILE_SUMS
         store(t.sum + p * LANES, sum);

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from tokquant import blocks, precisions
+from tokquant.kernels.cpu.instructions import INSTRUCTIONS
 from tokquant.kernels.cpu.plan import ALL, CPP_TYPES, CpuPlan, literal, stored_type
 from tokquant.kernels.products import FLOAT_NAMES
 from tokquant.schemes import Operand, QuantScheme
@@ -146,6 +147,7 @@ def plan(task: Task, instructions: str) -> CpuPlan:
     }
     order = d & -d
     constants = {name: int(value) for name, value in constants.items()} | {
+        "REGISTER": INSTRUCTIONS[instructions].register,
         "D": d,
         "SOURCE": SOURCES[task.dtype],
         "SCALE_TYPE": CPP_TYPES[spec.scale_dtype],

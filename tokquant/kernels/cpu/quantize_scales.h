@@ -16,9 +16,9 @@ static inline floats rounded_scale(floats x) {
     ints code = to_e4m3(x);
 #if SCALE_UP
     // the next number: a scale rounded down by up to 1/16 would clip eight of the 127 levels
-    code = from_e4m3(code) < x ? code + 1 : code;
+    code = where(from_e4m3(code) < x, code + 1, code);
 #endif
-    return x <= SCALE_LARGEST ? from_e4m3(code) : all(NAN);
+    return where(x <= SCALE_LARGEST, from_e4m3(code), all(NAN));
 }
 static inline e4m3 scale_code(float x) { return {uint8_t(to_e4m3(all(x))[0])}; }
 #endif
@@ -45,16 +45,16 @@ static inline void reach(ints& highest, ints& lowest, floats y, int d) {
     ints x = ordered(y);
 #if SYMMETRIC
     (void)lowest, (void)d;
-    highest = x > highest ? x : highest;
+    highest = where(x > highest, x, highest);
 #endif
 #if ASYMMETRIC
     ints above = x, below = x;
     if (D - d < LANES) {
-        above = counted_from(d) < D ? x : ints{} + INT32_MIN;
-        below = counted_from(d) < D ? x : ints{} + INT32_MAX;
+        above = where(counted_from(d) < D, x, ints{} + INT32_MIN);
+        below = where(counted_from(d) < D, x, ints{} + INT32_MAX);
     }
-    highest = above > highest ? above : highest;
-    lowest = below < lowest ? below : lowest;
+    highest = where(above > highest, above, highest);
+    lowest = where(below < lowest, below, lowest);
 #endif
 }
 
@@ -92,17 +92,17 @@ static void scales(const Arguments& a, Scratch& t) {
     for (int i = 0; i < SCALES; i += LANES) {
 #if SYMMETRIC
         const floats highest = as_floats(load(t.highest + i));
-        floats exact = highest == 0 ? all(1) : highest / LARGEST;
+        floats exact = where(highest == 0, all(1), highest / LARGEST);
 #endif
 #if ASYMMETRIC
         const floats highest = unordered(load(t.highest + i));
         floats lowest = unordered(load(t.lowest + i));
-        lowest = highest != highest ? all(NAN) : lowest;
+        lowest = where(highest != highest, all(NAN), lowest);
         // past the largest that its type holds there is no zero
-        const floats zero = in_scale_type(magnitude(lowest) > SCALE_LARGEST ? all(NAN) : lowest);
+        const floats zero = in_scale_type(where(magnitude(lowest) > SCALE_LARGEST, all(NAN), lowest));
         const floats span = highest - zero, step = span / LEVELS;
         // a zero rounded past the maximum takes the smallest scale
-        floats exact = step < 0 ? all(0) : step;
+        floats exact = where(step < 0, all(0), step);
         store(t.zero + i, zero);
 #endif
         floats scale = rounded_scale(exact);
@@ -114,7 +114,7 @@ static void scales(const Arguments& a, Scratch& t) {
         // lanes of no group lose nothing
         if (largest_of(lost & 1)) lose(a);
 #endif
-        store(t.scale + i, scale < SCALE_SMALLEST ? all(SCALE_SMALLEST) : scale);
+        store(t.scale + i, where(scale < SCALE_SMALLEST, all(SCALE_SMALLEST), scale));
     }
 }
 #endif

@@ -5,7 +5,7 @@ template <int STRIDE>
 static inline void butterflies(float* y) {
     if (STRIDE >= ROTATION) return;
     if (STRIDE < LANES) {
-        const ints minus = (counted_from(0) & STRIDE) != 0 ? ints{} + INT32_MIN : ints{};
+        const ints minus = where((counted_from(0) & STRIDE) != 0, ints{} + INT32_MIN, ints{});
         for (int d = 0; d < WIDE; d += LANES) {
             floats x = load(y + d);
             store(y + d, swapped<STRIDE % LANES>(x) + as_floats(as_ints(x) ^ minus));

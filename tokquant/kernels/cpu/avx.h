@@ -1,0 +1,9 @@
+// What processors with AVX2 do, whatever their products.
+// the low bytes of what `x + SHIFT` holds: x rounded, from 0 to 255
+static inline void store_bytes(uint8_t* at, floats x) {
+    const ints y = as_ints(x + SHIFT) & 255;
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)y.low, (__m256i)y.high), 0xd8);
+    _mm_storeu_si128((__m128i*)at, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+#include "plain.h"
