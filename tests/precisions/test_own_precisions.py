@@ -63,6 +63,11 @@ def third_powers(codes):
     return (codes.float() / 7) ** 3
 
 
+def nearest_third_power(x):
+    values = third_powers(torch.arange(-7, 8))
+    return (torch.bucketize(x.nan_to_num().contiguous(), (values[1:] + values[:-1]) / 2) - 7).to(torch.int8)
+
+
 @triton.jit
 def decode_third_powers(tile):
     x = tile.to(tl.float32) / 7
@@ -75,11 +80,7 @@ CUBES = Precision(
     kind="float",
     largest=1,
     stored=torch.int8,
-    encode=lambda x: (
-        torch.bucketize(x.nan_to_num(), (third_powers(torch.arange(-6, 8)) + third_powers(torch.arange(-7, 7))) / 2)
-        .sub(7)
-        .to(torch.int8)
-    ),
+    encode=nearest_third_power,
     decode=third_powers,
     compute="tl.float32",
     triton_decode=decode_third_powers,

@@ -71,7 +71,7 @@ class Operand(Strict):
         return " ".join(words)
 
     def bits_per_value(self, head_dim: int) -> float:
-        """Bits of memory that code, scale and zero of a value take in a long sequence. Raises SchemeError where no group fits."""
+        """Bits of memory for code, scale and zero of a value in a long sequence. Raises SchemeError where no group fits."""
         bits = self.format.stored_bits
         if self.scaled:
             tokens, channels = self.granularity.cover(2**40, head_dim)
