@@ -103,6 +103,7 @@ def lacking(task: Task) -> str | None:
     return None
 
 
+@lru_cache(maxsize=256)  # every call asks
 def _side_by_side(precision: precisions.Precision) -> bool:
     """Whether codes are packed as kernels write those of Q: the first in the lowest bits, integers counted from the lowest."""
     bits = 8 // precision.packed
