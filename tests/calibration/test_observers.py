@@ -204,6 +204,19 @@ def test_the_range_of_least_error_is_near_the_best_of_all(words, tail):
         assert found <= 1.06 * best
 
 
+@pytest.mark.parametrize("words", ["int8", "fp8_e4m3"])
+def test_the_range_of_least_error_is_as_near_where_many_channels_share_it(words):
+    """The values between two codes of 8 bits fill but two cells of the observer's."""
+    over = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        x = torch.distributions.StudentT(4.0).sample((1, 1, 1200, 32))
+        found, widest = (range_of(observer, x, f"{words} head")[0].float() for observer in ("mse", "amax"))
+        best = min(squared_error(x, words, widest * share, None) for share in torch.logspace(-1, 0, 60))
+        over.append(squared_error(x, words, found, None) / best)
+    assert sum(over) / len(over) < 1.01 and max(over) < 1.08
+
+
 @pytest.mark.parametrize("observer", ["percentile:99", "mse", "ema", "amax"])
 def test_static_q_has_the_range_of_q_with_k_per_channel_folded_in(observer):
     s = scheme(q="int8 head static", k="int8 channel static")

@@ -226,6 +226,18 @@ def test_a_large_head_dim_runs():
     assert (out - expected).abs().max() <= 1e-3
 
 
+def test_keys_in_chunks_are_the_emulations_but_for_unit_which_errs_less():
+    q, k, v = qkv(8, 5000, 64)
+    exact = tq.attention(3 * q, k, v, "none", backend="reference")
+    for made, same in ((scheme("int8", "int8", "int8", "int8 row_block:128"), True), (tq.preset("int-flash"), False)):
+        outs = [tq.attention(3 * q, k, v, made, backend=backend) for backend in ("cpu", "reference")]
+        errors = [(out - exact).abs().sum() for out in outs]
+        differ = (outs[0] - outs[1]).abs().mean()
+        assert (differ < 1e-5) == same and (errors[0] < 0.9 * errors[1]) != same
+        bound = tq.error_bound(3 * q, k, v, made).total
+        assert all(bool(((out - exact).abs().amax(dim=-1) <= bound + 1e-5).all()) for out in outs)
+
+
 def test_a_precision_that_was_replaced_is_the_new_one_in_the_next_kernel():
     s, eight = scheme("int8", "int8", "fp16", "int8"), PRECISIONS["int8"]
     operands = tq.quantize(*qkv(9, 70), s, backend="cpu")

@@ -21,7 +21,7 @@ SIZES = [*range(1, 10), 32, 33]
 BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 every = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 encoding = [precision for precision in PRECISIONS.values() if precision.triton_encode]
-packed_integers = [precision for precision in PRECISIONS.values() if precision.kind == "int" and precision.packed > 1]
+packed_integers = [p for p in PRECISIONS.values() if p.kind == "int" and p.packed > 1 and p.bits == p.stored_bits]
 fragments = [
     pytest.param(getattr(precision, part), id=f"{part} of {precision.name}")
     for precision in PRECISIONS.values()
@@ -288,6 +288,9 @@ def test_a_bad_name_is_refused_and_quoted(name):
         (dict(encode=None), "encode: None of precision 'int8' is not a function"),
         (dict(stored="int8"), "stored: 'int8' of precision 'int8' is not a torch.dtype"),
         (dict(packed=3), "packed: 3"),
+        (dict(packed=2), "packed: 2 codes of 8 bits do not fit an element of torch.int8"),
+        (dict(stored=torch.int32), "stored: torch.int32 of precision 'int8' is not one of torch.int8, torch.uint8"),
+        (dict(stored=torch.float16), "stored: torch.float16 for 8 bits; codes of up to 8 bits lie in elements of a byte"),
         (dict(roles="z"), "roles: 'z'"),
         (dict(compute="tl.int32"), "compute: 'tl.int32' of precision 'int8' is not one of tl.int8"),
     ],
@@ -335,7 +338,7 @@ def test_a_precision_registered_elsewhere_is_taken_by_schemes_quantized_and_run(
     coded = {"precision": "five"}
     scheme = tokquant.QuantScheme(q={"precision": "fp32"}, k=coded, v=coded, p={"precision": "fp32"})
     assert "five" in names("k") and "five" not in names("q")
-    assert scheme.bits_per_value(64)["k"] == 3.5
+    assert scheme.bits_per_value(64)["k"] == 8.5  # a code has 3 bits, and takes a byte
     q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
     quantized = tokquant.quantize(q, k, v, scheme, backend="reference")
     assert set(quantized[1].codes.unique().tolist()) == set(range(5))

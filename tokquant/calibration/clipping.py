@@ -24,7 +24,7 @@ def percentile(seen: Histogram, operand: Operand, change: Change, percent: float
     """
     widest = low, high = seen.widest(operand.granularity.kind, change, operand.symmetric)
     for _ in range(2):
-        counts, _ = seen.cells(low, high, change, CELLS)
+        counts, _, _ = seen.cells(low, high, change, CELLS)
         cell = (high - low) / CELLS
         if operand.symmetric:
             # the first half of the cells is the negative magnitudes, largest first
@@ -48,16 +48,19 @@ def least_error(seen: Histogram, operand: Operand, change: Change) -> tuple[Tens
     """
     widest = low, high = seen.widest(operand.granularity.kind, change, operand.symmetric)
     for number, shares in enumerate(SHARES):
-        counts, means = seen.cells(low, high, change, CELLS)
+        counts, means, deviations = seen.cells(low, high, change, CELLS)
         centre = torch.zeros_like(low)
         if not operand.symmetric:
             centre = ((counts * means).sum(dim=1) / counts.sum(dim=1)).float().reshape(low.shape).clamp(low, high)
-        counts, means = counts.float(), means.float()
+        # two values stand for those of a cell, by their mean and deviation: of 8 bits, means alone lie at one distance from the
+        # codes of the range that the cells divide, which flatters it
+        values = torch.cat([means - deviations, means + deviations], dim=1).float()
+        counts = torch.cat([counts, counts], dim=1).float()
         for ends in ((1, 1),) if operand.symmetric else ((1, 1), (0, 1), (1, 0)):
             start, best = (low, high), torch.full_like(low, float("inf"), dtype=torch.float64)
             for share in shares:
                 tried = _pulled(*start, centre, share, ends)
-                error = _error(counts, means, *tried, operand).reshape(best.shape)
+                error = _error(counts, values, *tried, operand).reshape(best.shape)
                 low, high = (torch.where(error < best, new, old) for new, old in zip(tried, (low, high), strict=True))
                 best = torch.minimum(error, best)
         if number + 1 < len(SHARES):
@@ -83,16 +86,13 @@ def _pulled(low: Tensor, high: Tensor, centre: Tensor, share: float, ends: tuple
     return first, second
 
 
-def _error(counts: Tensor, means: Tensor, low: Tensor, high: Tensor, operand: Operand) -> Tensor:
-    """The sum of squared errors of the cells `[G, n]` when their means are coded in these ranges: `[G]`, float64.
-
-    What the values of a cell differ among one another is missing; as they share a code, it is the same in every range.
-    """
+def _error(counts: Tensor, values: Tensor, low: Tensor, high: Tensor, operand: Operand) -> Tensor:
+    """The sum of squared errors of values `[G, n]`, so many of each, when they are coded in these ranges: `[G]`, float64."""
     low, high = low.reshape(-1, 1), high.reshape(-1, 1)
     if operand.symmetric:
         scale, zero = symmetric_scale(high, operand).float(), None
     else:
         scale, zero = (x.float() for x in asymmetric_scale(low, high, operand))
-    values = operand.format.decode(codes_of(means, scale, zero, operand))
-    back = values * scale if zero is None else (values + 2 ** (operand.format.bits - 1)) * scale + zero
-    return ((means - back).square_() * counts).sum(dim=1, dtype=torch.float64)
+    coded = operand.format.decode(codes_of(values, scale, zero, operand))
+    back = coded * scale if zero is None else (coded + 2 ** (operand.format.bits - 1)) * scale + zero
+    return ((values - back).square_() * counts).sum(dim=1, dtype=torch.float64)

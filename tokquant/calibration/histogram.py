@@ -61,8 +61,8 @@ class Histogram(Extremes):
             low = -high
         return low, high
 
-    def cells(self, low: Tensor, high: Tensor, change: Change, size: int) -> tuple[Tensor, Tensor]:
-        """How many values of each scale lie in `size` equal cells from low to high, and their means: `[G, size]` float64.
+    def cells(self, low: Tensor, high: Tensor, change: Change, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """How many values of each scale lie in `size` equal cells from low to high, means and deviations: `[G, size]` float64.
 
         `low` and `high` are in the shape of the scales. The first and the last cell have what lies beyond them too.
         """
@@ -72,16 +72,19 @@ class Histogram(Extremes):
         group = torch.arange(groups, dtype=torch.int32, device="cpu").reshape(low.shape).expand(h, 1, d).reshape(h, d, 1)
         first, exponent = (x[..., None] for x in window(self.low, self.high))
         weights = self.bins.flatten().double()
-        counts, sums = (torch.zeros(groups * size, dtype=torch.float64, device="cpu") for _ in range(2))
+        counts, sums, squares = (torch.zeros(groups * size, dtype=torch.float64, device="cpu") for _ in range(3))
         for point in range(POINTS):
             place = torch.arange(BINS, device="cpu") + first + (point + 0.5) / POINTS
             x = place.mul_(power_of_two(exponent)).clamp_(self.low[..., None], self.high[..., None])
             x = change(x)
             index = ((x - start) / width).clamp_(0, size - 1).int().add_(group * size).flatten()
             counts += torch.bincount(index, weights, counts.numel())
-            sums += torch.bincount(index, x.flatten() * weights, sums.numel())
-        counts, sums = counts.reshape(groups, size), sums.reshape(groups, size)
-        return counts, torch.where(counts > 0, sums / counts, 0.0)
+            x = x.flatten().double()
+            sums += torch.bincount(index, x * weights, sums.numel())
+            squares += torch.bincount(index, x * x * weights, squares.numel())
+        counts, means, squares = (each.reshape(groups, size) for each in (counts, sums / counts, squares / counts))
+        means, squares = (torch.where(counts > 0, each, 0.0) for each in (means, squares))
+        return counts, means, (squares - means * means).clamp_min_(0).sqrt_()
 
 
 def window(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,11 +25,12 @@ def product_types(scheme: QuantScheme, roles: str, dtype: torch.dtype) -> dict[s
         raise UnsupportedError(
             f"scheme {scheme.name!r}: P of {first.name} needs an integer V in a kernel; use p: int8, or backend='reference'"
         )
-    if any(role != "p" and place(getattr(scheme, role)) == "operand" for role in roles):
-        # decoded values are of the input's own type
-        return dict.fromkeys(roles, TRITON_TYPES[dtype] if "fp32" not in (first.name, second.name) else "tl.float32")
-    if "fp32" in (first.name, second.name):
+    decoded = [role != "p" and place(getattr(scheme, role)) == "operand" for role in roles]
+    if any(x.compute == "tl.float32" and not here for x, here in zip((first, second), decoded, strict=True)):
         return dict.fromkeys(roles, "tl.float32")
+    if any(decoded):
+        # to the input's own type
+        return dict.fromkeys(roles, TRITON_TYPES[dtype])
     if first.compute == second.compute == "tl.int8":
         return dict.fromkeys(roles, "tl.int8")
     if fp8 := fp8_types(first, second):

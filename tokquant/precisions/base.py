@@ -35,6 +35,7 @@ __all__ = ["PRECISIONS", "Precision", "get", "names", "register", "same", "tl", 
 
 
 COMPUTE = ("tl.int8", "tl.float8e4nv", "tl.float8e5", "tl.float16", "tl.bfloat16", "tl.float32")
+STORED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32)
 
 
 def same(codes: Tensor, *_: int) -> Tensor:
@@ -86,7 +87,7 @@ class Precision:
     """What stands in for `triton_encode` in Triton's interpreter, where that one rounds wrongly."""
     triton_quantize: Any = None
     """`@triton.jit`: scaled and clamped float32 values `[N, D]` -> stored elements `[N, D / packed]`, bit for bit what `encode`
-    and `pack` give. Without it `encode` quantizes on every backend."""
+    and `pack` give. Without it `encode` quantizes on a GPU, where a KV cache then refuses the precision."""
     triton_quantize_interpreted: Any = None
     """What stands in for `triton_quantize` in Triton's interpreter, where that one rounds wrongly."""
     cpp_encode: str = ""
@@ -116,8 +117,19 @@ class Precision:
         ):
             if not right:
                 raise ValueError(f"{name}: {quote(getattr(self, name))} of precision {self.name!r} is not {words}")
+        if self.stored not in STORED:
+            raise ValueError(f"stored: {self.stored} of precision {self.name!r} is not one of {', '.join(map(str, STORED))}")
+        if self.bits * self.packed > 8 * self.stored.itemsize:
+            raise ValueError(f"packed: {self.packed} codes of {self.bits} bits do not fit an element of {self.stored}")
+        if self.bits < 8 * self.stored.itemsize and self.stored.itemsize > 1:
+            raise ValueError(f"stored: {self.stored} for {self.bits} bits; codes of up to 8 bits lie in elements of a byte")
         if "p" in self.roles and self.triton_encode is None:
             raise ValueError(f"triton_encode: {self.name!r} may code P (roles={self.roles!r}), so it needs one")
+
+    @property
+    def stored_bits(self) -> float:
+        """Of memory that a code takes: more than `bits` where codes do not fill the element."""
+        return 8 * self.stored.itemsize / self.packed
 
     @property
     def levels(self) -> int:

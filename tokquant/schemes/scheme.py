@@ -71,8 +71,8 @@ class Operand(Strict):
         return " ".join(words)
 
     def bits_per_value(self, head_dim: int) -> float:
-        """Bits of code, scale and zero for each value of a long sequence. Raises SchemeError where a group does not fit."""
-        bits = float(self.format.bits)
+        """Bits of memory for code, scale and zero of a value in a long sequence. Raises SchemeError where no group fits."""
+        bits = self.format.stored_bits
         if self.scaled:
             tokens, channels = self.granularity.cover(2**40, head_dim)
             bits += 8 * SCALE_TYPES[self.scale_dtype].itemsize * (1 if self.symmetric else 2) / (tokens * channels)
@@ -245,7 +245,7 @@ class QuantScheme(Strict):
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
     def bits_per_value(self, head_dim: int = 128) -> dict[str, float]:
-        """Bits of code, scale and zero for a value of q, k and v, in a long sequence."""
+        """Bits of memory of code, scale and zero for a value of q, k and v, in a long sequence."""
         return {role: getattr(self, role).bits_per_value(head_dim) for role in "qkv"}
 
 

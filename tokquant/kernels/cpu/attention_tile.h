@@ -48,7 +48,7 @@ static inline void spread_scales(const Arguments& a, const Tile& tile, int64_t k
 #if K_ZERO
     // what a stored code of 0 stands for
     of_keys(t.k_zero, a.k_zero + k_at, count);
-    for (int j = 0; j < TILE; j += LANES) store(t.k_zero + j, load(t.k_zero + j) - load(t.k_scale + j) * float(K_LOWEST));
+    for (int j = 0; j < TILE; j += LANES) store(t.k_zero + j, load(t.k_zero + j) + load(t.k_scale + j) * K_HALF);
 #endif
 #if K_DECODED
     const int64_t k_there = (K_SCALE_TOKENS == 1 ? count : (count + K_SCALE_TOKENS - 1) / K_SCALE_TOKENS) * int64_t(K_COLUMNS);
@@ -72,7 +72,7 @@ static inline void spread_scales(const Arguments& a, const Tile& tile, int64_t k
         store(t.inverse_weight + j, where((inverse == inverse) & (counted_from(j) < count), inverse, all(0)));
 #if V_TOKEN_ZERO
         floats zero = there > 0 ? load(a.v_zero + v_at + j, there) : all(0);
-        store(t.v_zero + j, where(counted_from(j) < count, zero - weight * float(V_LOWEST), all(0)));
+        store(t.v_zero + j, where(counted_from(j) < count, zero + weight * V_HALF, all(0)));
 #endif
     }
 #endif
@@ -81,7 +81,7 @@ static inline void spread_scales(const Arguments& a, const Tile& tile, int64_t k
 #endif
 #if V_TILE_ZERO
     of_channels(t.v_zero, a.v_zero + v_at);
-    for (int d = 0; d < WIDE; d += LANES) store(t.v_zero + d, load(t.v_zero + d) - load(t.v_scale + d) * float(V_LOWEST));
+    for (int d = 0; d < WIDE; d += LANES) store(t.v_zero + d, load(t.v_zero + d) + load(t.v_scale + d) * V_HALF);
 #endif
 #if V_DECODED
     spread(t.v_scale, a.v_scale + v_at, count * int64_t(V_COLUMNS), TILE * V_COLUMNS);

@@ -99,7 +99,20 @@ def lacking(task: Task) -> str | None:
         return f"{spec.role}: codes of {spec.precision} have less than two bits"
     if task.bits != 8 * stored_type(spec, task.dtype).itemsize // precision.packed:
         return f"{spec.role}: bytes of {spec.precision} are other numbers than its codes"
+    if spec.role == "q" and task.bits < 8 and not _side_by_side(precision):
+        return f"q: {spec.precision} packs its codes in an order or from a number of its own"
     return None
+
+
+@lru_cache(maxsize=256)  # every call asks
+def _side_by_side(precision: precisions.Precision) -> bool:
+    """Whether codes are packed as kernels write those of Q: the first in the lowest bits, integers counted from the lowest."""
+    bits = 8 // precision.packed
+    stored = torch.arange(256, dtype=torch.uint8, device="cpu")
+    codes = precision.unpack(stored.view(precision.stored)[:, None], precision.packed).view(torch.uint8)
+    first = 2 ** (bits - 1) if precision.kind == "int" else 0
+    each = stored[:, None] >> torch.arange(0, 8, bits, dtype=torch.uint8, device="cpu")
+    return torch.equal(codes & (2**bits - 1), (each - first) & (2**bits - 1))
 
 
 @lru_cache(maxsize=256)
