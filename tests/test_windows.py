@@ -24,7 +24,8 @@ def test_finite_values_on_a_cpu_are_multiplied_as_they_are_without_a_copy_that_m
 
     held = windows.Windows((2, 2, 16), 0, 24, 1, torch.float16, torch.device("cpu"))
     k, v = (torch.randn(2, 2, 24, 16).half() for _ in range(2))
-    held.put(k, v, tuple(x.ravel() for x in np.indices((2, 24))) + (np.tile(np.arange(24), 2),))
+    sequence, token = (x.ravel() for x in np.indices((2, 24)))
+    held.put(k, v, (sequence, token, token))
     q, lengths = torch.randn(2, 4, 1, 16).half(), np.full(2, 24, np.int32)
     monkeypatch.setattr(torch, "cat", joined)
     out, lse = held.attention(q, lengths, np.zeros(2, np.int32), Features(scale=0.25, causal=True))

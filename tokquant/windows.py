@@ -153,7 +153,7 @@ class Windows:
 
 
 def _matmul_kept(p: Tensor, v: Tensor) -> Tensor:
-    """`reference.matmul_kept`, which looks whether there is anything that is not finite, without waiting for a GPU to say so."""
+    """`reference.matmul_kept`, which waits for a device to say whether anything is not finite, without waiting."""
     finite = v.isfinite()
     product, reached = (p @ torch.cat([torch.where(finite, v, 0.0), (~finite).to(v.dtype)], dim=-1)).chunk(2, dim=-1)
     return torch.where(reached > 0, float("nan"), product)
