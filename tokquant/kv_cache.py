@@ -313,7 +313,7 @@ class KVCache:
 
 
 def _store_of(backend: str, scheme: QuantScheme, **sizes: Any) -> tuple[str, Store]:
-    """A store and the backend that it is of. `auto` takes the reference, and warns, where its first choice has no such pages."""
+    """A store and the backend that it is of. `auto` takes the reference, and warns, where its first choice has none such."""
     chosen = choose_backend(backend, sizes["device"])
     if chosen in STORES:
         try:
