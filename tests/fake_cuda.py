@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import tokquant
+from tokquant import inputs, operators
 from tokquant.kernels import launch
 
 PACKAGE = Path(tokquant.__file__).parent
@@ -76,6 +77,8 @@ def fake_cuda(monkeypatch) -> Iterator[Seen]:
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(launch, "aligned", lambda codes: True)  # which asks for an address
+    for module in (inputs, operators):  # here they stand for those of a GPU, which hold some
+        monkeypatch.setattr(module, "without_numbers", lambda x: False)
     for name, answer in {
         "_lazy_init": None,
         "is_available": True,

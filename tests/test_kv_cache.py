@@ -1,6 +1,7 @@
 """A KV cache: the codes of quantizing all at once, the bits it says, and errors that leave it as it was."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -444,3 +445,9 @@ def test_a_deep_copy_goes_on_by_itself():
     copied, before = copy.deepcopy(cache), tq.decode(q, cache)
     cache.append(*tokens(3))
     assert copied.lengths == [40] and torch.equal(tq.decode(q, copied), before)
+
+
+@pytest.mark.parametrize("call", [copy.copy, pickle.dumps])
+def test_half_of_a_cache_is_never_taken_elsewhere(call):
+    with pytest.raises(TypeError, match=r"cache: a KVCache cannot be pickled.*save\(path\) and KVCache\.load\(path\).*fork"):
+        call(cache_of())

@@ -17,3 +17,15 @@ def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     """`torch.cat` of tensors as they are."""
     with in_their_types(parts[0].device):
         return torch.cat(tuple(parts), dim=dim)
+
+
+def as_torch_takes_them(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Q, K and V as torch's own attention takes them: within torch.autocast in its type, but for float64; else as they are.
+
+    For what stands in its place: within autocast a model's rotated Q and K are float32 and V, of a product, is not.
+    """
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    to = torch.get_autocast_dtype(kind)
+    return tuple(x.to(to) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tokquant.bias import Bias
 from tokquant.errors import quote
@@ -50,9 +51,18 @@ def check_memory(name: str, x: object) -> None:
         return
     if x.layout != torch.strided:
         raise TypeError(f"{name}: a tensor of layout {x.layout}; give a dense one")
+    if without_numbers(x):
+        raise TypeError(f"{name}: stands for numbers that it does not hold, as in FakeTensorMode or torch.vmap; give those")
     if x.is_neg():
         # as the imaginary part of what torch conjugates only when it is read
         raise TypeError(f"{name}: a view that torch negates when it is read; give its resolve_neg()")
+
+
+def without_numbers(x: object) -> bool:
+    """Whether a tensor has no memory that a kernel could read: one of FakeTensorMode, or of a function of torch.func."""
+    if not isinstance(x, Tensor):
+        return False
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or (type(x) is not Tensor and isinstance(x, FakeTensor))
 
 
 def check_no_grad(name: str, x: object) -> None:

@@ -1,7 +1,7 @@
 """KVCache: the keys and values of sequences that grow, in the codes of a scheme."""
 
-import copy
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,7 +155,8 @@ class KVCache:
         go on by themselves, and a page is free when no cache holds it.
         """
         chosen = sequence_numbers(sequences, self.batch)
-        forked = copy.copy(self)
+        forked = object.__new__(type(self))
+        forked.__dict__.update(self.__dict__)
         forked._shape = len(chosen), *self._shape[1:]
         forked._held = self._held.fork(chosen)
         return forked
@@ -163,6 +164,13 @@ class KVCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
         # pages need no copy before somebody writes, and pointers of kernels cannot have one
         return self.fork(range(self.batch))
+
+    def __reduce__(self) -> Any:
+        # as it stands it would be half of a cache, and what appends to one would change the other
+        raise TypeError(
+            "cache: a KVCache cannot be pickled, nor copied without its pages; save(path) and KVCache.load(path) bring it to "
+            "another process, and copy.deepcopy or fork go on from it in this one"
+        )
 
     # ------------------------------------------------------------------ what it holds
 
@@ -305,14 +313,15 @@ class KVCache:
 
 
 def _store_of(backend: str, scheme: QuantScheme, **sizes: Any) -> tuple[str, Store]:
-    """A store and the backend that it is of. `auto` takes the reference where its first choice does not keep such pages."""
+    """A store and the backend that it is of. `auto` takes the reference, and warns, where its first choice has none such."""
     chosen = choose_backend(backend, sizes["device"])
     if chosen in STORES:
         try:
             return chosen, STORES[chosen](scheme, **sizes)
-        except UnsupportedError:
+        except UnsupportedError as error:
             if backend != "auto":
                 raise
+            warnings.warn(f"this cache is kept and read by the reference, many times slower: {error}", stacklevel=3)
     elif backend != "auto":
         raise UnsupportedError(f"backend: {quote(backend)} keeps no pages; use auto or one of {', '.join(STORES)}")
     return "reference", ReferencePages(scheme, **sizes)

@@ -15,7 +15,7 @@ from tokquant.bias import Bias
 from tokquant.bias.kinds import KINDS
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import ScalesError, nearest, quote
-from tokquant.inputs import check_no_grad
+from tokquant.inputs import check_no_grad, without_numbers
 from tokquant.schemes import HeadSchemes, LayerScheme, QuantScheme, SchemeMap, of_layer, preset, preset_names
 from tokquant.tensor import Coded
 
@@ -59,7 +59,10 @@ def operator(*more: str, tags: Sequence[torch.Tag] = ()) -> Callable[[Function],
         @wraps(function)
         def door(*args: Any, **given: Any) -> Any:
             if not torch.compiler.is_compiling():
-                return function(*args, **given)
+                if not (torch.jit.is_tracing() or any(map(without_numbers, args[:3]))):
+                    return function(*args, **given)
+                for role, x in zip("qkv", args, strict=False):
+                    check_no_grad(role, x)  # within torch.func an operator is not told
             if any(isinstance(x, CODED) for x in (*args, *given.values())):
                 return on_codes(*args, **given)
             return (with_lse if given.pop("return_lse", False) else plain)(*args[:3], **_flat(*args[3:], **given))

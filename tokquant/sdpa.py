@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tokquant.attention import Backend, Scheme, attention, quantizing
+from tokquant.autocast import as_torch_takes_them
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError, quote
 from tokquant.inputs import check_no_grad
@@ -38,8 +39,9 @@ def scaled_dot_product_attention(
         enable_gqa: heads of query may be a multiple of those of key and value.
         scheme, layer, scales, backend: as for `tokquant.attention`, but that `auto` always quantizes.
 
-    Returns: `[..., H_q, L, E_v]` in query's type. A query that attends to nothing gets 0, as in torch. So does one whose mask
-    is all below -2.3e38 (`torch.finfo(torch.float32).min`, say), where torch gives the mean of value.
+    Returns: `[..., H_q, L, E_v]` in query's type; within torch.autocast all three take that block's type first, as in torch.
+    A query that attends to nothing gets 0, as in torch. So does one whose mask is all below -2.3e38
+    (`torch.finfo(torch.float32).min`, say), where torch gives the mean of value.
 
     Raises: as `tokquant.attention`; UnsupportedError for dropout.
     """
@@ -56,6 +58,7 @@ def scaled_dot_product_attention(
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: {quote(flag)} is not a bool")
+    query, key, value = as_torch_takes_them(query, key, value)
     headless = query.ndim == key.ndim == value.ndim == 2
     q, k, v = (x[None] if x.ndim == 2 else x for x in (query, key, value))
     n_q, n_k, d, d_v = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]

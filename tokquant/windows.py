@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokquant.autocast import in_their_types
-from tokquant.reference import Features
+from tokquant.reference import Features, matmul_kept
 from tokquant.transfer import to_device
 
 
@@ -145,14 +145,15 @@ class Windows:
             s = torch.where(_at(attends, q), s, -torch.inf)
             lse = s.logsumexp(dim=-1)
             p = torch.exp(s - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
-            return _matmul_kept(p.reshape(b, kv_heads, -1, self.slots), self.v.float()).reshape(q.shape), lse
+            kept = matmul_kept if q.device.type == "cpu" else _matmul_kept
+            return kept(p.reshape(b, kv_heads, -1, self.slots), self.v.float()).reshape(q.shape), lse
 
     def _slot(self, place: np.ndarray) -> np.ndarray:
         return self.sink + place % max(self.ring, 1)
 
 
 def _matmul_kept(p: Tensor, v: Tensor) -> Tensor:
-    """`reference.matmul_kept`, without waiting for a GPU to say whether there is anything that is not finite."""
+    """`reference.matmul_kept`, which waits for a device to say whether anything is not finite, without waiting."""
     finite = v.isfinite()
     product, reached = (p @ torch.cat([torch.where(finite, v, 0.0), (~finite).to(v.dtype)], dim=-1)).chunk(2, dim=-1)
     return torch.where(reached > 0, float("nan"), product)

@@ -80,6 +80,19 @@ def test_repeated_heads_are_seen_as_they_are_given():
     assert watched(Block(repeated=True), torch.randn(1, 5, 64)).layers["self_attn"].shapes["k"] == (4, 16)
 
 
+def test_within_autocast_operands_are_seen_in_its_type_as_torch_takes_them():
+    class Rotated(nn.Module):
+        def forward(self, x):
+            return scaled_dot_product_attention(x.float(), x.float(), x)
+
+    calibrator, x = tq.Calibrator("kv-fp8"), torch.randn(1, 2, 9, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), calibrator.watch(model := Rotated()):
+        model(x)
+    by_hand = tq.Calibrator("kv-fp8")
+    by_hand.observe("Rotated", x, x, x)
+    assert torch.equal(calibrator.scales()["Rotated"].tensors["k_scale"], by_hand.scales()["Rotated"].tensors["k_scale"])
+
+
 def test_further_calls_in_one_forward_have_names_of_their_own():
     model = Block(times=3)
     calibrator = watched(model, torch.randn(1, 5, 64), torch.randn(1, 7, 64))

@@ -22,6 +22,25 @@ def test_errors_bits_and_times_of_each_scheme_in_order():
         assert result.bits["q"] == 8.5
 
 
+def test_on_a_cpu_the_peer_is_torchs_attention_in_the_faster_of_float32_and_bfloat16(monkeypatch):
+    timed = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def took(functions, *_):
+        for function in functions:
+            function()
+        return [1.0, 2.0, 4.0, 3.0]
+
+    monkeypatch.setattr("tokquant.evaluation.compare.interleaved_medians", took)
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, *given, **rest: (timed.append(q.dtype), attend(q, *given, **rest)),
+    )
+    [found] = tq.compare(*(torch.randn(1, 2, 40, 32).half() for _ in range(3)), schemes=["int8"])
+    assert timed == [torch.float32, torch.bfloat16] and (found.ms, found.quantize_ms, found.sdpa_ms) == (1, 2, 3)
+
+
 @pytest.mark.parametrize("n_k", [64, 100])
 def test_the_peer_computes_the_same_attention(n_k):
     q, k, v = torch.randn(1, 4, 64, 32), torch.randn(1, 2, n_k, 32), torch.randn(1, 2, n_k, 32)

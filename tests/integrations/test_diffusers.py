@@ -178,6 +178,14 @@ def test_dispatch_means_the_same_as_torch(given):
     assert ours.shape == native.shape and (ours - native).abs().max() < 2e-6
 
 
+def test_within_autocast_operands_take_its_type_as_they_do_in_torch():
+    register("none", backend="reference")
+    q, k, v = (torch.randn(2, 24, 3, 16, dtype=kind) for kind in (torch.float32, torch.float32, torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        native, ours = (dispatch.dispatch_attention_fn(q, k, v, backend=name) for name in ("native", "tokquant"))
+    assert ours.dtype == native.dtype == torch.bfloat16 and (ours - native).abs().max() < 0.02
+
+
 def test_tensors_are_turned_without_copies(calls):
     register("none", backend="reference")
     q, k, v = (torch.randn(2, 24, 3, 16) for _ in range(3))

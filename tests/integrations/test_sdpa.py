@@ -68,6 +68,24 @@ def test_an_exact_scheme_gives_torchs_numbers(operands, how):
     assert all(torch.equal(before, after) for before, after in zip(kept, operands, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("types", ["float32 float32 bfloat16", "float16 bfloat16 float32", "float32 float32 float32"])
+def test_within_autocast_operands_take_its_type_as_they_do_in_torch(types, dtype):
+    given = [x.to(getattr(torch, kind)) for x, kind in zip((Q, K, V), types.split(), strict=True)]
+    cast = [x.to(dtype) for x in given]
+    with torch.autocast("cpu", dtype):
+        found, torchs = tq.scaled_dot_product_attention(*given, scheme="int8"), torch_attention(*given)
+        with tq.quantized_sdpa("int8"):
+            assert torch.equal(torch_attention(*given), found)
+    assert found.dtype == torchs.dtype == dtype
+    assert torch.equal(found, tq.scaled_dot_product_attention(*cast, scheme="int8"))
+
+
+def test_within_autocast_float64_stays_what_it_is_and_is_refused():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"torch\.float64 is not supported"):
+        tq.scaled_dot_product_attention(Q.double(), K.double(), V.double())
+
+
 def test_it_is_attention_by_the_scheme():
     made = tq.scaled_dot_product_attention(Q, Q, Q, is_causal=True, scheme="int4", backend="reference")
     assert torch.equal(made, tq.attention(Q, Q, Q, "int4", causal=True, backend="reference"))

@@ -1,11 +1,13 @@
 """torch.compile goes through the public functions as one operator, which gives what they give."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from factories import qkv, scheme, some_factors
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokquant as tq
 from tokquant import operators
@@ -330,3 +332,36 @@ def test_nothing_is_tuned_while_a_cuda_graph_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(tq.UnsupportedError, match="tune: a CUDA graph is being captured"):
         need_gpu(torch.device("cuda"))
+
+
+def test_outside_of_torch_compile_too_tensors_that_hold_no_numbers_go_to_the_operator():
+    q, k, v = qkv(batch=3, heads=4, kv_heads=2)
+    given = dict(scheme=MINE, causal=True, backend="reference")
+    expected = tq.attention(q, k, v, return_lse=True, **given)
+
+    with FakeTensorMode() as mode:
+        out, lse = tq.attention(*map(mode.from_tensor, (q, k, v)), return_lse=True, **given)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, q.shape[:-1], torch.float32)
+    with warnings.catch_warnings(action="ignore"):  # of what torch finds slow in both
+        mapped = torch.vmap(lambda *each: tq.attention(*(x[None] for x in each), return_lse=True, **given))(q, k, v)
+        traced = torch.jit.trace(lambda q, k, v: tq.attention(q, k, v, **given), (q[:1], k[:1], v[:1]))
+    assert agree(tuple(x[:, 0] for x in mapped), expected)
+    assert agree(traced(q[1:], k[1:], v[1:]), expected[0][1:])
+    with pytest.raises(RuntimeError, match="q: requires grad, and quantized attention has no backward"):
+        torch.func.grad(lambda q: tq.attention(q, k, v, **given).sum())(q)
+
+
+@pytest.mark.parametrize("call", ["quantize", "append", "decode"])
+def test_what_is_no_operator_refuses_tensors_that_hold_no_numbers(call):
+    cache, (q, k, v) = tq.KVCache("kv-int8", batch=1, kv_heads=2, head_dim=32, dtype=torch.float32), qkv()
+    cache.append(k, v)
+    calls = {
+        "quantize": lambda q, k, v: tq.quantize(q, k, v, "int8"),
+        "append": lambda q, k, v: cache.append(k, v),
+        "decode": lambda q, k, v: tq.decode(q, cache),
+    }
+    with FakeTensorMode() as mode, pytest.raises(TypeError, match=r"[qk]: stands for numbers that it does not hold"):
+        calls[call](*map(mode.from_tensor, (q, k, v)))
+    with pytest.raises(TypeError, match=r"[qk]: stands for numbers that it does not hold"):
+        torch.vmap(lambda *each: calls[call](*(x[None] for x in each)))(q, k, v)
+    assert cache.lengths == [48]

@@ -43,6 +43,24 @@ def test_a_decoder_runs_on_the_kernels_of_its_device():
     assert (same - eagerly(model)(**given).logits[tokens]).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("cache", [None, "codes"], ids=["no cache", "a cache of codes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_within_autocast_a_model_attends_in_its_type_though_rotated_keys_have_another(dtype, cache):
+    model, given = decoder().to(dtype), prompts("left")
+    tokens = given["attention_mask"].bool()
+    exact = eagerly(model.float())(**given).logits[tokens]
+    use(model.to(dtype), "kv-int8", backend="reference")
+    held = TokquantCache(model) if cache else None
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(**given, past_key_values=held, use_cache=held is not None).logits[tokens]
+        assert cosine(found, exact) > 0.997
+        if held is not None:
+            assert held.layers[0].held.dtype == torch.bfloat16
+            more = {"attention_mask": torch.ones(2, 21, dtype=torch.long), "input_ids": given["input_ids"][:, :1]}
+            more["attention_mask"][:, :20] = given["attention_mask"]
+            assert model(**more, past_key_values=held).logits.shape == (2, 1, 128)
+
+
 def test_an_encoder_keeps_its_states_without_causality():
     sizes = dict(SIZES, num_attention_heads=4)
     del sizes["num_key_value_heads"]

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,21 @@ def test_a_kernel_is_built_once_and_found_again(compilations):
     assert (store.folder() / "cpu").stat().st_mode & 0o777 == 0o700
     [text] = (store.folder() / "kernels").glob("answer_*.cpp")
     assert text.read_text() == TEXT
+
+
+def test_threads_that_want_one_kernel_at_once_build_it_once(compilations):
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda _: answer(), range(4))) == [41] * 4
+    assert len(compilations) == 1
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_process_that_is_forked_while_another_thread_builds_does_not_wait_for_it():
+    with build.BUILDING["answer"]:
+        child = os.fork()
+        if not child:
+            os._exit(0 if build.BUILDING["answer"].acquire(timeout=5) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_another_text_compiler_or_set_has_another_name(monkeypatch, compilations):

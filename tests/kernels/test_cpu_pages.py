@@ -209,11 +209,13 @@ def test_sequences_of_which_none_has_a_token_come_out_as_nothing(monkeypatch):
     assert bool((out == 0).all()) and bool((lse == -math.inf).all())
 
 
-def test_pages_of_fewer_tokens_than_a_tile_are_refused_and_auto_takes_the_reference():
+def test_pages_of_fewer_tokens_than_a_tile_are_refused_and_auto_takes_the_reference_with_a_warning():
     s = tq.QuantScheme(**SCHEMES["kv-int4"].model_dump(exclude={"cache"}), cache={"page": 64})
     with pytest.raises(tq.UnsupportedError, match=r"cache\.page: 64 tokens .* use page: 128"):
         tq.KVCache(s, batch=1, kv_heads=1, head_dim=32, backend="cpu")
-    assert tq.KVCache(s, batch=1, kv_heads=1, head_dim=32).backend == "reference"
+    with pytest.warns(UserWarning, match=r"by the reference, many times slower: .*use page: 128") as caught:
+        assert tq.KVCache(s, batch=1, kv_heads=1, head_dim=32).backend == "reference"
+    assert caught[0].filename == __file__
     case = filled(SCHEMES["kv-int8"], (20,), d=80, **KIND)
     with pytest.raises(tq.UnsupportedError, match="mask, bias"):
         case.attend(Features(scale=1.0, mask=torch.ones(1, 4, 1, 20, dtype=torch.bool)))

@@ -14,7 +14,7 @@ from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import quote
 from tokquant.evaluation.bound import Bound, error_bound
 from tokquant.evaluation.explain import Explanation, explain
-from tokquant.evaluation.peers import sdpa
+from tokquant.evaluation.peers import ON_CPU, sdpa
 from tokquant.inputs import check_tensors, features_of
 from tokquant.metrics import Errors, errors, head_errors
 from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap, of_layer
@@ -37,7 +37,8 @@ class Comparison:
     quantize_ms: float
     """Quantization of q, k and v."""
     sdpa_ms: float
-    """torch's scaled_dot_product_attention on the same tensors, timed in turn with the scheme."""
+    """torch's scaled_dot_product_attention, timed in turn with the scheme: in the tensors' type; on a CPU in the faster of
+    float32 and bfloat16, as torch's attention in float16 takes two to four times as long there."""
     row_errors: Tensor
     """The largest error over the channels of each query, `[B, H_q, N_q]` float64: what a bound bounds."""
     bound: Bound | None = None
@@ -94,7 +95,8 @@ def compare(
     arguments = dict(causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     features = features_of(q, k, **arguments)  # type: ignore[arg-type]
     exact, _ = reference.oracle(q, k, v, features)
-    peer = sdpa(q, k, v, features)
+    kinds = ON_CPU if q.device.type == "cpu" else (q.dtype,)
+    peers = [sdpa(q.to(kind), k.to(kind), v.to(kind), features) for kind in kinds]
     results = []
     for scheme, layer_scales in zip(resolved, _scales_of(resolved, scales), strict=True):
         encode = partial(quantize, q, k, v, scheme, scales=layer_scales, backend=backend)
@@ -102,7 +104,7 @@ def compare(
         attend = partial(attention, *codes, scheme, backend=backend, **arguments)  # type: ignore[arg-type]
         out = attend()
         assert isinstance(out, Tensor)
-        ms, quantize_ms, sdpa_ms = interleaved_medians([attend, encode, peer], repeats, q.device)
+        ms, quantize_ms, *sdpa_ms = interleaved_medians([attend, encode, *peers], repeats, q.device)
         results.append(
             Comparison(
                 scheme=scheme,
@@ -112,7 +114,7 @@ def compare(
                 bits={role: x.bits_per_value for role, x in zip("qkv", codes, strict=True)},
                 ms=ms,
                 quantize_ms=quantize_ms,
-                sdpa_ms=sdpa_ms,
+                sdpa_ms=min(sdpa_ms),
                 row_errors=(out.double() - exact).abs().amax(dim=-1),
                 bound=error_bound(q, k, v, scheme, scales=layer_scales, **arguments) if bound else None,  # type: ignore[arg-type]
                 explanation=explain(q, k, v, codes, out, exact, features) if explained else None,

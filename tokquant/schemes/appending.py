@@ -45,4 +45,5 @@ def check_append_only(scheme: QuantScheme) -> None:
             ("cache.page", text if together <= 1024 else f"a block of {together} tokens does not fit a page; at most 1024")
         )
     if found:
-        raise SchemeError([(place, f"{text} (scheme {scheme.name!r})") for place, text in found])
+        own = f"(scheme {scheme.name!r}; presets made for caches begin with kv-)"
+        raise SchemeError([(place, f"{text} {own}") for place, text in found])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from tokquant import bias
 from tokquant.attention import attention, quantizing
+from tokquant.autocast import as_torch_takes_them
 from tokquant.errors import UnsupportedError
 from tokquant.integrations.transformers.cache_layer import Appended
 from tokquant.integrations.transformers.masks import Ordered
@@ -76,9 +77,11 @@ def attend(
                     "nothing else; leave it out (for cross attention: EncoderDecoderCache(TokquantCache(...), DynamicCache()))"
                 )
             known = attention_mask.on_host() if isinstance(attention_mask, Ordered) else None
+            (query,) = as_torch_takes_them(query)
             out = key.attend(query, name, known, **features)
         else:
             assert not isinstance(value, Appended)
+            query, key, value = as_torch_takes_them(query, key, value)
             if setting.observe is not None:
                 setting.observe(name, query.detach(), key.detach(), value.detach())
             if position_bias is not None:

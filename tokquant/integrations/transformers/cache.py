@@ -124,7 +124,9 @@ def _own(model: PreTrainedModel | PreTrainedConfig, scales: Scales | None, backe
     found = own(model) if isinstance(model, PreTrainedModel) else None
     if found is None or scales is not None or backend != "auto":
         raise SchemeError(
-            "scheme: is left out, which takes scheme, scales and backend that use(model, ...) gave the model; "
-            + ("it has none" if found is None else "with others, give the scheme too")
+            "scheme: none is given, and the model has none of its own; give one, or call "
+            "tokquant.integrations.transformers.use(model, scheme) first"
+            if found is None
+            else "scheme: none is given, so the model's own is taken, with its scales and backend; give a scheme to give others"
         )
     return found

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from tokquant.autocast import as_torch_takes_them
 from tokquant.decode import decode
 from tokquant.errors import UnsupportedError
 from tokquant.integrations.transformers.settings import Setting
@@ -40,7 +41,7 @@ class TokquantLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
         """What attention appends and attends to, in place of both keys and values."""
-        both = Appended(self, key_states, value_states)
+        both = Appended(self, *as_torch_takes_them(key_states, value_states))
         return both, both
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

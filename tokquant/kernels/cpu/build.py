@@ -8,10 +8,12 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -36,6 +38,10 @@ CHOICE = "TOKQUANT_CPU_INSTRUCTIONS"
 """The environment variable that forces a set."""
 SECONDS = 300
 """After which a compiler is given up."""
+BUILDING: defaultdict[str, Lock] = defaultdict(Lock)
+"""Held while a library is looked for and built, by its name: other threads wait and find it, instead of building it too."""
+if hasattr(os, "register_at_fork"):  # not on Windows, which forks nothing
+    os.register_at_fork(after_in_child=BUILDING.clear)  # who held one is not in the child
 
 
 @dataclass(frozen=True)
@@ -99,10 +105,14 @@ def load(name: str, text: str, instructions: str, more: tuple[str, ...] = ()) ->
     file_name = f"{name}_{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
     store.keep(Path("kernels") / f"{file_name}.cpp", text)
     path = libraries() / f"{file_name}.so"
-    if (found := _kept(path)) is not None:
-        return found
+    with BUILDING[file_name]:
+        return _kept(path) or _built(built_by, text, flags, path)
+
+
+def _built(built_by: Compiler, text: str, flags: tuple[str, ...], path: Path) -> ctypes.CDLL:
+    """A new library, which is kept at `path` if possible."""
     with tempfile.TemporaryDirectory(prefix="tokquant-") as private:
-        library = Path(private) / f"{file_name}.so"
+        library = Path(private) / path.name
         _compile(built_by, text, flags, library)
         if _own_folder(path.parent):
             data = library.read_bytes()
