@@ -1,5 +1,6 @@
 """The machine that runs PTX where there is no GPU computes what torch does, and forgives nothing that a GPU would not."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,6 +82,22 @@ def convert(x, out, N: tl.constexpr):
 NARROW = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 
 
+def test_a_fused_multiply_add_rounds_once():
+    """Of float32, where the float64 between is halfway to the next one."""
+    multiply_add, *_ = function("fma.rn.f32")
+    a, b = (np.full(4, x, np.float32) for x in (1 + 2.0**-12, 1 + 2.0**-12))
+    c = np.array([2.0**-30, -(2.0**-30), 2.0**-60, -(2.0**-60)], np.float32)  # a b is halfway: 1 + 2^-11 + 2^-24
+    assert multiply_add(a, b, c).tolist() == [1 + 2.0**-11 + 2.0**-23, 1 + 2.0**-11] * 2
+
+
+def test_floats_are_cut_toward_zero():
+    convert, *_ = function("cvt.rz.f16.f32")
+    given = np.array([1 + 2.0**-10 + 2.0**-11, -1 - 2.0**-11, 2.0**-25, 1e9, -math.inf, math.nan], np.float32)
+    with np.errstate(over="ignore"):
+        found = convert(given).tolist()
+    assert str(found) == str([1 + 2.0**-10, -1.0, 0.0, 65504.0, -math.inf, math.nan])
+
+
 @pytest.mark.parametrize("narrow", NARROW, ids=str)
 def test_conversions_are_those_of_torch_for_every_number_and_tie(narrow, on_ptx):
     bits = torch.arange(2 ** (8 * narrow.itemsize)).to(torch.uint8 if narrow.itemsize == 1 else torch.uint16).view(narrow)
@@ -149,7 +166,7 @@ def test_a_copy_arrives_when_it_is_waited_for(wait, found):
 @pytest.mark.parametrize(
     "opcode",
     [
-        "add.sat.f32", "fma.rn.relu.f16", "mul.rz.f32", "cvt.rz.f16.f32", "cvt.rn.relu.f16.f32", "cvt.sat.f32.f32",
+        "add.sat.f32", "fma.rn.relu.f16", "mul.rz.f32", "cvt.rz.bf16.f32", "cvt.rn.relu.f16.f32", "cvt.sat.f32.f32",
         "setp.lt.ftz.f32", "cvt.rn.satfinite.f16.f32", "prmt.b32.f4e",
     ],
 )  # fmt: skip
