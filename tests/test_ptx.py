@@ -12,6 +12,7 @@ from ptx import device, text
 from ptx.arithmetic import function
 from ptx.block import Block
 from ptx.memory import Memory, OutOfBounds
+from triton.runtime.errors import OutOfResources
 
 pytestmark = pytest.mark.compiled
 
@@ -82,6 +83,13 @@ def convert(x, out, N: tl.constexpr):
 NARROW = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 
 
+@pytest.mark.parametrize(("opcode", "found"), [("shf.l.wrap.b32", 0x2345678A), ("shf.r.wrap.b32", 0x8ABCDEF0)])
+def test_a_funnel_shifts_two_registers_as_one(opcode, found):
+    shift, *_ = function(opcode)
+    low, high, by = (np.array([x], np.uint32) for x in (0xABCDEF01, 0x12345678, 36))
+    assert shift(low, high, by)[0] == found
+
+
 def test_a_fused_multiply_add_rounds_once():
     """Of float32, where the float64 between is halfway to the next one."""
     multiply_add, *_ = function("fma.rn.f32")
@@ -128,6 +136,13 @@ def test_a_read_beyond_a_tensor_is_found(on_ptx):
         copy[(1,)](x, out, 129, 128)
     with pytest.raises(OutOfBounds):
         copy[(1,)](x, out[:127], 0, 128)
+
+
+@pytest.mark.parametrize("on_ptx", [89], indirect=True)
+def test_a_block_with_more_shared_memory_than_there_is_is_not_launched(on_ptx):
+    a, b, c = torch.zeros(128, 512, dtype=torch.int8), torch.zeros(128, 512, dtype=torch.int8), torch.zeros(128, 128).int()
+    with pytest.raises(OutOfResources, match="Required: 131072, Hardware limit: 101376"):
+        product[(1,)](a, b, c, 128, 128, 512, False)
 
 
 def test_a_wide_load_that_is_not_aligned_is_found(on_ptx):

@@ -135,6 +135,17 @@ def prmt(a: Array, b: Array, selector: Array) -> Array:
     return found
 
 
+def funnel(direction: str) -> Function:
+    """Of two registers, the lower first, the upper after a shift to the left, or the lower after one to the right."""
+
+    def shift(low: Array, high: Array, by: Array) -> Array:
+        both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+        by = (by & 31).astype(np.uint64)
+        return (both << by >> np.uint64(32) if direction == "l" else both >> by).astype(np.uint32)
+
+    return shift
+
+
 def extracted(a: Array, start: Array, length: Array) -> Array:
     """A field of bits, with its sign where the type has one."""
     width = 8 * a.dtype.itemsize
@@ -204,6 +215,8 @@ def function(opcode: str) -> tuple[Function, tuple[str, ...], str]:
     name, *parts = opcode.split(".")
     if name == "setp":
         return comparing(*parts)
+    if name == "shf" and parts[1:] == ["wrap", "b32"]:
+        return funnel(parts[0]), ("b32", "b32", "u32"), "b32"
     heeded = MODES.get(name, USUAL_MODES)
     modes, kinds = {part for part in parts if part in heeded}, [part for part in parts if part not in heeded]
     if name == "cvt" and len(kinds) == 2:
