@@ -1,7 +1,8 @@
 """A stand-in for an NVIDIA GPU: what Triton compiles for one is run, PTX instruction by PTX instruction, on the CPU.
 
 All is checked that a GPU would have to trust: that every access is to a tensor that was given, and is aligned; and that a block
-has no more shared memory than there is. Threads are not parallel here, so races between them do not show. Copies and products are beside them: they end when they are waited for.
+has no more shared memory than there is. Threads are not parallel here, so races between them do not show. Copies and products
+are beside them: they end when they are waited for.
 """
 
 import struct
