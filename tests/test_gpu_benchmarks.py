@@ -195,7 +195,6 @@ def test_what_is_compiled_beforehand_is_what_tuning_and_tables_launch(modules, m
         __enter__, __exit__ = (lambda self: self), (lambda self, *_: None)
 
     monkeypatch.setattr(tuning, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(tuning, "SCHEMES", ["int8"])
     monkeypatch.setattr(tuning, "CACHES", ["kv-int8"])  # to be calibrated takes numbers, of which there are none
     with fake_cuda(monkeypatch) as seen:
         [row] = tuning._compile(Setting(torch.device("cuda"), False, tmp_path, {}, 0.0), [("int8", 64, True)])

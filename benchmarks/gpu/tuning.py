@@ -108,8 +108,8 @@ def _compile(setting: Setting, wanted: list[tuple[str, int, bool]]) -> Rows:
     """Every launch once, into Triton's cache, where quantization, tuning and tables find it: they are compiled for the strides
     that tensors have, so tensors like those are what they are compiled with."""
     need_gpu(setting.device)
-    jobs: list[partial[None]] = [partial(_quantize, name, d) for name in SCHEMES for d in HEAD_DIMS]
-    jobs += [partial(_of_pages, name) for name in CACHES]
+    jobs: list[partial[None]] = [partial(_quantize, *each) for each in dict.fromkeys((name, d) for name, d, _ in wanted)]
+    jobs += [partial(_of_pages, name) for name in CACHES[: 1 if setting.small else None]]
     for n in TOKENS[:2]:  # which have all the strides that matter: their blocks are many, or few
         for each in wanted:
             jobs += [partial(_of_tensors, *each, n, place) for place in range(len(_prepared(*each, n).plan.candidates))]
