@@ -4,11 +4,14 @@ import json
 import runpy
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from fake_cuda import fake_cuda
 
+import tokquant as tq
 from tokquant.kv_cache import KVCache
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "gpu"
@@ -139,11 +142,72 @@ def test_an_item_that_does_not_end_is_stopped_and_left_to_a_later_run(modules, m
     assert found["items"] == {} and "time was over" in found["left_out"]["the stage"]
 
 
+HANGS = """
+import subprocess, sys, time
+import running
+running.PATIENCE = 1.0
+
+def items(setting):
+    def hang():
+        started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        (setting.folder / "started").write_text(str(started.pid))
+        time.sleep(600)
+
+    yield running.Item("hangs", 0.1, hang)
+    yield running.Item("after", 0.1, lambda: [{"ms": 3.0}])
+"""
+
+
+def test_an_item_that_hangs_ends_with_all_that_it_has_started_and_the_stage_goes_on(modules, monkeypatch, tmp_path):
+    from record import Record
+    from running import Setting, apart
+
+    (tmp_path / "hanging.py").write_text(HANGS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Record(tmp_path / "hanging.json", {"device": "x"}).begin("where an earlier run was stopped", 0.0)
+    apart("hanging", Setting(torch.device("cpu"), False, tmp_path, {"device": "x"}, time.time() + 200))
+    assert results(tmp_path, "hanging") == {"hangs": [{"note": "it did not end, and was stopped"}], "after": [{"ms": 3.0}]}
+    started = Path("/proc") / (tmp_path / "started").read_text() / "stat"
+    assert not started.exists() or started.read_text().rpartition(") ")[2][0] in "ZX"
+
+
+def test_what_prepares_is_done_again_as_long_as_something_is_left_that_needs_it(modules, monkeypatch, tmp_path):
+    from running import Item, Setting, run
+
+    done = []
+    made = [Item(name, 1, lambda name=name: done.append(name) or [], prepares=name == "a") for name in "abc"]
+    monkeypatch.setattr("running.import_module", lambda name: sys.modules[__name__])
+    for many, expected in ((2, "ab"), (3, "abac"), (3, "abac")):
+        monkeypatch.setattr(sys.modules[__name__], "items", lambda setting, many=many: iter(made[:many]), raising=False)
+        run("ceilings", Setting(torch.device("cpu"), False, tmp_path, {"device": "x"}, time.time() + 100))
+        assert "".join(done) == expected
+
+
+@pytest.mark.compiled
+def test_what_is_compiled_beforehand_is_what_tuning_and_tables_launch(modules, monkeypatch, tmp_path):
+    import tuning
+    from running import Setting
+
+    class Here:
+        def __init__(self, *_):
+            self.map = map
+
+        __enter__, __exit__ = (lambda self: self), (lambda self, *_: None)
+
+    monkeypatch.setattr(tuning, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(tuning, "CACHES", ["kv-int8"])  # to be calibrated takes numbers, of which there are none
+    with fake_cuda(monkeypatch) as seen:
+        [row] = tuning._compile(Setting(torch.device("cuda"), False, tmp_path, {}, 0.0), [("int8", 64, True)])
+    assert row["failed"] == 0, row
+    candidates = len(tq.compile("int8", head_dim=64, causal=True).candidates())
+    launched = Counter(name.partition("_")[0] for name in seen.launched)
+    assert launched["attention"] == 2 * candidates and launched["decode"] >= 4 and launched["quantize"] >= 6
+
+
 def test_launches_of_caches_are_tuned_too_and_shown_with_their_splits_and_predictions(modules, monkeypatch, tmp_path):
     from running import Setting
     from tuning import items
 
-    import tokquant as tq
     from tokquant.kernels import tuned
     from tokquant.kernels.candidates import Config
     from tokquant.tuning.planner import Trial

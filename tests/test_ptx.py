@@ -1,5 +1,6 @@
 """The machine that runs PTX where there is no GPU computes what torch does, and forgives nothing that a GPU would not."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from ptx import device, text
 from ptx.arithmetic import function
 from ptx.block import Block
 from ptx.memory import Memory, OutOfBounds
+from triton.runtime.errors import OutOfResources
 
 pytestmark = pytest.mark.compiled
 
@@ -81,6 +83,29 @@ def convert(x, out, N: tl.constexpr):
 NARROW = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 
 
+@pytest.mark.parametrize(("opcode", "found"), [("shf.l.wrap.b32", 0x2345678A), ("shf.r.wrap.b32", 0x8ABCDEF0)])
+def test_a_funnel_shifts_two_registers_as_one(opcode, found):
+    shift, *_ = function(opcode)
+    low, high, by = (np.array([x], np.uint32) for x in (0xABCDEF01, 0x12345678, 36))
+    assert shift(low, high, by)[0] == found
+
+
+def test_a_fused_multiply_add_rounds_once():
+    """Of float32, where the float64 between is halfway to the next one."""
+    multiply_add, *_ = function("fma.rn.f32")
+    a, b = (np.full(4, x, np.float32) for x in (1 + 2.0**-12, 1 + 2.0**-12))
+    c = np.array([2.0**-30, -(2.0**-30), 2.0**-60, -(2.0**-60)], np.float32)  # a b is halfway: 1 + 2^-11 + 2^-24
+    assert multiply_add(a, b, c).tolist() == [1 + 2.0**-11 + 2.0**-23, 1 + 2.0**-11] * 2
+
+
+def test_floats_are_cut_toward_zero():
+    convert, *_ = function("cvt.rz.f16.f32")
+    given = np.array([1 + 2.0**-10 + 2.0**-11, -1 - 2.0**-11, 2.0**-25, 1e9, -math.inf, math.nan], np.float32)
+    with np.errstate(over="ignore"):
+        found = convert(given).tolist()
+    assert str(found) == str([1 + 2.0**-10, -1.0, 0.0, 65504.0, -math.inf, math.nan])
+
+
 @pytest.mark.parametrize("narrow", NARROW, ids=str)
 def test_conversions_are_those_of_torch_for_every_number_and_tie(narrow, on_ptx):
     bits = torch.arange(2 ** (8 * narrow.itemsize)).to(torch.uint8 if narrow.itemsize == 1 else torch.uint16).view(narrow)
@@ -111,6 +136,13 @@ def test_a_read_beyond_a_tensor_is_found(on_ptx):
         copy[(1,)](x, out, 129, 128)
     with pytest.raises(OutOfBounds):
         copy[(1,)](x, out[:127], 0, 128)
+
+
+@pytest.mark.parametrize("on_ptx", [89], indirect=True)
+def test_a_block_with_more_shared_memory_than_there_is_is_not_launched(on_ptx):
+    a, b, c = torch.zeros(128, 512, dtype=torch.int8), torch.zeros(128, 512, dtype=torch.int8), torch.zeros(128, 128).int()
+    with pytest.raises(OutOfResources, match="Required: 131072, Hardware limit: 101376"):
+        product[(1,)](a, b, c, 128, 128, 512, False)
 
 
 def test_a_wide_load_that_is_not_aligned_is_found(on_ptx):
@@ -149,7 +181,7 @@ def test_a_copy_arrives_when_it_is_waited_for(wait, found):
 @pytest.mark.parametrize(
     "opcode",
     [
-        "add.sat.f32", "fma.rn.relu.f16", "mul.rz.f32", "cvt.rz.f16.f32", "cvt.rn.relu.f16.f32", "cvt.sat.f32.f32",
+        "add.sat.f32", "fma.rn.relu.f16", "mul.rz.f32", "cvt.rz.bf16.f32", "cvt.rn.relu.f16.f32", "cvt.sat.f32.f32",
         "setp.lt.ftz.f32", "cvt.rn.satfinite.f16.f32", "prmt.b32.f4e",
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The tests that need a GPU, each file of them in a process of its own."""
+"""The tests that need a GPU, all together, and those of the sanitizer, which are slow, by themselves."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from record import Rows
-from running import Item, Setting
+from running import HUNG, Item, Setting
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,23 +21,33 @@ TEST = re.compile(r"\S+\.py::\S.*?(?=\s+(?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPA
 WHY = re.compile(r"^(?:FAILED|ERROR) (\S+\.py::.+?) - (.+)$", re.MULTILINE)
 
 
-SECONDS = {"test_on_gpu.py": 60, "test_sanitizer.py": 150}
-"""That a file takes, where it is not 20: nearly all of them Triton's compiler."""
+SLOW = "test_sanitizer.py"
+SECONDS = (90, 150)
+"""Of all but this one, and of this one: worth to begin with, as they count as far as they come. Nearly all of it is Triton's
+compiler."""
+PROCESSES = 12
+"""Of pytest, at most: each has half a gigabyte of the GPU, beside what one test at a time takes."""
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    """The files with such tests, the short ones and those about kernels first."""
+    """The files with such tests, those about kernels first."""
     paths = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text())
-    paths.sort(key=lambda path: (SECONDS.get(path.name, 20), path.parent.name != "kernels"))
-    for path in paths[:1] if setting.small else paths:
-        yield Item(str(path.relative_to(ROOT)), SECONDS.get(path.name, 20), partial(_run, setting, path))
+    paths.sort(key=lambda path: path.parent.name != "kernels")
+    together = [path for path in paths if path.name != SLOW][: 1 if setting.small else None]
+    yield Item("all but the sanitizer's", SECONDS[0], partial(_run, setting, together, SECONDS[0]))
+    if not setting.small:
+        slow = [path for path in paths if path.name == SLOW]
+        yield Item("the sanitizer's", SECONDS[1], partial(_run, setting, slow, SECONDS[1]))
 
 
-def _run(setting: Setting, path: Path) -> Rows:
+def _run(setting: Setting, paths: list[Path], seconds: int) -> Rows:
     """Counts, and every test that fails with what it says. What has no time left is stopped, and counts as far as it came."""
-    command = [sys.executable, "-m", "pytest", str(path), "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *map(str, paths), "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist") and not setting.small:
-        command += ["-n", "6", "--dist", "worksteal"]  # most of their time is Triton's compiler
+        # most of their time is Triton's compiler; a process without a GPU is replaced
+        command += ["-n", str(max(1, min(PROCESSES, (os.cpu_count() or 2) - 2))), "--dist", "worksteal"]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ["--timeout", str(2 * seconds), "--timeout-method", "thread"]  # of one, which then takes its process along
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "0",
@@ -50,11 +60,11 @@ def _run(setting: Setting, path: Path) -> Rows:
         # a session of its own, so that what pytest has started ends with it
         with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True) as tests:
             try:
-                code = tests.wait(max(30.0, setting.left))
+                code = tests.wait(min(max(30.0, setting.left), (HUNG - 1) * seconds))
                 end = "" if code in (0, 1) else "no test is of this kind" if code == 5 else f"pytest ended with {code}"
             except subprocess.TimeoutExpired:
                 os.killpg(tests.pid, signal.SIGKILL)
-                end = "stopped: the stage's time was over"
+                end = "stopped: there was no more time"
         file.seek(start)
         text = file.read()
     return summary(text, end)

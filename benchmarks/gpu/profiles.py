@@ -133,7 +133,7 @@ def _counters(setting: Setting, scheme: str, shape: Shape) -> Rows:
     command = [tool, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
     command += ["--metrics", ",".join(["gpu__time_duration.sum", *COUNTERS])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    limit = max(30.0, setting.left)
+    limit = min(max(30.0, setting.left), 90.0)
     done = subprocess.run([*command, *call], capture_output=True, text=True, timeout=limit, env=environment)
     start = done.stdout.find('"ID"')
     if start < 0:

@@ -20,15 +20,18 @@ class Record:
         """What there was no time for, by name, and why."""
         self.running: str | None = None
         """What was begun last and has not ended."""
+        self.until = 0.0
+        """When that has hung, by `time.time`."""
         found = read(path)
         if not again and found.get("machine") == machine:
             self.items, self.left_out, self.running = found["items"], found["left_out"], found["running"]
+            self.until = found.get("until", 0.0)
         elif found.get("items"):
             path.replace(path.with_suffix(".earlier.json"))
 
-    def begin(self, name: str) -> None:
-        """Say what comes now, so that it is known should it be the last."""
-        self.running = name
+    def begin(self, name: str, until: float) -> None:
+        """Say what comes now, so that it is known should it be the last, and when it has hung."""
+        self.running, self.until = name, until
         self.write()
 
     def end(self, name: str, rows: Rows, seconds: float) -> None:
@@ -38,7 +41,7 @@ class Record:
         self.write()
 
     def write(self) -> None:
-        found = {name: getattr(self, name) for name in ("machine", "running", "left_out", "items")}
+        found = {name: getattr(self, name) for name in ("machine", "running", "until", "left_out", "items")}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, (json.dumps(found, indent=1) + "\n").encode())
 

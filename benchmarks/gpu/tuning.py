@@ -3,7 +3,8 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from multiprocessing import get_context
 
 import torch
@@ -13,7 +14,8 @@ from running import Item, Setting
 import tokquant as tq
 from tokquant.evaluation.bench import Shape
 from tokquant.evaluation.trials import scales_for
-from tokquant.kernels import targets, tuned
+from tokquant.inputs import features_of
+from tokquant.kernels import launch, tuned
 from tokquant.tune import need_gpu
 from tokquant.tuning.planner import KEEP
 from tokquant.tuning.trials import Tuned
@@ -35,7 +37,7 @@ def items(setting: Setting) -> Iterator[Item]:
     wanted = [(name, d, causal) for name in SCHEMES for d in HEAD_DIMS for causal in (False, True)]
     if setting.small:
         wanted = wanted[:1]
-    yield Item("kernels, compiled", 60, partial(_compile, setting, wanted))
+    yield Item("kernels, compiled", 60, partial(_compile, setting, wanted), prepares=True)
     # at the last ones torch's attention may be faster than to quantize, which an entry says of its own shape only
     first, *others = TOKENS
     yield from _attention(setting, wanted, first)
@@ -72,13 +74,17 @@ def _tune_decode(setting: Setting, name: str, batch: int) -> Rows:
     """Warps and stages, and how keys are split."""
     need_gpu(setting.device)
     n = 1024 if setting.small else KEYS
-    k, v = (torch.randn(batch, 8, n, 128, device=setting.device, dtype=torch.float16) for _ in range(2))
-    q = torch.randn(batch, 32, 1, 128, device=setting.device, dtype=torch.float16)
+    return _kept(setting, tq.tune_decode(*_filled(name, batch, setting.device, n), repeats=5))
+
+
+def _filled(name: str, batch: int, device: torch.device, n: int = KEYS) -> tuple[torch.Tensor, tq.KVCache]:
+    """A query and the cache that it reads."""
+    k, v = (torch.randn(batch, 8, n, 128, device=device, dtype=torch.float16) for _ in range(2))
+    q = torch.randn(batch, 32, 1, 128, device=device, dtype=torch.float16)
     scheme = tq.preset(name)
-    scales = scales_for(scheme, q, k, v)
-    cache = tq.KVCache(scheme, batch=batch, kv_heads=8, head_dim=128, device=setting.device, scales=scales)
+    cache = tq.KVCache(scheme, batch=batch, kv_heads=8, head_dim=128, device=device, scales=scales_for(scheme, q, k, v))
     cache.append(k, v)
-    return _kept(setting, tq.tune_decode(q, cache, repeats=5))
+    return q, cache
 
 
 def _kept(setting: Setting, found: Tuned) -> Rows:
@@ -99,27 +105,55 @@ def _kept(setting: Setting, found: Tuned) -> Rows:
 
 
 def _compile(setting: Setting, wanted: list[tuple[str, int, bool]]) -> Rows:
-    """Every candidate once, into Triton's cache, where tuning finds it."""
+    """Every launch once, into Triton's cache, where quantization, tuning and tables find it: they are compiled for the strides
+    that tensors have, so tensors like those are what they are compiled with."""
     need_gpu(setting.device)
-    target = targets.of(setting.device).name
-    jobs = [
-        (name, d, causal, target, place) for name, d, causal in wanted for place in range(_candidates(name, d, causal, target))
-    ]
+    jobs: list[partial[None]] = [partial(_quantize, *each) for each in dict.fromkeys((name, d) for name, d, _ in wanted)]
+    jobs += [partial(_of_pages, name) for name in CACHES[: 1 if setting.small else None]]
+    for n in TOKENS[:2]:  # which have all the strides that matter: their blocks are many, or few
+        for each in wanted:
+            jobs += [partial(_of_tensors, *each, n, place) for place in range(len(_prepared(*each, n).plan.candidates))]
     workers = max(1, min(len(jobs), (os.cpu_count() or 2) - 1))
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        failures = [why for why in pool.map(_compiled, *zip(*jobs, strict=True)) if why]
+        failures = [why for why in pool.map(_failure, jobs) if why]
     return [
-        {"kernels": len(jobs), "processes": workers, "failed": len(failures), "note": "; ".join(dict.fromkeys(failures))[:300]}
+        {"jobs": len(jobs), "processes": workers, "failed": len(failures), "note": "; ".join(dict.fromkeys(failures))[:300]}
     ]
 
 
-def _candidates(name: str, d: int, causal: bool, target: str) -> int:
-    return len(tq.compile(name, head_dim=d, causal=causal, target=target).candidates())
-
-
-def _compiled(name: str, d: int, causal: bool, target: str, place: int) -> str:
+def _failure(job: partial[None]) -> str:
     try:
-        _ = tq.compile(name, head_dim=d, causal=causal, target=target).candidates()[place].asm
+        job()
     except Exception as error:  # Triton's compiler raises whatever it comes upon
-        return f"{name}, candidate {place}: {type(error).__name__}"
+        return f"{job.func.__name__[1:]} {', '.join(map(str, job.args))}: {type(error).__name__}"
     return ""
+
+
+def _quantize(name: str, d: int) -> None:
+    tq.quantize(*_tensors(d, TOKENS[0]), name)
+
+
+def _of_tensors(name: str, d: int, causal: bool, n: int, place: int) -> None:
+    call = _prepared(name, d, causal, n)
+    replace(call, config=call.plan.candidates[place]).compiled()
+
+
+def _of_pages(name: str) -> None:
+    q, cache = _filled(name, 1, torch.device("cuda"))
+    call = cache.launch(q, features_of(q, q, causal=True))
+    for config in call.plan.candidates:
+        for split in call.plan.splits:
+            replace(call, config=config, split=split).compiled()
+
+
+@cache
+def _prepared(name: str, d: int, causal: bool, n: int) -> launch.Call:
+    """A launch of attention. Torch quantizes, lest every process compile that too."""
+    q, k, v = _tensors(d, n)
+    scheme = tq.preset(name)
+    operands = launch.packed(tq.quantize(q, k, v, scheme, backend="reference"), scheme)
+    return launch.prepare(*operands, scheme, features_of(q, k, causal=causal), False, deterministic=True)
+
+
+def _tensors(d: int, n: int) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(1, 16, n, d, device="cuda", dtype=torch.float16) for _ in range(3))

@@ -82,5 +82,5 @@ def int8_products(a, b, out, n, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DE
     for start in range(0, k, DEPTH):
         left = tl.load(a + i[:, None] * k + start + step[None, :])
         right = tl.load(b + j[:, None] * k + start + step[None, :])
-        total = tl.dot(left, tl.trans(right), total)
+        total = tl.dot(left, tl.trans(right), total, out_dtype=tl.int32)
     tl.store(out + i[:, None] * n + j[None, :], total)

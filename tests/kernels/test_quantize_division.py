@@ -58,17 +58,29 @@ SCALES = {
 }
 
 
-@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
-@pytest.mark.parametrize("words", ["int8", "int4", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"])
-def test_ties_and_their_neighbours_have_the_codes_of_a_division(words, scale):
+def of_ties(words, scale):
+    """`[1, H, N, D]` for a scale a head: every tie between two codes, what codes stand for, and the floats beside these."""
     values = PRECISIONS[words].values().double()
     values = values[values.abs() <= PRECISIONS[words].largest]
     ties = torch.cat(
         [(values[1:] + values[:-1]) / 2, values, torch.tensor([-0.0, 1e9, -1e9, 1e39, -1e39, math.inf, -math.inf])]
     )
     x = beside((scale.double()[:, None] * ties).float())
-    x = torch.nn.functional.pad(x, (0, -x.shape[1] % 128)).reshape(1, len(scale), -1, 128)
-    assert agrees(x, scale, words)
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % 128)).reshape(1, len(scale), -1, 128)
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("words", ["int8", "int4", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"])
+def test_ties_and_their_neighbours_have_the_codes_of_a_division(words, scale):
+    assert agrees(of_ties(words, scale), scale, words)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("on_ptx", [89, 90], indirect=True)
+@pytest.mark.parametrize("words", ["fp8_e4m3", "fp8_e5m2"])
+def test_8_bit_floats_are_rounded_once_on_every_gpu_that_has_them(words, on_ptx):
+    scale = SCALES["of every size"][::6]
+    assert agrees(of_ties(words, scale), scale, words)
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)

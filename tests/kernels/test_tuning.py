@@ -124,6 +124,8 @@ LAUNCHED = [
     ("int8-fp16", 256, {}),
     ("int8", 256, {}),
     ("int8-fp16", 128, {"bias": "lowrank", "bias_rank": 64}),
+    ("kv-int4-kivi", 128, {"bias": "lowrank", "bias_rank": 128}),
+    ("int-flash-half", 128, {"bias": "lowrank", "bias_rank": 256}),
     ("kv-int4-kivi", 128, {}),
 ]
 

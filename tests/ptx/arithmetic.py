@@ -15,7 +15,7 @@ INTEGERS = {f"{sign}{bits}": np.dtype(f"{kind}{bits // 8}") for sign, kind in ("
 OF_EXTREMES = {"ftz", "NaN", "relu", "xorsign", "abs"}
 MODES = {
     "min": OF_EXTREMES, "max": OF_EXTREMES, "mul": {"rn", "ftz", "lo", "hi", "wide"},
-    "cvt": {"rn", "rni", "rzi", "sat", "satfinite"},
+    "cvt": {"rn", "rz", "rni", "rzi", "sat", "satfinite"},
 }  # fmt: skip
 """Modifiers that are heeded, by instruction; any other is an error."""
 USUAL_MODES = {"rn", "ftz", "approx", "full", "lo", "wide"}
@@ -65,14 +65,27 @@ def raw(values: Array, kind: str) -> Array:
 TORCH = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
+def cut(x: Array) -> Array:
+    """To float16, toward zero."""
+    found = x.astype(np.float16)
+    return np.where(np.abs(found.astype(x.dtype)) > np.abs(x), np.nextafter(found, np.float16(0)), found)
+
+
 def flushed(x: Array) -> Array:
     """Without what is too small to be normal."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
 def fused(a: Array, b: Array, c: Array) -> Array:
-    """`a b + c` of float32 or less, rounded once but for halves of a float64's last bit."""
-    return (a.astype(np.float64) * b + c).astype(a.dtype)
+    """`a b + c` of float32 or less, rounded once: the sum in float64 has an odd last bit where it lost something, so that to
+    round it again is as if it had lost nothing."""
+    product = a.astype(np.float64) * b
+    total = np.asarray(product + c)
+    part = total - product
+    lost = (product - (total - part)) + (c - part)
+    bits = total.view(np.int64)
+    wrong = np.isfinite(total) & (lost != 0) & (bits % 2 == 0)
+    return (bits + np.where(wrong, np.where((lost > 0) == (total > 0), 1, -1), 0)).view(np.float64).astype(a.dtype)
 
 
 def wide(function: Function) -> Function:
@@ -120,6 +133,17 @@ def prmt(a: Array, b: Array, selector: Array) -> Array:
         byte = np.where(chosen & 8, np.where(byte >> 7, 255, 0), byte)
         found |= byte.astype(np.uint32) << np.uint32(8 * place)
     return found
+
+
+def funnel(direction: str) -> Function:
+    """Of two registers, the lower first, the upper after a shift to the left, or the lower after one to the right."""
+
+    def shift(low: Array, high: Array, by: Array) -> Array:
+        both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+        by = (by & 31).astype(np.uint64)
+        return (both << by >> np.uint64(32) if direction == "l" else both >> by).astype(np.uint32)
+
+    return shift
 
 
 def extracted(a: Array, start: Array, length: Array) -> Array:
@@ -191,6 +215,8 @@ def function(opcode: str) -> tuple[Function, tuple[str, ...], str]:
     name, *parts = opcode.split(".")
     if name == "setp":
         return comparing(*parts)
+    if name == "shf" and parts[1:] == ["wrap", "b32"]:
+        return funnel(parts[0]), ("b32", "b32", "u32"), "b32"
     heeded = MODES.get(name, USUAL_MODES)
     modes, kinds = {part for part in parts if part in heeded}, [part for part in parts if part not in heeded]
     if name == "cvt" and len(kinds) == 2:
@@ -236,11 +262,14 @@ def comparing(test: str, *rest: str) -> tuple[Function, tuple[str, ...], str]:
 def converting(to: str, of: str, modes: set[str]) -> tuple[Function, tuple[str, ...], str]:
     """`cvt`: between types, and from two floats to a pair of which the first is the upper."""
     pair = to.endswith("x2") and not of.endswith("x2")
-    if ("sat" in modes and to not in INTEGERS) or ("satfinite" in modes and to[0] != "e"):
+    lacking = ("sat" in modes and to not in INTEGERS) or ("satfinite" in modes and to[0] != "e")
+    if lacking or ("rz" in modes and (to, of) != ("f16", "f32")):
         raise KeyError(f"cvt to {to} of {modes}")
 
     def convert(*given: Array) -> Array:
         x = np.stack(given[::-1], axis=-1) if pair else given[0]
+        if "rz" in modes:
+            x = cut(x)
         if x.dtype.kind == "f" and modes & {"rni", "rzi"}:
             x = np.trunc(x) if "rzi" in modes else np.rint(x)
         if to[0] in "su" and x.dtype.kind == "f":

@@ -1,7 +1,8 @@
 """A stand-in for an NVIDIA GPU: what Triton compiles for one is run, PTX instruction by PTX instruction, on the CPU.
 
-All is checked that a GPU would have to trust: that every access is to a tensor that was given, and is aligned. Threads are not
-parallel here, so races between them do not show. Copies and products are beside them: they end when they are waited for.
+All is checked that a GPU would have to trust: that every access is to a tensor that was given, and is aligned; and that a block
+has no more shared memory than there is. Threads are not parallel here, so races between them do not show. Copies and products
+are beside them: they end when they are waited for.
 """
 
 import struct
@@ -12,7 +13,7 @@ from itertools import product
 import torch
 
 from ptx import text
-from ptx.block import Block
+from ptx.block import RESERVED, Block
 from ptx.memory import of_tensors
 
 FORMATS = {"u64": "Q", "u32": "I", "s64": "q", "s32": "i", "f32": "f", "u8": "B", "b64": "Q", "b32": "I"}
@@ -83,16 +84,21 @@ def absent(capability: int) -> Iterator[None]:
 @contextmanager
 def stand_in(monkeypatch, capability: int) -> Iterator[list]:
     """Let launches of Triton run here, and the package take a CPU for such a GPU; a list of all kernels that ran."""
+    from triton.runtime.errors import OutOfResources
     from triton.runtime.jit import JITFunction
 
     from tokquant.kernels import launch as launching
     from tokquant.kernels import targets
 
     compile_for, target_of, launched = JITFunction.run, targets.of, []
+    own = targets.get(f"sm_{capability}")
 
     def run(self, *arguments, grid, warmup, **options):
         compiled = compile_for(self, *arguments, grid=grid, warmup=True, **options)
         if not warmup:
+            most = own.shared_bytes - RESERVED
+            if compiled.metadata.shared > most:
+                raise OutOfResources(compiled.metadata.shared, most, "shared memory")
             names = [parameter.name for parameter in self.params]
             values = dict(zip(names, arguments, strict=False)) | options
             compiled.unfenced = launch(compiled, grid, [values[name] for name in compiled.src.signature])
@@ -101,7 +107,6 @@ def stand_in(monkeypatch, capability: int) -> Iterator[list]:
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(launching, "available", lambda device: True)
-    own = targets.get(f"sm_{capability}")
     monkeypatch.setattr(targets, "of", lambda device: own if device.type == "cpu" else target_of(device))
     with absent(capability):
         yield launched

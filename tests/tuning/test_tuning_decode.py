@@ -9,10 +9,11 @@ from factories import qkv
 
 import tokquant as tq
 from tokquant.inputs import features_of
+from tokquant.kernels import compile as compile_module
 from tokquant.kernels import decode_launch, launch, tuned
 from tokquant.kernels.candidates import Config
 from tokquant.schemes import preset
-from tokquant.tuning.trials import tune_attention
+from tokquant.tuning.trials import tune_attention, tune_pages
 
 KEYS = 700
 
@@ -94,6 +95,35 @@ def test_an_entry_for_decoding_splits_as_the_program_does_or_is_none(gpu, monkey
         tq.decode(q, cache)
         assert calls[-1].split == taken
         assert calls[-1].config == (plan.candidates[1] if split == taken else plan.config)
+
+
+def of_attention(few):
+    s, prepare = preset("int8-fast"), launch.prepare
+    operands = launch.packed(tq.quantize(*qkv(40, 40, 64, 1), s, backend="reference"), s)
+    few(launch, "prepare", lambda *given, **more: (call := prepare(*given, **more)) and replace(call, plan=two_of(call.plan)))
+    return tune_attention(operands, s, features_of(*operands[:2], causal=True), return_lse=False, keep=None, repeats=1)
+
+
+def of_pages(few):
+    q, cache = filled(keys=300)
+    call = cache.launch(q, features_of(q, q, causal=True))
+    return tune_pages(replace(call, planned=lambda **runs: two_of(call.planned(**runs))), keep=None, repeats=1)
+
+
+def two_of(plan):
+    return replace(plan, candidates=plan.candidates[:2])
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("tune", [of_attention, of_pages])
+def test_the_machine_code_that_is_read_is_that_of_the_launches_that_run(tune, on_ptx, gpu, clock, monkeypatch):
+    read, measure = [], compile_module.measure
+    monkeypatch.setattr(compile_module, "measure", lambda compiled, *rest: (read.append(compiled), measure(compiled, *rest))[1])
+    clock[:] = [1.0] * 8
+    found = tune(monkeypatch.setattr)
+    ran = [each for each in on_ptx if each.name.startswith(("attention", "decode"))]
+    assert len(read) == 2 and {id(each) for each in read} <= {id(each) for each in ran}
+    assert found.entry.timed >= 2
 
 
 @pytest.mark.parametrize("name", ["kv-int4", "kv-int8", "kv-int4-kivi"])

@@ -1,6 +1,6 @@
 """How a kernel may be launched: every configuration that is worth trying, the one taken without tuning first."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tokquant.kernels.targets import Target
@@ -93,4 +93,6 @@ def candidates(
 
     # an estimate from above; a kilobyte is the block's own
     fitting = [config for config in every if shared_bytes(config) <= target.shared_bytes - 1024]
-    return tuple(fitting or sorted(every, key=shared_bytes)[:3])
+    # one stage takes less than estimated, as nothing waits in shared memory for its turn
+    alone = dict.fromkeys(replace(config, num_stages=1) for config in sorted(every, key=shared_bytes))
+    return tuple(fitting or list(alone)[:3])

@@ -1,5 +1,6 @@
 """Compile a scheme's kernel for any GPU, on a machine without one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -32,6 +33,9 @@ class Kernel:
     head_dim: int
     dtype: torch.dtype
     wanted: Wanted
+    launched: Callable[[Config], Any] | None = None
+    """Compiles a launch of it that is at hand, with the tensors' own strides; where there is none, one like those of whole
+    tensors is compiled."""
 
     @classmethod
     def of(cls, plan: Plan, scheme: QuantScheme, head_dim: int, dtype: torch.dtype, target: Target, wanted: Wanted) -> "Kernel":
@@ -57,7 +61,7 @@ class Kernel:
         """Triton's compiled kernel. Raises UnsupportedError in the interpreter, which cannot share a process with it."""
         if launch.interpreted():
             raise UnsupportedError("compile: Triton's interpreter is on; unset TRITON_INTERPRET before Python starts")
-        return _compile(self)
+        return _compile(self) if self.launched is None else self.launched(self.config)
 
     @property
     def asm(self) -> dict[str, Any]:

@@ -72,18 +72,35 @@ class Call:
         programs = self.q.shape[0] * self.k.codes.shape[1] * self.blocks
         return Runs.of(self.longest, self.seen, programs, self.config.block_n, self.target, self.split)
 
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Blocks of queries with each run of keys, heads of K and V, and batch. Raises UnsupportedError as `launch.grid`."""
+        return launch.grid("q", self.blocks * self.runs.count, self.k.codes.shape[1], self.q.shape[0])
+
+    def compiled(self) -> Any:
+        """Triton's compiled kernel, which this launch is of; it is not started."""
+        with on(self.q.device):
+            return self._kernel().warmup(*self._arguments(*self._parts()), grid=self.grid, **self.config.options())
+
     def run(self) -> tuple[Tensor, Tensor]:
         """Launch. Returns output `[B, H_q, n_q, D]` and natural LSE, float32."""
-        (b, _, n_q, _), device, runs = self.q.shape, self.q.device, self.runs
-        kernel = generate.load(self.plan if runs.count == 1 else self.planned(one_run=False))
-        parts = torch.empty(runs.count, *self.q.shape, dtype=torch.float32, device=device)
-        lses = torch.empty(runs.count, *self.q.shape[:3], dtype=torch.float32, device=device)
-        operands = (launch.operand(self.q), self.k, self.v, self.table, parts, lses, self.features, self.scale, n_q)
-        with on(device):
-            grid = launch.grid("q", self.blocks * runs.count, self.k.codes.shape[1], b)
-            tiles = self.config.block_m, self.config.block_n
-            kernel[grid](*operands, runs.keys, runs.step, *tiles, **self.config.options())
-            return (parts[0], lses[0]) if runs.count == 1 else merged(parts, lses)
+        parts, lses = self._parts()
+        with on(self.q.device):
+            self._kernel()[self.grid](*self._arguments(parts, lses), **self.config.options())
+            return (parts[0], lses[0]) if self.runs.count == 1 else merged(parts, lses)
+
+    def _kernel(self) -> Any:
+        return generate.load(self.plan if self.runs.count == 1 else self.planned(one_run=False))
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """Memory for output and LSE of each run."""
+        options: dict[str, Any] = dict(dtype=torch.float32, device=self.q.device)
+        shape = (self.runs.count, *self.q.shape)
+        return torch.empty(*shape, **options), torch.empty(*shape[:4], **options)
+
+    def _arguments(self, parts: Tensor, lses: Tensor) -> tuple[Any, ...]:
+        operands = (launch.operand(self.q), self.k, self.v, self.table, parts, lses, self.features, self.scale, self.q.shape[2])
+        return (*operands, self.runs.keys, self.runs.step, self.config.block_m, self.config.block_n)
 
 
 @dataclass(frozen=True)

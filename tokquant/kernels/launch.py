@@ -113,6 +113,12 @@ class Call:
         """All of the kernel's arguments."""
         return (*self.operands, *self.config.tiles().values())
 
+    def compiled(self) -> Any:
+        """Triton's compiled kernel, which this launch is of; it is not started."""
+        kernel, device = generate.load(self.plan, self.config.loop), self.out.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return kernel.warmup(*self.arguments, grid=self.grid, **self.config.options())
+
     def run(self) -> tuple[Tensor, Tensor | None]:
         """Launch. Returns output and LSE."""
         device = self.out.device

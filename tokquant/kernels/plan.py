@@ -228,7 +228,8 @@ def plan(
         places=tuple(at.items()),
         candidates=candidates(
             key_tiles=tiles,
-            head_dim=padded,
+            # factors of a bias fill shared memory as channels do
+            head_dim=max(padded, constants["RANK_TILE"]) if constants["LOWRANK"] else padded,
             wide=wide,
             masked=wanted.mask != "none" or wanted.bias == "dense",
             biased=wanted.bias != "none" or q.smooth == "block_mean",

@@ -201,7 +201,8 @@ def plan(task: Task) -> QuantizePlan:
         up = precision.kind == "int" and precision.bits == 8
         e4m3 = scales.up_to_e4m3 if up else scales.within_e4m3
         holes["round_scale"] = e4m3 if spec.scale_dtype == "fp8_e4m3" else scales.nearest
-        holes["encode_scale"] = _encode(precisions.get(spec.scale_dtype), task.interpreted)
+        # without PTX, which takes four values at once: a tile may have one scale
+        holes["encode_scale"] = _encode(precisions.get(spec.scale_dtype), True)
     if codes and constants["VALUES"]:
         holes["decode"] = precision.triton_decode
     return QuantizePlan(

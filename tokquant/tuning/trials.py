@@ -59,6 +59,8 @@ def tune_attention(
     call = launch.prepare(*operands, scheme, features, return_lse, deterministic=True)
     wanted, _ = launch.asked(features, return_lse)
     kernel = Kernel.of(call.plan, scheme, q.shape[3], q.dtype, targets.of(q.device), wanted)
+    # what is read is what will run, so that it is compiled once
+    kernel = replace(kernel, launched=lambda config: replace(call, config=config).compiled())
     trials = planned(kernel, Workload.of(q, k, features), keep)
     timed = time(call.plan, trials, lambda trial: replace(call, config=trial.config).run, repeats, q.device)
     key = tuned.key_of(call.plan, q.device, q.shape[0] * q.shape[1], q.shape[2], k.shape[2])
@@ -72,6 +74,8 @@ def tune_pages(call: decode_launch.Call, *, keep: int | None, repeats: int) -> T
     """The same for attention to pages."""
     (b, heads, n_q, d), device = call.q.shape, call.q.device
     kernel = Kernel.of(call.plan, call.scheme, d, call.q.dtype, call.target, call.wanted)
+    untuned = call.plan.splits[0]
+    kernel = replace(kernel, launched=lambda config: replace(call, config=config, split=untuned).compiled())
     step = Step(batch=b, heads=heads, queries=n_q, keys=call.longest, left=call.features.left)
     trials = planned(kernel, step, keep)
     timed = time(call.plan, trials, lambda trial: replace(call, config=trial.config, split=trial.split).run, repeats, device)
