@@ -1,7 +1,7 @@
 """What keeps the packed part of a KV cache: the interface of a store, and the one in torch that defines the others."""
 
 from dataclasses import replace
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,7 +73,69 @@ class Store(Protocol):
         ...
 
 
-class ReferencePages:
+class Part(Protocol):
+    """Pages of K, or of V, as a store lays them."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[pages, H_kv, page, D]`."""
+        ...
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """What has pages, by name."""
+        ...
+
+    def grow(self, pages: int) -> None:
+        """Room for so many pages, contents kept."""
+
+    def get(self, pages: Tensor, tokens: int) -> QuantizedTensor:
+        """Canonical codes `[1, H_kv, tokens, D]` of these pages' first tokens."""
+        ...
+
+    def put(self, page: Tensor, slot: Tensor, x: QuantizedTensor) -> None:
+        """Canonical codes `[1, H_kv, n, D]` to the slots of n tokens."""
+
+
+P = TypeVar("P", bound=Part)
+
+
+class PagesOfBoth(Store, Generic[P]):
+    """What a store has in common for pages of K and pages of V that lie apart."""
+
+    scheme: QuantScheme
+    page: int
+    _k: P
+    _v: P
+
+    def grow(self, pages: int) -> None:
+        for part in (self._k, self._v):
+            part.grow(pages)
+
+    def read(self, table_row: Tensor, tokens: int) -> tuple[QuantizedTensor, QuantizedTensor]:
+        pages = table_row[: -(-tokens // self.page)]
+        return self._k.get(pages, tokens), with_sums(self._v.get(pages, tokens), self.scheme)
+
+    def store(self, table_row: Tensor, first: int, k: QuantizedTensor, v: QuantizedTensor) -> None:
+        place = torch.arange(first, first + k.shape[2], device=table_row.device)
+        for part, x in ((self._k, k), (self._v, v)):
+            part.put(table_row[place // self.page], place % self.page, x)
+
+    def copy(self, source: int, target: int) -> None:
+        for part in (self._k, self._v):
+            for x in part.parts.values():
+                x[target] = x[source]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for part in (self._k, self._v) for x in part.parts.values())
+
+    @property
+    def bits_per_value(self) -> float:
+        return 8 * self.nbytes / (2 * self._k.shape.numel())
+
+
+class ReferencePages(PagesOfBoth["_Rows"]):
     """Pages in torch, on any device, in the canonical layout."""
 
     def __init__(
@@ -91,10 +153,6 @@ class ReferencePages:
         self.scheme, self.scales, self.page = scheme, scales, page
         shape = torch.Size((pages, kv_heads, page, head_dim))
         self._k, self._v = (_Rows(spec, scheme, scales, shape, dtype, device) for spec in (scheme.k, scheme.v))
-
-    def grow(self, pages: int) -> None:
-        for rows in (self._k, self._v):
-            rows.grow(pages)
 
     def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
         n = k.shape[2]
@@ -120,28 +178,6 @@ class ReferencePages:
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor]:
         return attention_by_reading(self, self.scheme, self.scales, q, table, lengths, features, offset)
-
-    def read(self, table_row: Tensor, tokens: int) -> tuple[QuantizedTensor, QuantizedTensor]:
-        pages = table_row[: -(-tokens // self.page)]
-        return self._k.get(pages, tokens), with_sums(self._v.get(pages, tokens), self.scheme)
-
-    def store(self, table_row: Tensor, first: int, k: QuantizedTensor, v: QuantizedTensor) -> None:
-        place = torch.arange(first, first + k.shape[2], device=table_row.device)
-        for rows, x in ((self._k, k), (self._v, v)):
-            rows.put(table_row[place // self.page], place % self.page, x)
-
-    def copy(self, source: int, target: int) -> None:
-        for rows in (self._k, self._v):
-            for part in rows.parts.values():
-                part[target] = part[source]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.numel() * part.element_size() for rows in (self._k, self._v) for part in rows.parts.values())
-
-    @property
-    def bits_per_value(self) -> float:
-        return 8 * self.nbytes / (2 * self._k.shape.numel())
 
 
 class _Rows:
@@ -170,13 +206,11 @@ class _Rows:
         self.shape = torch.Size((pages, *self.shape[1:]))
 
     def put(self, page: Tensor, slot: Tensor, x: QuantizedTensor) -> None:
-        """Codes `[1, H_kv, n, D]` to the slots of n tokens."""
         for name, part in growing(x).items():
             tokens = self.shape[2] // self.parts[name].shape[2]
             self.parts[name][page[::tokens], :, slot[::tokens] // tokens] = indexable(part)[0].transpose(0, 1)
 
     def get(self, pages: Tensor, tokens: int) -> QuantizedTensor:
-        """Codes `[1, H_kv, tokens, D]` of these pages' first tokens."""
         found = {}
         for name, part in self.parts.items():
             rows = -(-tokens * part.shape[2] // self.shape[2])

@@ -14,14 +14,13 @@ from tokquant.kernels.plan import Wanted
 from tokquant.kernels.pool import FEW, Pool
 from tokquant.kernels.quantize import quantize_queries
 from tokquant.kernels.triton.operands import Table
-from tokquant.quantize import with_sums
+from tokquant.pages import PagesOfBoth
 from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
-from tokquant.tensor import QuantizedTensor
 
 
-class TritonPages:
-    """A store of pages for `tokquant.KVCache`, as `tokquant.pages.Store` says; kernels of `scheme` write and read them.
+class TritonPages(PagesOfBoth[Pool]):
+    """A store of pages for `tokquant.KVCache`; kernels of `scheme` write and read them.
 
     Args:
         kv_heads, head_dim, dtype: of the tensors that are written.
@@ -60,17 +59,8 @@ class TritonPages:
         self._v = Pool(scheme.v, self, device, pages, tokens_last=eight_bits(plan))
         self._lost = torch.zeros(1, dtype=torch.int32, device=device)
 
-    def grow(self, pages: int) -> None:
-        """A pool of so many pages, contents kept."""
-        for pool in (self._k, self._v):
-            pool.grow(pages)
-
     def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
-        """Quantize k and v `[B, H_kv, n, D]` of any strides, and write `counts[b]` tokens (n where None) from `first[b]`.
-
-        Where a scheme has blocks, both are multiples of them. Raises ValueError where a scale does not fit; on a GPU, for up
-        to 16 tokens, only once `check` or a larger write looks.
-        """
+        """As `Store.write`, but that on a GPU up to 16 tokens raise only once `check` or a larger write looks."""
         with on(k.device):
             where = Table(table, table.stride(0), first, counts)
             checked = [pool.write(x, where, self._lost) for pool, x in ((self._k, k), (self._v, v))]
@@ -95,14 +85,9 @@ class TritonPages:
         longest: int | None = None,
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of q `[B, H_q, n_q, D]` to `lengths[b]` packed keys: out `[B, H_q, n_q, D]` and natural LSE, float32.
+        """As `Store.attention`. Where `longest` is None, it is what all pages of the table hold.
 
-        Query i stands at key `lengths + offset - n_q + i`, offset being how many newer keys lie elsewhere (0 where None).
-
-        Args:
-            longest: no length is above it; what all pages of the table hold where None. It saves programs with nothing to do.
-            deterministic: bits depend on nothing but the sequence: keys are split alike on every device and in every batch,
-                and what tuning has learned is left out.
+        With `deterministic`, keys are split alike on every device and in every batch, and what tuning has learned is left out.
 
         Raises UnsupportedError for a mask, a bias or sinks.
         """
@@ -150,34 +135,6 @@ class TritonPages:
             scale=features.scale,
             longest=longest,
         )
-
-    def read(self, table_row: Tensor, tokens: int) -> tuple[QuantizedTensor, QuantizedTensor]:
-        """K and V of a sequence's first tokens `[1, H_kv, tokens, D]`, in the canonical layout."""
-        pages = table_row[: -(-tokens // self.page)]
-        return self._k.get(pages, tokens), with_sums(self._v.get(pages, tokens), self.scheme)
-
-    def store(self, table_row: Tensor, first: int, k: QuantizedTensor, v: QuantizedTensor) -> None:
-        """Write canonical codes `[1, H_kv, n, D]` from token `first`, which blocks divide."""
-        token = torch.arange(first, first + k.shape[2], device=table_row.device)
-        for pool, x in ((self._k, k), (self._v, v)):
-            pool.put(table_row[token // self.page], token % self.page, x)
-
-    def copy(self, source: int, target: int) -> None:
-        """One page's contents to another."""
-        for pool in (self._k, self._v):
-            for part in pool.growing():
-                part[target] = part[source]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pages."""
-        return sum(part.numel() * part.element_size() for pool in (self._k, self._v) for part in pool.growing())
-
-    @property
-    def bits_per_value(self) -> float:
-        """Bits of codes, scales and zeros for a value of a page that is full."""
-        pages = self._k.codes.shape[0]
-        return 8 * self.nbytes / (2 * pages * self.kv_heads * self.page * self.head_dim)
 
     def _plan(
         self, wanted: Wanted, shared_heads: int, n_q: int = 1, *, newer: bool = False, one_run: bool = True

@@ -68,18 +68,21 @@ class Pool:
             kind = SCALE_TYPES[spec.scale_dtype]
             self.sides = torch.zeros(pages, heads, *sides_shape(spec, d, page), dtype=_held(kind), device=device)
 
-    def growing(self) -> list[Tensor]:
-        """What has pages."""
-        return [self.codes] if self.sides is None or self.static else [self.codes, self.sides]
+    @property
+    def shape(self) -> torch.Size:
+        """`[pages, H_kv, page, D]`."""
+        return torch.Size((len(self.codes), self._store.kv_heads, self._store.page, self._store.head_dim))
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """What has pages, by the attribute that it is."""
+        return {"codes": self.codes} | ({} if self.sides is None or self.static else {"sides": self.sides})
 
     def grow(self, pages: int) -> None:
-        larger = []
-        for part in self.growing():
-            larger.append(part.new_zeros(pages, *part.shape[1:]))
-            larger[-1][: len(part)] = part
-        self.codes = larger[0]
-        if len(larger) > 1:
-            self.sides = larger[1]
+        for name, part in self.parts.items():
+            larger = part.new_zeros(pages, *part.shape[1:])
+            larger[: len(part)] = part
+            setattr(self, name, larger)
 
     def argument(self) -> Pages:
         """As the decoding kernel takes them."""
@@ -134,7 +137,6 @@ class Pool:
         return plan.checked
 
     def get(self, pages: Tensor, tokens: int) -> QuantizedTensor:
-        """Codes `[1, H_kv, tokens, D]` of these pages' first tokens."""
         codes = self.codes[pages]
         if self.tokens_last:
             codes = codes[..., self._column].mT
@@ -146,11 +148,10 @@ class Pool:
             found["scale"] = scale.float().abs().to(kind) if place(self.spec) == "p" else scale
             if not self.spec.symmetric:
                 found["zero"] = self._joined(sides[..., 1, :], rows).view(kind)
-        shape = (1, self._store.kv_heads, tokens, self._store.head_dim)
+        shape = (1, self.shape[1], tokens, self.shape[3])
         return operand(found, self.spec, self._store.scheme, self._store.scales, shape, self._store.dtype)
 
     def put(self, page: Tensor, slot: Tensor, x: QuantizedTensor) -> None:
-        """Canonical codes `[1, H_kv, n, D]` to the slots of n tokens."""
         codes = x.codes[0].transpose(0, 1).contiguous().view(self.codes.dtype)
         if self.tokens_last:
             self.codes[page, :, :, self._column[slot]] = codes

@@ -17,16 +17,16 @@ from tokquant.kernels.cpu.launch import Call, laid_out, of_channels, of_features
 from tokquant.kernels.cpu.plan import ALL, plan, stored_type
 from tokquant.kernels.cpu.quantize import queries
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
-from tokquant.pages import frame_of, growing, indexable, operand, sizes
-from tokquant.quantize import frame_of_queries, in_frame, with_sums
+from tokquant.pages import PagesOfBoth, frame_of, growing, indexable, operand, sizes
+from tokquant.quantize import frame_of_queries, in_frame
 from tokquant.reference import Features
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.placement import as_bytes, place
 from tokquant.tensor import QuantizedTensor, canonical
 
 
-class CpuPages:
-    """A `tokquant.pages.Store` in panels, as `tokquant.blocks` says, each page with panels of its own."""
+class CpuPages(PagesOfBoth["_Panels"]):
+    """Pages in panels, as `tokquant.blocks` says, each page with panels of its own."""
 
     def __init__(
         self,
@@ -55,8 +55,7 @@ class CpuPages:
 
     def grow(self, pages: int) -> None:
         self._calls.clear()
-        for panels in (self._k, self._v):
-            panels.grow(pages)
+        super().grow(pages)
 
     def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
         for panels, x in ((self._k, k), (self._v, v)):
@@ -64,7 +63,8 @@ class CpuPages:
                 panels.write(x, table, first)
             else:
                 for b, n in enumerate(counts.tolist()):
-                    panels.write(x[b : b + 1, :, :n], table[b : b + 1], first[b : b + 1])
+                    if n:
+                        panels.write(x[b : b + 1, :, :n], table[b : b + 1], first[b : b + 1])
 
     def attention(
         self,
@@ -109,27 +109,6 @@ class CpuPages:
             self._calls.clear()
             self._calls[asked] = bound, call
         return out, lse
-
-    def read(self, table_row: Tensor, tokens: int) -> tuple[QuantizedTensor, QuantizedTensor]:
-        pages = table_row[: -(-tokens // self.page)].long()
-        return self._k.read(pages, tokens), with_sums(self._v.read(pages, tokens), self.scheme)
-
-    def store(self, table_row: Tensor, first: int, k: QuantizedTensor, v: QuantizedTensor) -> None:
-        for panels, x in ((self._k, k), (self._v, v)):
-            panels.put(table_row.long(), first, x)
-
-    def copy(self, source: int, target: int) -> None:
-        for panels in (self._k, self._v):
-            for part in panels.parts.values():
-                part[target] = part[source]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.numel() * part.element_size() for panels in (self._k, self._v) for part in panels.parts.values())
-
-    @property
-    def bits_per_value(self) -> float:
-        return 8 * self.nbytes / (2 * self._k.shape.numel())
 
 
 class _Panels:
@@ -232,17 +211,16 @@ class _Panels:
         for b in range(len(x)):
             parts = {name: part[b : b + 1] for name, part in growing(coded).items()}
             shape = (1, *x.shape[1:])
-            self.put(table[b].long(), int(first[b]), operand(parts, self.spec, self.scheme, self.scales, shape, self.dtype))
+            place = first[b] + torch.arange(x.shape[2])
+            coded_alone = operand(parts, self.spec, self.scheme, self.scales, shape, self.dtype)
+            self.put(table[b, place // self.shape[2]], place % self.shape[2], coded_alone)
 
-    def put(self, pages: Tensor, first: int, x: QuantizedTensor) -> None:
-        """Canonical codes `[1, H_kv, n, D]` from token `first` on, which blocks divide."""
-        page, end = self.shape[2], first + x.shape[2]
-        touched = pages[first // page : -(-end // page)]
-        inside = first % page
+    def put(self, page: Tensor, slot: Tensor, x: QuantizedTensor) -> None:
+        touched, inside = page.unique_consecutive(), int(slot[0])
         whole = self._patterns(touched)
         codes = x.spec.format.unpack(x.codes, x.shape[3])
         whole[:, inside : inside + x.shape[2]] = blocks.patterns(codes, x.spec.format, self.bits, self.as_bytes, x.spec.role)[0]
-        by_page = whole.unflatten(1, (-1, page)).transpose(0, 1)  # [pages, H_kv, page, D]
+        by_page = whole.unflatten(1, (-1, self.shape[2])).transpose(0, 1)  # [pages, H_kv, page, D]
         if x.spec.role == "k":
             self.parts["codes"][touched] = blocks.of_keys(by_page, self.bits)
         else:
@@ -254,12 +232,10 @@ class _Panels:
                 nothing = (x.code_values() == 0).all(dim=-1, keepdim=True)
                 part = torch.where(nothing, -part.float(), part.float()).to(part.dtype)
             rows = self.parts[name]
-            tokens = page // rows.shape[2]
-            place = torch.arange(first, end, tokens, device=pages.device)
-            indexable(rows)[pages[place // page], :, place % page // tokens] = indexable(part)[0].transpose(0, 1)
+            tokens = self.shape[2] // rows.shape[2]
+            indexable(rows)[page[::tokens], :, slot[::tokens] // tokens] = indexable(part)[0].transpose(0, 1)
 
-    def read(self, pages: Tensor, tokens: int) -> QuantizedTensor:
-        """Canonical codes `[1, H_kv, tokens, D]` of these pages' first tokens."""
+    def get(self, pages: Tensor, tokens: int) -> QuantizedTensor:
         found = {}
         for name, part in self.parts.items():
             if name != "codes":
