@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokquant.bias import Bias
 from tokquant.errors import quote
-from tokquant.reference import Features
+from tokquant.features import Features
 from tokquant.tensor import Coded
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

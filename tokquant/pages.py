@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tokquant import reference
 from tokquant.calibration.scales import LayerScales
+from tokquant.features import Features
 from tokquant.quantize import frame_of_queries, in_frame, queries, with_sums
-from tokquant.reference import Features
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.scheme import SCALE_TYPES
 from tokquant.tensor import QuantizedTensor

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokquant.autocast import in_their_types
-from tokquant.reference import Features
+from tokquant.features import Features
 from tokquant.transfer import to_device
 
 

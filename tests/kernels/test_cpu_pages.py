@@ -13,10 +13,10 @@ from test_pages import BLOCKS, FEATURES, SCHEMES, dtype_of, head_dim_of
 
 import tokquant as tq
 from tokquant import kv_cache
+from tokquant.features import Features
 from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu.pages import CpuPages
 from tokquant.pages import ReferencePages
-from tokquant.reference import Features
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 

@@ -11,12 +11,12 @@ from quantized import differences
 
 import tokquant as tq
 from tokquant import kv_cache
+from tokquant.features import Features
 from tokquant.kernels import decode_launch as module
 from tokquant.kernels import targets
 from tokquant.kernels.cpu.pages import CpuPages
 from tokquant.kernels.pages import TritonPages
 from tokquant.pages import ReferencePages
-from tokquant.reference import Features
 from tokquant.schemes import preset
 
 FIREQ = preset("fireq").model_copy(update={"balance": "none"})

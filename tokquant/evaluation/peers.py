@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokquant.evaluation import packages
 from tokquant.evaluation.packages import Call, Calls
+from tokquant.features import Features
 from tokquant.inputs import features_of
-from tokquant.reference import Features
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 ON_CPU = (torch.float32, torch.bfloat16)

@@ -16,6 +16,7 @@ from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import SchemeError, quote
 from tokquant.evaluation.front import Floats
 from tokquant.evaluation.sampling import runs
+from tokquant.features import Features
 from tokquant.inputs import check_tensors, features_of
 from tokquant.io_model.workload import seen
 from tokquant.kernels.compile import compile
@@ -139,7 +140,7 @@ class _Judge:
         return _emulated(q, k, v, scheme, self.features, self.only)
 
 
-def _emulated(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: reference.Features, only: list[slice]) -> Tensor:
+def _emulated(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: Features, only: list[slice]) -> Tensor:
     codes = quantize_operands(q, k, v, scheme, scales_for(scheme, q, k, v))
     return reference.attention(*codes, scheme, features, only=only)[0]
 
@@ -173,7 +174,7 @@ def _measured_ms(q: Tensor, k: Tensor, v: Tensor, scheme: LayerScheme, features:
     return found
 
 
-def _predicted_ms(q: Tensor, k: Tensor, scheme: LayerScheme, target: str, features: reference.Features) -> float:
+def _predicted_ms(q: Tensor, k: Tensor, scheme: LayerScheme, target: str, features: Features) -> float:
     """Of attention on codes: its operations at the rate that kernels with these features should reach on the target."""
     (b, h, n_q, d), (kv_heads, n_k) = q.shape, k.shape[1:3]
     first, end = seen(n_q, n_k, features.reach())

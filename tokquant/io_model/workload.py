@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tokquant.bias import Dense
 from tokquant.errors import quote
+from tokquant.features import Features
 from tokquant.kernels.compile import Kernel
-from tokquant.reference import Features
 from tokquant.tensor import QuantizedTensor
 
 Integers = NDArray[np.int64]

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from tokquant.bias import Alibi, Bias, Dense, KeyVector, LowRank
 from tokquant.errors import UnsupportedError
+from tokquant.features import Features
 from tokquant.kernels import generate, order, targets, tuned
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.plan import Plan, Wanted, plan
 from tokquant.kernels.products import takes_tokens_last
 from tokquant.kernels.triton.operands import Features as Arguments
 from tokquant.kernels.triton.operands import Operand, Rows
-from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import place
 from tokquant.tensor import QuantizedTensor, canonical, tokens_last

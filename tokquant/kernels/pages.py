@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError
+from tokquant.features import Features
 from tokquant.kernels import launch, quantize_plan, targets, tuned
 from tokquant.kernels.decode_launch import Call, keys_seen, on
 from tokquant.kernels.decode_plan import DecodePlan, check_pages, decode_plan, eight_bits
@@ -15,7 +16,6 @@ from tokquant.kernels.pool import FEW, Pool
 from tokquant.kernels.quantize import quantize_queries
 from tokquant.kernels.triton.operands import Table
 from tokquant.pages import PagesOfBoth
-from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
 
 

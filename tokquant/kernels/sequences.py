@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tokquant.features import Features
 from tokquant.kernels import launch, order, targets, tuned
 from tokquant.kernels.plan import WHOLE
 from tokquant.kernels.triton.operands import Operand, Rows
-from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import place
 from tokquant.tensor import QuantizedTensor

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_efficient_attention, can_use_flash_attention
 
 from tokquant.calibration.scales import needed
+from tokquant.features import Features
 from tokquant.kernels import launch, targets, tuned
 from tokquant.kernels.plan import plan
 from tokquant.kernels.products import FLOAT_NAMES, takes_tokens_last
-from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
 
 

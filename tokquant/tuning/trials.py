@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from tokquant.errors import UnsupportedError
+from tokquant.features import Features
 from tokquant.io_model.workload import Workload
 from tokquant.kernels import decode_launch, launch, sixteen_bit, targets, tuned
 from tokquant.kernels.compile import Kernel
 from tokquant.kernels.plan import Plan
 from tokquant.kernels.quantize import quantize_operands
-from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
 from tokquant.timing import interleaved_medians
 from tokquant.tuning.planner import Trial, first_line, planned

@@ -13,10 +13,10 @@ from torch import Tensor
 from tokquant.bias import Alibi, Dense, KeyVector, LowRank
 from tokquant.blocks import LANES, panels
 from tokquant.errors import UnsupportedError
+from tokquant.features import Features
 from tokquant.kernels import launch
 from tokquant.kernels.cpu import build, generate
 from tokquant.kernels.cpu.plan import CpuPlan, plan
-from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import as_bytes, place
 from tokquant.tensor import QuantizedTensor, in_blocks, met

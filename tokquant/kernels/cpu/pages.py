@@ -10,6 +10,7 @@ from torch import Tensor
 from tokquant import blocks
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError
+from tokquant.features import Features
 from tokquant.kernels import launch as shared
 from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu.bound import Bound
@@ -19,7 +20,6 @@ from tokquant.kernels.cpu.quantize import queries
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
 from tokquant.pages import PagesOfBoth, frame_of, growing, indexable, operand, sizes
 from tokquant.quantize import frame_of_queries, in_frame
-from tokquant.reference import Features
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.placement import as_bytes, place
 from tokquant.tensor import QuantizedTensor, canonical
