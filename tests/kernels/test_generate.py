@@ -12,8 +12,9 @@ import torch
 
 import tokquant as tq
 from tokquant.kernels import generate, store
-from tokquant.kernels.plan import Wanted, _lay_v, plan
+from tokquant.kernels.plan import _lay_v, plan
 from tokquant.kernels.triton import decode, fragments, scales, template
+from tokquant.kernels.wanted import Wanted
 from tokquant.precisions import PRECISIONS
 from tokquant.schemes import preset, preset_names
 
@@ -72,7 +73,7 @@ def test_equal_plans_give_equal_text_in_any_process():
     text = generate.render(planned("int8", right=True))
     program = (
         "import torch; from tokquant.kernels import generate; from tokquant.kernels.plan import plan;"
-        "from tokquant.schemes import preset; from tokquant.kernels.plan import Wanted; import sys;"
+        "from tokquant.schemes import preset; from tokquant.kernels.wanted import Wanted; import sys;"
         "sys.stdout.write(generate.render(plan(preset('int8'), head_dim=64, dtype=torch.float16, wanted=Wanted(right=True))))"
     )
     other = subprocess.run(

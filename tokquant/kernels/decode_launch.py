@@ -12,10 +12,10 @@ from torch import Tensor
 from tokquant.kernels import generate, launch
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.decode_plan import DecodePlan
-from tokquant.kernels.plan import Wanted
 from tokquant.kernels.targets import Target
 from tokquant.kernels.triton.merge import merge
 from tokquant.kernels.triton.operands import Features, Pages, Table
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
 from tokquant.tensor import QuantizedTensor
 

@@ -10,9 +10,10 @@ from tokquant import precisions
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import targets
 from tokquant.kernels.candidates import Config
-from tokquant.kernels.plan import WHOLE, Plan, Wanted, plan
+from tokquant.kernels.plan import WHOLE, Plan, plan
 from tokquant.kernels.quantize_plan import LONGEST
 from tokquant.kernels.triton import fragments, scales
+from tokquant.kernels.wanted import PLAIN, Wanted
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.appending import check_append_only
 from tokquant.schemes.placement import place
@@ -28,8 +29,6 @@ INTEGERS: Table = ((2, 3), (4, 3), (2, 2), (4, 2))
 FLOATS: Table = ((4, 3), (4, 2), (8, 3), (2, 2))
 """Operands in 16 bits, or more rows, fill the registers of two warps."""
 MANY_ROWS: Table = ((4, 2), (4, 3), (8, 2), (4, 1))
-
-PLAIN = Wanted()
 
 
 @dataclass(frozen=True, eq=False, repr=False)

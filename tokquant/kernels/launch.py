@@ -12,10 +12,11 @@ from tokquant.errors import UnsupportedError
 from tokquant.features import Features
 from tokquant.kernels import generate, order, targets, tuned
 from tokquant.kernels.candidates import Config
-from tokquant.kernels.plan import Plan, Wanted, plan
+from tokquant.kernels.plan import Plan, plan
 from tokquant.kernels.products import takes_tokens_last
 from tokquant.kernels.triton.operands import Features as Arguments
 from tokquant.kernels.triton.operands import Operand, Rows
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import place
 from tokquant.tensor import QuantizedTensor, canonical, tokens_last
@@ -133,7 +134,7 @@ def prepare(
 ) -> Call:
     """The plan, how it is launched, the outputs and every argument."""
     q, k, v = (canonical(x) for x in (q, k, v))
-    wanted, given = asked(features, return_lse)
+    wanted = Wanted.of(features, return_lse)
     made = planned((q, k, v), scheme, wanted)
     out, lse = outputs(q, q.shape, return_lse)
     (b, heads, n_q, _), n_k = q.shape, k.shape[2]
@@ -142,7 +143,7 @@ def prepare(
     return Call(
         plan=made,
         config=made.config if deterministic else tuned.choose(made, q.device, b * heads, n_q, n_k)[0],
-        operands=(*operands, Rows(out, *out.stride()[:3]), lse, given, features.scale, n_q, n_k, heads),
+        operands=(*operands, Rows(out, *out.stride()[:3]), lse, arguments_of(features), features.scale, n_q, n_k, heads),
         shape=(b, heads, n_q),
         abreast=order.abreast(b * heads, b * k.shape[1], kv_bytes, targets.of(q.device).cache_size) if wanted.right else None,
         out=out,
@@ -202,27 +203,15 @@ def packed(operands: Operands, scheme: QuantScheme) -> Operands:
     return (q, k, tokens_last(v)) if takes_tokens_last(scheme, v.dtype) else operands
 
 
-def asked(features: Features, return_lse: bool) -> tuple[Wanted, Arguments]:
-    """What changes a kernel's text, and what it is given at a call."""
+def arguments_of(features: Features) -> Arguments:
+    """What a kernel is given of them at a call."""
     left, right = features.reach()
-    mask, kind = features.mask, "none"
-    if mask is not None:
-        kind = "boolean" if mask.dtype == torch.bool else "additive"
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    bias = features.bias
-    wanted = Wanted(
-        left=left is not None,
-        right=right is not None,
-        mask=kind,  # type: ignore[arg-type]
-        softcap=features.softcap is not None,
-        sinks=features.sinks is not None,
-        lse=return_lse,
-        bias="none" if bias is None else "past_alibi" if bias.kind == "alibi" and right == 0 else bias.kind,
-        bias_rank=bias.rank if isinstance(bias, LowRank) else 16,
-    )
-    sinks = None if features.sinks is None else features.sinks.contiguous()
+    mask, sinks = features.mask, features.sinks
     steps = (None,) * 4 if mask is None else mask.stride()
-    return wanted, Arguments(left, right, features.softcap, sinks, mask, *steps, **_bias(bias))
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    sinks = None if sinks is None else sinks.contiguous()
+    return Arguments(left, right, features.softcap, sinks, mask, *steps, **_bias(features.bias))
 
 
 def _bias(bias: Bias | None) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from tokquant.features import Features
 from tokquant.kernels import launch, quantize_plan, targets, tuned
 from tokquant.kernels.decode_launch import Call, keys_seen, on
 from tokquant.kernels.decode_plan import DecodePlan, check_pages, decode_plan, eight_bits
-from tokquant.kernels.plan import Wanted
 from tokquant.kernels.pool import FEW, Pool
 from tokquant.kernels.quantize import quantize_queries
 from tokquant.kernels.triton.operands import Table
+from tokquant.kernels.wanted import PLAIN, Wanted
 from tokquant.pages import PagesOfBoth
 from tokquant.schemes import QuantScheme
 
@@ -51,7 +51,7 @@ class TritonPages(PagesOfBoth[Pool]):
         self.scheme, self.scales, self.page = scheme, scales, page
         self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, dtype
         self.interpreted, self._target = launch.interpreted(), targets.of(device)
-        plan = self._plan(Wanted(), 1)  # which refuses what no kernel does
+        plan = self._plan(PLAIN, 1)  # which refuses what no kernel does
         for spec in (scheme.k, scheme.v):
             if lacking := quantize_plan.lacking(spec, head_dim, None if self.interpreted else self._target):
                 raise UnsupportedError(f"{lacking}; use backend='reference'")
@@ -113,7 +113,7 @@ class TritonPages(PagesOfBoth[Pool]):
                 "sinks: no kernel of pages has them; they enter where parts are merged, as tokquant.decode does"
             )
         b, heads, n_q, _ = q.shape
-        wanted, given = launch.asked(features, True)
+        wanted, given = Wanted.of(features, True), launch.arguments_of(features)
         longest = table.shape[1] * self.page if longest is None else longest
         planned = partial(self._plan, wanted, heads // self.kv_heads, n_q, newer=offset is not None)
         # one kernel's name stands for both: keys that are one run today are several later

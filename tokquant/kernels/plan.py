@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,6 +14,7 @@ from tokquant.kernels import hopper, targets
 from tokquant.kernels.candidates import Config, candidates
 from tokquant.kernels.products import FLOAT_NAMES, TRITON_TYPES, UNITS, product_types, via
 from tokquant.kernels.triton import fragments
+from tokquant.kernels.wanted import PLAIN, Wanted
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.placement import Place, lowers_logits, needs_code_sums, place
 
@@ -83,25 +84,6 @@ class Plan:
         return f"<plan {self.name}: {self.title}>"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What a kernel is asked for beside its scheme: the features that change its text, not their values."""
-
-    left: bool = False
-    right: bool = False
-    """Whether a query's reach is bounded before and after its own place; causal is a right bound of 0."""
-    mask: Literal["none", "boolean", "additive"] = "none"
-    softcap: bool = False
-    sinks: bool = False
-    lse: bool = False
-    varlen: bool = False
-    """Whether the batch is sequences of their own lengths, one after another."""
-    bias: Literal["none", "alibi", "past_alibi", "key_vector", "lowrank", "dense"] = "none"
-    """`past_alibi` where no query sees a key after its own place."""
-    bias_rank: int = 16
-    """Columns of low-rank factors."""
-
-
 @lru_cache(maxsize=256)
 def plan(
     scheme: QuantScheme,
@@ -109,7 +91,7 @@ def plan(
     head_dim: int,
     dtype: torch.dtype,
     shared_heads: int = 1,
-    wanted: Wanted = Wanted(),
+    wanted: Wanted = PLAIN,
     tokens_last: bool = False,
     interpreted: bool = False,
     portable: bool = False,

@@ -15,6 +15,7 @@ from tokquant.kernels import decode_launch, launch, sixteen_bit, targets, tuned
 from tokquant.kernels.compile import Kernel
 from tokquant.kernels.plan import Plan
 from tokquant.kernels.quantize import quantize_operands
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
 from tokquant.timing import interleaved_medians
 from tokquant.tuning.planner import Trial, first_line, planned
@@ -57,8 +58,7 @@ def tune_attention(
     """
     q, k, _ = operands
     call = launch.prepare(*operands, scheme, features, return_lse, deterministic=True)
-    wanted, _ = launch.asked(features, return_lse)
-    kernel = Kernel.of(call.plan, scheme, q.shape[3], q.dtype, targets.of(q.device), wanted)
+    kernel = Kernel.of(call.plan, scheme, q.shape[3], q.dtype, targets.of(q.device), Wanted.of(features, return_lse))
     trials = planned(kernel, Workload.of(q, k, features), keep)
     timed = time(call.plan, trials, lambda trial: replace(call, config=trial.config).run, repeats, q.device)
     key = tuned.key_of(call.plan, q.device, q.shape[0] * q.shape[1], q.shape[2], k.shape[2])

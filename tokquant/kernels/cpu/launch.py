@@ -17,6 +17,7 @@ from tokquant.features import Features
 from tokquant.kernels import launch
 from tokquant.kernels.cpu import build, generate
 from tokquant.kernels.cpu.plan import CpuPlan, plan
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import as_bytes, place
 from tokquant.tensor import QuantizedTensor, in_blocks, met
@@ -48,8 +49,7 @@ def attention(
     if q.device.type != "cpu":
         raise UnsupportedError(f"backend: 'cpu' takes tensors in memory, and q is on {q.device}; move them, or use 'triton'")
     (b, heads, n_q, d), n_k = q.shape, k.shape[2]
-    wanted, _ = launch.asked(features, return_lse)
-    made = plan(scheme, head_dim=d, dtype=v.dtype, wanted=wanted, instructions=build.instructions())
+    made = plan(scheme, head_dim=d, dtype=v.dtype, wanted=Wanted.of(features, return_lse), instructions=build.instructions())
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
     given: dict[str, Any] = dict(

@@ -11,13 +11,13 @@ from tokquant import blocks
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError
 from tokquant.features import Features
-from tokquant.kernels import launch as shared
 from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu.bound import Bound
 from tokquant.kernels.cpu.launch import Call, laid_out, of_channels, of_features
 from tokquant.kernels.cpu.plan import ALL, plan, stored_type
 from tokquant.kernels.cpu.quantize import queries
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
+from tokquant.kernels.wanted import Wanted
 from tokquant.pages import PagesOfBoth, frame_of, growing, indexable, operand, sizes
 from tokquant.quantize import frame_of_queries, in_frame
 from tokquant.schemes import Operand, QuantScheme
@@ -84,7 +84,7 @@ class CpuPages(PagesOfBoth["_Panels"]):
         if n_q == 1 and features.reach()[1] == 0:
             # nothing is later than the last query
             features = replace(features, causal=False, window=None if features.window is None else (features.window[0], None))
-        wanted, _ = shared.asked(features, True)
+        wanted = Wanted.of(features, True)
         out, lse = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in (q.shape, q.shape[:3]))
         n_k = int(lengths.max()) if longest is None else longest
         left, right = features.reach()

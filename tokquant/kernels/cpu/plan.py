@@ -9,8 +9,8 @@ import torch
 
 from tokquant import blocks, precisions
 from tokquant.errors import UnsupportedError
-from tokquant.kernels.plan import Wanted
 from tokquant.kernels.products import FLOAT_NAMES
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import as_bytes, lowers_logits, place
 from tokquant.schemes.scheme import Operand
