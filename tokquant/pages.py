@@ -222,7 +222,7 @@ def sizes(spec: Operand, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str
     """Shape and type of what grows with the tokens of K or V `[B, H_kv, n, D]`: `codes`, and dynamic `scale` and `zero`."""
     precision, (*rest, d) = spec.format, shape
     if not spec.scaled:
-        return {"codes": (tuple(shape), dtype if precision.bits == 16 and dtype != torch.float32 else precision.stored)}
+        return {"codes": (tuple(shape), precision.of(dtype).stored)}
     found = {"codes": ((*rest, -(-d // precision.packed)), precision.stored)}
     if spec.scale == "dynamic":
         kinds = ("scale",) if spec.symmetric else ("scale", "zero")

@@ -232,13 +232,11 @@ def _check_holds(stored: Tensor, exact: Tensor, spec: Operand, what: str) -> Non
 
 def _as_float(x: Tensor, dtype: torch.dtype, spec: Operand) -> Tensor:
     """`x` in the 16-bit type that the caller's tensor already has; a float32 tensor takes the one its precision names."""
-    precision = spec.format
-    own = precision.bits == 16 and dtype != torch.float32
-    stored = x.to(dtype) if own else precision.encode(x)
+    stored = spec.format.of(dtype).encode(x)
     if stored is not x and stored.dtype == torch.float16 and bool((stored.isinf() & x.isfinite()).any()):
         raise ValueError(
             f"{spec.role}: a value of {x[x.isfinite()].abs().max():.4g} does not fit fp16; use "
-            + ("bfloat16 tensors, or leave out balance and rotate" if own else "precision: bf16")
+            + ("bfloat16 tensors, or leave out balance and rotate" if dtype == stored.dtype else "precision: bf16")
         )
     return stored
 

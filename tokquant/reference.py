@@ -128,9 +128,8 @@ class _Emulation:
         # logits in base 2 come for free where nothing has to happen to natural ones
         added = features.mask is not None and features.mask.dtype != torch.bool
         self.natural = features.softcap is not None or features.bias is not None or added
-        precision = scheme.p.format
-        self.p_type = v.dtype if precision.bits == 16 and v.dtype != torch.float32 else None
-        self.largest = precision.largest or 1.0
+        self.p_format = scheme.p.format.of(v.dtype)
+        self.largest = self.p_format.largest or 1.0
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Output and LSE of these queries."""
@@ -159,7 +158,8 @@ class _Emulation:
             alpha = torch.exp2((r - reference).clamp(max=65))
             r = reference
             p = torch.exp2(t - r + math.log2(self.largest))
-            codes = self.round_p(p)
+            # in units of its codes, rounded as P's precision does
+            codes = self.p_format.decode(self.p_format.encode(p))
 
             # integer codes cannot hold NaN, p - p can
             counted = p if scheme.normalizer == "exact" else codes + (p - p)
@@ -202,13 +202,6 @@ class _Emulation:
                 s = s + features.mask[:, :, rows, keys].float()
             s = s * LOG2E
         return s
-
-    def round_p(self, p: Tensor) -> Tensor:
-        """P in units of its codes, rounded as P's precision does."""
-        if self.p_type is not None:
-            return p.to(self.p_type).float()
-        precision = self.scheme.p.format
-        return precision.decode(precision.encode(p))
 
     def finish(self, rows: slice, acc: Tensor, zeros: Tensor, r: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
         """Accumulators -> output and natural LSE."""

@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from tokquant.errors import quote
 from tokquant.io_model.workload import Workload, seen
@@ -90,9 +89,7 @@ def problem(kernel: Kernel, workload: Workload) -> Problem:
 
 def _width(kernel: Kernel, role: str) -> float:
     """Bytes of a code."""
-    precision = getattr(kernel.scheme, role).format
-    if precision.bits == 16 and kernel.dtype != torch.float32:
-        return kernel.dtype.itemsize
+    precision = getattr(kernel.scheme, role).format.of(kernel.dtype)
     return precision.stored.itemsize / precision.packed
 
 

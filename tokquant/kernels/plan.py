@@ -12,7 +12,7 @@ from tokquant.bias.factors import block_of
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import hopper, targets
 from tokquant.kernels.candidates import Config, candidates
-from tokquant.kernels.products import FLOAT_NAMES, TRITON_TYPES, UNITS, product_types, via
+from tokquant.kernels.products import TRITON_TYPES, UNITS, product_types, via
 from tokquant.kernels.triton import fragments
 from tokquant.kernels.wanted import PLAIN, Wanted
 from tokquant.schemes import Operand, QuantScheme
@@ -184,7 +184,7 @@ def plan(
     constants["JOINED"] = natural or any(constants[name] for name in ("BOOLEAN_MASK", "BLOCK_MEANS", "V_PER_TOKEN", "K_ZERO"))
     constants["K_PER_TILE"] = at["k"] == "scores" and _one_scale_a_tile(scheme)
     constants["K_PER_KEY"] = at["k"] == "scores" and not _one_scale_a_tile(scheme)
-    encoder = _p_format(scheme, dtype)
+    encoder = p.of(dtype)
     wide = "tl.float32" in types.values()
     holes = {
         **{f"decode_{role}": _decode(getattr(scheme, role).format, interpreted, target) for role in "qkv"},
@@ -312,12 +312,6 @@ def _lay_v(precision: precisions.Precision, product: str, tokens_last: bool, nvi
     # what is multiplied as it was decoded, bytes by bytes
     as_bytes = product == precision.compute and (product == "tl.int8" or product.startswith("tl.float8"))
     return fragments.side_by_side_ptx if nvidia and as_bytes else fragments.side_by_side
-
-
-def _p_format(scheme: QuantScheme, dtype: torch.dtype) -> precisions.Precision:
-    """P's precision; 16 bits are V's own."""
-    precision = scheme.p.format
-    return precisions.get(FLOAT_NAMES[dtype]) if precision.bits == 16 and dtype != torch.float32 else precision
 
 
 def _product(kind: str) -> Any:

@@ -41,8 +41,7 @@ class Pool:
         self.spec, self.tokens_last, self._store = spec, tokens_last, store
         heads, d, page = store.kv_heads, store.head_dim, store.page
         precision = spec.format
-        own = not spec.scaled and precision.bits == 16 and store.dtype != torch.float32
-        self._kind = store.dtype if own else precision.stored
+        self._kind = precision.of(store.dtype).stored
         width = -(-d // precision.packed)
         shape = (pages, heads, width, page) if tokens_last else (pages, heads, page, width)
         self.codes = torch.zeros(shape, dtype=_held(self._kind), device=device)

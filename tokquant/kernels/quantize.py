@@ -220,10 +220,9 @@ def _room(x: Tensor, spec: Operand, tokens_last: bool) -> Tensor:
     """Where the codes of `x` will be."""
     b, h, n, d = x.shape
     precision = spec.format
-    own = not spec.scaled and precision.bits == 16 and x.dtype != torch.float32
     group = 16 * precision.packed
     shape = (b, h, d, -(-n // group) * 16) if tokens_last else (b, h, n, -(-d // precision.packed))
-    return x.new_empty(shape, dtype=x.dtype if own else precision.stored)
+    return x.new_empty(shape, dtype=precision.of(x.dtype).stored)
 
 
 def _floats(x: Tensor | None) -> Tensor | None:

@@ -14,7 +14,7 @@ from tokquant.features import Features
 from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu.bound import Bound
 from tokquant.kernels.cpu.launch import Call, laid_out, of_channels, of_features
-from tokquant.kernels.cpu.plan import ALL, plan, stored_type
+from tokquant.kernels.cpu.plan import ALL, plan
 from tokquant.kernels.cpu.quantize import queries
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
 from tokquant.kernels.wanted import Wanted
@@ -118,8 +118,7 @@ class _Panels:
     def __init__(self, spec: Operand, scheme: QuantScheme, scales: LayerScales | None, shape: torch.Size, dtype: torch.dtype):
         self.spec, self.scheme, self.scales, self.shape, self.dtype = spec, scheme, scales, shape, dtype
         self.as_bytes = as_bytes(scheme, spec.role)
-        self.stored = stored_type(spec, dtype)
-        self.bits = blocks.bits_of(spec.format, self.stored, self.as_bytes)
+        self.bits = blocks.bits_of(spec.format, spec.format.of(dtype).stored, self.as_bytes)
         self.weighted = spec.role == "v" and place(spec) == "p"
         like = torch.empty(1, device="cpu").expand(1, shape[1], 1, shape[3])
         self.frame = frame_of(like, spec, scheme, scales)

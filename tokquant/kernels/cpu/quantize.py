@@ -14,7 +14,7 @@ from tokquant import blocks
 from tokquant.calibration.scales import LayerScales
 from tokquant.kernels.cpu.bound import Bound
 from tokquant.kernels.cpu.launch import READ
-from tokquant.kernels.cpu.plan import ALL, stored_type
+from tokquant.kernels.cpu.plan import ALL
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
 from tokquant.kernels.launch import Operands
 from tokquant.quantize import check_groups, frames, keys, log2_weight, of_keys, values
@@ -86,7 +86,7 @@ class _Run:
             met=Task.read_of(self.scheme),
         )
         # floats that nothing is done to stay the tensor that they are in
-        own = not spec.scaled and not turned.turns and stored_type(spec, q.dtype) == q.dtype
+        own = not spec.scaled and not turned.turns and spec.format.of(q.dtype).stored == q.dtype
         if own or lacking(task):
             return replace(define_queries(q, frame, k, self.scheme, self.scales), scheme=self.scheme)
         column = (*q.shape[:3], 1)
@@ -173,7 +173,7 @@ def room(shape: torch.Size, task: Task) -> Tensor:
     b, h, n, d = shape
     spec, codes = task.spec, 32 // task.bits
     if spec.role == "q":
-        return torch.empty(b, h, n, -(-d // spec.format.packed), dtype=stored_type(spec, task.dtype), device="cpu")
+        return torch.empty(b, h, n, -(-d // spec.format.packed), dtype=spec.format.of(task.dtype).stored, device="cpu")
     if spec.role == "k":
         size: tuple[int, ...] = (b, h, -(-n // blocks.LANES), -(-d // codes), blocks.LANES)
     else:

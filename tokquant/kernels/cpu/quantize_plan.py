@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from tokquant import blocks, precisions
-from tokquant.kernels.cpu.plan import ALL, CPP_TYPES, CpuPlan, literal, stored_type
+from tokquant.kernels.cpu.plan import ALL, CPP_TYPES, CpuPlan, literal
 from tokquant.kernels.products import FLOAT_NAMES
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.placement import as_bytes, place
@@ -80,14 +80,14 @@ class Task:
     @cached_property
     def bits(self) -> int:
         """Of a code in memory."""
-        return blocks.bits_of(self.spec.format, stored_type(self.spec, self.dtype), self.as_bytes)
+        return blocks.bits_of(self.spec.format, self.spec.format.of(self.dtype).stored, self.as_bytes)
 
 
 def lacking(task: Task) -> str | None:
     """Why no kernel quantizes this operand, so that the definition does, in torch; None where a kernel does."""
     spec = task.spec
     precision = spec.format
-    if not _written(task).cpp_quantize:
+    if not precision.of(task.dtype).cpp_quantize:
         return f"{spec.role}: precision {spec.precision} has no cpp_quantize"
     integers = precision.kind == "int"
     if not integers and (task.as_bytes or task.code_sum):
@@ -96,7 +96,7 @@ def lacking(task: Task) -> str | None:
         return f"{spec.role}: head_dim 1, where a token is a channel"
     if task.bits < 2:
         return f"{spec.role}: codes of {spec.precision} have less than two bits"
-    if task.bits != 8 * stored_type(spec, task.dtype).itemsize // precision.packed:
+    if task.bits != 8 * precision.of(task.dtype).stored.itemsize // precision.packed:
         return f"{spec.role}: bytes of {spec.precision} are other numbers than its codes"
     return None
 
@@ -110,7 +110,7 @@ def plan(task: Task, instructions: str) -> CpuPlan:
     here = dynamic and tokens <= LONGEST
     scale_type = SCALE_TYPES[spec.scale_dtype]
     integers, half = precision.kind == "int", 2 ** (precision.bits - 1)
-    input_codes = not spec.scaled and stored_type(spec, task.dtype) == torch.float16
+    input_codes = not spec.scaled and precision.of(task.dtype).stored == torch.float16
     packed = task.bits < 8
     constants: dict[str, Any] = {
         "QUERIES": spec.role == "q",
@@ -171,7 +171,7 @@ def plan(task: Task, instructions: str) -> CpuPlan:
         title=_title(task),
         constants=tuple((name, str(value)) for name, value in constants.items()),
         fragments=(
-            ("encode", f"static inline ints encode(floats x) {{ return {_written(task).cpp_quantize}; }}"),
+            ("encode", f"static inline ints encode(floats x) {{ return {task.spec.format.of(task.dtype).cpp_quantize}; }}"),
             ("decode", f"static inline floats decode(ints code) {{ return {_decoded(task)}; }}"),
         ),
         instructions=instructions,
@@ -184,16 +184,9 @@ def plan(task: Task, instructions: str) -> CpuPlan:
 precisions.base.WHEN_REPLACED.extend((Task.of.cache_clear, plan.cache_clear))
 
 
-def _written(task: Task) -> precisions.Precision:
-    """The precision that codes are written in: 16-bit floats are the tensor's own."""
-    precision = task.spec.format
-    own = precision.bits == 16 and not task.spec.scaled and task.dtype != torch.float32
-    return precisions.get(FLOAT_NAMES[task.dtype]) if own else precision
-
-
 def _decoded(task: Task) -> str:
     """C++: what a code stands for."""
-    precision = _written(task)
+    precision = task.spec.format.of(task.dtype)
     return "to_floats(number(code))" if precision.kind == "int" else precision.cpp_decode
 
 
