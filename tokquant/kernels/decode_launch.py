@@ -1,10 +1,8 @@
 """Attention to pages, launched: how keys are split between programs, the grid, and the parts merged."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +77,7 @@ class Call:
         parts = torch.empty(runs.count, *self.q.shape, dtype=torch.float32, device=device)
         lses = torch.empty(runs.count, *self.q.shape[:3], dtype=torch.float32, device=device)
         operands = (launch.operand(self.q), self.k, self.v, self.table, parts, lses, self.features, self.scale, n_q)
-        with on(device):
+        with launch.on(device):
             grid = launch.grid("q", self.blocks * runs.count, self.k.codes.shape[1], b)
             tiles = self.config.block_m, self.config.block_n
             kernel[grid](*operands, runs.keys, runs.step, *tiles, **self.config.options())
@@ -133,8 +131,3 @@ def merged(parts: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     rows = lse.numel()
     merge[(rows,)](parts, lses, out, lse, runs, rows, **sizes, num_warps=4, num_stages=2, enable_fp_fusion=True)
     return out, lse
-
-
-def on(device: torch.device) -> Any:
-    """A context in which launches are on this device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

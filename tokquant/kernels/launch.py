@@ -1,6 +1,6 @@
 """The only place that starts a kernel: operands to pointers and strides, the grid, the call."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,11 @@ def interpreted() -> bool:
 def available(device: torch.device) -> bool:
     """Whether Triton kernels can run on tensors of this device."""
     return device.type == "cuda" or (device.type == "cpu" and interpreted())
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """A context in which launches are on this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def attention(
@@ -116,8 +121,7 @@ class Call:
 
     def run(self) -> tuple[Tensor, Tensor | None]:
         """Launch. Returns output and LSE."""
-        device = self.out.device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with on(self.out.device):
             generate.load(self.plan, self.config.loop)[self.grid](*self.arguments, **self.config.options())
         return self.out.to(self.dtype), self.lse
 
@@ -175,11 +179,16 @@ def planned(operands: Operands, scheme: QuantScheme, wanted: Wanted, *, portable
         portable=portable or not all(aligned(x.codes) for x in operands),
         target=targets.of(q.device),
     )
-    if interpreted() and "tl.bfloat16" in made.products:
+    check_products(made)
+    return made
+
+
+def check_products(plan: Plan) -> None:
+    """Raise UnsupportedError for what Triton's interpreter does wrong, where it runs kernels."""
+    if interpreted() and "tl.bfloat16" in plan.products:
         raise UnsupportedError(
             "dtype: Triton's interpreter multiplies bf16 wrongly; use float16 or float32, or backend='reference'"
         )
-    return made
 
 
 def aligned(codes: Tensor) -> bool:

@@ -9,7 +9,7 @@ from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError
 from tokquant.features import Features
 from tokquant.kernels import launch, quantize_plan, targets, tuned
-from tokquant.kernels.decode_launch import Call, keys_seen, on
+from tokquant.kernels.decode_launch import Call, keys_seen
 from tokquant.kernels.decode_plan import DecodePlan, check_pages, decode_plan, eight_bits
 from tokquant.kernels.pool import FEW, Pool
 from tokquant.kernels.quantize import quantize_queries
@@ -61,7 +61,7 @@ class TritonPages(PagesOfBoth[Pool]):
 
     def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
         """As `Store.write`, but that on a GPU up to 16 tokens raise only once `check` or a larger write looks."""
-        with on(k.device):
+        with launch.on(k.device):
             where = Table(table, table.stride(0), first, counts)
             checked = [pool.write(x, where, self._lost) for pool, x in ((self._k, k), (self._v, v))]
         if any(checked) and (k.device.type != "cuda" or k.shape[2] > FEW):
@@ -152,8 +152,5 @@ class TritonPages(PagesOfBoth[Pool]):
             interpreted=self.interpreted,
             target=self._target,
         )
-        if self.interpreted and "tl.bfloat16" in plan.products:
-            raise UnsupportedError(
-                "dtype: Triton's interpreter multiplies bf16 wrongly; use float16 or float32, or backend='reference'"
-            )
+        launch.check_products(plan)
         return plan

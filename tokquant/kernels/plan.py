@@ -12,7 +12,7 @@ from tokquant.bias.factors import block_of
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import hopper, targets
 from tokquant.kernels.candidates import Config, candidates
-from tokquant.kernels.products import TRITON_TYPES, UNITS, product_types, via
+from tokquant.kernels.products import BYTES, TRITON_TYPES, UNITS, product_types, via
 from tokquant.kernels.triton import fragments
 from tokquant.kernels.wanted import PLAIN, Wanted
 from tokquant.schemes import Operand, QuantScheme
@@ -245,8 +245,7 @@ def _key_tiles(scheme: QuantScheme, wide: bool) -> tuple[int, ...]:
 
 def _bytes_of_tokens(types: dict[str, str], head_dim: int, constants: dict[str, Any]) -> tuple[int, int]:
     """Bytes of shared memory for a query, and for a key and its value, as the products take them."""
-    sizes = {"tl.int8": 1, "tl.float8e4nv": 1, "tl.float8e5": 1, "tl.float32": 4}
-    q, k, v = (head_dim * sizes.get(types[role], 2) for role in "qkv")
+    q, k, v = (head_dim * BYTES[types[role]] for role in "qkv")
     factors = 2 * constants["RANK_TILE"] if constants["LOWRANK"] else 0
     # what is decoded lies there as codes too
     codes = sum(head_dim // constants[f"{role}_PACKED"] for role in "KV" if constants[f"{role}_DECODED"])

@@ -4,7 +4,6 @@ Each tensor is read once where the tokens of a scale lie in one tile, twice wher
 that no kernel takes (`quantize_plan.lacking` says why) is quantized by the definition, and so are floats that are only cast.
 """
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -49,7 +48,7 @@ def quantize_operands(
     """
     q_frame, k_frame, v_frame = frames(q, k, v, scheme, scales)
     run = _Run(scheme, scales)
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+    with launch.on(q.device):
         kq = run.keys(k, k_frame)
         qq = run.queries(q, q_frame, kq)
         vq = run.values(v, v_frame)
@@ -68,7 +67,7 @@ def quantize_operands(
 def quantize_queries(q: Tensor, k: QuantizedTensor, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
     """Q in codes, for keys in codes of which only what all share is looked at. Nothing is waited for: a value that its type
     does not hold becomes an infinity."""
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+    with launch.on(q.device):
         qq = _Run(scheme, scales).queries(q, frame_of_queries(q, k, k.frame), k)
     return replace(qq, scheme=scheme)
 
