@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokquant.errors import quote
+from tokquant.inputs import whole_number
 from tokquant.io_model.workload import Workload, seen
 from tokquant.kernels.compile import Kernel
 
@@ -97,8 +98,7 @@ def lower_bounds(of: Problem, memory: float, processors: int = 1) -> Bounds:
     """All bounds for fast memories of so many bytes. Raises ValueError for sizes that are none."""
     if not memory > 0 or not math.isfinite(memory):
         raise ValueError(f"memory: {quote(memory)}; give bytes of fast memory above 0")
-    if type(processors) is not int or processors < 1:
-        raise ValueError(f"processors: {quote(processors)} is not a whole number from 1")
+    whole_number("processors", processors, 1)
     return Bounds(compulsory(of), pebble(of, memory, processors), small_memory(of, memory, processors))
 
 

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import torch
 
 from tokquant.errors import UnsupportedError, quote
+from tokquant.inputs import whole_number
 from tokquant.kernels import generate, launch, targets
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.decode_plan import DecodePlan, decode_plan
@@ -119,10 +120,7 @@ def compile(
     chosen = targets.get(target)
     if dtype not in FLOAT_NAMES:
         raise TypeError(f"dtype: {dtype} is not supported; use torch.float16, torch.bfloat16 or torch.float32")
-    if type(head_dim) is not int or head_dim < 1:
-        raise ValueError(f"head_dim: {quote(head_dim)} is not a whole number from 1")
-    if type(shared_heads) is not int or shared_heads < 1:
-        raise ValueError(f"shared_heads: {quote(shared_heads)} is not a whole number from 1")
+    head_dim, shared_heads = whole_number("head_dim", head_dim, 1), whole_number("shared_heads", shared_heads, 1)
     flags = dict(
         causal=causal, window=window, softcap=softcap, sinks=sinks, return_lse=return_lse, varlen=varlen, decode=decode
     )
@@ -135,8 +133,6 @@ def compile(
         raise ValueError(f"mask: {quote(mask)} is none; use none, boolean or additive")
     if bias not in get_args(BiasKind):
         raise ValueError(f"bias: {quote(bias)} is none; use none, alibi, key_vector, lowrank or dense")
-    if type(bias_rank) is not int or bias_rank < 1:
-        raise ValueError(f"bias_rank: {quote(bias_rank)} is not a whole number from 1")
     wanted = Wanted(
         left=window,
         right=causal or window,
@@ -146,7 +142,7 @@ def compile(
         lse=return_lse,
         varlen=varlen,
         bias="past_alibi" if bias == "alibi" and causal else bias,
-        bias_rank=bias_rank,
+        bias_rank=whole_number("bias_rank", bias_rank, 1),
     )
     if decode:
         if mask != "none" or bias != "none" or varlen:

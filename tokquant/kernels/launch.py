@@ -241,8 +241,7 @@ def _bias(bias: Bias | None) -> dict[str, Any]:
 
 
 def _strided(name: str, x: Tensor, *dimensions: str) -> dict[str, Any]:
-    steps = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
-    return {name: x, **{f"{name}_{dimension}": step for dimension, step in zip(dimensions, steps, strict=False)}}
+    return {name: x, **{f"{name}_{dimension}": step for dimension, step in zip(dimensions, steps(x), strict=False)}}
 
 
 def operand(x: QuantizedTensor) -> Operand:
@@ -269,8 +268,11 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def strides(x: Tensor | None) -> tuple[int | None, int | None, int | None]:
-    """Strides of batch, head and row; zero where all share one scale."""
-    if x is None:
-        return (None, None, None)
-    batch, head, row = (0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+    """Those of batch, head and row."""
+    batch, head, row = (None, None, None) if x is None else steps(x)[:3]
     return batch, head, row
+
+
+def steps(x: Tensor) -> tuple[int, ...]:
+    """Strides of every dimension; zero where all share one."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))

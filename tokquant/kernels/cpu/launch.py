@@ -162,14 +162,13 @@ def _scales(x: QuantizedTensor) -> Fields:
         # a token whose codes are all zero says so by its sign
         exact = scale.float()
         scale = torch.where(x.log2_weight == exact.log2(), exact, -exact).to(scale.dtype)
-    scale = scale.contiguous()
-    page, head = (0 if size == 1 else step for size, step in zip(scale.shape[:2], scale.stride()[:2], strict=True))
-    return {
-        f"{role}_scale": scale,
-        f"{role}_zero": None if x.zero is None else x.zero.contiguous(),
-        f"{role}_scale_page": page,
-        f"{role}_scale_head": head,
-    }
+    return of_scales(role, scale.contiguous(), None if x.zero is None else x.zero.contiguous())
+
+
+def of_scales(role: str, scale: Tensor, zero: Tensor | None) -> Fields:
+    """Contiguous ones of K or V."""
+    page, head, *_ = launch.steps(scale)
+    return {f"{role}_scale": scale, f"{role}_zero": zero, f"{role}_scale_page": page, f"{role}_scale_head": head}
 
 
 def _of_tokens(x: QuantizedTensor, each: Tensor) -> Tensor:
@@ -218,5 +217,4 @@ def _once(x: Tensor, dimensions: int) -> Tensor:
 
 def _strided(name: str, x: Tensor, kind: torch.dtype, *dimensions: str) -> dict[str, Any]:
     x = _once(x, len(dimensions)).to(kind).contiguous()
-    steps = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
-    return {name: x, **{f"{name}_{dimension}": step for dimension, step in zip(dimensions, steps, strict=False)}}
+    return {name: x, **{f"{name}_{dimension}": step for dimension, step in zip(dimensions, launch.steps(x), strict=False)}}

@@ -13,7 +13,7 @@ from tokquant.errors import UnsupportedError
 from tokquant.features import Features
 from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu.bound import Bound
-from tokquant.kernels.cpu.launch import Call, laid_out, of_channels, of_features
+from tokquant.kernels.cpu.launch import Call, laid_out, of_channels, of_features, of_scales
 from tokquant.kernels.cpu.plan import ALL, plan
 from tokquant.kernels.cpu.quantize import queries
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
@@ -181,11 +181,7 @@ class _Panels:
         """What an attention kernel reads here, by the names in its text."""
         role, codes, scales = self.spec.role, self.parts["codes"], self.parts | self.given
         found: dict[str, Any] = {role: codes, f"{role}_page": codes.stride(0), f"{role}_head": codes.stride(1)}
-        if (scale := scales.get("scale")) is not None:
-            page, head = (0 if size == 1 else step for size, step in zip(scale.shape[:2], scale.stride()[:2], strict=True))
-            zero = scales.get("zero")
-            found |= {f"{role}_scale": scale, f"{role}_zero": zero, f"{role}_scale_page": page, f"{role}_scale_head": head}
-        return found
+        return found | (of_scales(role, scales["scale"], scales.get("zero")) if "scale" in scales else {})
 
     def of_sequences(self, batch: int) -> dict[str, Any]:
         """What an attention kernel reads of V for each of so many sequences."""
