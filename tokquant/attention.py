@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ Part = tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor, QuantScheme]
 """Operands of heads that take one scheme, and the scheme."""
 
 Backend = Literal["auto", "triton", "cpu", "reference"]
-BACKENDS = ("auto", "triton", "cpu", "reference")
+BACKENDS = get_args(Backend)
 
 
 @untraced("quantize")

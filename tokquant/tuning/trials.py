@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokquant.errors import UnsupportedError
+from tokquant.errors import UnsupportedError, first_line
 from tokquant.features import Features
 from tokquant.io_model.workload import Workload
 from tokquant.kernels import decode_launch, launch, sixteen_bit, targets, tuned
@@ -18,7 +18,7 @@ from tokquant.kernels.quantize import quantize_operands
 from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
 from tokquant.timing import interleaved_medians
-from tokquant.tuning.planner import Trial, first_line, planned
+from tokquant.tuning.planner import Trial, planned
 from tokquant.tuning.work import Step
 
 APART = 0.01
@@ -140,7 +140,7 @@ def time(
         try:
             out, _ = run(trial)()
         except Exception as error:  # of Triton or of the driver
-            tried[index] = replace(trial, why=f"does not run: {first_line(error)}")
+            tried[index] = replace(trial, why=f"does not run: {first_line(error)[:200]}")
             continue
         alike = trial.config.block_n, trial.split
         if alike not in first:
