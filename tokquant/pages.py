@@ -73,40 +73,77 @@ class Store(Protocol):
         ...
 
 
-class Part(Protocol):
+class Part:
     """Pages of K, or of V, as a store lays them."""
 
-    @property
-    def shape(self) -> torch.Size:
-        """`[pages, H_kv, page, D]`."""
-        ...
+    parts: dict[str, Tensor]
+    """What has pages, by name."""
 
-    @property
-    def parts(self) -> dict[str, Tensor]:
-        """What has pages, by name."""
-        ...
+    def __init__(self, spec: Operand, store: "PagesOfBoth", pages: int):
+        self.spec, self.scheme, self.scales, self.dtype = spec, store.scheme, store.scales, store.dtype
+        self.shape = torch.Size((pages, store.kv_heads, store.page, store.head_dim))
+        like = torch.empty(1, device=store.device).expand(1, store.kv_heads, 1, store.head_dim)
+        self.frame = frame_of(like, spec, self.scheme, self.scales)
 
     def grow(self, pages: int) -> None:
         """Room for so many pages, contents kept."""
+        for name, part in self.parts.items():
+            larger = part.new_zeros(pages, *part.shape[1:])
+            larger[: len(part)] = part
+            self.parts[name] = larger
+        self.shape = torch.Size((pages, *self.shape[1:]))
 
     def get(self, pages: Tensor, tokens: int) -> QuantizedTensor:
         """Canonical codes `[1, H_kv, tokens, D]` of these pages' first tokens."""
-        ...
+        raise NotImplementedError
 
     def put(self, page: Tensor, slot: Tensor, x: QuantizedTensor) -> None:
         """Canonical codes `[1, H_kv, n, D]` to the slots of n tokens."""
+        raise NotImplementedError
+
+    def operand(self, parts: dict[str, Tensor], tokens: int, batch: int = 1) -> QuantizedTensor:
+        """`operand` of what so many tokens of each of so many sequences have."""
+        shape = (batch, self.shape[1], tokens, self.shape[3])
+        return operand(parts, self.spec, self.scheme, self.scales, shape, self.dtype)
 
 
 P = TypeVar("P", bound=Part)
 
 
 class PagesOfBoth(Store, Generic[P]):
-    """What a store has in common for pages of K and pages of V that lie apart."""
+    """What a store has in common for pages of K and pages of V that lie apart.
 
-    scheme: QuantScheme
-    page: int
-    _k: P
-    _v: P
+    Args:
+        kv_heads, head_dim, dtype: of the tensors that are written.
+        pages, page: how many, and tokens of each.
+        scales: of the layer, for a scheme with static parts.
+
+    Raises UnsupportedError for what a store does not keep.
+    """
+
+    def __init__(
+        self,
+        scheme: QuantScheme,
+        *,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        pages: int,
+        page: int,
+        scales: LayerScales | None = None,
+    ):
+        self.scheme, self.scales, self.page = scheme, scales, page
+        self.kv_heads, self.head_dim, self.dtype, self.device = kv_heads, head_dim, dtype, device
+        self._begin()
+        self._k, self._v = (self._part(spec, pages) for spec in (scheme.k, scheme.v))
+
+    def _begin(self) -> None:
+        """Refuse what is not kept here, and prepare what pages are made with."""
+
+    def _part(self, spec: Operand, pages: int) -> P:
+        """So many pages of K or of V."""
+        raise NotImplementedError
 
     def grow(self, pages: int) -> None:
         for part in (self._k, self._v):
@@ -138,21 +175,8 @@ class PagesOfBoth(Store, Generic[P]):
 class ReferencePages(PagesOfBoth["_Rows"]):
     """Pages in torch, on any device, in the canonical layout."""
 
-    def __init__(
-        self,
-        scheme: QuantScheme,
-        *,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        pages: int,
-        page: int,
-        scales: LayerScales | None = None,
-    ):
-        self.scheme, self.scales, self.page = scheme, scales, page
-        shape = torch.Size((pages, kv_heads, page, head_dim))
-        self._k, self._v = (_Rows(spec, scheme, scales, shape, dtype, device) for spec in (scheme.k, scheme.v))
+    def _part(self, spec: Operand, pages: int) -> "_Rows":
+        return _Rows(spec, self, pages)
 
     def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
         n = k.shape[2]
@@ -180,30 +204,15 @@ class ReferencePages(PagesOfBoth["_Rows"]):
         return attention_by_reading(self, self.scheme, self.scales, q, table, lengths, features, offset)
 
 
-class _Rows:
-    """Pages of K or of V: codes, scales and zeros `[pages, H_kv, page / tokens under one, ...]`, fp8 as bytes."""
+class _Rows(Part):
+    """Codes, scales and zeros `[pages, H_kv, page / tokens under one, ...]`, fp8 as bytes."""
 
-    def __init__(
-        self,
-        spec: Operand,
-        scheme: QuantScheme,
-        scales: LayerScales | None,
-        shape: torch.Size,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        self.spec, self.scheme, self.scales, self.shape, self.dtype = spec, scheme, scales, shape, dtype
-        kept = sizes(spec, shape, dtype)
+    def __init__(self, spec: Operand, store: PagesOfBoth, pages: int):
+        super().__init__(spec, store, pages)
+        kept = sizes(spec, self.shape, self.dtype)
         self.types = {name: kind for name, (_, kind) in kept.items()}
-        self.parts = {name: indexable(torch.zeros(size, dtype=kind, device=device)) for name, (size, kind) in kept.items()}
-        self.frame = frame_of(torch.empty(1, device=device).expand(1, shape[1], 1, shape[3]), spec, scheme, scales)
-
-    def grow(self, pages: int) -> None:
-        for name, part in self.parts.items():
-            larger = part.new_zeros(pages, *part.shape[1:])
-            larger[: len(part)] = part
-            self.parts[name] = larger
-        self.shape = torch.Size((pages, *self.shape[1:]))
+        made = {name: torch.zeros(size, dtype=kind, device=store.device) for name, (size, kind) in kept.items()}
+        self.parts = {name: indexable(part) for name, part in made.items()}
 
     def put(self, page: Tensor, slot: Tensor, x: QuantizedTensor) -> None:
         for name, part in growing(x).items():
@@ -215,7 +224,7 @@ class _Rows:
         for name, part in self.parts.items():
             rows = -(-tokens * part.shape[2] // self.shape[2])
             found[name] = part[pages].transpose(0, 1).flatten(1, 2)[None, :, :rows].view(self.types[name])
-        return operand(found, self.spec, self.scheme, self.scales, (1, self.shape[1], tokens, self.shape[3]), self.dtype)
+        return self.operand(found, tokens)
 
 
 def sizes(spec: Operand, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

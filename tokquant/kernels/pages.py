@@ -5,7 +5,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError
 from tokquant.features import Features
 from tokquant.kernels import launch, quantize_plan, targets, tuned
@@ -16,48 +15,31 @@ from tokquant.kernels.quantize import quantize_queries
 from tokquant.kernels.triton.operands import Table
 from tokquant.kernels.wanted import PLAIN, Wanted
 from tokquant.pages import PagesOfBoth
-from tokquant.schemes import QuantScheme
+from tokquant.schemes import Operand
 
 
 class TritonPages(PagesOfBoth[Pool]):
-    """A store of pages for `tokquant.KVCache`; kernels of `scheme` write and read them.
-
-    Args:
-        kv_heads, head_dim, dtype: of the tensors that are written.
-        pages, page: how many, and tokens of each.
-        scales: of the layer, for a scheme with static parts.
+    """A store whose kernels write and read pages.
 
     Raises SchemeError for a scheme that sees later tokens, UnsupportedError for what no kernel does.
     """
 
-    def __init__(
-        self,
-        scheme: QuantScheme,
-        *,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        pages: int,
-        page: int,
-        scales: LayerScales | None = None,
-    ):
-        if not launch.available(device):
+    def _begin(self) -> None:
+        if not launch.available(self.device):
             raise UnsupportedError(
-                f"backend: 'triton' needs a GPU, and the cache is on {device}; use another device, set TRITON_INTERPRET=1 "
+                f"backend: 'triton' needs a GPU, and the cache is on {self.device}; use another device, set TRITON_INTERPRET=1 "
                 "before Python starts, or use backend='reference'"
             )
-        check_pages(scheme, page)
-        self.scheme, self.scales, self.page = scheme, scales, page
-        self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, dtype
-        self.interpreted, self._target = launch.interpreted(), targets.of(device)
-        plan = self._plan(PLAIN, 1)  # which refuses what no kernel does
-        for spec in (scheme.k, scheme.v):
-            if lacking := quantize_plan.lacking(spec, head_dim, None if self.interpreted else self._target):
+        check_pages(self.scheme, self.page)
+        self.interpreted, self._target = launch.interpreted(), targets.of(self.device)
+        self._tokens_last = eight_bits(self._plan(PLAIN, 1))  # which refuses what no kernel does
+        for spec in (self.scheme.k, self.scheme.v):
+            if lacking := quantize_plan.lacking(spec, self.head_dim, None if self.interpreted else self._target):
                 raise UnsupportedError(f"{lacking}; use backend='reference'")
-        self._k = Pool(scheme.k, self, device, pages, tokens_last=False)
-        self._v = Pool(scheme.v, self, device, pages, tokens_last=eight_bits(plan))
-        self._lost = torch.zeros(1, dtype=torch.int32, device=device)
+        self._lost = torch.zeros(1, dtype=torch.int32, device=self.device)
+
+    def _part(self, spec: Operand, pages: int) -> Pool:
+        return Pool(spec, self, pages, tokens_last=spec.role == "v" and self._tokens_last)
 
     def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
         """As `Store.write`, but that on a GPU up to 16 tokens raise only once `check` or a larger write looks."""

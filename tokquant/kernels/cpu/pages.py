@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from tokquant import blocks
-from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError
 from tokquant.features import Features
 from tokquant.kernels.cpu import build
@@ -18,9 +17,9 @@ from tokquant.kernels.cpu.plan import ALL, plan
 from tokquant.kernels.cpu.quantize import queries
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
 from tokquant.kernels.wanted import Wanted
-from tokquant.pages import PagesOfBoth, frame_of, growing, indexable, operand, sizes
+from tokquant.pages import PagesOfBoth, Part, growing, indexable, sizes
 from tokquant.quantize import frame_of_queries, in_frame
-from tokquant.schemes import Operand, QuantScheme
+from tokquant.schemes import Operand
 from tokquant.schemes.placement import as_bytes, place
 from tokquant.tensor import QuantizedTensor, canonical
 
@@ -28,30 +27,22 @@ from tokquant.tensor import QuantizedTensor, canonical
 class CpuPages(PagesOfBoth["_Panels"]):
     """Pages in panels, as `tokquant.blocks` says, each page with panels of its own."""
 
-    def __init__(
-        self,
-        scheme: QuantScheme,
-        *,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        pages: int,
-        page: int,
-        scales: LayerScales | None = None,
-    ):
-        if device.type != "cpu":
-            raise UnsupportedError(f"backend: 'cpu' keeps pages in memory, not on {device}; use device='cpu' or 'reference'")
+    def _begin(self) -> None:
+        scheme, page = self.scheme, self.page
+        if self.device.type != "cpu":
+            raise UnsupportedError(
+                f"backend: 'cpu' keeps pages in memory, not on {self.device}; use device='cpu' or 'reference'"
+            )
         if page % scheme.key_tile:
             raise UnsupportedError(
                 f"cache.page: {page} tokens are no whole tiles of {scheme.key_tile} keys, which P of scheme {scheme.name!r} "
                 f"has its scales for; use page: {scheme.key_tile} or backend='reference'"
             )
-        self.scheme, self.scales, self.page = scheme, scales, page
-        shape = torch.Size((pages, kv_heads, page, head_dim))
-        self._k, self._v = (_Panels(spec, scheme, scales, shape, dtype) for spec in (scheme.k, scheme.v))
         self._calls: dict[Any, tuple[Bound, Call]] = {}
         """The last kernels that ran, that of Q and that of attention: steps of decoding differ in nothing but tensors."""
+
+    def _part(self, spec: Operand, pages: int) -> "_Panels":
+        return _Panels(spec, self, pages)
 
     def grow(self, pages: int) -> None:
         self._calls.clear()
@@ -111,19 +102,17 @@ class CpuPages(PagesOfBoth["_Panels"]):
         return out, lse
 
 
-class _Panels:
-    """Pages of K or of V: `codes`, K's `[pages, H_kv, panels, words, 16]`, V's with tiles before the panels; and scales and
-    zeros as `tokquant.pages.sizes` says. V's scales are below zero for tokens whose codes all are zero."""
+class _Panels(Part):
+    """`codes`, K's `[pages, H_kv, panels, words, 16]`, V's with tiles before the panels; and scales and zeros as
+    `tokquant.pages.sizes` says. V's scales are below zero for tokens whose codes all are zero."""
 
-    def __init__(self, spec: Operand, scheme: QuantScheme, scales: LayerScales | None, shape: torch.Size, dtype: torch.dtype):
-        self.spec, self.scheme, self.scales, self.shape, self.dtype = spec, scheme, scales, shape, dtype
-        self.as_bytes = as_bytes(scheme, spec.role)
-        self.bits = blocks.bits_of(spec.format, spec.format.of(dtype).stored, self.as_bytes)
+    def __init__(self, spec: Operand, store: PagesOfBoth, pages: int):
+        super().__init__(spec, store, pages)
+        self.as_bytes = as_bytes(self.scheme, spec.role)
+        self.bits = blocks.bits_of(spec.format, spec.format.of(self.dtype).stored, self.as_bytes)
         self.weighted = spec.role == "v" and place(spec) == "p"
-        like = torch.empty(1, device="cpu").expand(1, shape[1], 1, shape[3])
-        self.frame = frame_of(like, spec, scheme, scales)
-        self.parts: dict[str, Tensor] = {}
-        self.grow(shape[0])
+        self.parts = {}
+        self.grow(pages)
 
     def grow(self, pages: int) -> None:
         self.shape = torch.Size((pages, *self.shape[1:]))
@@ -194,9 +183,7 @@ class _Panels:
 
     def any_token(self, batch: int) -> QuantizedTensor:
         """A token of each of so many sequences, for what does not change from token to token."""
-        shape = (batch, self.shape[1], 1, self.shape[3])
-        parts = {"codes": torch.empty(1, device="cpu").expand(shape)}
-        return operand(parts, self.spec, self.scheme, self.scales, shape, self.dtype)
+        return self.operand({"codes": torch.empty(1, device="cpu").expand(batch, self.shape[1], 1, self.shape[3])}, 1, batch)
 
     def write(self, x: Tensor, table: Tensor, first: Tensor) -> None:
         if self.bound is not None and self.bound(x, table, first):
@@ -205,10 +192,8 @@ class _Panels:
         coded = in_frame(x, self.frame, self.spec, self.scales)
         for b in range(len(x)):
             parts = {name: part[b : b + 1] for name, part in growing(coded).items()}
-            shape = (1, *x.shape[1:])
             place = first[b] + torch.arange(x.shape[2])
-            coded_alone = operand(parts, self.spec, self.scheme, self.scales, shape, self.dtype)
-            self.put(table[b, place // self.shape[2]], place % self.shape[2], coded_alone)
+            self.put(table[b, place // self.shape[2]], place % self.shape[2], self.operand(parts, x.shape[2]))
 
     def put(self, page: Tensor, slot: Tensor, x: QuantizedTensor) -> None:
         touched, inside = page.unique_consecutive(), int(slot[0])
@@ -239,8 +224,7 @@ class _Panels:
         if self.weighted:
             found["scale"] = found["scale"].float().abs().to(found["scale"].dtype)
         words = self.parts["codes"][pages].transpose(0, 1).flatten(1, 2)[None]
-        shape = (1, self.shape[1], tokens, self.shape[3])
-        x = operand({"codes": words, **found}, self.spec, self.scheme, self.scales, shape, self.dtype)
+        x = self.operand({"codes": words, **found}, tokens)
         return replace(x, codes=canonical(replace(x, layout="blocks")).codes)
 
     def _patterns(self, pages: Tensor) -> Tensor:
