@@ -63,7 +63,7 @@ def quantize_operands(
 def keys(k: Tensor, frame: Frame, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
     """K in codes, with its companion where Q loses block means."""
     kq = in_frame(k, frame, scheme.k, scales)
-    return replace(kq, companion=_less_offset(k, frame) if scheme.q.smooth == "block_mean" else None)
+    return replace(kq, companion=less_offset(k, frame) if scheme.q.smooth == "block_mean" else None)
 
 
 def queries(
@@ -88,7 +88,7 @@ def of_keys(q: Tensor, frame: Frame, k: QuantizedTensor) -> tuple[Frame, Tensor 
         return frame, offset, None
     assert k.scale is not None
     origin = None if k.origin is None else for_query_heads(k.origin, q, k)
-    return frame.with_fold(for_query_heads(k.scale.float(), q, k)), offset, origin
+    return replace(frame, fold=for_query_heads(k.scale.float(), q, k)), offset, origin
 
 
 def values(v: Tensor, frame: Frame, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
@@ -277,7 +277,8 @@ def for_query_heads(x: Tensor, q: Tensor | QuantizedTensor, k: Tensor | Quantize
     return x if shared == 1 else x.repeat_interleave(shared, dim=1)
 
 
-def _less_offset(k: Tensor, frame: Frame) -> Tensor:
+def less_offset(k: Tensor, frame: Frame) -> Tensor:
+    """K as block means of Q meet it: less its offset, in its own type."""
     return Frame(offset=frame.offset).apply(k).to(k.dtype).contiguous()
 
 

@@ -4,7 +4,7 @@ In exact arithmetic `softmax(Q K^T) V` stays what it was: a constant subtracted 
 factors of K are divided out of Q, a rotation turns both, and V's mean is added back.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -139,10 +139,6 @@ class Frame:
         if offset.shape[2] == 1:
             return offset.expand(-1, -1, n, -1)
         return offset.repeat_interleave(BLOCK_MEAN, dim=2)[:, :, :n]
-
-    def with_fold(self, fold: Tensor) -> "Frame":
-        """The same frame, with K's scale per channel multiplied in last."""
-        return replace(self, fold=fold)
 
     def tensors(self) -> list[Tensor]:
         """What the frame keeps in memory."""

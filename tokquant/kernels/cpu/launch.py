@@ -122,7 +122,7 @@ def _queries(q: QuantizedTensor, scheme: QuantScheme) -> Fields:
     scaled = q.scale is not None and place(q.spec) == "scores"
     return {
         "q": _read(q, scheme).contiguous(),
-        "q_scale": _of_tokens(q, q.spread(q.scale)) if scaled else None,  # type: ignore[arg-type]
+        "q_scale": q.spread(q.scale).expand(*q.shape[:3], 1).contiguous() if scaled else None,  # type: ignore[arg-type]
         "q_sum": None if q.code_sum is None else q.code_sum.contiguous(),
         "logit_offset": None if q.logit_offset is None else q.logit_offset.contiguous(),
         "q_mean": q.offset.float() if q.spec.smooth == "block_mean" else None,  # type: ignore[union-attr]
@@ -169,11 +169,6 @@ def of_scales(role: str, scale: Tensor, zero: Tensor | None) -> Fields:
     """Contiguous ones of K or V."""
     page, head, *_ = launch.steps(scale)
     return {f"{role}_scale": scale, f"{role}_zero": zero, f"{role}_scale_page": page, f"{role}_scale_head": head}
-
-
-def _of_tokens(x: QuantizedTensor, each: Tensor) -> Tensor:
-    """`[B | 1, H | 1, N | 1, 1] -> [B, H, N]`."""
-    return each.expand(*x.shape[:3], 1).contiguous()
 
 
 def of_channels(x: QuantizedTensor, each: Tensor) -> Tensor:

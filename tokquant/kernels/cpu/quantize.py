@@ -17,7 +17,7 @@ from tokquant.kernels.cpu.launch import READ
 from tokquant.kernels.cpu.plan import ALL
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
 from tokquant.kernels.launch import Operands
-from tokquant.quantize import check_groups, frames, keys, log2_weight, of_keys, values
+from tokquant.quantize import check_groups, frames, keys, less_offset, log2_weight, of_keys, values
 from tokquant.quantize import quantize_operands as define
 from tokquant.quantize import queries as define_queries
 from tokquant.schemes import QuantScheme
@@ -69,7 +69,7 @@ class _Run:
             return in_blocks(keys(k, frame, self.scheme, self.scales), self.scheme)
         kq = self._coded(k, frame, task, {}, {})
         if self.scheme.q.smooth == "block_mean":
-            kq = replace(kq, companion=Frame(offset=frame.offset).apply(k).to(k.dtype).contiguous())
+            kq = replace(kq, companion=less_offset(k, frame))
         return kq
 
     def queries(self, q: Tensor, frame: Frame, k: QuantizedTensor) -> QuantizedTensor:

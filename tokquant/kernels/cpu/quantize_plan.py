@@ -110,7 +110,9 @@ def plan(task: Task, instructions: str) -> CpuPlan:
     here = dynamic and tokens <= LONGEST
     scale_type = SCALE_TYPES[spec.scale_dtype]
     integers, half = precision.kind == "int", 2 ** (precision.bits - 1)
-    input_codes = not spec.scaled and precision.of(task.dtype).stored == torch.float16
+    written = precision.of(task.dtype)
+    decode = "to_floats(number(code))" if integers else written.cpp_decode
+    input_codes = not spec.scaled and written.stored == torch.float16
     packed = task.bits < 8
     constants: dict[str, Any] = {
         "QUERIES": spec.role == "q",
@@ -171,8 +173,8 @@ def plan(task: Task, instructions: str) -> CpuPlan:
         title=_title(task),
         constants=tuple((name, str(value)) for name, value in constants.items()),
         fragments=(
-            ("encode", f"static inline ints encode(floats x) {{ return {task.spec.format.of(task.dtype).cpp_quantize}; }}"),
-            ("decode", f"static inline floats decode(ints code) {{ return {_decoded(task)}; }}"),
+            ("encode", f"static inline ints encode(floats x) {{ return {written.cpp_quantize}; }}"),
+            ("decode", f"static inline floats decode(ints code) {{ return {decode}; }}"),
         ),
         instructions=instructions,
         template="quantize",
@@ -182,12 +184,6 @@ def plan(task: Task, instructions: str) -> CpuPlan:
 
 
 precisions.base.WHEN_REPLACED.extend((Task.of.cache_clear, plan.cache_clear))
-
-
-def _decoded(task: Task) -> str:
-    """C++: what a code stands for."""
-    precision = task.spec.format.of(task.dtype)
-    return "to_floats(number(code))" if precision.kind == "int" else precision.cpp_decode
 
 
 def _title(task: Task) -> str:
