@@ -12,7 +12,8 @@ import torch
 
 import tokquant as tq
 from tokquant.kernels import generate, store
-from tokquant.kernels.plan import _lay_v, plan
+from tokquant.kernels.holes import lay_v
+from tokquant.kernels.plan import plan
 from tokquant.kernels.triton import decode, fragments, scales, template
 from tokquant.kernels.wanted import Wanted
 from tokquant.precisions import PRECISIONS
@@ -142,5 +143,5 @@ def test_fragments_call_nothing_but_triton():
 @pytest.mark.parametrize(("product", "lay"), [("tl.int8", fragments.side_by_side_ptx), ("tl.float16", fragments.side_by_side)])
 def test_packed_values_go_through_registers_of_four_where_they_are_bytes_of_a_gpu(product, lay):
     packed = replace(PRECISIONS["int4"], compute=product)
-    assert _lay_v(packed, product, tokens_last=False, nvidia=True) is lay
-    assert _lay_v(packed, product, tokens_last=False, nvidia=False) is fragments.side_by_side
+    assert lay_v(packed, product, tokens_last=False, nvidia=True) is lay
+    assert lay_v(packed, product, tokens_last=False, nvidia=False) is fragments.side_by_side

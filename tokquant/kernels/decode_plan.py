@@ -10,13 +10,14 @@ from tokquant import precisions
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import targets
 from tokquant.kernels.candidates import Config
-from tokquant.kernels.plan import WHOLE, Plan, plan
+from tokquant.kernels.plan import Plan, plan
 from tokquant.kernels.products import BYTES, EIGHT
 from tokquant.kernels.quantize_plan import LONGEST
 from tokquant.kernels.triton import fragments, scales
 from tokquant.kernels.wanted import PLAIN, Wanted
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.appending import check_append_only
+from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import place
 
 LANES = 32

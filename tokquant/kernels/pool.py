@@ -17,11 +17,11 @@ from torch import Tensor
 
 from tokquant.kernels import generate, launch, quantize_plan
 from tokquant.kernels.decode_plan import sides_shape
-from tokquant.kernels.plan import WHOLE
 from tokquant.kernels.quantize_plan import Task
 from tokquant.kernels.triton.operands import Coded, Pages, Source, Table, Turned
 from tokquant.pages import PagesOfBoth, Part
 from tokquant.schemes import Operand
+from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import place
 from tokquant.schemes.scheme import SCALE_TYPES
 from tokquant.tensor import QuantizedTensor

@@ -13,7 +13,6 @@ from torch import Tensor
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import generate, launch, targets
-from tokquant.kernels.plan import WHOLE
 from tokquant.kernels.products import takes_tokens_last
 from tokquant.kernels.quantize_plan import LONGEST, QuantizePlan, Task, in_one_tile, lacking, plan
 from tokquant.kernels.triton.operands import Coded, Source, Table, Turned
@@ -33,6 +32,7 @@ from tokquant.quantize import (
 )
 from tokquant.quantize import quantize_operands as define
 from tokquant.schemes import Granularity, Operand, QuantScheme
+from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
 from tokquant.schemes.scheme import SCALE_TYPES
 from tokquant.tensor import QuantizedTensor, met

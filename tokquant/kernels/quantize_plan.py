@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 
 from tokquant import precisions
-from tokquant.kernels.plan import WHOLE
 from tokquant.kernels.products import FLOAT_NAMES, TRITON_TYPES
 from tokquant.kernels.targets import Target
 from tokquant.kernels.triton import scales
 from tokquant.schemes import Operand
+from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.scheme import SCALE_TYPES
 
 LONGEST = 128

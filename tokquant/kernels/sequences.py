@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tokquant.features import Features
 from tokquant.kernels import launch, order, targets, tuned
-from tokquant.kernels.plan import WHOLE
 from tokquant.kernels.triton.operands import Operand, Rows
 from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
+from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import place
 from tokquant.tensor import QuantizedTensor
 from tokquant.transfer import to_device

@@ -13,13 +13,14 @@ from tokquant.features import Features
 from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu.bound import Bound
 from tokquant.kernels.cpu.launch import Call, laid_out, of_channels, of_features, of_scales
-from tokquant.kernels.cpu.plan import ALL, plan
+from tokquant.kernels.cpu.plan import plan
 from tokquant.kernels.cpu.quantize import queries
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
 from tokquant.kernels.wanted import Wanted
 from tokquant.pages import PagesOfBoth, Part, growing, indexable, sizes
 from tokquant.quantize import frame_of_queries, in_frame
 from tokquant.schemes import Operand
+from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import as_bytes, place
 from tokquant.tensor import QuantizedTensor, canonical
 
@@ -155,7 +156,7 @@ class _Panels(Part):
             self.scheme,
             self.shape[3],
             self.dtype,
-            offset_tokens=0 if offset is None else ALL,
+            offset_tokens=0 if offset is None else WHOLE,
             balanced=self.frame.balance is not None,
             rotated=self.frame.rotated,
         )

@@ -11,6 +11,7 @@ from tokquant import blocks, precisions
 from tokquant.errors import UnsupportedError
 from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
+from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import as_bytes, lowers_logits, place
 from tokquant.schemes.scheme import Operand
 
@@ -20,8 +21,6 @@ SCRATCH = 2**16
 """Bytes of sums that a thread holds at once, where head_dim allows it."""
 CHUNK = 2048
 """Keys that a thread takes of a head at most, where few queries leave the others nothing to do."""
-ALL = 2**30
-"""Tokens that share a scale where all do."""
 CPP_TYPES = {"fp32": "float", "fp16": "half", "fp8_e4m3": "e4m3"}
 ROUNDED = {torch.float16: "rounded_half(x)", torch.bfloat16: "rounded_bfloat(x)", torch.float32: "x"}
 """C++: x as an input's type holds it."""
@@ -66,7 +65,7 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
     integer_k, integer_v = as_bytes(scheme, "k"), as_bytes(scheme, "v")
     k_bits, v_bits = (blocks.bits_of(x.format, x.format.of(dtype).stored, as_bytes(scheme, x.role)) for x in (k, v))
     k_each = at["k"] == "scores"
-    k_tokens, v_tokens = (x.granularity.cover(ALL, head_dim)[0] if x.scaled else 1 for x in (k, v))
+    k_tokens, v_tokens = (x.granularity.cover(WHOLE, head_dim)[0] if x.scaled else 1 for x in (k, v))
     # one scale of K for a tile joins the factor of the queries
     uniform = k.symmetric and k_tokens >= scheme.key_tile
     rotation = head_dim & -head_dim
@@ -161,7 +160,7 @@ precisions.base.WHEN_REPLACED.append(plan.cache_clear)
 
 def columns(operand: Operand, head_dim: int) -> int:
     """Scales of a token."""
-    return head_dim // operand.granularity.cover(ALL, head_dim)[1] if operand.scaled else 1
+    return head_dim // operand.granularity.cover(WHOLE, head_dim)[1] if operand.scaled else 1
 
 
 def _refuse(scheme: QuantScheme, encoder: precisions.Precision) -> None:

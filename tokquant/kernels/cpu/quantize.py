@@ -14,13 +14,13 @@ from tokquant import blocks
 from tokquant.calibration.scales import LayerScales
 from tokquant.kernels.cpu.bound import Bound
 from tokquant.kernels.cpu.launch import READ
-from tokquant.kernels.cpu.plan import ALL
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
 from tokquant.kernels.launch import Operands
 from tokquant.quantize import check_groups, frames, keys, less_offset, log2_weight, of_keys, values
 from tokquant.quantize import quantize_operands as define
 from tokquant.quantize import queries as define_queries
 from tokquant.schemes import QuantScheme
+from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
 from tokquant.schemes.scheme import SCALE_TYPES
 from tokquant.tensor import QuantizedTensor, in_blocks, met
@@ -126,7 +126,7 @@ class _Run:
             self.scheme,
             x.shape[3],
             x.dtype,
-            offset_tokens=0 if frame.offset is None else BLOCK_MEAN if frame.offset.shape[2] > 1 else ALL,
+            offset_tokens=0 if frame.offset is None else BLOCK_MEAN if frame.offset.shape[2] > 1 else WHOLE,
             balanced=frame.balance is not None,
             rotated=frame.rotated,
             folded=frame.fold is not None,

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 
 from tokquant import blocks, precisions
-from tokquant.kernels.cpu.plan import ALL, CPP_TYPES, CpuPlan, literal
+from tokquant.kernels.cpu.plan import CPP_TYPES, CpuPlan, literal
 from tokquant.kernels.products import FLOAT_NAMES
 from tokquant.schemes import Operand, QuantScheme
+from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import as_bytes, place
 from tokquant.schemes.scheme import SCALE_TYPES
 
@@ -105,7 +106,7 @@ def lacking(task: Task) -> str | None:
 def plan(task: Task, instructions: str) -> CpuPlan:
     """The plan of the kernel that does `task`, which `lacking` has nothing against."""
     spec, d, precision = task.spec, task.head_dim, task.spec.format
-    tokens, channels = spec.granularity.cover(ALL, d) if spec.scaled else (1, d)
+    tokens, channels = spec.granularity.cover(WHOLE, d) if spec.scaled else (1, d)
     dynamic = spec.scaled and spec.scale == "dynamic"
     here = dynamic and tokens <= LONGEST
     scale_type = SCALE_TYPES[spec.scale_dtype]
@@ -154,7 +155,7 @@ def plan(task: Task, instructions: str) -> CpuPlan:
         "TOKENS": max(blocks.LANES, tokens) if here else blocks.LANES,
         "ITEM": max(LONGEST, task.tile),
         "TILE": task.tile,
-        "OFFSET_TOKENS": task.offset_tokens or ALL,
+        "OFFSET_TOKENS": task.offset_tokens or WHOLE,
         "SCALE_TOKENS": tokens,
         "SCALE_CHANNELS": channels,
         "BITS": task.bits,
