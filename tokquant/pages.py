@@ -1,7 +1,7 @@
 """What keeps the packed part of a KV cache: the interface of a store, and the one in torch that defines the others."""
 
 from dataclasses import replace
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -191,15 +191,7 @@ class ReferencePages(PagesOfBoth["_Rows"]):
             rows.put(page, slot, in_frame(x, rows.frame, rows.spec, self.scales))
 
     def attention(
-        self,
-        q: Tensor,
-        table: Tensor,
-        lengths: Tensor,
-        features: Features,
-        *,
-        offset: Tensor | None = None,
-        longest: int | None = None,
-        deterministic: bool = False,
+        self, q: Tensor, table: Tensor, lengths: Tensor, features: Features, *, offset: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, Tensor]:
         return attention_by_reading(self, self.scheme, self.scales, q, table, lengths, features, offset)
 

@@ -5,9 +5,12 @@ factors of K are divided out of Q, a rotation turns both, and V's mean is added 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from tokquant.schemes.granularity import WHOLE
 
 BLOCK_MEAN = 128
 """Queries under one mean of `smooth: block_mean`."""
@@ -139,6 +142,11 @@ class Frame:
         if offset.shape[2] == 1:
             return offset.expand(-1, -1, n, -1)
         return offset.repeat_interleave(BLOCK_MEAN, dim=2)[:, :, :n]
+
+    def steps(self) -> dict[str, Any]:
+        """What a kernel that takes codes is told of it: how many tokens are under one offset, and what else is done."""
+        tokens = 0 if self.offset is None else BLOCK_MEAN if self.offset.shape[2] > 1 else WHOLE
+        return dict(offset_tokens=tokens, balanced=self.balance is not None, rotated=self.rotated, folded=self.fold is not None)
 
     def tensors(self) -> list[Tensor]:
         """What the frame keeps in memory."""

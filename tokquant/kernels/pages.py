@@ -1,6 +1,7 @@
 """Keys and values in pages, kept and read by Triton kernels: no copy of them is ever decoded in memory."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,24 +57,14 @@ class TritonPages(PagesOfBoth[Pool]):
             kinds = " and ".join(f"{x.role}'s {x.scale_dtype}" for x in (self.scheme.k, self.scheme.v) if x.scaled)
             raise ValueError(f"a value that was appended is too large for scale_dtype, {kinds}; use scale_dtype: fp32")
 
-    def attention(
-        self,
-        q: Tensor,
-        table: Tensor,
-        lengths: Tensor,
-        features: Features,
-        *,
-        offset: Tensor | None = None,
-        longest: int | None = None,
-        deterministic: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    def attention(self, q: Tensor, table: Tensor, lengths: Tensor, features: Features, **how: Any) -> tuple[Tensor, Tensor]:
         """As `Store.attention`. Where `longest` is None, it is what all pages of the table hold.
 
         With `deterministic`, keys are split alike on every device and in every batch, and what tuning has learned is left out.
 
         Raises UnsupportedError for a mask, a bias or sinks.
         """
-        return self.prepare(q, table, lengths, features, offset=offset, longest=longest, deterministic=deterministic).run()
+        return self.prepare(q, table, lengths, features, **how).run()
 
     def prepare(
         self,

@@ -21,7 +21,6 @@ from tokquant.kernels.quantize_plan import Task
 from tokquant.kernels.triton.operands import Coded, Pages, Source, Table, Turned
 from tokquant.pages import PagesOfBoth, Part
 from tokquant.schemes import Operand
-from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import place
 from tokquant.schemes.scheme import SCALE_TYPES
 from tokquant.tensor import QuantizedTensor
@@ -99,9 +98,7 @@ class Pool(Part):
                 head_dim=d,
                 dtype=x.dtype,
                 step="both" if spec.scaled and not self.static else "codes",
-                offset_tokens=0 if frame.offset is None else WHOLE,
-                balanced=frame.balance is not None,
-                rotated=frame.rotated,
+                **frame.steps(),
                 weighted=place(spec) == "p",
                 tokens_last=self.tokens_last,
                 page=self.shape[2],

@@ -32,11 +32,10 @@ from tokquant.quantize import (
 )
 from tokquant.quantize import quantize_operands as define
 from tokquant.schemes import Granularity, Operand, QuantScheme
-from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
 from tokquant.schemes.scheme import SCALE_TYPES
 from tokquant.tensor import QuantizedTensor, met
-from tokquant.transforms import BLOCK_MEAN, Frame
+from tokquant.transforms import Frame
 
 
 def quantize_operands(
@@ -144,10 +143,7 @@ class _Run:
             head_dim=x.shape[3],
             dtype=x.dtype,
             step="both" if in_one_tile(spec) else "codes",
-            offset_tokens=0 if frame.offset is None else BLOCK_MEAN if frame.offset.shape[2] > 1 else WHOLE,
-            balanced=frame.balance is not None,
-            rotated=frame.rotated,
-            folded=frame.fold is not None,
+            **frame.steps(),
             k_offset=given.k_offset is not None,
             k_origin=given.k_origin is not None,
             companion=made.companion is not None,

@@ -20,7 +20,6 @@ from tokquant.kernels.wanted import Wanted
 from tokquant.pages import PagesOfBoth, Part, growing, indexable, sizes
 from tokquant.quantize import frame_of_queries, in_frame
 from tokquant.schemes import Operand
-from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import as_bytes, place
 from tokquant.tensor import QuantizedTensor, canonical
 
@@ -150,20 +149,11 @@ class _Panels(Part):
     @cached_property
     def bound(self) -> Bound | None:
         """The kernel that writes tokens here; None where the definition has to quantize them."""
-        offset = self.frame.offset
-        task = Task.of(
-            self.spec,
-            self.scheme,
-            self.shape[3],
-            self.dtype,
-            offset_tokens=0 if offset is None else WHOLE,
-            balanced=self.frame.balance is not None,
-            rotated=self.frame.rotated,
-        )
+        task = Task.of(self.spec, self.scheme, self.shape[3], self.dtype, **self.frame.steps())
         if lacking(task):
             return None
         scales = self.parts | self.given
-        more = {"offset": offset, "balance": self.frame.balance}
+        more = {"offset": self.frame.offset, "balance": self.frame.balance}
         return Bound(task, self.parts["codes"], scales.get("scale"), scales.get("zero"), page=self.shape[2], more=more)
 
     @cached_property

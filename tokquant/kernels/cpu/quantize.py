@@ -20,11 +20,10 @@ from tokquant.quantize import check_groups, frames, keys, less_offset, log2_weig
 from tokquant.quantize import quantize_operands as define
 from tokquant.quantize import queries as define_queries
 from tokquant.schemes import QuantScheme
-from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
 from tokquant.schemes.scheme import SCALE_TYPES
 from tokquant.tensor import QuantizedTensor, in_blocks, met
-from tokquant.transforms import BLOCK_MEAN, Frame
+from tokquant.transforms import Frame
 
 
 def quantize_operands(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None = None) -> Operands:
@@ -121,17 +120,7 @@ class _Run:
         spec = getattr(self.scheme, role)
         if spec.scaled:
             check_groups(spec, x)
-        return Task.of(
-            spec,
-            self.scheme,
-            x.shape[3],
-            x.dtype,
-            offset_tokens=0 if frame.offset is None else BLOCK_MEAN if frame.offset.shape[2] > 1 else WHOLE,
-            balanced=frame.balance is not None,
-            rotated=frame.rotated,
-            folded=frame.fold is not None,
-            **rest,
-        )
+        return Task.of(spec, self.scheme, x.shape[3], x.dtype, **frame.steps(), **rest)
 
     def _coded(
         self, x: Tensor, frame: Frame, task: Task, more: dict[str, Tensor | None], kept: dict[str, Tensor | None]
