@@ -75,23 +75,17 @@ def problem(kernel: Kernel, workload: Workload) -> Problem:
     keys = int(end[sees].max() - first[sees].min()) if sees.any() else 0
     heads = workload.batch * workload.heads
     own = kernel.dtype.itemsize
-    widths = {role: _width(kernel, role) for role in "qkv"}
+    kept = {role: getattr(kernel.scheme, role).format.of(kernel.dtype) for role in "qkv"}
     return Problem(
         scores=heads * int(np.maximum(end - first, 0).sum()),
         queries=heads * int(sees.sum()),
         keys=workload.batch * workload.kv_heads(kernel) * keys,
         outputs=heads * n_q,
         head_dim=kernel.head_dim,
-        **widths,
+        **{role: precision.stored.itemsize / precision.packed for role, precision in kept.items()},
         o=own,
         lse=4 * kernel.wanted.lse,
     )
-
-
-def _width(kernel: Kernel, role: str) -> float:
-    """Bytes of a code."""
-    precision = getattr(kernel.scheme, role).format.of(kernel.dtype)
-    return precision.stored.itemsize / precision.packed
 
 
 def lower_bounds(of: Problem, memory: float, processors: int = 1) -> Bounds:
