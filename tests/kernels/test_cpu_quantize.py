@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from factories import qkv, scheme
-from quantized import CHOICES, FLOATS, chosen, differences, same
+from quantized import CHOICES, FLOATS, MISFITS, chosen, differences, same
 
 import tokquant as tq
 from tokquant import blocks
@@ -209,14 +209,7 @@ def test_static_scales_are_used_as_they_are(precision, granularity):
 
 @pytest.mark.parametrize(
     ("words", "value", "message"),
-    [
-        ("int8 token scale=fp16", 1e8, "k: a scale of .* does not fit scale_dtype fp16"),
-        ("fp16 mean", 1e6, "k: a value of .* does not fit fp16; use precision: bf16"),
-        pytest.param("int2 head scale=fp8_e4m3", 500.0, "k: a scale of 500 does not fit scale_dtype fp8_e4m3", marks=slow),
-        pytest.param("int4 token asymmetric scale=fp8_e4m3", -500.0, "k: a zero of 500 does not fit", marks=slow),
-        pytest.param("int8 asymmetric", torch.tensor([-3e38, 3e38]), "k: values from -3e.38 to 3e.38 span more", marks=slow),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    [pytest.param(*each, id=each[0], marks=[] if place in (0, 5) else slow) for place, each in enumerate(MISFITS)],
 )
 def test_what_does_not_fit_its_type_is_the_error_of_the_definition(words, value, message):
     q, k, v = qkv(4)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from factories import qkv, scheme
-from quantized import CHOICES, FLOATS, by_torch, chosen, differences, same
+from quantized import CHOICES, FLOATS, MISFITS, by_torch, chosen, differences, same
 
 import tokquant as tq
 from tokquant.calibration.scales import LayerScales
@@ -133,18 +133,7 @@ def test_static_scales_are_used_as_they_are(precision, granularity, started):
     assert len(started) == 3, "nothing is reduced but for Q"
 
 
-@pytest.mark.parametrize(
-    ("words", "value", "message"),
-    [
-        ("int8 token scale=fp16", 1e8, "k: a scale of .* does not fit scale_dtype fp16"),
-        ("int2 head scale=fp8_e4m3", 500.0, "k: a scale of 500 does not fit scale_dtype fp8_e4m3"),
-        ("int4 token asymmetric scale=fp8_e4m3", -500.0, "k: a zero of 500 does not fit"),
-        ("int8 token asymmetric scale=fp16", -1e6, "k: a zero of 1e.06 does not fit"),
-        ("int8 token asymmetric", torch.tensor([-3e38, 3e38]), "k: values from -3e.38 to 3e.38 span more than float32 holds"),
-        ("fp16 mean", 1e6, "k: a value of .* does not fit fp16; use precision: bf16"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
+@pytest.mark.parametrize(("words", "value", "message"), MISFITS, ids=[words for words, *_ in MISFITS])
 def test_what_does_not_fit_its_type_is_the_error_of_the_definition(words, value, message):
     q, k, v = qkv(4)
     k[0, 0, 2, :2] = torch.as_tensor(value)

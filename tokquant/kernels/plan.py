@@ -65,10 +65,8 @@ class Plan:
     def explain(self) -> dict[str, str]:
         """In words: what multiplies Q K^T and P V, where each operand's scale is applied and why, and what P is scaled by."""
         q, _, _, v = self.products
-        words = {
-            "Q K^T": UNITS.get(q, f"{q.removeprefix('tl.')} tensor cores"),
-            "P V": UNITS.get(v, f"{v.removeprefix('tl.')} tensor cores"),
-        }
+        units = (("Q K^T", q), ("P V", v))
+        words = {name: UNITS.get(kind, f"{kind.removeprefix('tl.')} tensor cores") for name, kind in units}
         words |= {f"scale of {role}": f"{PLACES[at][0]}: {PLACES[at][1]}" for role, at in self.places}
         if dict(self.constants)["LOG2_LARGEST"] == "0.0":
             words["scale of p"] = "none: the values are rounded to its type"
