@@ -185,7 +185,7 @@ def planned(operands: Operands, scheme: QuantScheme, wanted: Wanted, *, portable
 
 def check_products(plan: Plan) -> None:
     """Raise UnsupportedError for what Triton's interpreter does wrong, where it runs kernels."""
-    if interpreted() and "tl.bfloat16" in plan.products:
+    if "tl.bfloat16" in plan.products and interpreted():
         raise UnsupportedError(
             "dtype: Triton's interpreter multiplies bf16 wrongly; use float16 or float32, or backend='reference'"
         )

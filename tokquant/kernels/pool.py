@@ -34,7 +34,7 @@ class Pool(Part):
 
     def __init__(self, spec: Operand, store: PagesOfBoth, pages: int, *, tokens_last: bool):
         super().__init__(spec, store, pages)
-        self.tokens_last = tokens_last
+        self.tokens_last, self._interpreted = tokens_last, launch.interpreted()
         heads, d, page, device = store.kv_heads, store.head_dim, store.page, store.device
         precision = spec.format
         self._kind = precision.of(store.dtype).stored
@@ -104,7 +104,7 @@ class Pool(Part):
                 page=self.shape[2],
                 few=n <= FEW,
                 counted=table.counts is not None,
-                interpreted=launch.interpreted(),
+                interpreted=self._interpreted,
             )
         )
         codes = self.codes if self._kind.itemsize > 1 else self.codes.view(torch.uint8)
