@@ -1,7 +1,8 @@
 """What keeps the packed part of a KV cache: the interface of a store, and the one in torch that defines the others."""
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,70 +17,13 @@ from tokquant.tensor import QuantizedTensor
 from tokquant.transforms import Frame
 
 
-class Store(Protocol):
-    """Pages of K and V in codes, as a backend lays them. What it makes of tokens and queries equals `ReferencePages`.
-
-    Token t of a sequence, counted in its packed part, lies in page `table[b, t // page]`. Tables, firsts, counts, lengths and
-    offsets are int32 on the store's device, and may change after the call.
-    """
-
-    def grow(self, pages: int) -> None:
-        """A pool of so many pages, contents kept."""
-
-    def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
-        """Quantize k and v `[B, H_kv, n, D]` of any strides, and write `counts[b]` tokens (n where None) from `first[b]`.
-
-        Where a scheme has blocks, both are multiples of them. Raises ValueError where a scale does not fit.
-        """
-
-    def attention(
-        self,
-        q: Tensor,
-        table: Tensor,
-        lengths: Tensor,
-        features: Features,
-        *,
-        offset: Tensor | None = None,
-        longest: int | None = None,
-        deterministic: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of q `[B, H_q, n_q, D]` to `lengths[b]` packed keys: out `[B, H_q, n_q, D]` and natural LSE, float32.
-
-        Query i stands at key `lengths + offset - n_q + i`, offset being how many newer keys lie elsewhere (0 where None).
-        `longest` is the largest of the lengths, which saves asking a device. With `deterministic`, bits of a sequence's result
-        depend on nothing but the sequence.
-        An LSE of -inf where nothing is attended. Features have no sinks, mask or bias.
-        """
-        ...
-
-    def read(self, table_row: Tensor, tokens: int) -> tuple[QuantizedTensor, QuantizedTensor]:
-        """K and V of a sequence's first tokens `[1, H_kv, tokens, D]`, in the canonical layout."""
-        ...
-
-    def store(self, table_row: Tensor, first: int, k: QuantizedTensor, v: QuantizedTensor) -> None:
-        """Write canonical codes `[1, H_kv, n, D]` from token `first`, which blocks divide."""
-
-    def copy(self, source: int, target: int) -> None:
-        """One page's contents to another."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pages."""
-        ...
-
-    @property
-    def bits_per_value(self) -> float:
-        """Bits of codes, scales and zeros for a value of a page that is full."""
-        ...
-
-
-class Part:
+class Part(ABC):
     """Pages of K, or of V, as a store lays them."""
 
     parts: dict[str, Tensor]
     """What has pages, by name."""
 
-    def __init__(self, spec: Operand, store: "PagesOfBoth", pages: int):
+    def __init__(self, spec: Operand, store: "Store", pages: int):
         self.spec, self.scheme, self.scales, self.dtype = spec, store.scheme, store.scales, store.dtype
         self.shape = torch.Size((pages, store.kv_heads, store.page, store.head_dim))
         like = torch.empty(1, device=store.device).expand(1, store.kv_heads, 1, store.head_dim)
@@ -93,13 +37,13 @@ class Part:
             self.parts[name] = larger
         self.shape = torch.Size((pages, *self.shape[1:]))
 
+    @abstractmethod
     def get(self, pages: Tensor, tokens: int) -> QuantizedTensor:
         """Canonical codes `[1, H_kv, tokens, D]` of these pages' first tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def put(self, page: Tensor, slot: Tensor, x: QuantizedTensor) -> None:
         """Canonical codes `[1, H_kv, n, D]` to the slots of n tokens."""
-        raise NotImplementedError
 
     def operand(self, parts: dict[str, Tensor], tokens: int, batch: int = 1) -> QuantizedTensor:
         """`operand` of what so many tokens of each of so many sequences have."""
@@ -110,8 +54,11 @@ class Part:
 P = TypeVar("P", bound=Part)
 
 
-class PagesOfBoth(Store, Generic[P]):
-    """What a store has in common for pages of K and pages of V that lie apart.
+class Store(ABC, Generic[P]):
+    """Pages of K and pages of V in codes, as a backend lays them. What it makes of tokens and queries equals `ReferencePages`.
+
+    Token t of a sequence, counted in its packed part, lies in page `table[b, t // page]`. Tables, firsts, counts, lengths and
+    offsets are int32 on the store's device, and may change after the call.
 
     Args:
         kv_heads, head_dim, dtype: of the tensors that are written.
@@ -141,38 +88,71 @@ class PagesOfBoth(Store, Generic[P]):
     def _begin(self) -> None:
         """Refuse what is not kept here, and prepare what pages are made with."""
 
+    @abstractmethod
     def _part(self, spec: Operand, pages: int) -> P:
         """So many pages of K or of V."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
+        """Quantize k and v `[B, H_kv, n, D]` of any strides, and write `counts[b]` tokens (n where None) from `first[b]`.
+
+        Where a scheme has blocks, both are multiples of them. Raises ValueError where a scale does not fit.
+        """
+
+    @abstractmethod
+    def attention(
+        self,
+        q: Tensor,
+        table: Tensor,
+        lengths: Tensor,
+        features: Features,
+        *,
+        offset: Tensor | None = None,
+        longest: int | None = None,
+        deterministic: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of q `[B, H_q, n_q, D]` to `lengths[b]` packed keys: out `[B, H_q, n_q, D]` and natural LSE, float32.
+
+        Query i stands at key `lengths + offset - n_q + i`, offset being how many newer keys lie elsewhere (0 where None).
+        `longest` is the largest of the lengths, which saves asking a device. With `deterministic`, bits of a sequence's result
+        depend on nothing but the sequence.
+        An LSE of -inf where nothing is attended. Features have no sinks, mask or bias.
+        """
 
     def grow(self, pages: int) -> None:
+        """A pool of so many pages, contents kept."""
         for part in (self._k, self._v):
             part.grow(pages)
 
     def read(self, table_row: Tensor, tokens: int) -> tuple[QuantizedTensor, QuantizedTensor]:
+        """K and V of a sequence's first tokens `[1, H_kv, tokens, D]`, in the canonical layout."""
         pages = table_row[: -(-tokens // self.page)]
         return self._k.get(pages, tokens), with_sums(self._v.get(pages, tokens), self.scheme)
 
     def store(self, table_row: Tensor, first: int, k: QuantizedTensor, v: QuantizedTensor) -> None:
+        """Write canonical codes `[1, H_kv, n, D]` from token `first`, which blocks divide."""
         place = torch.arange(first, first + k.shape[2], device=table_row.device)
         for part, x in ((self._k, k), (self._v, v)):
             part.put(table_row[place // self.page], place % self.page, x)
 
     def copy(self, source: int, target: int) -> None:
+        """One page's contents to another."""
         for part in (self._k, self._v):
             for x in part.parts.values():
                 x[target] = x[source]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all pages."""
         return sum(x.nbytes for part in (self._k, self._v) for x in part.parts.values())
 
     @property
     def bits_per_value(self) -> float:
+        """Bits of codes, scales and zeros for a value of a page that is full."""
         return 8 * self.nbytes / (2 * self._k.shape.numel())
 
 
-class ReferencePages(PagesOfBoth["_Rows"]):
+class ReferencePages(Store["_Rows"]):
     """Pages in torch, on any device, in the canonical layout."""
 
     def _part(self, spec: Operand, pages: int) -> "_Rows":
@@ -199,7 +179,7 @@ class ReferencePages(PagesOfBoth["_Rows"]):
 class _Rows(Part):
     """Codes, scales and zeros `[pages, H_kv, page / tokens under one, ...]`, fp8 as bytes."""
 
-    def __init__(self, spec: Operand, store: PagesOfBoth, pages: int):
+    def __init__(self, spec: Operand, store: Store, pages: int):
         super().__init__(spec, store, pages)
         kept = sizes(spec, self.shape, self.dtype)
         self.types = {name: kind for name, (_, kind) in kept.items()}

@@ -15,11 +15,11 @@ from tokquant.kernels.pool import FEW, Pool
 from tokquant.kernels.quantize import quantize_queries
 from tokquant.kernels.triton.operands import Table
 from tokquant.kernels.wanted import PLAIN, Wanted
-from tokquant.pages import PagesOfBoth
+from tokquant.pages import Store
 from tokquant.schemes import Operand
 
 
-class TritonPages(PagesOfBoth[Pool]):
+class TritonPages(Store[Pool]):
     """A store whose kernels write and read pages.
 
     Raises SchemeError for a scheme that sees later tokens, UnsupportedError for what no kernel does.

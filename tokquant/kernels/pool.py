@@ -19,7 +19,7 @@ from tokquant.kernels import generate, launch, quantize_plan
 from tokquant.kernels.decode_plan import sides_shape
 from tokquant.kernels.quantize_plan import Task
 from tokquant.kernels.triton.operands import Coded, Pages, Source, Table, Turned
-from tokquant.pages import PagesOfBoth, Part
+from tokquant.pages import Part, Store
 from tokquant.schemes import Operand
 from tokquant.schemes.placement import place
 from tokquant.schemes.scheme import SCALE_TYPES
@@ -32,7 +32,7 @@ FEW = 16
 class Pool(Part):
     """Pages of K or of V. One-byte floats are kept as bytes, which torch can index."""
 
-    def __init__(self, spec: Operand, store: PagesOfBoth, pages: int, *, tokens_last: bool):
+    def __init__(self, spec: Operand, store: Store, pages: int, *, tokens_last: bool):
         super().__init__(spec, store, pages)
         self.tokens_last, self._interpreted = tokens_last, launch.interpreted()
         heads, d, page, device = store.kv_heads, store.head_dim, store.page, store.device

@@ -17,14 +17,14 @@ from tokquant.kernels.cpu.plan import plan
 from tokquant.kernels.cpu.quantize import queries
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
 from tokquant.kernels.wanted import Wanted
-from tokquant.pages import PagesOfBoth, Part, growing, indexable, sizes
+from tokquant.pages import Part, Store, growing, indexable, sizes
 from tokquant.quantize import frame_of_queries, in_frame
 from tokquant.schemes import Operand
 from tokquant.schemes.placement import as_bytes, place
 from tokquant.tensor import QuantizedTensor, canonical
 
 
-class CpuPages(PagesOfBoth["_Panels"]):
+class CpuPages(Store["_Panels"]):
     """Pages in panels, as `tokquant.blocks` says, each page with panels of its own."""
 
     def _begin(self) -> None:
@@ -106,7 +106,7 @@ class _Panels(Part):
     """`codes`, K's `[pages, H_kv, panels, words, 16]`, V's with tiles before the panels; and scales and zeros as
     `tokquant.pages.sizes` says. V's scales are below zero for tokens whose codes all are zero."""
 
-    def __init__(self, spec: Operand, store: PagesOfBoth, pages: int):
+    def __init__(self, spec: Operand, store: Store, pages: int):
         super().__init__(spec, store, pages)
         self.as_bytes = as_bytes(self.scheme, spec.role)
         self.bits = blocks.bits_of(spec.format, spec.format.of(self.dtype).stored, self.as_bytes)
