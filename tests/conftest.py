@@ -20,7 +20,7 @@ import scripts
 import torch
 from hypothesis import HealthCheck, settings
 
-from tokquant import kv_cache
+from tokquant import cli, kv_cache
 from tokquant.kernels.cpu import build, launch
 from tokquant.plugins import load
 from tokquant.quantize import quantize_operands
@@ -141,3 +141,19 @@ def launches(request):
     """Where a test's launches go that says nothing of it."""
     if of_ptx(request.node):
         request.getfixturevalue("on_ptx")
+
+
+@pytest.fixture
+def tokquant(capsys, monkeypatch):
+    """A command line: words to exit code, standard output and standard error."""
+
+    def run(*words):
+        capsys.readouterr()  # of what came before
+        monkeypatch.setattr("sys.argv", ["tokquant", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+            raise SystemExit(0)
+        out = capsys.readouterr()
+        return stop.value.code or 0, out.out, out.err
+
+    return run

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tokquant import bias
 from tokquant.schemes import QuantScheme, preset, preset_names
 from tokquant.schemes.placement import place
+from tokquant.tensor import QuantizedTensor
 
 INF = math.inf
 
@@ -323,3 +324,9 @@ class Largest(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self.elements = max(self.elements, x.untyped_storage().size() // x.element_size())
         return made
+
+
+def integer_scores(q: QuantizedTensor, k: QuantizedTensor) -> Tensor:
+    """The products of the codes alone, int32 `[B, H_q, N_q, N_k]`."""
+    shared = q.shape[1] // k.shape[1]
+    return (q.stored_values() @ k.stored_values().repeat_interleave(shared, dim=1).mT).to(torch.int32)

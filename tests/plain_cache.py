@@ -9,8 +9,8 @@ from torch import Tensor
 import tokquant as tq
 from tokquant import reference
 from tokquant.calibration.scales import needed
+from tokquant.features import Features
 from tokquant.quantize import quantize_operands
-from tokquant.reference import Features
 from tokquant.schemes import Cache, preset
 
 

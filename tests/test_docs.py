@@ -12,7 +12,8 @@ import tokquant as tq
 from tokquant import cli
 from tokquant.activations import Activations, sample
 from tokquant.kernels import generate
-from tokquant.kernels.plan import Wanted, plan
+from tokquant.kernels.plan import plan
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import preset, preset_names
 
 ROOT = Path(__file__).parent.parent

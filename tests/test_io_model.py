@@ -16,6 +16,7 @@ from tokquant.io_model import Workload
 from tokquant.kernels import launch, quantize, targets
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.compile import Kernel
+from tokquant.kernels.wanted import Wanted
 from tokquant.quantize import quantize_operands
 from tokquant.schemes import preset
 
@@ -55,7 +56,7 @@ def prepared(s, shape, given, dtype=torch.float32, lse=False, block_m=32, block_
     call = launch.prepare(*operands, s, features, lse, deterministic=True)
     config = replace(call.config, block_m=block_m, block_n=block_n or call.config.block_n)
     call = replace(call, config=config)
-    kernel = Kernel.of(call.plan, s, shape[2], dtype, targets.DEFAULT, launch.asked(features, lse)[0])
+    kernel = Kernel.of(call.plan, s, shape[2], dtype, targets.DEFAULT, Wanted.of(features, lse))
     workload = Workload.of(q, k, features)
     return call, replace(kernel, config=config), workload
 

@@ -14,6 +14,7 @@ LAYERS = [
     ("transforms", "folding", "bias", "blocks"),
     ("tensor",),
     ("calibration.scales",),
+    ("features",),
     ("quantize", "reference", "metrics", "activations"),
     ("inputs",),
     ("calibration", "export"),

@@ -11,6 +11,7 @@ from factories import (
     bounds,
     dense_logits,
     exact_operands,
+    integer_scores,
     pairwise,
     qkv,
     scheme,
@@ -326,8 +327,8 @@ def test_integer_scores_are_exact(name):
     q, k, v = qkv(40, 70, 64, heads=4, kv_heads=2)
     qq, kq, _ = quantize(q * 5, k * 5, v, name)
     expected = qq.stored_values().long() @ kq.stored_values().long().repeat_interleave(2, dim=1).mT
-    assert reference.integer_scores(qq, kq).dtype == torch.int32
-    assert reference.integer_scores(qq, kq).long().equal(expected)
+    assert integer_scores(qq, kq).dtype == torch.int32
+    assert integer_scores(qq, kq).long().equal(expected)
 
 
 def test_the_oracle_is_torchs_attention():

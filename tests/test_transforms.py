@@ -121,7 +121,8 @@ def test_undoing_a_frame_gives_the_tensor_back(n, offset, balanced, rotated):
         offset={"none": None, "mean": mean_over_tokens(x), "block means": mean_over_blocks(x)}[offset],
         balance=torch.rand(2, 3, 1, 48) + 0.5 if balanced else None,
         rotated=rotated,
-    ).with_fold(torch.rand(2, 3, 1, 48) + 0.5)
+        fold=torch.rand(2, 3, 1, 48) + 0.5,
+    )
     there = frame.apply(x)
     assert (frame.undo(there) - x).abs().max() < 3e-6
     assert not torch.allclose(there, x, rtol=1e-2)

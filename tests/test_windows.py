@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tokquant import windows
-from tokquant.reference import Features, matmul_kept
+from tokquant.features import Features
+from tokquant.reference import matmul_kept
 
 
 @pytest.mark.parametrize("product", [matmul_kept, windows._matmul_kept], ids=["on a CPU", "on a GPU"])

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ Part = tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor, QuantScheme]
 """Operands of heads that take one scheme, and the scheme."""
 
 Backend = Literal["auto", "triton", "cpu", "reference"]
-BACKENDS = ("auto", "triton", "cpu", "reference")
+BACKENDS = get_args(Backend)
 
 
 @untraced("quantize")
@@ -207,8 +207,7 @@ def operands_of(scheme: LayerScheme, q: Any, k: Any, v: Any) -> list[Part]:
     if isinstance(scheme, HeadSchemes):
         if not all(isinstance(x, QuantizedHeads) and len(x.parts) == len(scheme.parts) for x in (q, k, v)):
             raise ValueError(f"q, k, v: not of {scheme}; attend by the scheme that quantize was given")
-        split = zip(q.parts, k.parts, v.parts, (part for _, part in scheme.parts), strict=True)
-        parts = list(split)
+        parts = list(zip(q.parts, k.parts, v.parts, (part for _, part in scheme.parts), strict=True))
     else:
         if any(isinstance(x, QuantizedHeads) for x in (q, k, v)):
             raise ValueError(f"q, k, v: their heads are of other schemes than {scheme.name!r}; attend by those of quantize")

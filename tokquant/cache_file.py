@@ -12,12 +12,12 @@ from torch import Tensor
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import CacheFileError, quote
 from tokquant.files import write_atomically
-from tokquant.inputs import DTYPE_NAMES
+from tokquant.inputs import DTYPE_NAMES, whole_number
 from tokquant.pages import growing, operand, sizes
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.appending import check_append_only, unit, windows
 from tokquant.tensor import QuantizedTensor
-from tokquant.tensor_files import checksum, read_tensors
+from tokquant.tensor_files import check_forms, checksum, read_tensors
 
 FORMAT = "1"
 LARGEST = 2**20
@@ -88,8 +88,7 @@ def _content(tensors: dict[str, Tensor], metadata: dict[str, str], device: torch
     shape: Any = _document(metadata, "tokquant.shape")
     heads, d, dtype, tokens = map(shape.get, ("kv_heads", "head_dim", "dtype", "tokens"))
     for name, value in (("kv_heads", heads), ("head_dim", d)):
-        if type(value) is not int or not 0 < value <= LARGEST:
-            raise ValueError(f"{name}: {quote(value)} is not a whole number from 1 to {LARGEST}")
+        whole_number(name, value, 1, LARGEST)
     if not isinstance(dtype, str) or dtype not in DTYPE_NAMES:
         raise ValueError(f"dtype: {quote(dtype)}; it is one of {', '.join(DTYPE_NAMES)}")
     if not isinstance(tokens, list) or not tokens:
@@ -107,7 +106,7 @@ def _content(tensors: dict[str, Tensor], metadata: dict[str, str], device: torch
             grown = sizes(spec, (1, heads, packed, d), kind)
             expected |= {f"{b}.{spec.role}.{name}": size for name, size in grown.items()}
         expected |= {f"{b}.window.{role}": ((1, heads, ends, d), kind) for role in "kv"}
-    _check_tensors(tensors, expected)
+    check_forms(tensors, expected, "a cache", "a cache of these sizes has")
 
     tensors = {name: value.to(device) for name, value in tensors.items()}
     sequences: list[Sequence] = []
@@ -125,19 +124,6 @@ def _document(metadata: dict[str, str], name: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"its {name} cannot be read: {quote(found)} is no mapping")
     return found
-
-
-def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-    """Raise ValueError unless there are just these tensors, of these shapes and types."""
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors:
-            raise ValueError(f"{quote(name)} is missing")
-        if name not in expected:
-            raise ValueError(f"{quote(name)} does not belong to a cache of this scheme")
-        found = (tuple(tensors[name].shape), tensors[name].dtype)
-        if found != expected[name]:
-            written, right = (f"{list(shape)} of {kind}" for shape, kind in (found, expected[name]))
-            raise ValueError(f"{quote(name)} is {written}; a cache of these sizes has {right}")
 
 
 def _operand(

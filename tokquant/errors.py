@@ -51,6 +51,11 @@ def quote(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, without the stack that torch appends; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def nearest(name: object, names: Iterable[str]) -> str:
     """`"; did you mean 'int8'?"`, or nothing where no name is near."""
     if not isinstance(name, str):

@@ -22,11 +22,7 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
     Name layers as the model does (`model.layers.0.self_attn`) and the names are those that vLLM and compressed-tensors use.
     """
     check_scales_of_layers(scales)
-    tensors = {
-        f"{layer}.{name}": value.contiguous().clone()
-        for layer, part in scales.items()
-        for name, value in sorted(part.tensors.items())
-    }
+    tensors = {name: value.contiguous().clone() for name, value in scales.tensors().items()}
     scheme = json.dumps(scales.scheme.to_data())
     metadata = {
         "format": "pt",

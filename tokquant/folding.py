@@ -4,7 +4,7 @@ The factors are those of a static balance, `scales["layer"].tensors["k_balance"]
 that it takes before RoPE, and multiplies the others in after it.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ def _partners(d: int, rope: Rope) -> list[int]:
 
 
 def _check_factors(factors: object, rope: str) -> None:
-    if rope not in ("half", "interleaved", "none"):
+    if rope not in get_args(Rope):
         raise ValueError(f"rope: {quote(rope)} is none; use half, interleaved or none")
     if not isinstance(factors, Tensor):
         raise TypeError(f"factors: {quote(factors)}; give the tensor k_balance of a layer's scales, [H_kv, 1, D]")

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from tokquant.bias import Bias
 from tokquant.errors import quote
-from tokquant.reference import Features
+from tokquant.features import Features
 from tokquant.tensor import Coded
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

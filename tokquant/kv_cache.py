@@ -14,6 +14,7 @@ from tokquant.attention import Backend, check_scales, choose_backend, scheme_of
 from tokquant.cache_file import Content
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import CacheFileError, ScalesError, SchemeError, UnsupportedError, quote
+from tokquant.features import Features
 from tokquant.inputs import DTYPES, Numbers, check_beside_cache, sequence_numbers, whole_number, whole_numbers
 from tokquant.kernels.cpu.pages import CpuPages
 from tokquant.kernels.decode_launch import Call
@@ -22,7 +23,6 @@ from tokquant.operators import untraced
 from tokquant.pages import ReferencePages, Store, frame_of
 from tokquant.paging import BlockTable, Pool
 from tokquant.quantize import in_frame
-from tokquant.reference import Features
 from tokquant.schemes import QuantScheme, SchemeMap, resolve
 from tokquant.schemes.appending import check_append_only, unit, windows
 from tokquant.sequences import Sequences

@@ -1,37 +1,105 @@
 """What keeps the packed part of a KV cache: the interface of a store, and the one in torch that defines the others."""
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from tokquant import reference
 from tokquant.calibration.scales import LayerScales
+from tokquant.features import Features
 from tokquant.quantize import frame_of_queries, in_frame, queries, with_sums
-from tokquant.reference import Features
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.scheme import SCALE_TYPES
 from tokquant.tensor import QuantizedTensor
 from tokquant.transforms import Frame
 
 
-class Store(Protocol):
-    """Pages of K and V in codes, as a backend lays them. What it makes of tokens and queries equals `ReferencePages`.
+class Part(ABC):
+    """Pages of K, or of V, as a store lays them."""
+
+    parts: dict[str, Tensor]
+    """What has pages, by name."""
+
+    def __init__(self, spec: Operand, store: "Store", pages: int):
+        self.spec, self.scheme, self.scales, self.dtype = spec, store.scheme, store.scales, store.dtype
+        self.shape = torch.Size((pages, store.kv_heads, store.page, store.head_dim))
+        like = torch.empty(1, device=store.device).expand(1, store.kv_heads, 1, store.head_dim)
+        self.frame = frame_of(like, spec, self.scheme, self.scales)
+
+    def grow(self, pages: int) -> None:
+        """Room for so many pages, contents kept."""
+        for name, part in self.parts.items():
+            larger = part.new_zeros(pages, *part.shape[1:])
+            larger[: len(part)] = part
+            self.parts[name] = larger
+        self.shape = torch.Size((pages, *self.shape[1:]))
+
+    @abstractmethod
+    def get(self, pages: Tensor, tokens: int) -> QuantizedTensor:
+        """Canonical codes `[1, H_kv, tokens, D]` of these pages' first tokens."""
+
+    @abstractmethod
+    def put(self, page: Tensor, slot: Tensor, x: QuantizedTensor) -> None:
+        """Canonical codes `[1, H_kv, n, D]` to the slots of n tokens."""
+
+    def operand(self, parts: dict[str, Tensor], tokens: int, batch: int = 1) -> QuantizedTensor:
+        """`operand` of what so many tokens of each of so many sequences have."""
+        shape = (batch, self.shape[1], tokens, self.shape[3])
+        return operand(parts, self.spec, self.scheme, self.scales, shape, self.dtype)
+
+
+P = TypeVar("P", bound=Part)
+
+
+class Store(ABC, Generic[P]):
+    """Pages of K and pages of V in codes, as a backend lays them. What it makes of tokens and queries equals `ReferencePages`.
 
     Token t of a sequence, counted in its packed part, lies in page `table[b, t // page]`. Tables, firsts, counts, lengths and
     offsets are int32 on the store's device, and may change after the call.
+
+    Args:
+        kv_heads, head_dim, dtype: of the tensors that are written.
+        pages, page: how many, and tokens of each.
+        scales: of the layer, for a scheme with static parts.
+
+    Raises UnsupportedError for what a store does not keep.
     """
 
-    def grow(self, pages: int) -> None:
-        """A pool of so many pages, contents kept."""
+    def __init__(
+        self,
+        scheme: QuantScheme,
+        *,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        pages: int,
+        page: int,
+        scales: LayerScales | None = None,
+    ):
+        self.scheme, self.scales, self.page = scheme, scales, page
+        self.kv_heads, self.head_dim, self.dtype, self.device = kv_heads, head_dim, dtype, device
+        self._begin()
+        self._k, self._v = (self._part(spec, pages) for spec in (scheme.k, scheme.v))
 
+    def _begin(self) -> None:
+        """Refuse what is not kept here, and prepare what pages are made with."""
+
+    @abstractmethod
+    def _part(self, spec: Operand, pages: int) -> P:
+        """So many pages of K or of V."""
+
+    @abstractmethod
     def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
         """Quantize k and v `[B, H_kv, n, D]` of any strides, and write `counts[b]` tokens (n where None) from `first[b]`.
 
         Where a scheme has blocks, both are multiples of them. Raises ValueError where a scale does not fit.
         """
 
+    @abstractmethod
     def attention(
         self,
         q: Tensor,
@@ -50,51 +118,45 @@ class Store(Protocol):
         depend on nothing but the sequence.
         An LSE of -inf where nothing is attended. Features have no sinks, mask or bias.
         """
-        ...
+
+    def grow(self, pages: int) -> None:
+        """A pool of so many pages, contents kept."""
+        for part in (self._k, self._v):
+            part.grow(pages)
 
     def read(self, table_row: Tensor, tokens: int) -> tuple[QuantizedTensor, QuantizedTensor]:
         """K and V of a sequence's first tokens `[1, H_kv, tokens, D]`, in the canonical layout."""
-        ...
+        pages = table_row[: -(-tokens // self.page)]
+        return self._k.get(pages, tokens), with_sums(self._v.get(pages, tokens), self.scheme)
 
     def store(self, table_row: Tensor, first: int, k: QuantizedTensor, v: QuantizedTensor) -> None:
         """Write canonical codes `[1, H_kv, n, D]` from token `first`, which blocks divide."""
+        place = torch.arange(first, first + k.shape[2], device=table_row.device)
+        for part, x in ((self._k, k), (self._v, v)):
+            part.put(table_row[place // self.page], place % self.page, x)
 
     def copy(self, source: int, target: int) -> None:
         """One page's contents to another."""
+        for part in (self._k, self._v):
+            for x in part.parts.values():
+                x[target] = x[source]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pages."""
-        ...
+        return sum(x.nbytes for part in (self._k, self._v) for x in part.parts.values())
 
     @property
     def bits_per_value(self) -> float:
         """Bits of codes, scales and zeros for a value of a page that is full."""
-        ...
+        return 8 * self.nbytes / (2 * self._k.shape.numel())
 
 
-class ReferencePages:
+class ReferencePages(Store["_Rows"]):
     """Pages in torch, on any device, in the canonical layout."""
 
-    def __init__(
-        self,
-        scheme: QuantScheme,
-        *,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        pages: int,
-        page: int,
-        scales: LayerScales | None = None,
-    ):
-        self.scheme, self.scales, self.page = scheme, scales, page
-        shape = torch.Size((pages, kv_heads, page, head_dim))
-        self._k, self._v = (_Rows(spec, scheme, scales, shape, dtype, device) for spec in (scheme.k, scheme.v))
-
-    def grow(self, pages: int) -> None:
-        for rows in (self._k, self._v):
-            rows.grow(pages)
+    def _part(self, spec: Operand, pages: int) -> "_Rows":
+        return _Rows(spec, self, pages)
 
     def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
         n = k.shape[2]
@@ -109,86 +171,39 @@ class ReferencePages:
             rows.put(page, slot, in_frame(x, rows.frame, rows.spec, self.scales))
 
     def attention(
-        self,
-        q: Tensor,
-        table: Tensor,
-        lengths: Tensor,
-        features: Features,
-        *,
-        offset: Tensor | None = None,
-        longest: int | None = None,
-        deterministic: bool = False,
+        self, q: Tensor, table: Tensor, lengths: Tensor, features: Features, *, offset: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, Tensor]:
         return attention_by_reading(self, self.scheme, self.scales, q, table, lengths, features, offset)
 
-    def read(self, table_row: Tensor, tokens: int) -> tuple[QuantizedTensor, QuantizedTensor]:
-        pages = table_row[: -(-tokens // self.page)]
-        return self._k.get(pages, tokens), with_sums(self._v.get(pages, tokens), self.scheme)
 
-    def store(self, table_row: Tensor, first: int, k: QuantizedTensor, v: QuantizedTensor) -> None:
-        place = torch.arange(first, first + k.shape[2], device=table_row.device)
-        for rows, x in ((self._k, k), (self._v, v)):
-            rows.put(table_row[place // self.page], place % self.page, x)
+class _Rows(Part):
+    """Codes, scales and zeros `[pages, H_kv, page / tokens under one, ...]`, fp8 as bytes."""
 
-    def copy(self, source: int, target: int) -> None:
-        for rows in (self._k, self._v):
-            for part in rows.parts.values():
-                part[target] = part[source]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.numel() * part.element_size() for rows in (self._k, self._v) for part in rows.parts.values())
-
-    @property
-    def bits_per_value(self) -> float:
-        return 8 * self.nbytes / (2 * self._k.shape.numel())
-
-
-class _Rows:
-    """Pages of K or of V: codes, scales and zeros `[pages, H_kv, page / tokens under one, ...]`, fp8 as bytes."""
-
-    def __init__(
-        self,
-        spec: Operand,
-        scheme: QuantScheme,
-        scales: LayerScales | None,
-        shape: torch.Size,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        self.spec, self.scheme, self.scales, self.shape, self.dtype = spec, scheme, scales, shape, dtype
-        kept = sizes(spec, shape, dtype)
+    def __init__(self, spec: Operand, store: Store, pages: int):
+        super().__init__(spec, store, pages)
+        kept = sizes(spec, self.shape, self.dtype)
         self.types = {name: kind for name, (_, kind) in kept.items()}
-        self.parts = {name: indexable(torch.zeros(size, dtype=kind, device=device)) for name, (size, kind) in kept.items()}
-        self.frame = frame_of(torch.empty(1, device=device).expand(1, shape[1], 1, shape[3]), spec, scheme, scales)
-
-    def grow(self, pages: int) -> None:
-        for name, part in self.parts.items():
-            larger = part.new_zeros(pages, *part.shape[1:])
-            larger[: len(part)] = part
-            self.parts[name] = larger
-        self.shape = torch.Size((pages, *self.shape[1:]))
+        made = {name: torch.zeros(size, dtype=kind, device=store.device) for name, (size, kind) in kept.items()}
+        self.parts = {name: indexable(part) for name, part in made.items()}
 
     def put(self, page: Tensor, slot: Tensor, x: QuantizedTensor) -> None:
-        """Codes `[1, H_kv, n, D]` to the slots of n tokens."""
         for name, part in growing(x).items():
             tokens = self.shape[2] // self.parts[name].shape[2]
             self.parts[name][page[::tokens], :, slot[::tokens] // tokens] = indexable(part)[0].transpose(0, 1)
 
     def get(self, pages: Tensor, tokens: int) -> QuantizedTensor:
-        """Codes `[1, H_kv, tokens, D]` of these pages' first tokens."""
         found = {}
         for name, part in self.parts.items():
             rows = -(-tokens * part.shape[2] // self.shape[2])
             found[name] = part[pages].transpose(0, 1).flatten(1, 2)[None, :, :rows].view(self.types[name])
-        return operand(found, self.spec, self.scheme, self.scales, (1, self.shape[1], tokens, self.shape[3]), self.dtype)
+        return self.operand(found, tokens)
 
 
 def sizes(spec: Operand, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of what grows with the tokens of K or V `[B, H_kv, n, D]`: `codes`, and dynamic `scale` and `zero`."""
     precision, (*rest, d) = spec.format, shape
     if not spec.scaled:
-        return {"codes": (tuple(shape), dtype if precision.bits == 16 and dtype != torch.float32 else precision.stored)}
+        return {"codes": (tuple(shape), precision.of(dtype).stored)}
     found = {"codes": ((*rest, -(-d // precision.packed)), precision.stored)}
     if spec.scale == "dynamic":
         kinds = ("scale",) if spec.symmetric else ("scale", "zero")

@@ -3,30 +3,20 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tokquant.errors import CacheFullError
+from tokquant.pages import Store
 from tokquant.transfer import to_device
-
-
-class Paged(Protocol):
-    """What a store of pages does for their allocator."""
-
-    def grow(self, pages: int) -> None:
-        """A pool of so many pages, contents kept."""
-
-    def copy(self, source: int, target: int) -> None:
-        """One page's contents to another."""
 
 
 class Pool:
     """Pages of one store and how many sequences hold each. Caches that were forked share a pool."""
 
-    def __init__(self, store: Paged, page: int, pages: int, fixed: bool):
+    def __init__(self, store: Store, page: int, pages: int, fixed: bool):
         self.store, self.page, self.fixed = store, page, fixed
         self.holders = np.zeros(pages, np.int32)
         self.free = list(range(pages))[::-1]

@@ -63,7 +63,7 @@ def quantize_operands(
 def keys(k: Tensor, frame: Frame, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
     """K in codes, with its companion where Q loses block means."""
     kq = in_frame(k, frame, scheme.k, scales)
-    return replace(kq, companion=_less_offset(k, frame) if scheme.q.smooth == "block_mean" else None)
+    return replace(kq, companion=less_offset(k, frame) if scheme.q.smooth == "block_mean" else None)
 
 
 def queries(
@@ -88,7 +88,7 @@ def of_keys(q: Tensor, frame: Frame, k: QuantizedTensor) -> tuple[Frame, Tensor 
         return frame, offset, None
     assert k.scale is not None
     origin = None if k.origin is None else for_query_heads(k.origin, q, k)
-    return frame.with_fold(for_query_heads(k.scale.float(), q, k)), offset, origin
+    return replace(frame, fold=for_query_heads(k.scale.float(), q, k)), offset, origin
 
 
 def values(v: Tensor, frame: Frame, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
@@ -232,13 +232,11 @@ def _check_holds(stored: Tensor, exact: Tensor, spec: Operand, what: str) -> Non
 
 def _as_float(x: Tensor, dtype: torch.dtype, spec: Operand) -> Tensor:
     """`x` in the 16-bit type that the caller's tensor already has; a float32 tensor takes the one its precision names."""
-    precision = spec.format
-    own = precision.bits == 16 and dtype != torch.float32
-    stored = x.to(dtype) if own else precision.encode(x)
+    stored = spec.format.of(dtype).encode(x)
     if stored is not x and stored.dtype == torch.float16 and bool((stored.isinf() & x.isfinite()).any()):
         raise ValueError(
             f"{spec.role}: a value of {x[x.isfinite()].abs().max():.4g} does not fit fp16; use "
-            + ("bfloat16 tensors, or leave out balance and rotate" if own else "precision: bf16")
+            + ("bfloat16 tensors, or leave out balance and rotate" if dtype == stored.dtype else "precision: bf16")
         )
     return stored
 
@@ -279,7 +277,8 @@ def for_query_heads(x: Tensor, q: Tensor | QuantizedTensor, k: Tensor | Quantize
     return x if shared == 1 else x.repeat_interleave(shared, dim=1)
 
 
-def _less_offset(k: Tensor, frame: Frame) -> Tensor:
+def less_offset(k: Tensor, frame: Frame) -> Tensor:
+    """K as block means of Q meet it: less its offset, in its own type."""
     return Frame(offset=frame.offset).apply(k).to(k.dtype).contiguous()
 
 

@@ -6,13 +6,12 @@ kernel does, and keeps nothing of size N x N.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tokquant.autocast import in_their_types, joined
-from tokquant.bias import Bias
+from tokquant.features import Features
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import place
 from tokquant.tensor import QuantizedTensor, met
@@ -22,65 +21,6 @@ LOG2E = math.log2(math.e)
 
 SCORES_AT_ONCE = 2**19
 """Score elements held at a time: few enough for a cache, enough to be worth a call."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Features:
-    """What `attention` was asked for beside the operands; checked and with defaults filled in."""
-
-    scale: float
-    causal: bool = False
-    window: tuple[int | None, int | None] | None = None
-    mask: Tensor | None = None
-    """`[B, H_q, N_q, N_k]`, boolean (True = attend) or additive."""
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    """`[H_q]`, natural logits."""
-    bias: Bias | None = None
-    """Natural logits, added after the softcap."""
-
-    def kept(self, rows: slice, keys: slice, n_q: int, n_k: int, device: torch.device) -> Tensor | None:
-        """Which pairs attend, broadcastable to `[B, H_q, rows, keys]`; None where all do."""
-        kept = None
-        if self.causal or self.window:
-            # bottom-right: the last query sees the last key
-            i = torch.arange(rows.start, rows.stop, device=device)[:, None] + (n_k - n_q)
-            j = torch.arange(keys.start, keys.stop, device=device)[None, :]
-            left, right = self.reach()
-            kept = torch.ones(i.shape[0], j.shape[1], dtype=torch.bool, device=device)
-            if left is not None:
-                kept &= j >= i - left
-            if right is not None:
-                kept &= j <= i + right
-            kept = None if bool(kept.all()) else kept
-        if self.mask is not None and self.mask.dtype == torch.bool:
-            mask = self.mask[:, :, rows, keys]
-            kept = mask if kept is None else kept & mask
-        return kept
-
-    def spans(self, rows: slice, n_q: int, n_k: int, tile: int) -> Iterator[slice]:
-        """The key tiles in which any of these rows attends by causality and window."""
-        left, right = self.reach()
-        first = 0 if left is None else max(0, rows.start + n_k - n_q - left)
-        last = n_k if right is None else min(n_k, rows.stop + n_k - n_q + right)
-        for start in range(first // tile * tile, last, tile):
-            yield slice(start, min(start + tile, n_k))
-
-    def of_heads(self, heads: slice) -> "Features":
-        """Those of some heads of Q."""
-        return replace(
-            self,
-            mask=None if self.mask is None else self.mask[:, heads],
-            sinks=None if self.sinks is None else self.sinks[heads],
-            bias=None if self.bias is None else self.bias.of_heads(heads),
-        )
-
-    def reach(self) -> tuple[int | None, int | None]:
-        """How many keys before and after its own place a query sees; None where all."""
-        left, right = self.window or (None, None)
-        if self.causal:
-            right = 0
-        return left, right
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, features: Features, only: Sequence[slice] | None = None) -> tuple[Tensor, Tensor]:
@@ -129,12 +69,6 @@ def matmul_kept(p: Tensor, v: Tensor) -> Tensor:
     finite = v.isfinite()
     reached = (p != 0).to(v.dtype) @ (~finite).to(v.dtype) > 0
     return torch.where(reached, float("nan"), p @ torch.where(finite, v, 0.0))
-
-
-def integer_scores(q: QuantizedTensor, k: QuantizedTensor) -> Tensor:
-    """The products of the codes alone, int32 `[B, H_q, N_q, N_k]`: for small inputs, to compare with a kernel's."""
-    shared = q.shape[1] // k.shape[1]
-    return (q.stored_values() @ k.stored_values().repeat_interleave(shared, dim=1).mT).to(torch.int32)
 
 
 def attention(
@@ -194,9 +128,8 @@ class _Emulation:
         # logits in base 2 come for free where nothing has to happen to natural ones
         added = features.mask is not None and features.mask.dtype != torch.bool
         self.natural = features.softcap is not None or features.bias is not None or added
-        precision = scheme.p.format
-        self.p_type = v.dtype if precision.bits == 16 and v.dtype != torch.float32 else None
-        self.largest = precision.largest or 1.0
+        self.p_format = scheme.p.format.of(v.dtype)
+        self.largest = self.p_format.largest or 1.0
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Output and LSE of these queries."""
@@ -225,7 +158,8 @@ class _Emulation:
             alpha = torch.exp2((r - reference).clamp(max=65))
             r = reference
             p = torch.exp2(t - r + math.log2(self.largest))
-            codes = self.round_p(p)
+            # in units of its codes, rounded as P's precision does
+            codes = self.p_format.decode(self.p_format.encode(p))
 
             # integer codes cannot hold NaN, p - p can
             counted = p if scheme.normalizer == "exact" else codes + (p - p)
@@ -268,13 +202,6 @@ class _Emulation:
                 s = s + features.mask[:, :, rows, keys].float()
             s = s * LOG2E
         return s
-
-    def round_p(self, p: Tensor) -> Tensor:
-        """P in units of its codes, rounded as P's precision does."""
-        if self.p_type is not None:
-            return p.to(self.p_type).float()
-        precision = self.scheme.p.format
-        return precision.decode(precision.encode(p))
 
     def finish(self, rows: slice, acc: Tensor, zeros: Tensor, r: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
         """Accumulators -> output and natural LSE."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tokquant.calibration.scales import LayerScales
+from tokquant.features import Features
 from tokquant.pages import Store, attention_by_reading
 from tokquant.paging import BlockTable
-from tokquant.reference import Features
 from tokquant.schemes import QuantScheme
 from tokquant.tensor import QuantizedTensor
 from tokquant.transfer import to_device

@@ -77,8 +77,7 @@ class QuantizedTensor:
     @property
     def stored(self) -> torch.dtype:
         """The type of stored elements in the canonical layout: 16-bit floats are the caller's own."""
-        precision = self.spec.format
-        return self.dtype if precision.bits == 16 and self.dtype != torch.float32 else precision.stored
+        return self.spec.format.of(self.dtype).stored
 
     def _of_blocks(self) -> Tensor:
         assert self.scheme is not None

@@ -2,12 +2,17 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from torch import Tensor
+
+from tokquant.errors import quote
+
+Form = tuple[tuple[int, ...], torch.dtype]
 
 
 def open_tensors(path: str | os.PathLike, error_type: type[Exception]) -> Any:
@@ -31,6 +36,20 @@ def read_tensors(path: str | os.PathLike, error_type: type[Exception]) -> tuple[
     with open_tensors(path, error_type) as file:
         metadata = file.metadata() or {}
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
+
+
+def check_forms(tensors: dict[str, Tensor], expected: Mapping[str, Form], of: str, right: str) -> None:
+    """Raise ValueError unless there are just these tensors, of these shapes and types; errors say what the file is `of`, and
+    with `right` what would be."""
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise ValueError(f"{quote(name)} is missing")
+        if name not in expected:
+            raise ValueError(f"{quote(name)} does not belong to {of} of this scheme")
+        found = (tuple(tensors[name].shape), tensors[name].dtype)
+        if found != expected[name]:
+            written, wanted = (f"{list(shape)} of {kind}" for shape, kind in (found, expected[name]))
+            raise ValueError(f"{quote(name)} is {written}; {right} {wanted}")
 
 
 def checksum(tensors: dict[str, Tensor], scheme: str = "") -> str:

@@ -4,10 +4,13 @@ In exact arithmetic `softmax(Q K^T) V` stays what it was: a constant subtracted 
 factors of K are divided out of Q, a rotation turns both, and V's mean is added back.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from tokquant.schemes.granularity import WHOLE
 
 BLOCK_MEAN = 128
 """Queries under one mean of `smooth: block_mean`."""
@@ -140,9 +143,10 @@ class Frame:
             return offset.expand(-1, -1, n, -1)
         return offset.repeat_interleave(BLOCK_MEAN, dim=2)[:, :, :n]
 
-    def with_fold(self, fold: Tensor) -> "Frame":
-        """The same frame, with K's scale per channel multiplied in last."""
-        return replace(self, fold=fold)
+    def steps(self) -> dict[str, Any]:
+        """What a kernel that takes codes is told of it: how many tokens are under one offset, and what else is done."""
+        tokens = 0 if self.offset is None else BLOCK_MEAN if self.offset.shape[2] > 1 else WHOLE
+        return dict(offset_tokens=tokens, balanced=self.balance is not None, rotated=self.rotated, folded=self.fold is not None)
 
     def tensors(self) -> list[Tensor]:
         """What the frame keeps in memory."""

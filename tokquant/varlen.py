@@ -11,10 +11,10 @@ from tokquant.autocast import joined
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import quote
+from tokquant.features import Features
 from tokquant.inputs import check_tensors, features_of
 from tokquant.kernels import launch, sequences
 from tokquant.operators import operator
-from tokquant.reference import Features
 from tokquant.schemes import HeadSchemes, QuantScheme
 from tokquant.transfer import refuse_capture
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tokquant.autocast import in_their_types
-from tokquant.reference import Features, matmul_kept
+from tokquant.features import Features
+from tokquant.reference import matmul_kept
 from tokquant.transfer import to_device
 
 

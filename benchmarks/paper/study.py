@@ -25,6 +25,7 @@ from tokquant.activations import Activations, sample
 from tokquant.evaluation.machine import machine
 from tokquant.evaluation.sampling import runs
 from tokquant.evaluation.trials import scales_for
+from tokquant.features import Features
 from tokquant.inputs import features_of
 from tokquant.metrics import Errors, errors, head_errors
 from tokquant.quantize import quantize_operands
@@ -52,7 +53,7 @@ class Case:
     """What static scales are calibrated on; these tensors themselves where None."""
 
     @cached_property
-    def features(self) -> reference.Features:
+    def features(self) -> Features:
         return features_of(self.q, self.k, causal=self.causal, scale=self.scale)
 
     @cached_property

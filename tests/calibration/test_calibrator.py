@@ -7,7 +7,8 @@ import torch
 from factories import qkv
 
 import tokquant as tq
-from tokquant.reference import Features, oracle
+from tokquant.features import Features
+from tokquant.reference import oracle
 from tokquant.schemes import preset
 
 INT8 = {"precision": "int8"}

@@ -11,8 +11,9 @@ from factories import scheme
 
 import tokquant as tq
 from tokquant.activations import Activations, sample
+from tokquant.features import Features
 from tokquant.metrics import errors
-from tokquant.reference import Features, oracle
+from tokquant.reference import oracle
 
 LAYERS = list(Activations(sample()).items())
 FP8 = {"q": "fp16", "k": "fp8_e4m3 {} {static}", "v": "fp8_e4m3 {} {static}", "p": "fp16"}

@@ -11,6 +11,7 @@ import tokquant as tq
 from tokquant.cli import features
 from tokquant.kernels import tuned
 from tokquant.kernels.candidates import Config
+from tokquant.kernels.wanted import Wanted
 from tokquant.kv_cache import KVCache
 from tokquant.tuning.planner import Trial
 from tokquant.tuning.trials import Tuned
@@ -133,7 +134,7 @@ def test_what_does_not_fit_is_one_message(tokquant, words, message):
 def test_a_kernel_of_the_options_is_that_of_the_tensors(causal):
     """What `compile` makes of the words and `tune` of their tensors has one text."""
     from tokquant.inputs import features_of
-    from tokquant.kernels import generate, launch
+    from tokquant.kernels import generate
 
     words = dict(window=30, softcap=4.0, mask="boolean", bias="lowrank", bias_rank=24, sinks=True, lse=True)
     wanted = features.Wanted(causal=causal, **words)
@@ -141,7 +142,7 @@ def test_a_kernel_of_the_options_is_that_of_the_tensors(causal):
     q = torch.randn(1, 2, 70, 32, dtype=torch.float16)
     given = wanted.tensors(q, q)
     del given["return_lse"]
-    asked, _ = launch.asked(features_of(q, q, **given), True)
+    asked = Wanted.of(features_of(q, q, **given), True)
     assert asked == kernel.wanted and generate.render(kernel.plan) == kernel.source
 
 

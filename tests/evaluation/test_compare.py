@@ -6,7 +6,8 @@ import torch
 import tokquant as tq
 from tokquant import metrics
 from tokquant.evaluation.peers import sdpa
-from tokquant.reference import Features, oracle
+from tokquant.features import Features
+from tokquant.reference import oracle
 from tokquant.timing import interleaved_medians
 
 

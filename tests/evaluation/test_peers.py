@@ -10,8 +10,9 @@ from factories import qkv
 from torch.nn.attention import SDPBackend
 
 from tokquant.evaluation import packages, peers
+from tokquant.features import Features
 from tokquant.kernels.cpu import build
-from tokquant.reference import Features, oracle
+from tokquant.reference import oracle
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import transformers
 from tiny_models import SIZES, decoder, eagerly
 
 import tokquant as tq
-from tokquant import cli
 from tokquant.activations import Activations
 from tokquant.evaluation.logits import Agreement
 from tokquant.integrations.transformers import evaluate, record, texts, use
@@ -36,20 +35,6 @@ def lines(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(LINES))
     return path
-
-
-@pytest.fixture
-def tokquant(capsys, monkeypatch):
-    def run(*words):
-        capsys.readouterr()  # of what wrote the model
-        monkeypatch.setattr("sys.argv", ["tokquant", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-            raise SystemExit(0)
-        out = capsys.readouterr()
-        return stop.value.code or 0, out.out, out.err
-
-    return run
 
 
 def windows(folder, lines, tokens=32):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from factories import bounds, exact_operands, gpu_rounding, qkv
+from quantized import differences
 
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.kernels.pages import TritonPages
@@ -89,6 +90,15 @@ def filled(
             store.write(k[:, :, some], v[:, :, some], table, first, (lengths - first).clamp(max=step or longest))
         stores.append(Filled(store, table, lengths, q))
     return stores[0] if len(stores) == 1 else stores
+
+
+def unlike(ours, theirs) -> list[str]:
+    """The fields in which what two stores give back of any sequence differs."""
+    found = []
+    for b, tokens in enumerate(ours.lengths.tolist()):
+        for one, other in zip(*(x.store.read(x.table[b], tokens) for x in (ours, theirs)), strict=True):
+            found += [f"{one!r}: {name}" for name in differences(one, other)]
+    return found
 
 
 def differs(made, features, offset=None, *, deterministic=False, **shape) -> str:

@@ -5,15 +5,28 @@ from dataclasses import replace
 
 import pytest
 import torch
-from factories import CASES, SCHEMES, bounds, exact_operands, fits, gpu_rounding, nan_filled, pairwise, qkv, scheme
+from factories import (
+    CASES,
+    SCHEMES,
+    bounds,
+    exact_operands,
+    fits,
+    gpu_rounding,
+    integer_scores,
+    nan_filled,
+    pairwise,
+    qkv,
+    scheme,
+)
 
 import tokquant as tq
+from tokquant.features import Features
 from tokquant.inputs import features_of
 from tokquant.kernels import launch
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.plan import plan
 from tokquant.precisions.base import tl, triton
-from tokquant.reference import Features, integer_scores, oracle
+from tokquant.reference import oracle
 from tokquant.schemes import preset
 
 

@@ -11,9 +11,9 @@ import torch
 from factories import qkv
 
 import tokquant as tq
+from tokquant.features import Features
 from tokquant.kernels import store
 from tokquant.kernels.cpu import build, launch
-from tokquant.reference import Features
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 

@@ -8,7 +8,7 @@ import torch
 
 from tokquant.kernels.cpu import build, generate
 from tokquant.kernels.cpu.plan import plan
-from tokquant.kernels.plan import Wanted
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import preset
 
 EVERYTHING = Wanted(left=True, right=True, mask="additive", softcap=True, sinks=True, lse=True, bias="lowrank")

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import CASES, SCHEMES, bounds, exact_operands, fits, nan_filled, qkv, scheme
+from factories import CASES, SCHEMES, bounds, exact_operands, fits, integer_scores, nan_filled, qkv, scheme
 
 import tokquant as tq
 from tokquant.inputs import features_of
 from tokquant.kernels.cpu import build, launch
 from tokquant.kernels.cpu.instructions import INSTRUCTIONS, Instructions
 from tokquant.precisions import PRECISIONS, register
-from tokquant.reference import integer_scores, oracle
+from tokquant.reference import oracle
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from factories import pairwise, qkv, scheme
-from quantized import differences, same
+from factories import qkv, scheme
+from quantized import CHOICES, FLOATS, MISFITS, chosen, differences, same
 
 import tokquant as tq
 from tokquant import blocks
@@ -28,7 +28,6 @@ slow = pytest.mark.slow
 pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 
 DYNAMIC = [name for name in preset_names() if preset(name).k.scale == "dynamic"]
-FLOATS = [torch.float16, torch.bfloat16, torch.float32]
 
 
 @pytest.fixture(autouse=True)
@@ -74,30 +73,12 @@ def test_presets_are_quantized_as_the_definition_says(name, planned):
     assert [task.spec.role for task in planned] == (["k", "v"] if made.q.precision == "fp32" else ["k", "q", "v"])
 
 
-CHOICES = pairwise(
-    words=["int8", "int8 asymmetric", "int4", "int4 asymmetric", "int2", "int2 asymmetric", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"],
-    granularity=["token", "tensor", "head", "channel", "block:16", "block:256", "channel_block:32",
-                 "channel_block:256", "group:16"],
-    scale=["fp32", "fp16", "fp8_e4m3"],
-    smooth=["", "mean"],
-    transforms=[{}, {"rotate": "hadamard", "rotate_v": "hadamard"}, {"balance": "channel"},
-                {"balance": "rope_pairs", "rotate": "hadamard"}],
-    p=["int8 row_block:64", "uint8 row_block:64", "uint8 row_block:256", "fp16"],
-    dtype=FLOATS,
-    shape=[(33, 70, 32, 4, 1, 2), (130, 16, 48, 1, 1, 1), (3, 1, 16, 2, 1, 2), (5, 300, 80, 1, 1, 1), (20, 129, 160, 1, 1, 1)],
-)  # fmt: skip
-CHOICES = [pytest.param(*row, marks=[] if place % 40 == 9 else slow) for place, row in enumerate(CHOICES)]
+SOME = [pytest.param(*row, marks=[] if place % 40 == 9 else slow) for place, row in enumerate(CHOICES)]
 
 
-@pytest.mark.parametrize(("words", "granularity", "scale", "smooth", "transforms", "p", "dtype", "shape"), CHOICES, ids=str)
+@pytest.mark.parametrize(("words", "granularity", "scale", "smooth", "transforms", "p", "dtype", "shape"), SOME, ids=str)
 def test_every_choice_is_quantized_as_the_definition_says(words, granularity, scale, smooth, transforms, p, dtype, shape):
-    words = f"{words} {granularity} scale={scale}"
-    queries = words.replace(" asymmetric", "") + (" block_mean" if smooth else "")
-    try:
-        made = scheme(queries, f"{words} {smooth}", f"{words} {smooth}", p, **transforms)
-    except SchemeError:  # blocks of V and P that do not go together
-        made = scheme(queries, f"{words} {smooth}", f"{words} {smooth}", "int8 row_block:16", **transforms)
-    assert differing(*qkv(*shape, dtype), made) == []
+    assert differing(*qkv(*shape, dtype), chosen(words, granularity, scale, smooth, transforms, p)) == []
 
 
 @pytest.mark.parametrize(
@@ -228,14 +209,7 @@ def test_static_scales_are_used_as_they_are(precision, granularity):
 
 @pytest.mark.parametrize(
     ("words", "value", "message"),
-    [
-        ("int8 token scale=fp16", 1e8, "k: a scale of .* does not fit scale_dtype fp16"),
-        ("fp16 mean", 1e6, "k: a value of .* does not fit fp16; use precision: bf16"),
-        pytest.param("int2 head scale=fp8_e4m3", 500.0, "k: a scale of 500 does not fit scale_dtype fp8_e4m3", marks=slow),
-        pytest.param("int4 token asymmetric scale=fp8_e4m3", -500.0, "k: a zero of 500 does not fit", marks=slow),
-        pytest.param("int8 asymmetric", torch.tensor([-3e38, 3e38]), "k: values from -3e.38 to 3e.38 span more", marks=slow),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    [pytest.param(*each, id=each[0], marks=[] if place in (0, 5) else slow) for place, each in enumerate(MISFITS)],
 )
 def test_what_does_not_fit_its_type_is_the_error_of_the_definition(words, value, message):
     q, k, v = qkv(4)

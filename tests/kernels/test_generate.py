@@ -12,8 +12,10 @@ import torch
 
 import tokquant as tq
 from tokquant.kernels import generate, store
-from tokquant.kernels.plan import Wanted, _lay_v, plan
+from tokquant.kernels.holes import lay_v
+from tokquant.kernels.plan import plan
 from tokquant.kernels.triton import decode, fragments, scales, template
+from tokquant.kernels.wanted import Wanted
 from tokquant.precisions import PRECISIONS
 from tokquant.schemes import preset, preset_names
 
@@ -72,7 +74,7 @@ def test_equal_plans_give_equal_text_in_any_process():
     text = generate.render(planned("int8", right=True))
     program = (
         "import torch; from tokquant.kernels import generate; from tokquant.kernels.plan import plan;"
-        "from tokquant.schemes import preset; from tokquant.kernels.plan import Wanted; import sys;"
+        "from tokquant.schemes import preset; from tokquant.kernels.wanted import Wanted; import sys;"
         "sys.stdout.write(generate.render(plan(preset('int8'), head_dim=64, dtype=torch.float16, wanted=Wanted(right=True))))"
     )
     other = subprocess.run(
@@ -141,5 +143,5 @@ def test_fragments_call_nothing_but_triton():
 @pytest.mark.parametrize(("product", "lay"), [("tl.int8", fragments.side_by_side_ptx), ("tl.float16", fragments.side_by_side)])
 def test_packed_values_go_through_registers_of_four_where_they_are_bytes_of_a_gpu(product, lay):
     packed = replace(PRECISIONS["int4"], compute=product)
-    assert _lay_v(packed, product, tokens_last=False, nvidia=True) is lay
-    assert _lay_v(packed, product, tokens_last=False, nvidia=False) is fragments.side_by_side
+    assert lay_v(packed, product, tokens_last=False, nvidia=True) is lay
+    assert lay_v(packed, product, tokens_last=False, nvidia=False) is fragments.side_by_side

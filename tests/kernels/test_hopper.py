@@ -14,9 +14,10 @@ from ptx import device
 
 import tokquant as tq
 from tokquant.kernels import generate, hopper, launch, targets, tuned
-from tokquant.kernels.plan import Wanted, plan
+from tokquant.kernels.plan import plan
 from tokquant.kernels.products import takes_tokens_last
 from tokquant.kernels.resources import machine_code, main_loop
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import preset, preset_names
 
 pytestmark = pytest.mark.skipif(not hopper.available(), reason="this Triton has no Gluon, or another")

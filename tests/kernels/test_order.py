@@ -13,6 +13,7 @@ from tokquant.io_model import Workload
 from tokquant.kernels import launch, targets
 from tokquant.kernels.compile import Kernel
 from tokquant.kernels.order import abreast
+from tokquant.kernels.wanted import Wanted
 from tokquant.tuning.work import work
 
 MB = 2**20
@@ -80,7 +81,7 @@ def test_programs_start_as_the_planner_has_it_with_the_longest_of_all_heads(give
     small = replace(targets.DEFAULT, cache_size=2 * (kv_bytes * 5 // 8))
     monkeypatch.setattr(targets, "of", lambda device: small)
     call = launch.prepare(*operands, scheme, features, return_lse=False)
-    kernel = Kernel.of(call.plan, scheme, 32, torch.float32, small, launch.asked(features, False)[0])
+    kernel = Kernel.of(call.plan, scheme, 32, torch.float32, small, Wanted.of(features, False))
     tiles()
     assert torch.equal(call.run()[0], expected)
     ran, does = tiles(), work(kernel, Workload.of(*operands[:2], features))

@@ -11,11 +11,11 @@ from test_pages import BLOCKS, FEATURES, SCHEMES, dtype_of
 
 import tokquant as tq
 from tokquant import cli
+from tokquant.features import Features
 from tokquant.kernels import decode_launch as module
 from tokquant.kernels import generate, resources
 from tokquant.kernels.pages import TritonPages
 from tokquant.pages import ReferencePages
-from tokquant.reference import Features
 from tokquant.schemes import preset
 
 KINDS = ["kv-fp8", "kv-int8", "kv-int4", "kv-int4-kivi", "kv-int2-kivi", "fireq without its balance"]

@@ -9,12 +9,12 @@ from factories import scheme
 from paged import filled, wrong
 from quantized import differences
 
+from tokquant.features import Features
 from tokquant.kernels import decode_launch as module
 from tokquant.kernels import generate
 from tokquant.kernels.decode_plan import DecodePlan
 from tokquant.kernels.pages import TritonPages
 from tokquant.pages import ReferencePages
-from tokquant.reference import Features
 from tokquant.schemes import preset
 
 INT4, INT8, KIVI = (preset(name) for name in ("kv-int4", "kv-int8", "kv-int4-kivi"))

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from factories import pairwise, qkv, scheme
-from quantized import by_torch, differences, same
+from factories import qkv, scheme
+from quantized import CHOICES, FLOATS, MISFITS, by_torch, chosen, differences, same
 
 import tokquant as tq
 from tokquant.calibration.scales import LayerScales
@@ -22,7 +22,6 @@ from tokquant.quantize import encode
 from tokquant.schemes import preset, preset_names
 
 DYNAMIC = [name for name in preset_names() if preset(name).k.scale == "dynamic"]
-FLOATS = [torch.float16, torch.bfloat16, torch.float32]
 
 
 def compare(q, k, v, made, scales=None):
@@ -47,29 +46,13 @@ def test_presets_are_quantized_as_the_definition_says(name, started):
     assert len(started) == sum(1 if quantize_plan.in_one_tile(operand) else 2 for operand in scaled)
 
 
-CHOICES = pairwise(
-    words=["int8", "int8 asymmetric", "int4", "int4 asymmetric", "int2", "int2 asymmetric", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"],
-    granularity=["token", "tensor", "head", "channel", "block:16", "block:256", "channel_block:32",
-                 "channel_block:256", "group:16"],
-    scale=["fp32", "fp16", "fp8_e4m3"],
-    smooth=["", "mean"],
-    transforms=[{}, {"rotate": "hadamard", "rotate_v": "hadamard"}, {"balance": "channel"},
-                {"balance": "rope_pairs", "rotate": "hadamard"}],
-    p=["int8 row_block:64", "uint8 row_block:64", "uint8 row_block:256", "fp16"],
-    dtype=FLOATS,
-    shape=[(33, 70, 32, 4, 1, 2), (130, 16, 48, 1, 1, 1), (3, 1, 16, 2, 1, 2), (5, 300, 80, 1, 1, 1), (20, 129, 160, 1, 1, 1)],
-)  # fmt: skip
-
-
 @pytest.mark.parametrize(("words", "granularity", "scale", "smooth", "transforms", "p", "dtype", "shape"), CHOICES, ids=str)
 def test_every_choice_is_quantized_as_the_definition_says(words, granularity, scale, smooth, transforms, p, dtype, shape):
-    words = f"{words} {granularity} scale={scale}"
-    queries = words.replace(" asymmetric", "") + (" block_mean" if smooth else "")
+    made = chosen(words, granularity, scale, smooth, transforms, p)
     try:
-        made = scheme(queries, f"{words} {smooth}", f"{words} {smooth}", p, **transforms)
         kernels.takes_tokens_last(made, dtype)
-    except (SchemeError, tq.UnsupportedError):  # blocks of V and P that do not go together
-        made = scheme(queries, f"{words} {smooth}", f"{words} {smooth}", "int8 row_block:16", **transforms)
+    except tq.UnsupportedError:  # an unsigned P on a V of floats
+        made = chosen(words, granularity, scale, smooth, transforms, "int8 row_block:16")
     compare(*qkv(*shape, dtype), made)
 
 
@@ -150,18 +133,7 @@ def test_static_scales_are_used_as_they_are(precision, granularity, started):
     assert len(started) == 3, "nothing is reduced but for Q"
 
 
-@pytest.mark.parametrize(
-    ("words", "value", "message"),
-    [
-        ("int8 token scale=fp16", 1e8, "k: a scale of .* does not fit scale_dtype fp16"),
-        ("int2 head scale=fp8_e4m3", 500.0, "k: a scale of 500 does not fit scale_dtype fp8_e4m3"),
-        ("int4 token asymmetric scale=fp8_e4m3", -500.0, "k: a zero of 500 does not fit"),
-        ("int8 token asymmetric scale=fp16", -1e6, "k: a zero of 1e.06 does not fit"),
-        ("int8 token asymmetric", torch.tensor([-3e38, 3e38]), "k: values from -3e.38 to 3e.38 span more than float32 holds"),
-        ("fp16 mean", 1e6, "k: a value of .* does not fit fp16; use precision: bf16"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
+@pytest.mark.parametrize(("words", "value", "message"), MISFITS, ids=[words for words, *_ in MISFITS])
 def test_what_does_not_fit_its_type_is_the_error_of_the_definition(words, value, message):
     q, k, v = qkv(4)
     k[0, 0, 2, :2] = torch.as_tensor(value)

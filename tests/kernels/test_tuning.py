@@ -10,7 +10,8 @@ import tokquant as tq
 from tokquant.inputs import features_of
 from tokquant.io_model import Workload
 from tokquant.kernels import launch, targets
-from tokquant.kernels.plan import Wanted, plan
+from tokquant.kernels.plan import plan
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import preset, preset_names
 from tokquant.tuning import trials as tuning
 from tokquant.tuning.planner import Trial, planned

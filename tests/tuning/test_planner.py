@@ -238,7 +238,7 @@ def test_the_order_of_a_real_kernel_agrees_with_its_counts():
 def test_a_kernel_that_reads_pages_with_newer_keys_elsewhere_compiles():
     from tokquant.kernels.compile import Kernel
     from tokquant.kernels.decode_plan import decode_plan
-    from tokquant.kernels.plan import Wanted
+    from tokquant.kernels.wanted import Wanted
 
     scheme, wanted = tq.preset("kv-int4-kivi"), Wanted(right=True, lse=True)
     plan = decode_plan(scheme, head_dim=64, dtype=torch.float16, page=128, wanted=wanted, newer=True)

@@ -194,5 +194,9 @@ class Scales(Mapping[str, LayerScales]):
     def __len__(self) -> int:
         return len(self._layers)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, by full name: `model.layers.0.self_attn.k_scale`."""
+        return {f"{layer}.{name}": value for layer, part in self.items() for name, value in part.tensors.items()}
+
     def __repr__(self) -> str:
         return f"Scales({self.scheme.name!r}, {len(self)} layers)"

@@ -17,7 +17,7 @@ from tokquant.files import write_atomically
 from tokquant.inputs import DTYPE_NAMES
 from tokquant.schemes import QuantScheme, SchemeMap
 from tokquant.schemes.reading import of_data
-from tokquant.tensor_files import checksum, read_tensors
+from tokquant.tensor_files import check_forms, checksum, read_tensors
 
 FORMAT = "1"
 LARGEST = 2**20
@@ -36,12 +36,7 @@ class State:
 
 def write(path: str | os.PathLike, state: State) -> None:
     """Write statistics as `<layer>.k_scale.low` ..., atomically; the rest, and a checksum of all, is in the metadata."""
-    tensors = {
-        f"{name}.{part}.{kept}": value.contiguous()
-        for name, layer in state.layers.items()
-        for part, statistics in layer.parts.items()
-        for kept, value in statistics.tensors().items()
-    }
+    tensors = {name: value.contiguous() for name, value in _tensors(state.layers).items()}
     layers = {
         name: {"dtype": str(layer.dtype).removeprefix("torch."), "shapes": layer.shapes, "tokens": layer.tokens}
         for name, layer in state.layers.items()
@@ -90,29 +85,27 @@ def _state(tensors: dict[str, Tensor], document: str) -> State:
         raise ValueError("its description lacks scheme, layers or sources")
     scheme, observer = of_data(data["scheme"]), observers.parse(data.get("observer"))
     layers = {name: _layer(name, given, scheme, observer) for name, given in data["layers"].items()}
-    expected = {
-        f"{name}.{part}.{kept}": (statistics, kept, value)
-        for name, layer in layers.items()
-        for part, statistics in layer.parts.items()
-        for kept, value in statistics.tensors().items()
-    }
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors:
-            raise ValueError(f"{quote(name)} is missing")
-        if name not in expected:
-            raise ValueError(f"{quote(name)} does not belong to a calibration of this scheme")
-        found, (statistics, kept, empty) = tensors[name], expected[name]
-        if (found.shape, found.dtype) != (empty.shape, empty.dtype):
-            written, right = (f"{list(x.shape)} of {x.dtype}" for x in (found, empty))
-            raise ValueError(f"{quote(name)} is {written}; it should be {right}")
-        statistics.put(kept, found)
+    expected = {name: (tuple(value.shape), value.dtype) for name, value in _tensors(layers).items()}
+    check_forms(tensors, expected, "a calibration", "it should be")
     for name, layer in layers.items():
         for part, statistics in layer.parts.items():
+            for kept in statistics.tensors():
+                statistics.put(kept, tensors[f"{name}.{part}.{kept}"])
             try:
                 statistics.check(layer.tokens[part[0]])
             except ValueError as error:
                 raise ValueError(f"{name}.{part}.{error}") from None
     return State(scheme, observer, layers, data["sources"])
+
+
+def _tensors(layers: dict[str, Layer]) -> dict[str, Tensor]:
+    """All that layers remember, by name."""
+    return {
+        f"{name}.{part}.{kept}": value
+        for name, layer in layers.items()
+        for part, statistics in layer.parts.items()
+        for kept, value in statistics.tensors().items()
+    }
 
 
 def _layer(name: str, given: Any, scheme: QuantScheme | SchemeMap, observer: observers.Observer) -> Layer:

@@ -91,10 +91,8 @@ def bench(
 
 def _table(measured: Table) -> rich.table.Table:
     machine = "; ".join(f"{name} {value}" for name, value in measured.machine.items())
-    table = rich.table.Table(title=escape(f"{measured.workload}: {measured.shape}"), caption=escape(machine))
-    table.add_column("provider")
-    for heading in ("ms", f"x {measured.peer or 'peer'}", measured.unit, "of peak"):
-        table.add_column(heading, justify="right")
+    headings = "ms", f"x {measured.peer or 'peer'}", measured.unit, "of peak"
+    table = output.table(f"{measured.workload}: {measured.shape}", ["provider"], headings, caption=escape(machine))
     noted = any(row.note for row in measured.rows)
     if noted:
         table.add_column("")

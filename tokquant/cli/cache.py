@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from tokquant.cli import options, output
 from tokquant.cli.tune import launch_of
@@ -29,32 +28,19 @@ def list_entries(json: options.Json = False) -> None:
     if json:
         output.print_json([entry.model_dump() for entry in found])
         return
-    table = Table(title=escape(f"{_entries(len(found))} in {tuned.folder()}"))
-    for column in (
-        "kernel",
-        "device",
-        "Triton",
-        "batch x heads",
-        "queries",
-        "keys",
-        "launch",
-        "ms",
-        "untuned ms",
-        "whole ms",
-        "torch's ms",
-        "planned as",
-    ):
-        table.add_column(column)
+    sizes = ("batch x heads", "queries", "keys", "launch")
+    times = ("ms", "untuned ms", "whole ms", "torch's ms", "planned as")
+    table = output.table(f"{_entries(len(found))} in {tuned.folder()}", ["kernel", "device", "Triton", *sizes, *times])
     for entry in found:
         key = entry.key
         untuned = "" if entry.default_ms is None else f"{entry.default_ms:.4f}"
-        sizes = (str(size) for size in (key.batch_heads, key.n_q, key.n_k))
         launch = launch_of(entry.config, entry.split)
         place = "" if entry.rank is None else f"{entry.rank} of {entry.timed}"
         whole = "" if entry.whole_ms is None else f"{entry.whole_ms:.4f}"
         torchs = "" if entry.sdpa_ms is None else f"{entry.sdpa_ms:.4f}" + ", taken" * entry.sixteen_bit
-        times = (f"{entry.ms:.4f}", untuned, whole, torchs)
-        table.add_row(key.kernel, escape(key.device), key.triton, *sizes, launch, *times, place)
+        shape = (str(size) for size in (key.batch_heads, key.n_q, key.n_k))
+        measured = (f"{entry.ms:.4f}", untuned, whole, torchs)
+        table.add_row(key.kernel, escape(key.device), key.triton, *shape, launch, *measured, place)
     output.console().print(table)
 
 

@@ -117,11 +117,7 @@ def _digest(path: Path) -> str:
 
 
 def _table(scales: Scales, title: str) -> Table:
-    table = Table(title=escape(f"{scales.scheme.name} {title}"))
-    table.add_column("layer")
-    table.add_column("tensor")
-    for column in ("shape", "smallest", "largest"):
-        table.add_column(column, justify="right")
+    table = output.table(f"{scales.scheme.name} {title}", ["layer", "tensor"], ["shape", "smallest", "largest"])
     for layer, part in scales.items():
         for name, value in part.tensors.items():
             low, high = value.float().min().item(), value.float().max().item()

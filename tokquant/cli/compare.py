@@ -26,16 +26,7 @@ from tokquant.files import write_atomically
 from tokquant.schemes import QuantScheme, SchemeMap, preset_names, read, resolve
 
 PARTS = tuple(field.name for field in fields(Bound))
-COLUMNS = {
-    "cosine": "cosine",
-    "rel_l1": "rel. L1",
-    "worst_rel_l1": "worst layer",
-    "rmse": "RMSE",
-    "bits": "bits q / k / v",
-    "ms": "ms",
-    "quantize_ms": "quantize ms",
-    "sdpa_ms": "SDPA ms",
-}
+COLUMNS = ("cosine", "rel. L1", "worst layer", "RMSE", "bits q / k / v", "ms", "quantize ms", "SDPA ms")
 
 
 def compare(
@@ -106,13 +97,13 @@ def _shape(q: Tensor, k: Tensor) -> str:
 
 
 def _bounds(report: Report) -> Table:
-    table = Table(
-        title="certificates",
+    table = output.table(
+        "certificates",
+        ["scheme"],
+        ["error", "bound", *(f"of {part}" for part in PARTS[1:]), "tightness: median", "largest"],
         caption="the largest error over channels, and the bound that it stays below, with its parts: means over queries and "
         "layers; tightness is error / bound",
     )
-    for heading in ("scheme", "error", "bound", *(f"of {part}" for part in PARTS[1:]), "tightness: median", "largest"):
-        table.add_column(heading, justify="left" if heading == "scheme" else "right")
     for judged in report.schemes:
         bound = judged.bound
         assert bound is not None
@@ -122,16 +113,13 @@ def _bounds(report: Report) -> Table:
 
 
 def _table(report: Report, title: str, explained: bool) -> Table:
-    table = Table(
-        title=escape(title),
+    table = output.table(
+        title,
+        ["scheme"],
+        [*COLUMNS, *(["of q / k / v / p"] if explained else [])],
         caption="errors against float64; bits as stored, at this head_dim; ms are means over layers of interleaved medians, "
         "SDPA's in the tensors' own type, on a CPU in the faster of fp32 and bf16",
     )
-    table.add_column("scheme")
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="right")
-    if explained:
-        table.add_column("of q / k / v / p", justify="right")
     for judged in report.schemes:
         row = judged.summary()
         table.add_row(

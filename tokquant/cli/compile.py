@@ -83,9 +83,6 @@ def compile(
 def _table(kernel: Kernel) -> Table:
     resources, predicted = kernel.resources, kernel.prediction
     title = f"{kernel.scheme.name} for {kernel.target.name}, head_dim {kernel.head_dim}"
-    table = Table(title=escape(title), show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
     rows = {
         "tiles of queries x keys": str(kernel.config),
         "registers a thread": str(resources.registers),
@@ -100,9 +97,7 @@ def _table(kernel: Kernel) -> Table:
         f"{100 * predicted.share:.0f} % of the roofline of {predicted.roofline_tops:.0f}",
         **kernel.plan.explain(),
     }
-    for name, value in rows.items():
-        table.add_row(name, escape(value))
-    return table
+    return output.facts(rows, title)
 
 
 def _bandwidth(kernel: Kernel) -> str:

@@ -5,7 +5,6 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from rich.table import Table
 
 from tokquant.attention import choose_backend
 from tokquant.cli import options, output
@@ -20,12 +19,8 @@ def doctor(json: options.Json = False) -> None:
     if json:
         output.print_json(report)
         return
-    table = Table(show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in report.items():
-        table.add_row(name.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
-    output.console().print(table)
+    texts = {name: ", ".join(value) if isinstance(value, list) else str(value) for name, value in report.items()}
+    output.console().print(output.facts({name.replace("_", " "): text for name, text in texts.items()}))
 
 
 def findings() -> dict[str, str | bool | list[str]]:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from tokquant.calibration.scales import Scales
 from tokquant.cli import models, options, output
@@ -54,15 +53,12 @@ def eval(
         data = {"model": str(model), "windows": len(ids), "tokens": tokens, "decoded": decoded}
         output.print_json(data | {"perplexity": baseline.perplexity, "schemes": rows})
         return
-    table = Table(
-        title=escape(
-            f"{model.name}: {len(ids)} windows of {tokens} tokens, perplexity {baseline.perplexity:.4f} without tokquant"
-        ),
+    table = output.table(
+        f"{model.name}: {len(ids)} windows of {tokens} tokens, perplexity {baseline.perplexity:.4f} without tokquant",
+        ["scheme"],
+        ["perplexity", "KL", "same top-1", "decode perplexity", "KL", "same top-1"],
         caption="KL in nats a token" + _of_decoding(decoded, found),
     )
-    table.add_column("scheme")
-    for heading in ("perplexity", "KL", "same top-1", "decode perplexity", "KL", "same top-1"):
-        table.add_column(heading, justify="right")
     for r in found:
         table.add_row(escape(r.scheme.name), *_cells(r.prefill), *(_cells(r.decode) if r.decode else ("-",) * 3))
     output.console().print(table)

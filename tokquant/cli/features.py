@@ -1,7 +1,7 @@
 """Features of attention as options of a command that makes kernels: what a kernel is to have, and tensors to time it with."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 import typer
@@ -10,10 +10,8 @@ from torch import Tensor
 from tokquant import bias as biases
 from tokquant.errors import nearest, quote
 from tokquant.io_model.workload import Workload
+from tokquant.kernels.wanted import BiasKind, MaskKind
 from tokquant.tuning.work import Step
-
-MaskKind = Literal["none", "boolean", "additive"]
-BiasKind = Literal["none", "alibi", "key_vector", "lowrank", "dense"]
 
 Window = Annotated[
     int | None,

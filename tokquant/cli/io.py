@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from tokquant.cli import features, options, output
 from tokquant.evaluation import plot
@@ -80,9 +78,7 @@ def io(
             }
         )
         return
-    table = Table(title=escape(f"{kernel.scheme.name} for {target}, {kernel.config}"))
-    for name in ("", "bytes", "of all"):
-        table.add_column(name, justify="left" if not name else "right")
+    table = output.table(f"{kernel.scheme.name} for {target}, {kernel.config}", [""], ["bytes", "of all"])
     for name, moved in found.traffic.kinds.items():
         table.add_row(name.upper() if name in ("q", "k", "v", "o", "lse") else name, f"{moved:,}", _share(moved, found))
     table.add_section()

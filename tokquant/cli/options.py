@@ -15,6 +15,7 @@ from tokquant.calibration.scales import Scales, static
 from tokquant.cli import output
 from tokquant.errors import nearest, quote
 from tokquant.export import load_scales
+from tokquant.kernels.products import FLOAT_NAMES
 from tokquant.kernels.targets import TARGETS
 
 SCHEME = typer.Option("--scheme", "-s", help="A preset (see `tokquant schemes`), or the YAML file of a scheme or scheme map.")
@@ -40,7 +41,7 @@ Batch = Annotated[int, typer.Option("--batch", min=1)]
 Heads = Annotated[int, typer.Option("--heads", min=1, help="Of Q.")]
 KvHeads = Annotated[int | None, typer.Option("--kv-heads", min=1, help="Of K and V; as many as Q's if left out.")]
 HeadDim = Annotated[int, typer.Option("--head-dim", min=1)]
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {name: dtype for dtype, name in FLOAT_NAMES.items()}
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the tensors: fp16, bf16 or fp32.")]
 Target = Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

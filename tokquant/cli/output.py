@@ -3,11 +3,13 @@
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 T = TypeVar("T")
 
@@ -15,6 +17,24 @@ T = TypeVar("T")
 def console() -> Console:
     """Standard output; as wide as a table needs where it is not a terminal."""
     return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def table(title: str, words: Sequence[str], numbers: Sequence[str] = (), **options: Any) -> Table:
+    """A table with a column for each of these, numbers to the right."""
+    made = Table(*words, title=escape(title), **options)
+    for heading in numbers:
+        made.add_column(heading, justify="right")
+    return made
+
+
+def facts(found: Mapping[str, str], title: str | None = None) -> Table:
+    """A table of names and what is there."""
+    made = Table(title=title and escape(title), show_header=False)
+    made.add_column(style="bold")
+    made.add_column()
+    for name, value in found.items():
+        made.add_row(name, escape(value))
+    return made
 
 
 def print_json(data: Any) -> None:

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from typing import Annotated
 
 from rich.markup import escape
-from rich.table import Table
 
 from tokquant.cli import options, output
 from tokquant.evaluation.compare import compare
@@ -59,10 +58,9 @@ def run(
             }
         )
         return
-    table = Table(title=escape(f"{resolved.name} on {layers.name}, head_dim {layers.head_dims}, backend {chosen}"))
-    table.add_column("layer")
-    for column in ("cosine", "rel. L1", "RMSE", "max", "bits q / k / v", "ms", "quantize ms", "SDPA ms"):
-        table.add_column(column, justify="right")
+    title = f"{resolved.name} on {layers.name}, head_dim {layers.head_dims}, backend {chosen}"
+    numbers = ["cosine", "rel. L1", "RMSE", "max", "bits q / k / v", "ms", "quantize ms", "SDPA ms"]
+    table = output.table(title, ["layer"], numbers)
     for name, result in rows:
         errors = result.errors
         table.add_row(

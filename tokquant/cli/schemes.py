@@ -3,7 +3,6 @@
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from tokquant.cli import options, output
 from tokquant.errors import SchemeError
@@ -34,10 +33,8 @@ def schemes(
             [{**resolve(preset).model_dump(mode="json"), "bits": _bits(resolve(preset), head_dim)} for preset in preset_names()]
         )
         return
-    table = Table(title=f"presets; bits per value at head_dim {head_dim}, scales included")
-    for column in ("scheme", "q", "k", "v", "p"):
-        table.add_column(column)
-    table.add_column("bits q / k / v", justify="right")
+    title = f"presets; bits per value at head_dim {head_dim}, scales included"
+    table = output.table(title, ["scheme", "q", "k", "v", "p"], ["bits q / k / v"])
     for preset in preset_names():
         scheme = resolve(preset)
         bits = _bits(scheme, head_dim)

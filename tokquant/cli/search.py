@@ -105,10 +105,8 @@ def _json(found: Found, budget: str) -> dict:
 
 
 def _layers(found: Found) -> Table:
-    table = Table(title=escape(f"{found.map.name}: {found.unit} {found.cost:.4g}, {found.metric} {found.error:.4g}"))
-    for column in ("layer", "scheme"):
-        table.add_column(column)
-    table.add_column(found.metric, justify="right")
+    title = f"{found.map.name}: {found.unit} {found.cost:.4g}, {found.metric} {found.error:.4g}"
+    table = output.table(title, ["layer", "scheme"], [found.metric])
     for each in found.layers:
         scheme = str(each.scheme) if isinstance(each.scheme, HeadSchemes) else each.scheme.name
         table.add_row(escape(each.layer), scheme, f"{each.error:.4g}")
@@ -121,11 +119,8 @@ def _points(found: Found) -> Table:
     rows = [(*found.front[place], "a map") for place in places]
     rows += [(cost, error, name) for name, (cost, error) in found.singles.items()]
     rows.append((found.cost, found.error, found.map.name))
-    table = Table(title="the front, and one scheme for all layers")
-    table.add_column("")
-    columns = [found.unit, found.metric, *(["held out"] if found.held_out else [])]
-    for column in columns:
-        table.add_column(column, justify="right")
+    numbers = [found.unit, found.metric, *(["held out"] if found.held_out else [])]
+    table = output.table("the front, and one scheme for all layers", [""], numbers)
     for cost, error, name in sorted(rows):
         unseen = [f"{found.held_out[name]:.4g}" if name in found.held_out else ""] if found.held_out else []
         table.add_row(escape(name), f"{cost:.4g}", f"{error:.4g}", *unseen, style="bold" if name == found.map.name else None)

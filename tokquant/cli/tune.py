@@ -71,7 +71,12 @@ def tune(
         else:
             found.append((scheme.name, tune_call(q, k, v, scheme, scales=scales, **wanted.tensors(q, k), **times)))
     if json:
-        output.print_json([{"scheme": name, **_data(result)} for name, result in found])
+        output.print_json(
+            [
+                {"scheme": name, **each.entry.model_dump(), "kept": each.kept, "trials": [asdict(t) for t in each.trials]}
+                for name, each in found
+            ]
+        )
         return
     for name, result in found:
         _print(name, result)
@@ -82,10 +87,6 @@ def _cache(scheme: QuantScheme, k: torch.Tensor, v: torch.Tensor, scales: LayerS
     cache = KVCache(scheme, batch=batch, kv_heads=heads, head_dim=d, dtype=k.dtype, device=k.device, scales=scales)
     cache.append(k, v)
     return cache
-
-
-def _data(result: Tuned) -> dict:
-    return {**result.entry.model_dump(), "kept": result.kept, "trials": [asdict(trial) for trial in result.trials]}
 
 
 def _print(name: str, result: Tuned) -> None:

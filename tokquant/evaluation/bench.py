@@ -13,10 +13,10 @@ from tokquant.attention import attention as attend
 from tokquant.attention import choose_backend, quantize, quantizing
 from tokquant.calibration.scales import LayerScales
 from tokquant.decode import decode as decode_cache
-from tokquant.errors import SchemeError, quote
+from tokquant.errors import SchemeError, first_line, quote
 from tokquant.evaluation import packages, peers
 from tokquant.evaluation.machine import machine
-from tokquant.evaluation.packages import Call, first_line
+from tokquant.evaluation.packages import Call
 from tokquant.evaluation.trials import scales_for
 from tokquant.kernels.cpu.peak import peaks
 from tokquant.kv_cache import KVCache

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tokquant.evaluation.sampling import runs
+from tokquant.features import Features
 from tokquant.metrics import row_errors
-from tokquant.reference import Features, row_chunks, weighted, weights
+from tokquant.reference import row_chunks, weighted, weights
 from tokquant.schemes.placement import place
 from tokquant.tensor import Coded, QuantizedHeads, QuantizedTensor
 

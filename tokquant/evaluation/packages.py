@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from tokquant.errors import first_line
+
 T = TypeVar("T")
 Call = Callable[[], Any]
 Calls = dict[str, Call | str]
@@ -139,8 +141,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # from a folder on the path
         return "of unknown version"
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without the stack that torch appends."""
-    return (str(error) or type(error).__name__).splitlines()[0]

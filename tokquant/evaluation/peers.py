@@ -10,10 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokquant.evaluation import packages
 from tokquant.evaluation.packages import Call, Calls
+from tokquant.features import Features
 from tokquant.inputs import features_of
-from tokquant.reference import Features
+from tokquant.kernels.products import FLOAT_NAMES
 
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 ON_CPU = (torch.float32, torch.bfloat16)
 ON_GPU = (torch.float16, torch.bfloat16)
 KERNELS = {
@@ -55,13 +55,14 @@ def of_torch(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
     found: Calls = {}
     on_cpu = q.device.type == "cpu"
     for kind in ON_CPU if on_cpu else ON_GPU:
+        of = FLOAT_NAMES[kind]
         keys, values = k.to(kind), v.to(kind)
         for form, rows in _forms(q.to(kind), k, causal).items():
             call = sdpa(rows, keys, values, features_of(q, k, causal=causal))
             if on_cpu:
-                found[f"SDPA {NAMES[kind]}{form}"] = call
+                found[f"SDPA {of}{form}"] = call
             else:
-                found |= {f"SDPA {name} {NAMES[kind]}{form}": partial(_by, kernel, call) for name, kernel in KERNELS.items()}
+                found |= {f"SDPA {name} {of}{form}": partial(_by, kernel, call) for name, kernel in KERNELS.items()}
     return found
 
 

@@ -16,10 +16,12 @@ from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import SchemeError, quote
 from tokquant.evaluation.front import Floats
 from tokquant.evaluation.sampling import runs
+from tokquant.features import Features
 from tokquant.inputs import check_tensors, features_of
 from tokquant.io_model.workload import seen
-from tokquant.kernels.compile import compile
-from tokquant.kernels.launch import asked
+from tokquant.kernels import targets
+from tokquant.kernels.compile import kernel_of
+from tokquant.kernels.wanted import Wanted
 from tokquant.metrics import errors
 from tokquant.quantize import quantize_operands
 from tokquant.schemes import HeadSchemes, LayerScheme, QuantScheme, SchemeMap, of_layer
@@ -139,7 +141,7 @@ class _Judge:
         return _emulated(q, k, v, scheme, self.features, self.only)
 
 
-def _emulated(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: reference.Features, only: list[slice]) -> Tensor:
+def _emulated(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: Features, only: list[slice]) -> Tensor:
     codes = quantize_operands(q, k, v, scheme, scales_for(scheme, q, k, v))
     return reference.attention(*codes, scheme, features, only=only)[0]
 
@@ -173,26 +175,14 @@ def _measured_ms(q: Tensor, k: Tensor, v: Tensor, scheme: LayerScheme, features:
     return found
 
 
-def _predicted_ms(q: Tensor, k: Tensor, scheme: LayerScheme, target: str, features: reference.Features) -> float:
+def _predicted_ms(q: Tensor, k: Tensor, scheme: LayerScheme, target: str, features: Features) -> float:
     """Of attention on codes: its operations at the rate that kernels with these features should reach on the target."""
     (b, h, n_q, d), (kv_heads, n_k) = q.shape, k.shape[1:3]
     first, end = seen(n_q, n_k, features.reach())
     operations = 4 * b * h * int(np.maximum(end - first, 0).sum()) * d
-    wanted, _ = asked(features, return_lse=False)
+    wanted, sizes = Wanted.of(features, False), dict(head_dim=d, dtype=torch.float16, shared_heads=h // kv_heads)
     ms = 0.0
     for heads, part in parts_of(scheme):
-        kernel = compile(
-            part,
-            head_dim=d,
-            causal=features.causal,
-            window=features.window is not None,
-            mask=wanted.mask,
-            softcap=wanted.softcap,
-            sinks=wanted.sinks,
-            bias="none" if features.bias is None else features.bias.kind,
-            bias_rank=wanted.bias_rank,
-            shared_heads=h // kv_heads,
-            target=target,
-        )
+        kernel = kernel_of(part, wanted, **sizes, target=targets.get(target))  # type: ignore[arg-type]
         ms += (heads or kv_heads) / kv_heads * operations / kernel.prediction.serial_tops / 1e9
     return ms

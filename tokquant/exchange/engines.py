@@ -46,7 +46,7 @@ def export_checkpoint_scales(
         raise ValueError(f"model_type and tp_size: only format sglang has them, not {format}")
     scheme = expressible(scales.scheme)
     if format == "compressed-tensors":
-        tensors = {f"{layer}.{name}": value for layer, part in scales.items() for name, value in part.tensors.items()}
+        tensors = scales.tensors()
     else:
         _check_kv_per_tensor(scheme, format)
         if format == "sglang":

@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 from torch.nn.functional import multi_head_attention_forward
@@ -19,7 +19,7 @@ from tokquant.schemes import QuantScheme
 from tokquant.sdpa import scaled_dot_product_attention
 
 Fallback = Literal["error", "warn", "silent"]
-FALLBACKS = ("error", "warn", "silent")
+FALLBACKS = get_args(Fallback)
 POSITIONS = ("query", "key", "value", "attn_mask")
 MULTI_HEAD = inspect.signature(multi_head_attention_forward)
 

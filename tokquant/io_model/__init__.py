@@ -6,8 +6,7 @@ with constants, and with operands of different widths.
 
 from tokquant.io_model.bounds import Bounds, Problem, lower_bounds, problem
 from tokquant.io_model.counter import Launch, counting
-from tokquant.io_model.launches import bytes_per_score, launches
-from tokquant.io_model.report import Standing, standing
+from tokquant.io_model.report import Standing, bytes_per_score, launches, standing
 from tokquant.io_model.traffic import Traffic, traffic
 from tokquant.io_model.workload import Pairs, Workload
 

@@ -12,9 +12,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from tokquant.errors import quote
+from tokquant.inputs import whole_number
 from tokquant.io_model.workload import Workload, seen
 from tokquant.kernels.compile import Kernel
 
@@ -75,33 +75,24 @@ def problem(kernel: Kernel, workload: Workload) -> Problem:
     keys = int(end[sees].max() - first[sees].min()) if sees.any() else 0
     heads = workload.batch * workload.heads
     own = kernel.dtype.itemsize
-    widths = {role: _width(kernel, role) for role in "qkv"}
+    kept = {role: getattr(kernel.scheme, role).format.of(kernel.dtype) for role in "qkv"}
     return Problem(
         scores=heads * int(np.maximum(end - first, 0).sum()),
         queries=heads * int(sees.sum()),
         keys=workload.batch * workload.kv_heads(kernel) * keys,
         outputs=heads * n_q,
         head_dim=kernel.head_dim,
-        **widths,
+        **{role: precision.stored.itemsize / precision.packed for role, precision in kept.items()},
         o=own,
         lse=4 * kernel.wanted.lse,
     )
-
-
-def _width(kernel: Kernel, role: str) -> float:
-    """Bytes of a code."""
-    precision = getattr(kernel.scheme, role).format
-    if precision.bits == 16 and kernel.dtype != torch.float32:
-        return kernel.dtype.itemsize
-    return precision.stored.itemsize / precision.packed
 
 
 def lower_bounds(of: Problem, memory: float, processors: int = 1) -> Bounds:
     """All bounds for fast memories of so many bytes. Raises ValueError for sizes that are none."""
     if not memory > 0 or not math.isfinite(memory):
         raise ValueError(f"memory: {quote(memory)}; give bytes of fast memory above 0")
-    if type(processors) is not int or processors < 1:
-        raise ValueError(f"processors: {quote(processors)} is not a whole number from 1")
+    whole_number("processors", processors, 1)
     return Bounds(compulsory(of), pebble(of, memory, processors), small_memory(of, memory, processors))
 
 

@@ -7,7 +7,7 @@ import torch
 from tokquant.io_model.bounds import Bounds, Problem, lower_bounds, problem
 from tokquant.io_model.traffic import Traffic, traffic
 from tokquant.io_model.workload import Workload
-from tokquant.kernels.compile import Kernel, compile
+from tokquant.kernels.compile import Kernel, kernel_of
 from tokquant.schemes import QuantScheme
 
 SIXTEEN_BIT = QuantScheme(name="sixteen-bit", **{role: {"precision": "fp16"} for role in "qkvp"})  # type: ignore[arg-type]
@@ -57,21 +57,14 @@ def standing(kernel: Kernel, workload: Workload, memory: float | None = None) ->
     Args:
         memory: bytes of fast memory of each multiprocessor; all of its registers, shared and tensor memory where None.
     """
-    wanted, target = kernel.wanted, kernel.target
-    other = compile(
+    target = kernel.target
+    other = kernel_of(
         SIXTEEN_BIT,
+        kernel.wanted,
         head_dim=kernel.head_dim,
-        causal=wanted.right and not wanted.left,
-        window=wanted.left,
-        mask=wanted.mask,
-        softcap=wanted.softcap,
-        sinks=wanted.sinks,
-        return_lse=wanted.lse,
-        bias="alibi" if wanted.bias == "past_alibi" else wanted.bias,
-        bias_rank=wanted.bias_rank,
-        shared_heads=workload.heads // workload.kv_heads(kernel),
         dtype=torch.float16 if kernel.dtype == torch.float32 else kernel.dtype,
-        target=target.name,
+        shared_heads=workload.heads // workload.kv_heads(kernel),
+        target=target,
     )
     what = problem(kernel, workload)
     memory = target.fast_bytes if memory is None else memory
@@ -83,3 +76,17 @@ def standing(kernel: Kernel, workload: Workload, memory: float | None = None) ->
         memory,
         lower_bounds(what, memory, target.multiprocessors),
     )
+
+
+def launches(kernel: Kernel, workload: Workload) -> list[tuple[Kernel, Traffic]]:
+    """Every launch that tuning may choose and what it moves, the one that moves least first.
+
+    Fewest bytes is not fastest: `tokquant.tuning.planner` puts launches in order by time. Raises as `traffic`.
+    """
+    found = [(each, traffic(each, workload)) for each in kernel.candidates()]
+    return sorted(found, key=lambda one: one[1].total)
+
+
+def bytes_per_score(kernel: Kernel, workload: Workload) -> float:
+    """Bytes that the kernel moves for each score that causality and the window leave. Raises as `traffic`."""
+    return traffic(kernel, workload).total / problem(kernel, workload).scores

@@ -90,7 +90,7 @@ def _widths(kernel: Kernel, workload: Workload) -> dict[str, int]:
     """Bytes of an element of each tensor of the kernel."""
     found: dict[str, int] = {}
     for name, value in arguments(kernel).items():
-        parts = [(f"{name}.{field}", part) for field, part in zip(value._fields, value, strict=True)] if _named(value) else []
+        parts = [(f"{name}.{field}", part) for field, part in value._asdict().items()] if hasattr(value, "_asdict") else []
         found |= {path: BYTES[part] for path, part in parts or [(name, value)] if part in BYTES}
     if workload.mask.bytes:
         found["F.mask"] = workload.mask.bytes
@@ -99,10 +99,6 @@ def _widths(kernel: Kernel, workload: Workload) -> dict[str, int]:
     if kernel.wanted.sinks:
         found["F.sinks"] = workload.sink_bytes
     return found
-
-
-def _named(value: object) -> bool:
-    return hasattr(value, "_fields")
 
 
 def _elements(c: dict[str, Any], walk: Walk, workload: Workload) -> Iterator[tuple[str, int]]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tokquant.bias import Dense
 from tokquant.errors import quote
+from tokquant.features import Features
+from tokquant.inputs import whole_number
 from tokquant.kernels.compile import Kernel
-from tokquant.reference import Features
 from tokquant.tensor import QuantizedTensor
 
 Integers = NDArray[np.int64]
@@ -61,8 +62,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name in ("batch", "heads", "n_q", "n_k"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name}: {quote(getattr(self, name))} is not a whole number from 1")
+            whole_number(name, getattr(self, name), 1)
         if not isinstance(self.window, tuple) or len(self.window) != 2 or any(map(_no_side, self.window)):
             raise ValueError(f"window: {quote(self.window)} is not (left, right); give whole numbers from 0, or None")
 
@@ -81,10 +81,15 @@ class Workload:
 
     def kv_heads(self, kernel: Kernel) -> int:
         """Heads of K and V. Raises ValueError where the kernel's sharing does not divide those of Q."""
-        shared = int(dict(kernel.plan.constants)["SHARED_HEADS"])
-        if self.heads % shared:
-            raise ValueError(f"heads: {self.heads} is no multiple of the {shared} that share one of K and V in this kernel")
-        return self.heads // shared
+        return self.heads // shared_heads(kernel, self.heads)
+
+
+def shared_heads(kernel: Kernel, heads: int) -> int:
+    """Heads of Q that share one of K and V in a kernel. Raises ValueError where that does not divide so many heads."""
+    shared = int(dict(kernel.plan.constants)["SHARED_HEADS"])
+    if heads % shared:
+        raise ValueError(f"heads: {heads} is no multiple of the {shared} that share one of K and V in this kernel")
+    return shared
 
 
 def _pairs(x: Tensor | None) -> Pairs:

@@ -3,20 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 
 from tokquant.errors import UnsupportedError, quote
+from tokquant.inputs import whole_number
 from tokquant.kernels import generate, launch, targets
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.decode_plan import DecodePlan, decode_plan
-from tokquant.kernels.plan import Plan, Wanted, plan
+from tokquant.kernels.plan import Plan, plan
 from tokquant.kernels.products import FLOAT_NAMES, takes_tokens_last
 from tokquant.kernels.resources import Resources, measure
 from tokquant.kernels.roofline import Bandwidth, Prediction, bandwidth, predict
 from tokquant.kernels.signature import arguments
 from tokquant.kernels.targets import Target
+from tokquant.kernels.wanted import BiasKind, MaskKind, Wanted
 from tokquant.schemes import QuantScheme, SchemeMap, resolve
 from tokquant.schemes.appending import windows
 
@@ -93,12 +95,12 @@ def compile(
     head_dim: int,
     causal: bool = False,
     window: bool = False,
-    mask: Literal["none", "boolean", "additive"] = "none",
+    mask: MaskKind = "none",
     softcap: bool = False,
     sinks: bool = False,
     return_lse: bool = False,
     varlen: bool = False,
-    bias: Literal["none", "alibi", "key_vector", "lowrank", "dense"] = "none",
+    bias: BiasKind = "none",
     bias_rank: int = 16,
     shared_heads: int = 1,
     decode: bool = False,
@@ -122,10 +124,7 @@ def compile(
     chosen = targets.get(target)
     if dtype not in FLOAT_NAMES:
         raise TypeError(f"dtype: {dtype} is not supported; use torch.float16, torch.bfloat16 or torch.float32")
-    if type(head_dim) is not int or head_dim < 1:
-        raise ValueError(f"head_dim: {quote(head_dim)} is not a whole number from 1")
-    if type(shared_heads) is not int or shared_heads < 1:
-        raise ValueError(f"shared_heads: {quote(shared_heads)} is not a whole number from 1")
+    head_dim, shared_heads = whole_number("head_dim", head_dim, 1), whole_number("shared_heads", shared_heads, 1)
     flags = dict(
         causal=causal, window=window, softcap=softcap, sinks=sinks, return_lse=return_lse, varlen=varlen, decode=decode
     )
@@ -134,12 +133,10 @@ def compile(
             raise TypeError(f"{name}: {quote(flag)} is not a bool: whether the kernel has it")
     if varlen and (mask != "none" or bias == "dense"):
         raise UnsupportedError("varlen: sequences of their own lengths have no mask and no dense bias")
-    if mask not in ("none", "boolean", "additive"):
+    if mask not in get_args(MaskKind):
         raise ValueError(f"mask: {quote(mask)} is none; use none, boolean or additive")
-    if bias not in ("none", "alibi", "key_vector", "lowrank", "dense"):
+    if bias not in get_args(BiasKind):
         raise ValueError(f"bias: {quote(bias)} is none; use none, alibi, key_vector, lowrank or dense")
-    if type(bias_rank) is not int or bias_rank < 1:
-        raise ValueError(f"bias_rank: {quote(bias_rank)} is not a whole number from 1")
     wanted = Wanted(
         left=window,
         right=causal or window,
@@ -149,7 +146,7 @@ def compile(
         lse=return_lse,
         varlen=varlen,
         bias="past_alibi" if bias == "alibi" and causal else bias,
-        bias_rank=bias_rank,
+        bias_rank=whole_number("bias_rank", bias_rank, 1),
     )
     if decode:
         if mask != "none" or bias != "none" or varlen:
@@ -171,16 +168,17 @@ def compile(
             target=chosen,
         )
         return Kernel.of(of_pages, scheme, head_dim, dtype, chosen, wanted)
-    made = plan(
-        scheme,
-        head_dim=head_dim,
-        dtype=dtype,
-        shared_heads=shared_heads,
-        wanted=wanted,
-        tokens_last=takes_tokens_last(scheme, dtype),
-        target=chosen,
-    )
-    return Kernel.of(made, scheme, head_dim, dtype, chosen, wanted)
+    return kernel_of(scheme, wanted, head_dim=head_dim, dtype=dtype, shared_heads=shared_heads, target=chosen)
+
+
+def kernel_of(
+    scheme: QuantScheme, wanted: Wanted, *, head_dim: int, dtype: torch.dtype, shared_heads: int, target: Target
+) -> Kernel:
+    """The attention kernel of a scheme with these features. Raises UnsupportedError."""
+    tokens_last = takes_tokens_last(scheme, dtype)
+    sizes: dict[str, Any] = dict(head_dim=head_dim, dtype=dtype, shared_heads=shared_heads)
+    made = plan(scheme, **sizes, wanted=wanted, tokens_last=tokens_last, target=target)
+    return Kernel.of(made, scheme, head_dim, dtype, target, wanted)
 
 
 def _compile(kernel: Kernel) -> Any:

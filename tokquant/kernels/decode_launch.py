@@ -1,7 +1,6 @@
 """Attention to pages, launched: how keys are split between programs, the grid, and the parts merged."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,10 +11,10 @@ from torch import Tensor
 from tokquant.kernels import generate, launch
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.decode_plan import DecodePlan
-from tokquant.kernels.plan import Wanted
 from tokquant.kernels.targets import Target
 from tokquant.kernels.triton.merge import merge
 from tokquant.kernels.triton.operands import Features, Pages, Table
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
 from tokquant.tensor import QuantizedTensor
 
@@ -79,13 +78,13 @@ class Call:
 
     def compiled(self) -> Any:
         """Triton's compiled kernel, which this launch is of; it is not started."""
-        with on(self.q.device):
+        with launch.on(self.q.device):
             return self._kernel().warmup(*self._arguments(*self._parts()), grid=self.grid, **self.config.options())
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Launch. Returns output `[B, H_q, n_q, D]` and natural LSE, float32."""
         parts, lses = self._parts()
-        with on(self.q.device):
+        with launch.on(self.q.device):
             self._kernel()[self.grid](*self._arguments(parts, lses), **self.config.options())
             return (parts[0], lses[0]) if self.runs.count == 1 else merged(parts, lses)
 
@@ -150,8 +149,3 @@ def merged(parts: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     rows = lse.numel()
     merge[(rows,)](parts, lses, out, lse, runs, rows, **sizes, num_warps=4, num_stages=2, enable_fp_fusion=True)
     return out, lse
-
-
-def on(device: torch.device) -> Any:
-    """A context in which launches are on this device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

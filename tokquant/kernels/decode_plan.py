@@ -10,11 +10,14 @@ from tokquant import precisions
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import targets
 from tokquant.kernels.candidates import Config
-from tokquant.kernels.plan import WHOLE, Plan, Wanted, plan
+from tokquant.kernels.plan import Plan, plan
+from tokquant.kernels.products import BYTES, EIGHT
 from tokquant.kernels.quantize_plan import LONGEST
 from tokquant.kernels.triton import fragments, scales
+from tokquant.kernels.wanted import PLAIN, Wanted
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.appending import check_append_only
+from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import place
 
 LANES = 32
@@ -28,8 +31,6 @@ INTEGERS: Table = ((2, 3), (4, 3), (2, 2), (4, 2))
 FLOATS: Table = ((4, 3), (4, 2), (8, 3), (2, 2))
 """Operands in 16 bits, or more rows, fill the registers of two warps."""
 MANY_ROWS: Table = ((4, 2), (4, 3), (8, 2), (4, 1))
-
-PLAIN = Wanted()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -176,7 +177,7 @@ precisions.base.WHEN_REPLACED.append(decode_plan.cache_clear)
 
 def eight_bits(plan: Plan) -> bool:
     """Whether P V is a product of 8 bits, for which V's tokens lie side by side."""
-    return plan.products[3] in ("tl.int8", "tl.float8e4nv", "tl.float8e5")
+    return plan.products[3] in EIGHT
 
 
 def sides_shape(operand: Operand, head_dim: int, page: int) -> tuple[int, int, int]:
@@ -220,8 +221,7 @@ def _lay(planes: int) -> Any:
 
 def _candidates(base: Plan, rows: int, tile: int, padded: int, target: targets.Target) -> tuple[Config, ...]:
     """Launches whose tiles fit shared memory by an estimate from above, which leaves out that packed codes are smaller."""
-    sizes = {"tl.int8": 1, "tl.float8e4nv": 1, "tl.float8e5": 1, "tl.float32": 4}
-    bytes_of_key = padded * sum(sizes.get(base.products[index], 2) for index in (1, 3))
+    bytes_of_key = padded * sum(BYTES[base.products[index]] for index in (1, 3))
     integers = base.products[1] == base.products[3] == "tl.int8" and padded <= 128 and rows <= 16
     table = MANY_ROWS if rows > 32 else INTEGERS if integers else FLOATS
     every = [Config(rows, tile, warps, stages) for warps, stages in table]

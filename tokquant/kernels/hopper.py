@@ -4,6 +4,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from tokquant.kernels.candidates import Config
+from tokquant.kernels.products import EIGHT
 from tokquant.kernels.triton import fragments
 from tokquant.precisions import bf16, fp8_e4m3, fp8_e5m2, fp16, int8
 from tokquant.schemes import QuantScheme
@@ -11,7 +12,6 @@ from tokquant.schemes import QuantScheme
 if TYPE_CHECKING:
     from tokquant.kernels.plan import Plan
 
-EIGHT = ("tl.int8", "tl.float8e4nv", "tl.float8e5")
 SIXTEEN = ("tl.float16", "tl.bfloat16")
 AS_STORED = tuple(each.decode_tile for each in (int8, fp8_e4m3, fp8_e5m2, fp16, bf16))
 """What decodes codes that tensor cores multiply as they lie in memory."""

@@ -1,6 +1,6 @@
 """The only place that starts a kernel: operands to pointers and strides, the grid, the call."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +9,14 @@ from torch import Tensor
 
 from tokquant.bias import Alibi, Bias, Dense, KeyVector, LowRank
 from tokquant.errors import UnsupportedError
+from tokquant.features import Features
 from tokquant.kernels import generate, order, targets, tuned
 from tokquant.kernels.candidates import Config
-from tokquant.kernels.plan import Plan, Wanted, plan
+from tokquant.kernels.plan import Plan, plan
 from tokquant.kernels.products import takes_tokens_last
 from tokquant.kernels.triton.operands import Features as Arguments
 from tokquant.kernels.triton.operands import Operand, Rows
-from tokquant.reference import Features
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import place
 from tokquant.tensor import QuantizedTensor, canonical, tokens_last
@@ -38,6 +39,11 @@ def interpreted() -> bool:
 def available(device: torch.device) -> bool:
     """Whether Triton kernels can run on tensors of this device."""
     return device.type == "cuda" or (device.type == "cpu" and interpreted())
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """A context in which launches are on this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def attention(
@@ -116,13 +122,12 @@ class Call:
     def compiled(self) -> Any:
         """Triton's compiled kernel, which this launch is of; it is not started."""
         kernel, device = generate.load(self.plan, self.config.loop), self.out.device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with on(device):
             return kernel.warmup(*self.arguments, grid=self.grid, **self.config.options())
 
     def run(self) -> tuple[Tensor, Tensor | None]:
         """Launch. Returns output and LSE."""
-        device = self.out.device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with on(self.out.device):
             generate.load(self.plan, self.config.loop)[self.grid](*self.arguments, **self.config.options())
         return self.out.to(self.dtype), self.lse
 
@@ -139,7 +144,7 @@ def prepare(
 ) -> Call:
     """The plan, how it is launched, the outputs and every argument."""
     q, k, v = (canonical(x) for x in (q, k, v))
-    wanted, given = asked(features, return_lse)
+    wanted = Wanted.of(features, return_lse)
     made = planned((q, k, v), scheme, wanted)
     out, lse = outputs(q, q.shape, return_lse)
     (b, heads, n_q, _), n_k = q.shape, k.shape[2]
@@ -148,7 +153,7 @@ def prepare(
     return Call(
         plan=made,
         config=made.config if deterministic else tuned.choose(made, q.device, b * heads, n_q, n_k)[0],
-        operands=(*operands, Rows(out, *out.stride()[:3]), lse, given, features.scale, n_q, n_k, heads),
+        operands=(*operands, Rows(out, *out.stride()[:3]), lse, arguments_of(features), features.scale, n_q, n_k, heads),
         shape=(b, heads, n_q),
         abreast=order.abreast(b * heads, b * k.shape[1], kv_bytes, targets.of(q.device).cache_size) if wanted.right else None,
         out=out,
@@ -180,11 +185,16 @@ def planned(operands: Operands, scheme: QuantScheme, wanted: Wanted, *, portable
         portable=portable or not all(aligned(x.codes) for x in operands),
         target=targets.of(q.device),
     )
-    if interpreted() and "tl.bfloat16" in made.products:
+    check_products(made)
+    return made
+
+
+def check_products(plan: Plan) -> None:
+    """Raise UnsupportedError for what Triton's interpreter does wrong, where it runs kernels."""
+    if "tl.bfloat16" in plan.products and interpreted():
         raise UnsupportedError(
             "dtype: Triton's interpreter multiplies bf16 wrongly; use float16 or float32, or backend='reference'"
         )
-    return made
 
 
 def aligned(codes: Tensor) -> bool:
@@ -208,27 +218,15 @@ def packed(operands: Operands, scheme: QuantScheme) -> Operands:
     return (q, k, tokens_last(v)) if takes_tokens_last(scheme, v.dtype) else operands
 
 
-def asked(features: Features, return_lse: bool) -> tuple[Wanted, Arguments]:
-    """What changes a kernel's text, and what it is given at a call."""
+def arguments_of(features: Features) -> Arguments:
+    """What a kernel is given of them at a call."""
     left, right = features.reach()
-    mask, kind = features.mask, "none"
-    if mask is not None:
-        kind = "boolean" if mask.dtype == torch.bool else "additive"
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    bias = features.bias
-    wanted = Wanted(
-        left=left is not None,
-        right=right is not None,
-        mask=kind,  # type: ignore[arg-type]
-        softcap=features.softcap is not None,
-        sinks=features.sinks is not None,
-        lse=return_lse,
-        bias="none" if bias is None else "past_alibi" if bias.kind == "alibi" and right == 0 else bias.kind,
-        bias_rank=bias.rank if isinstance(bias, LowRank) else 16,
-    )
-    sinks = None if features.sinks is None else features.sinks.contiguous()
+    mask, sinks = features.mask, features.sinks
     steps = (None,) * 4 if mask is None else mask.stride()
-    return wanted, Arguments(left, right, features.softcap, sinks, mask, *steps, **_bias(bias))
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    sinks = None if sinks is None else sinks.contiguous()
+    return Arguments(left, right, features.softcap, sinks, mask, *steps, **_bias(features.bias))
 
 
 def _bias(bias: Bias | None) -> dict[str, Any]:
@@ -249,8 +247,7 @@ def _bias(bias: Bias | None) -> dict[str, Any]:
 
 
 def _strided(name: str, x: Tensor, *dimensions: str) -> dict[str, Any]:
-    steps = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
-    return {name: x, **{f"{name}_{dimension}": step for dimension, step in zip(dimensions, steps, strict=False)}}
+    return {name: x, **{f"{name}_{dimension}": step for dimension, step in zip(dimensions, steps(x), strict=False)}}
 
 
 def operand(x: QuantizedTensor) -> Operand:
@@ -277,8 +274,11 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def strides(x: Tensor | None) -> tuple[int | None, int | None, int | None]:
-    """Strides of batch, head and row; zero where all share one scale."""
-    if x is None:
-        return (None, None, None)
-    batch, head, row = (0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+    """Those of batch, head and row."""
+    batch, head, row = (None, None, None) if x is None else steps(x)[:3]
     return batch, head, row
+
+
+def steps(x: Tensor) -> tuple[int, ...]:
+    """Strides of every dimension; zero where all share one."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))

@@ -1,77 +1,50 @@
 """Keys and values in pages, kept and read by Triton kernels: no copy of them is ever decoded in memory."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError
+from tokquant.features import Features
 from tokquant.kernels import launch, quantize_plan, targets, tuned
-from tokquant.kernels.decode_launch import Call, keys_seen, on
+from tokquant.kernels.decode_launch import Call, keys_seen
 from tokquant.kernels.decode_plan import DecodePlan, check_pages, decode_plan, eight_bits
-from tokquant.kernels.plan import Wanted
 from tokquant.kernels.pool import FEW, Pool
 from tokquant.kernels.quantize import quantize_queries
 from tokquant.kernels.triton.operands import Table
-from tokquant.quantize import with_sums
-from tokquant.reference import Features
-from tokquant.schemes import QuantScheme
-from tokquant.tensor import QuantizedTensor
+from tokquant.kernels.wanted import PLAIN, Wanted
+from tokquant.pages import Store
+from tokquant.schemes import Operand
 
 
-class TritonPages:
-    """A store of pages for `tokquant.KVCache`, as `tokquant.pages.Store` says; kernels of `scheme` write and read them.
-
-    Args:
-        kv_heads, head_dim, dtype: of the tensors that are written.
-        pages, page: how many, and tokens of each.
-        scales: of the layer, for a scheme with static parts.
+class TritonPages(Store[Pool]):
+    """A store whose kernels write and read pages.
 
     Raises SchemeError for a scheme that sees later tokens, UnsupportedError for what no kernel does.
     """
 
-    def __init__(
-        self,
-        scheme: QuantScheme,
-        *,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        pages: int,
-        page: int,
-        scales: LayerScales | None = None,
-    ):
-        if not launch.available(device):
+    def _begin(self) -> None:
+        if not launch.available(self.device):
             raise UnsupportedError(
-                f"backend: 'triton' needs a GPU, and the cache is on {device}; use another device, set TRITON_INTERPRET=1 "
+                f"backend: 'triton' needs a GPU, and the cache is on {self.device}; use another device, set TRITON_INTERPRET=1 "
                 "before Python starts, or use backend='reference'"
             )
-        check_pages(scheme, page)
-        self.scheme, self.scales, self.page = scheme, scales, page
-        self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, dtype
-        self.interpreted, self._target = launch.interpreted(), targets.of(device)
-        plan = self._plan(Wanted(), 1)  # which refuses what no kernel does
-        for spec in (scheme.k, scheme.v):
-            if lacking := quantize_plan.lacking(spec, head_dim, None if self.interpreted else self._target):
+        check_pages(self.scheme, self.page)
+        self.interpreted, self._target = launch.interpreted(), targets.of(self.device)
+        self._tokens_last = eight_bits(self._plan(PLAIN, 1))  # which refuses what no kernel does
+        for spec in (self.scheme.k, self.scheme.v):
+            if lacking := quantize_plan.lacking(spec, self.head_dim, None if self.interpreted else self._target):
                 raise UnsupportedError(f"{lacking}; use backend='reference'")
-        self._k = Pool(scheme.k, self, device, pages, tokens_last=False)
-        self._v = Pool(scheme.v, self, device, pages, tokens_last=eight_bits(plan))
-        self._lost = torch.zeros(1, dtype=torch.int32, device=device)
+        self._lost = torch.zeros(1, dtype=torch.int32, device=self.device)
 
-    def grow(self, pages: int) -> None:
-        """A pool of so many pages, contents kept."""
-        for pool in (self._k, self._v):
-            pool.grow(pages)
+    def _part(self, spec: Operand, pages: int) -> Pool:
+        return Pool(spec, self, pages, tokens_last=spec.role == "v" and self._tokens_last)
 
     def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
-        """Quantize k and v `[B, H_kv, n, D]` of any strides, and write `counts[b]` tokens (n where None) from `first[b]`.
-
-        Where a scheme has blocks, both are multiples of them. Raises ValueError where a scale does not fit; on a GPU, for up
-        to 16 tokens, only once `check` or a larger write looks.
-        """
-        with on(k.device):
+        """As `Store.write`, but that on a GPU up to 16 tokens raise only once `check` or a larger write looks."""
+        with launch.on(k.device):
             where = Table(table, table.stride(0), first, counts)
             checked = [pool.write(x, where, self._lost) for pool, x in ((self._k, k), (self._v, v))]
         if any(checked) and (k.device.type != "cuda" or k.shape[2] > FEW):
@@ -84,29 +57,14 @@ class TritonPages:
             kinds = " and ".join(f"{x.role}'s {x.scale_dtype}" for x in (self.scheme.k, self.scheme.v) if x.scaled)
             raise ValueError(f"a value that was appended is too large for scale_dtype, {kinds}; use scale_dtype: fp32")
 
-    def attention(
-        self,
-        q: Tensor,
-        table: Tensor,
-        lengths: Tensor,
-        features: Features,
-        *,
-        offset: Tensor | None = None,
-        longest: int | None = None,
-        deterministic: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of q `[B, H_q, n_q, D]` to `lengths[b]` packed keys: out `[B, H_q, n_q, D]` and natural LSE, float32.
+    def attention(self, q: Tensor, table: Tensor, lengths: Tensor, features: Features, **how: Any) -> tuple[Tensor, Tensor]:
+        """As `Store.attention`. Where `longest` is None, it is what all pages of the table hold.
 
-        Query i stands at key `lengths + offset - n_q + i`, offset being how many newer keys lie elsewhere (0 where None).
-
-        Args:
-            longest: no length is above it; what all pages of the table hold where None. It saves programs with nothing to do.
-            deterministic: bits depend on nothing but the sequence: keys are split alike on every device and in every batch,
-                and what tuning has learned is left out.
+        With `deterministic`, keys are split alike on every device and in every batch, and what tuning has learned is left out.
 
         Raises UnsupportedError for a mask, a bias or sinks.
         """
-        return self.prepare(q, table, lengths, features, offset=offset, longest=longest, deterministic=deterministic).run()
+        return self.prepare(q, table, lengths, features, **how).run()
 
     def prepare(
         self,
@@ -128,7 +86,7 @@ class TritonPages:
                 "sinks: no kernel of pages has them; they enter where parts are merged, as tokquant.decode does"
             )
         b, heads, n_q, _ = q.shape
-        wanted, given = launch.asked(features, True)
+        wanted, given = Wanted.of(features, True), launch.arguments_of(features)
         longest = table.shape[1] * self.page if longest is None else longest
         planned = partial(self._plan, wanted, heads // self.kv_heads, n_q, newer=offset is not None)
         # one kernel's name stands for both: keys that are one run today are several later
@@ -151,34 +109,6 @@ class TritonPages:
             longest=longest,
         )
 
-    def read(self, table_row: Tensor, tokens: int) -> tuple[QuantizedTensor, QuantizedTensor]:
-        """K and V of a sequence's first tokens `[1, H_kv, tokens, D]`, in the canonical layout."""
-        pages = table_row[: -(-tokens // self.page)]
-        return self._k.get(pages, tokens), with_sums(self._v.get(pages, tokens), self.scheme)
-
-    def store(self, table_row: Tensor, first: int, k: QuantizedTensor, v: QuantizedTensor) -> None:
-        """Write canonical codes `[1, H_kv, n, D]` from token `first`, which blocks divide."""
-        token = torch.arange(first, first + k.shape[2], device=table_row.device)
-        for pool, x in ((self._k, k), (self._v, v)):
-            pool.put(table_row[token // self.page], token % self.page, x)
-
-    def copy(self, source: int, target: int) -> None:
-        """One page's contents to another."""
-        for pool in (self._k, self._v):
-            for part in pool.growing():
-                part[target] = part[source]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pages."""
-        return sum(part.numel() * part.element_size() for pool in (self._k, self._v) for part in pool.growing())
-
-    @property
-    def bits_per_value(self) -> float:
-        """Bits of codes, scales and zeros for a value of a page that is full."""
-        pages = self._k.codes.shape[0]
-        return 8 * self.nbytes / (2 * pages * self.kv_heads * self.page * self.head_dim)
-
     def _plan(
         self, wanted: Wanted, shared_heads: int, n_q: int = 1, *, newer: bool = False, one_run: bool = True
     ) -> DecodePlan:
@@ -195,8 +125,5 @@ class TritonPages:
             interpreted=self.interpreted,
             target=self._target,
         )
-        if self.interpreted and "tl.bfloat16" in plan.products:
-            raise UnsupportedError(
-                "dtype: Triton's interpreter multiplies bf16 wrongly; use float16 or float32, or backend='reference'"
-            )
+        launch.check_products(plan)
         return plan

@@ -3,21 +3,22 @@
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
 from tokquant import precisions
 from tokquant.bias.factors import block_of
 from tokquant.errors import UnsupportedError
-from tokquant.kernels import hopper, targets
+from tokquant.kernels import holes, hopper, targets
 from tokquant.kernels.candidates import Config, candidates
-from tokquant.kernels.products import FLOAT_NAMES, TRITON_TYPES, UNITS, product_types, via
+from tokquant.kernels.products import BYTES, TRITON_TYPES, UNITS, product_types, via
 from tokquant.kernels.triton import fragments
+from tokquant.kernels.wanted import PLAIN, Wanted
 from tokquant.schemes import Operand, QuantScheme
+from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import Place, lowers_logits, needs_code_sums, place
 
-WHOLE = 2**30  # a group that every token is in
 PLACES: dict[Place, tuple[str, str]] = {
     "none": ("none", "the values are stored as they are"),
     "scores": ("on the scores", "it does not vary along the channels that Q K^T sums over"),
@@ -64,10 +65,8 @@ class Plan:
     def explain(self) -> dict[str, str]:
         """In words: what multiplies Q K^T and P V, where each operand's scale is applied and why, and what P is scaled by."""
         q, _, _, v = self.products
-        words = {
-            "Q K^T": UNITS.get(q, f"{q.removeprefix('tl.')} tensor cores"),
-            "P V": UNITS.get(v, f"{v.removeprefix('tl.')} tensor cores"),
-        }
+        units = (("Q K^T", q), ("P V", v))
+        words = {name: UNITS.get(kind, f"{kind.removeprefix('tl.')} tensor cores") for name, kind in units}
         words |= {f"scale of {role}": f"{PLACES[at][0]}: {PLACES[at][1]}" for role, at in self.places}
         if dict(self.constants)["LOG2_LARGEST"] == "0.0":
             words["scale of p"] = "none: the values are rounded to its type"
@@ -83,25 +82,6 @@ class Plan:
         return f"<plan {self.name}: {self.title}>"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What a kernel is asked for beside its scheme: the features that change its text, not their values."""
-
-    left: bool = False
-    right: bool = False
-    """Whether a query's reach is bounded before and after its own place; causal is a right bound of 0."""
-    mask: Literal["none", "boolean", "additive"] = "none"
-    softcap: bool = False
-    sinks: bool = False
-    lse: bool = False
-    varlen: bool = False
-    """Whether the batch is sequences of their own lengths, one after another."""
-    bias: Literal["none", "alibi", "past_alibi", "key_vector", "lowrank", "dense"] = "none"
-    """`past_alibi` where no query sees a key after its own place."""
-    bias_rank: int = 16
-    """Columns of low-rank factors."""
-
-
 @lru_cache(maxsize=256)
 def plan(
     scheme: QuantScheme,
@@ -109,7 +89,7 @@ def plan(
     head_dim: int,
     dtype: torch.dtype,
     shared_heads: int = 1,
-    wanted: Wanted = Wanted(),
+    wanted: Wanted = PLAIN,
     tokens_last: bool = False,
     interpreted: bool = False,
     portable: bool = False,
@@ -127,7 +107,7 @@ def plan(
     padded = max(32, 1 << (head_dim - 1).bit_length())
     lowered = lowers_logits(scheme)
     natural = wanted.softcap or wanted.mask == "additive" or wanted.bias != "none"
-    planes = _meet_in_planes(scheme, padded > head_dim)
+    planes = holes.meet_in_planes(scheme, padded > head_dim)
     constants: dict[str, Any] = {
         "D": head_dim,
         "D_TILE": padded,
@@ -158,8 +138,8 @@ def plan(
         "V_MEAN": v.smooth != "none",
         "BLOCK_MEANS": q.smooth == "block_mean",
         "UNSIGNED_P": needs_code_sums(scheme),
-        "CLEAR_TAIL": needs_code_sums(scheme) and not _zero_bits_are_zero(v.format),
-        "CLEAR_CHANNELS": padded > head_dim and not _zero_bits_are_zero(q.format),
+        "CLEAR_TAIL": needs_code_sums(scheme) and not holes.zero_bits_are_zero(v.format),
+        "CLEAR_CHANNELS": padded > head_dim and not holes.zero_bits_are_zero(q.format),
         "VARLEN": wanted.varlen,
         "LEFT": wanted.left,
         "RIGHT": wanted.right,
@@ -200,29 +180,18 @@ def plan(
         constants["V_PACKED"] = 1
     constants["MAY_BE_EMPTY"] = types["q"] != "tl.int8"
     constants["JOINED"] = natural or any(constants[name] for name in ("BOOLEAN_MASK", "BLOCK_MEANS", "V_PER_TOKEN", "K_ZERO"))
-    constants["K_PER_TILE"] = at["k"] == "scores" and _one_scale_a_tile(scheme)
-    constants["K_PER_KEY"] = at["k"] == "scores" and not _one_scale_a_tile(scheme)
-    encoder = _p_format(scheme, dtype)
+    constants["K_PER_TILE"] = at["k"] == "scores" and holes.one_scale_a_tile(scheme)
+    constants["K_PER_KEY"] = at["k"] == "scores" and not holes.one_scale_a_tile(scheme)
     wide = "tl.float32" in types.values()
-    holes = {
-        **{f"decode_{role}": _decode(getattr(scheme, role).format, interpreted, target) for role in "qkv"},
-        **{f"lay_{role}": _lay(getattr(scheme, role).format, planes) for role in "qk"},
-        "lay_v": _lay_v(v.format, types["v"], tokens_last, target.backend == "cuda" and not interpreted),
-        "encode_p": (interpreted and encoder.triton_encode_interpreted) or encoder.triton_encode,
-        "address_v": fragments.by_channel if tokens_last else fragments.by_token,
-        "order_p": fragments.in_groups if tokens_last else fragments.in_order,
-        "product_k": _product(types["q"]),
-        "product_v": _product(types["v"]),
-        "scale_scores": _scale_scores(scheme),
-        "count": _count(scheme),
-        "row_reference": fragments.running_maximum if scheme.p.granularity.kind == "unit" else fragments.tile_maximum,
-    }
+    nvidia = target.backend == "cuda" and not interpreted
+    how = dict(planes=planes, tokens_last=tokens_last, interpreted=interpreted, nvidia=nvidia)
+    filled = holes.fill(scheme, p.of(dtype), types, **how)
     used = "_".join(getattr(scheme, role).precision for role in "qkvp")
     tiles = tuple(tile for tile in _key_tiles(scheme, wide) if not tokens_last or tile >= 16 * v.format.packed)
     made = Plan(
         name=f"attention_{used}",
         title=_title(scheme, head_dim, wanted),
-        holes=tuple(holes.items()),
+        holes=tuple(filled.items()),
         constants=tuple((name, value if isinstance(value, str) else repr(value)) for name, value in constants.items()),
         products=(types["q"], types["k"], types["p"], types["v"]),
         places=tuple(at.items()),
@@ -264,8 +233,7 @@ def _key_tiles(scheme: QuantScheme, wide: bool) -> tuple[int, ...]:
 
 def _bytes_of_tokens(types: dict[str, str], head_dim: int, constants: dict[str, Any]) -> tuple[int, int]:
     """Bytes of shared memory for a query, and for a key and its value, as the products take them."""
-    sizes = {"tl.int8": 1, "tl.float8e4nv": 1, "tl.float8e5": 1, "tl.float32": 4}
-    q, k, v = (head_dim * sizes.get(types[role], 2) for role in "qkv")
+    q, k, v = (head_dim * BYTES[types[role]] for role in "qkv")
     factors = 2 * constants["RANK_TILE"] if constants["LOWRANK"] else 0
     # what is decoded lies there as codes too
     codes = sum(head_dim // constants[f"{role}_PACKED"] for role in "KV" if constants[f"{role}_DECODED"])
@@ -296,68 +264,6 @@ def _refuse(scheme: QuantScheme, head_dim: int, wanted: Wanted) -> None:
         raise UnsupportedError(
             f"bias: rank {wanted.bias_rank} is more than a kernel holds; at most 256, a dense bias, or backend='reference'"
         )
-
-
-def _meet_in_planes(scheme: QuantScheme, padded: bool) -> bool:
-    """Whether Q and K meet with their channels in the order that K's elements hold them: a sum does not care for order, and
-    packed K then needs no shuffle. Q is loaded in that order, or packed alike."""
-    q, k = scheme.q.format, scheme.k.format
-    if k.packed == 1 or "operand" in (place(scheme.q), place(scheme.k)):
-        return False
-    return (q.packed == 1 and _zero_bits_are_zero(q)) or (q.packed == k.packed and not padded)
-
-
-def _zero_bits_are_zero(precision: precisions.Precision) -> bool:
-    nothing = torch.zeros(1, dtype=precision.stored, device="cpu")
-    return not precision.decode(precision.unpack(nothing, precision.packed)).any()
-
-
-def _decode(precision: precisions.Precision, interpreted: bool, target: targets.Target) -> Any:
-    nvidia = target.backend == "cuda" and not interpreted
-    return (nvidia and precision.triton_decode_ptx) or precision.triton_decode
-
-
-def _lay(precision: precisions.Precision, planes: bool) -> Any:
-    if precision.packed == 1:
-        return fragments.as_they_are
-    return fragments.in_planes if planes else fragments.side_by_side
-
-
-def _lay_v(precision: precisions.Precision, product: str, tokens_last: bool, nvidia: bool) -> Any:
-    if precision.packed == 1:
-        return fragments.as_they_are
-    if tokens_last:
-        return fragments.tokens_in_planes
-    # what is multiplied as it was decoded, bytes by bytes
-    as_bytes = product == precision.compute and (product == "tl.int8" or product.startswith("tl.float8"))
-    return fragments.side_by_side_ptx if nvidia and as_bytes else fragments.side_by_side
-
-
-def _p_format(scheme: QuantScheme, dtype: torch.dtype) -> precisions.Precision:
-    """P's precision; 16 bits are V's own."""
-    precision = scheme.p.format
-    return precisions.get(FLOAT_NAMES[dtype]) if precision.bits == 16 and dtype != torch.float32 else precision
-
-
-def _product(kind: str) -> Any:
-    return fragments.integer_product if kind == "tl.int8" else fragments.float_product
-
-
-def _scale_scores(scheme: QuantScheme) -> Any:
-    if place(scheme.k) != "scores":
-        return fragments.scale_by_query
-    return fragments.scale_by_tile if _one_scale_a_tile(scheme) else fragments.scale_by_key
-
-
-def _one_scale_a_tile(scheme: QuantScheme) -> bool:
-    """Whether a tile of keys has no more than one scale a head."""
-    return scheme.k.granularity.cover(WHOLE, 1)[0] % scheme.key_tile == 0
-
-
-def _count(scheme: QuantScheme) -> Any:
-    if scheme.normalizer == "exact":
-        return fragments.exact
-    return fragments.nearest_integers if scheme.p.format.compute == "tl.int8" else fragments.rounded
 
 
 def _log2(largest: float | None) -> float:

@@ -11,79 +11,71 @@ codes are all zero is kept below zero: its weight in P is next to nothing (see `
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tokquant.kernels import generate, launch, quantize_plan
 from tokquant.kernels.decode_plan import sides_shape
-from tokquant.kernels.plan import WHOLE
 from tokquant.kernels.quantize_plan import Task
 from tokquant.kernels.triton.operands import Coded, Pages, Source, Table, Turned
-from tokquant.pages import operand
+from tokquant.pages import Part, Store
 from tokquant.schemes import Operand
 from tokquant.schemes.placement import place
 from tokquant.schemes.scheme import SCALE_TYPES
 from tokquant.tensor import QuantizedTensor
 
-if TYPE_CHECKING:
-    from tokquant.kernels.pages import TritonPages
-
 FEW = 16
 """New tokens for which small programs are launched, and nobody waits to see whether their scales fit."""
 
 
-class Pool:
+class Pool(Part):
     """Pages of K or of V. One-byte floats are kept as bytes, which torch can index."""
 
-    def __init__(self, spec: Operand, store: "TritonPages", device: torch.device, pages: int, *, tokens_last: bool):
-        self.spec, self.tokens_last, self._store = spec, tokens_last, store
-        heads, d, page = store.kv_heads, store.head_dim, store.page
+    def __init__(self, spec: Operand, store: Store, pages: int, *, tokens_last: bool):
+        super().__init__(spec, store, pages)
+        self.tokens_last, self._interpreted = tokens_last, launch.interpreted()
+        heads, d, page, device = store.kv_heads, store.head_dim, store.page, store.device
         precision = spec.format
-        own = not spec.scaled and precision.bits == 16 and store.dtype != torch.float32
-        self._kind = store.dtype if own else precision.stored
+        self._kind = precision.of(store.dtype).stored
         width = -(-d // precision.packed)
         shape = (pages, heads, width, page) if tokens_last else (pages, heads, page, width)
-        self.codes = torch.zeros(shape, dtype=_held(self._kind), device=device)
+        self.parts = {"codes": torch.zeros(shape, dtype=_held(self._kind), device=device)}
         column = torch.arange(page, device=device)
         if tokens_last:
             # where the tokens of a page lie
             column = (column & 1) | ((column & 8) >> 2) | ((column & 6) << 1) | (column & -16)
         self._column = column
         self.static = spec.scaled and spec.scale == "static"
-        self._like = torch.empty(1, dtype=store.dtype, device=device).expand(1, heads, 1, d)
-        known = operand({"codes": self._like}, spec, store.scheme, store.scales, tuple(self._like.shape), store.dtype)
-        self._known = replace(known, codes=self._like[:, :, :0])
-        self.sides: Tensor | None = None
+        like = torch.empty(1, dtype=store.dtype, device=device).expand(1, heads, 1, d)
+        known = self.operand({"codes": like}, 1)
+        self._known = replace(known, codes=like[:, :, :0])
+        self._given: Tensor | None = None
         self._floats: Tensor | None = None
         if self.static:
             assert known.scale is not None
             pairs = [known.scale] if known.zero is None else [known.scale, known.zero]
             columns = sides_shape(spec, d, page)[2]
-            sides = torch.stack([x.expand(1, heads, 1, columns) for x in pairs], dim=3).contiguous()
-            self._floats = sides.float()
-            self.sides = sides.view(_held(sides.dtype))
+            self._given = torch.stack([x.expand(1, heads, 1, columns) for x in pairs], dim=3).contiguous()
+            self._floats = self._given.float()
         elif spec.scaled:
-            kind = SCALE_TYPES[spec.scale_dtype]
-            self.sides = torch.zeros(pages, heads, *sides_shape(spec, d, page), dtype=_held(kind), device=device)
+            kind = _held(SCALE_TYPES[spec.scale_dtype])
+            self.parts["sides"] = torch.zeros(pages, heads, *sides_shape(spec, d, page), dtype=kind, device=device)
 
-    def growing(self) -> list[Tensor]:
-        """What has pages."""
-        return [self.codes] if self.sides is None or self.static else [self.codes, self.sides]
+    @property
+    def codes(self) -> Tensor:
+        """Of all pages."""
+        return self.parts["codes"]
 
-    def grow(self, pages: int) -> None:
-        larger = []
-        for part in self.growing():
-            larger.append(part.new_zeros(pages, *part.shape[1:]))
-            larger[-1][: len(part)] = part
-        self.codes = larger[0]
-        if len(larger) > 1:
-            self.sides = larger[1]
+    @property
+    def sides(self) -> Tensor | None:
+        """Scales and zeros: of all pages, or the static ones; None where there are none."""
+        held = self.parts.get("sides")
+        return self._given if held is None else held.view(SCALE_TYPES[self.spec.scale_dtype])
 
     def argument(self) -> Pages:
         """As the decoding kernel takes them."""
-        offset, sides = self._known.offset if self.spec.role == "v" else None, self._scales()
+        offset, sides = self._known.offset if self.spec.role == "v" else None, self.sides
         page = None if sides is None else 0 if self.static else sides.stride(0)
         return Pages(
             self.codes.view(self._kind), self.codes.stride(0), sides, page, None if offset is None else offset.contiguous()
@@ -106,20 +98,18 @@ class Pool:
                 head_dim=d,
                 dtype=x.dtype,
                 step="both" if spec.scaled and not self.static else "codes",
-                offset_tokens=0 if frame.offset is None else WHOLE,
-                balanced=frame.balance is not None,
-                rotated=frame.rotated,
+                **frame.steps(),
                 weighted=place(spec) == "p",
                 tokens_last=self.tokens_last,
-                page=self._store.page,
+                page=self.shape[2],
                 few=n <= FEW,
                 counted=table.counts is not None,
-                interpreted=self._store.interpreted,
+                interpreted=self._interpreted,
             )
         )
         codes = self.codes if self._kind.itemsize > 1 else self.codes.view(torch.uint8)
         made = Coded(codes=codes, lost=lost)
-        sides = self._floats if self.static else self._scales()
+        sides = self._floats if self.static else self.sides
         if sides is not None:
             scale, zero = sides[..., 0, :], None if spec.symmetric else sides[..., 1, :]
             page = 0 if self.static else sides.stride(0)
@@ -134,43 +124,37 @@ class Pool:
         return plan.checked
 
     def get(self, pages: Tensor, tokens: int) -> QuantizedTensor:
-        """Codes `[1, H_kv, tokens, D]` of these pages' first tokens."""
         codes = self.codes[pages]
         if self.tokens_last:
             codes = codes[..., self._column].mT
         found = {"codes": self._joined(codes, tokens).view(self._kind)}
-        if self.sides is not None and not self.static:
-            sides, kind = self.sides[pages], SCALE_TYPES[self.spec.scale_dtype]
-            rows = -(-tokens * sides.shape[2] // self._store.page)
+        if "sides" in self.parts:
+            sides, kind = self.parts["sides"][pages], SCALE_TYPES[self.spec.scale_dtype]
+            rows = -(-tokens * sides.shape[2] // self.shape[2])
             scale = self._joined(sides[..., 0, :], rows).view(kind)
             found["scale"] = scale.float().abs().to(kind) if place(self.spec) == "p" else scale
             if not self.spec.symmetric:
                 found["zero"] = self._joined(sides[..., 1, :], rows).view(kind)
-        shape = (1, self._store.kv_heads, tokens, self._store.head_dim)
-        return operand(found, self.spec, self._store.scheme, self._store.scales, shape, self._store.dtype)
+        return self.operand(found, tokens)
 
     def put(self, page: Tensor, slot: Tensor, x: QuantizedTensor) -> None:
-        """Canonical codes `[1, H_kv, n, D]` to the slots of n tokens."""
         codes = x.codes[0].transpose(0, 1).contiguous().view(self.codes.dtype)
         if self.tokens_last:
             self.codes[page, :, :, self._column[slot]] = codes
         else:
             self.codes[page, :, slot] = codes
-        if self.sides is None or self.static:
+        if "sides" not in self.parts:
             return
         assert x.scale is not None
-        scale = x.scale
+        scale, sides = x.scale, self.parts["sides"]
         if place(self.spec) == "p":
             nothing = (x.code_values() == 0).all(dim=-1, keepdim=True) & scale.float().isfinite()
             scale = torch.where(nothing, -scale.float(), scale.float()).to(scale.dtype)
-        tokens = self._store.page // self.sides.shape[2]
+        tokens = self.shape[2] // sides.shape[2]
         page, row = page[::tokens], slot[::tokens] // tokens
         for index, side in enumerate((scale, x.zero)):
             if side is not None:
-                self.sides[page, :, row, index] = side[0].transpose(0, 1).contiguous().view(self.sides.dtype)
-
-    def _scales(self) -> Tensor | None:
-        return None if self.sides is None else self.sides.view(SCALE_TYPES[self.spec.scale_dtype])
+                sides[page, :, row, index] = side[0].transpose(0, 1).contiguous().view(sides.dtype)
 
     def _joined(self, x: Tensor, rows: int) -> Tensor:
         # pages [n, H, rows of one, W] -> [1, H, rows, W]

@@ -10,6 +10,10 @@ from tokquant.schemes.placement import needs_code_sums, place
 TRITON_TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
 FLOAT_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
+EIGHT = ("tl.int8", "tl.float8e4nv", "tl.float8e5")
+BYTES = {**dict.fromkeys(EIGHT, 1), "tl.float16": 2, "tl.bfloat16": 2, "tl.float32": 4}
+"""Of an element, by the type that products take."""
+
 UNITS = {
     "tl.int8": "int8 tensor cores, exact 32-bit sums within a tile",
     "tl.float8e4nv": "fp8 tensor cores",

@@ -4,7 +4,6 @@ Each tensor is read once where the tokens of a scale lie in one tile, twice wher
 that no kernel takes (`quantize_plan.lacking` says why) is quantized by the definition, and so are floats that are only cast.
 """
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError
 from tokquant.kernels import generate, launch, targets
-from tokquant.kernels.plan import WHOLE
 from tokquant.kernels.products import takes_tokens_last
 from tokquant.kernels.quantize_plan import LONGEST, QuantizePlan, Task, in_one_tile, lacking, plan
 from tokquant.kernels.triton.operands import Coded, Source, Table, Turned
@@ -37,7 +35,7 @@ from tokquant.schemes import Granularity, Operand, QuantScheme
 from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
 from tokquant.schemes.scheme import SCALE_TYPES
 from tokquant.tensor import QuantizedTensor, met
-from tokquant.transforms import BLOCK_MEAN, Frame
+from tokquant.transforms import Frame
 
 
 def quantize_operands(
@@ -49,7 +47,7 @@ def quantize_operands(
     """
     q_frame, k_frame, v_frame = frames(q, k, v, scheme, scales)
     run = _Run(scheme, scales)
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+    with launch.on(q.device):
         kq = run.keys(k, k_frame)
         qq = run.queries(q, q_frame, kq)
         vq = run.values(v, v_frame)
@@ -68,7 +66,7 @@ def quantize_operands(
 def quantize_queries(q: Tensor, k: QuantizedTensor, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
     """Q in codes, for keys in codes of which only what all share is looked at. Nothing is waited for: a value that its type
     does not hold becomes an infinity."""
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+    with launch.on(q.device):
         qq = _Run(scheme, scales).queries(q, frame_of_queries(q, k, k.frame), k)
     return replace(qq, scheme=scheme)
 
@@ -145,10 +143,7 @@ class _Run:
             head_dim=x.shape[3],
             dtype=x.dtype,
             step="both" if in_one_tile(spec) else "codes",
-            offset_tokens=0 if frame.offset is None else BLOCK_MEAN if frame.offset.shape[2] > 1 else WHOLE,
-            balanced=frame.balance is not None,
-            rotated=frame.rotated,
-            folded=frame.fold is not None,
+            **frame.steps(),
             k_offset=given.k_offset is not None,
             k_origin=given.k_origin is not None,
             companion=made.companion is not None,
@@ -220,10 +215,9 @@ def _room(x: Tensor, spec: Operand, tokens_last: bool) -> Tensor:
     """Where the codes of `x` will be."""
     b, h, n, d = x.shape
     precision = spec.format
-    own = not spec.scaled and precision.bits == 16 and x.dtype != torch.float32
     group = 16 * precision.packed
     shape = (b, h, d, -(-n // group) * 16) if tokens_last else (b, h, n, -(-d // precision.packed))
-    return x.new_empty(shape, dtype=x.dtype if own else precision.stored)
+    return x.new_empty(shape, dtype=precision.of(x.dtype).stored)
 
 
 def _floats(x: Tensor | None) -> Tensor | None:

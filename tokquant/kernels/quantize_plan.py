@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 
 from tokquant import precisions
-from tokquant.kernels.plan import WHOLE
 from tokquant.kernels.products import FLOAT_NAMES, TRITON_TYPES
 from tokquant.kernels.targets import Target
 from tokquant.kernels.triton import scales
 from tokquant.schemes import Operand
+from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.scheme import SCALE_TYPES
 
 LONGEST = 128
@@ -129,7 +129,7 @@ def plan(task: Task) -> QuantizePlan:
     over_tokens = task.tokens_last and not task.page
     codes, scaled = task.step != "extremes", spec.scaled
     own = precisions.get(FLOAT_NAMES[task.dtype])
-    stores = own if not scaled and precision.bits == 16 and task.dtype != torch.float32 else precision
+    stores = precision.of(task.dtype)
     order = d & -d
     largest_code = precision.largest if precision.largest is not None else 1
     constants: dict[str, Any] = {

@@ -10,11 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tokquant.features import Features
 from tokquant.kernels import launch, order, targets, tuned
-from tokquant.kernels.plan import WHOLE
 from tokquant.kernels.triton.operands import Operand, Rows
-from tokquant.reference import Features
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
+from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import place
 from tokquant.tensor import QuantizedTensor
 from tokquant.transfer import to_device
@@ -42,7 +43,7 @@ def attention(
     present = [part for part in parts if part is not None]
     q = present[0][0]
     launch.check(q.device, features)
-    wanted, given = launch.asked(features, return_lse)
+    wanted = Wanted.of(features, return_lse)
     made = launch.planned(present[0], scheme, replace(wanted, varlen=True))
     # its loop is that of a batch, and so is the launch that suits it, of those that sequences have too
     alike = launch.planned(present[0], scheme, wanted, portable=True)
@@ -63,7 +64,7 @@ def attention(
             *operands,
             Rows(out, 0, *out.stride()[1:3]),
             lse,
-            given._replace(**on_device),
+            launch.arguments_of(features)._replace(**on_device),
             features.scale,
             total_q,
             total_k,

@@ -71,9 +71,7 @@ def _pages(kernel: "Kernel", role: str) -> Pages:
 
 
 def _codes(kernel: "Kernel", role: str) -> str:
-    operand = getattr(kernel.scheme, role)
-    own = operand.format.bits == 16 and kernel.dtype != torch.float32
-    return POINTERS[kernel.dtype if own else operand.format.stored]
+    return POINTERS[getattr(kernel.scheme, role).format.of(kernel.dtype).stored]
 
 
 def _bias(kernel: "Kernel") -> dict[str, str]:

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_efficient_attention, can_use_flash_attention
 
 from tokquant.calibration.scales import needed
+from tokquant.features import Features
 from tokquant.kernels import launch, targets, tuned
 from tokquant.kernels.plan import plan
 from tokquant.kernels.products import FLOAT_NAMES, takes_tokens_last
-from tokquant.reference import Features
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
 
 
@@ -38,7 +39,7 @@ def faster(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: Featu
         head_dim=d,
         dtype=q.dtype,
         shared_heads=heads // k.shape[1],
-        wanted=launch.asked(features, False)[0],
+        wanted=Wanted.of(features, False),
         tokens_last=takes_tokens_last(scheme, q.dtype),
         interpreted=launch.interpreted(),
         target=targets.of(q.device),

@@ -142,6 +142,11 @@ class Precision:
         values = self.decode(self.unpack(stored[:, None], self.packed)).unique()
         return values[values.isfinite()]
 
+    def of(self, dtype: torch.dtype) -> "Precision":
+        """What values of tensors of this type are kept in: 16-bit floats without a scale are the tensor's own."""
+        own = self.bits == 16 and self.largest is None and dtype != torch.float32
+        return get({torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]) if own else self
+
     def __repr__(self) -> str:
         return f"<precision {self.name}: {self.bits} bits>"
 

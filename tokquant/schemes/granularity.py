@@ -9,6 +9,8 @@ from tokquant.errors import SchemeError, nearest, quote
 
 PLAIN = ("token", "tensor", "head", "channel")
 SIZED = ("block", "channel_block", "group")
+WHOLE = 2**30
+"""Tokens of a group that every token is in."""
 
 
 @dataclass(frozen=True)

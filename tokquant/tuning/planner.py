@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from tokquant.errors import quote
+from tokquant.errors import first_line, quote
 from tokquant.io_model.workload import Workload
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.compile import Kernel
@@ -105,7 +105,7 @@ def planned(kernel: Kernel, given: Workload | Step, keep: int | None = KEEP) -> 
         try:
             found = each.resources
         except Exception as error:  # Triton's compiler raises whatever it comes upon
-            refused.append(Trial(each.config, why=f"does not compile: {first_line(error)}"))
+            refused.append(Trial(each.config, why=f"does not compile: {first_line(error)[:200]}"))
             continue
         if not found.fits:
             taken = f"{found.shared_bytes} bytes of shared memory and {found.registers} registers"
@@ -126,8 +126,3 @@ def planned(kernel: Kernel, given: Workload | Step, keep: int | None = KEEP) -> 
         late = keep is not None and left[trial.config.loop] > keep and not trial.untuned(kernel.plan)
         order.append(replace(trial, why=f"predicted {ms / running[0][0]:.1f} x the best" if late else ""))
     return order + refused
-
-
-def first_line(error: Exception) -> str:
-    """Of what went wrong, cut where it is long."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokquant.errors import UnsupportedError
+from tokquant.errors import UnsupportedError, first_line
+from tokquant.features import Features
 from tokquant.io_model.workload import Workload
 from tokquant.kernels import decode_launch, launch, sixteen_bit, targets, tuned
 from tokquant.kernels.compile import Kernel
 from tokquant.kernels.plan import Plan
 from tokquant.kernels.quantize import quantize_operands
-from tokquant.reference import Features
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
 from tokquant.timing import interleaved_medians
-from tokquant.tuning.planner import Trial, first_line, planned
+from tokquant.tuning.planner import Trial, planned
 from tokquant.tuning.work import Step
 
 APART = 0.01
@@ -57,8 +58,7 @@ def tune_attention(
     """
     q, k, _ = operands
     call = launch.prepare(*operands, scheme, features, return_lse, deterministic=True)
-    wanted, _ = launch.asked(features, return_lse)
-    kernel = Kernel.of(call.plan, scheme, q.shape[3], q.dtype, targets.of(q.device), wanted)
+    kernel = Kernel.of(call.plan, scheme, q.shape[3], q.dtype, targets.of(q.device), Wanted.of(features, return_lse))
     # what is read is what will run, so that it is compiled once
     kernel = replace(kernel, launched=lambda config: replace(call, config=config).compiled())
     trials = planned(kernel, Workload.of(q, k, features), keep)
@@ -144,7 +144,7 @@ def time(
         try:
             out, _ = run(trial)()
         except Exception as error:  # of Triton or of the driver
-            tried[index] = replace(trial, why=f"does not run: {first_line(error)}")
+            tried[index] = replace(trial, why=f"does not run: {first_line(error)[:200]}")
             continue
         alike = trial.config.block_n, trial.split
         if alike not in first:

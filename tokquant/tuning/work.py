@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tokquant.errors import quote
+from tokquant.inputs import whole_number
 from tokquant.io_model.bounds import compulsory, problem
 from tokquant.io_model.traffic import traffic
-from tokquant.io_model.workload import Walk, Workload
+from tokquant.io_model.workload import Walk, Workload, shared_heads
 from tokquant.kernels.compile import Kernel
 from tokquant.kernels.decode_launch import Runs, keys_seen
 from tokquant.kernels.order import abreast
@@ -43,8 +43,7 @@ class Step:
 
     def __post_init__(self) -> None:
         for name in ("batch", "heads", "queries", "keys"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name}: {quote(getattr(self, name))} is not a whole number from 1")
+            whole_number(name, getattr(self, name), 1)
 
 
 def work(kernel: Kernel, given: Workload | Step, split: int | None = None) -> Work:
@@ -74,9 +73,7 @@ def _of_attention(kernel: Kernel, workload: Workload) -> Work:
 
 def _of_pages(kernel: Kernel, step: Step, split: int | None) -> Work:
     block_m, block_n = kernel.config.block_m, kernel.config.block_n
-    shared = int(dict(kernel.plan.constants)["SHARED_HEADS"])
-    if step.heads % shared:
-        raise ValueError(f"heads: {step.heads} is no multiple of the {shared} that share one of K and V in this kernel")
+    shared = shared_heads(kernel, step.heads)
     kv_heads = step.batch * step.heads // shared
     blocks = -(-step.queries * shared // block_m)
     seen = keys_seen(step.keys, step.queries, step.left)

@@ -21,8 +21,9 @@ from tokquant.evaluation.bound import float32
 from tokquant.evaluation.bound.logits import Logits, logits
 from tokquant.evaluation.bound.operands import Known, known
 from tokquant.evaluation.bound.probabilities import rounding_of_p
+from tokquant.features import Features
 from tokquant.inputs import features_of
-from tokquant.reference import LOG2E, Features, matmul_kept, row_chunks
+from tokquant.reference import LOG2E, matmul_kept, row_chunks
 from tokquant.schemes import HeadSchemes, QuantScheme
 from tokquant.schemes.placement import place
 from tokquant.tensor import Coded, QuantizedTensor

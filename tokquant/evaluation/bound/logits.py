@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokquant.evaluation.bound import float32
 from tokquant.evaluation.bound.operands import Known, Product
-from tokquant.reference import Features
+from tokquant.features import Features
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import as_bytes
 from tokquant.tensor import QuantizedTensor

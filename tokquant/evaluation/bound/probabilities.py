@@ -46,9 +46,7 @@ def rounding_of_p(
 
 def _float_of(precision: Precision, dtype: torch.dtype) -> torch.dtype | None:
     """The type of floats that P is cast to, None for a code of few bits."""
-    if precision.bits < 16:
-        return None
-    return dtype if precision.bits == 16 and dtype != torch.float32 else precision.stored
+    return None if precision.bits < 16 else precision.of(dtype).stored
 
 
 def _widest(scheme: QuantScheme, dtype: torch.dtype, like: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """The part of a page that goes into each scheme: written out, by layer and head, and its worst rows."""
 
 from tokquant.evaluation.explain import WorstRow
-from tokquant.evaluation.page.heat import Scale, heat_map, scrolled
+from tokquant.evaluation.page.heat import Scale, heat_map
 from tokquant.evaluation.page.markup import Markup, join, tag
 from tokquant.evaluation.page.numbers import percent, plain
-from tokquant.evaluation.page.tables import ROLES, part_cells
+from tokquant.evaluation.page.tables import ROLES, part_cells, table
 from tokquant.evaluation.report import Judged, Report
 
 ROWS = 8
@@ -43,7 +43,6 @@ def _layer(name: str) -> Markup:
 
 
 def _parts(judged: Judged) -> Markup:
-    head = tag("tr", *(tag("th", text, scope="col") for text in ("layer", *ROLES.upper(), "all", "bits q / k / v")))
     rows = []
     for name, each in judged.layers.items():
         assert each.explanation is not None
@@ -53,7 +52,7 @@ def _parts(judged: Judged) -> Markup:
             tag("tr", _layer(name), *cells, tag("td", percent(each.errors.rel_l1), class_="n"), tag("td", bits, class_="n"))
         )
     caption = f"{judged.name}: what each operand adds to the error of a layer"
-    return scrolled(caption, tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *rows), class_="parts"))
+    return table(caption, ("layer", *ROLES.upper(), "all", "bits q / k / v"), rows, "parts")
 
 
 def _rows(judged: Judged) -> Markup:
@@ -65,21 +64,10 @@ def _rows(judged: Judged) -> Markup:
         "itself holds, relative to that too. Entropy is of its weights, in bits: 2 to that power is about how many keys it "
         "looks at. In brackets, the mean over the head."
     )
-    heads = (
-        "layer",
-        "head",
-        "token",
-        "off by (head)",
-        "entropy (head)",
-        "size",
-        "largest weights: share on key",
-        *ROLES.upper(),
-    )
-    head = tag("tr", *(tag("th", text, scope="col") for text in heads))
+    numbers = ("off by (head)", "entropy (head)", "size", "largest weights: share on key")
+    heads = ("layer", "head", "token", *numbers, *ROLES.upper())
     caption = f"{judged.name}: the rows that are furthest off, at most three of a layer"
-    body = tag("tbody", *(_row(name, row) for name, row in rows))
-    table = tag("table", tag("caption", caption), tag("thead", head), body, class_="parts")
-    return join(tag("p", note, class_="note"), scrolled(caption, table))
+    return join(tag("p", note, class_="note"), table(caption, heads, [_row(name, row) for name, row in rows], "parts"))
 
 
 def _row(layer: str, row: WorstRow) -> Markup:

@@ -80,7 +80,7 @@ def summary(report: Report) -> Markup:
         "faster of fp32 and bf16, taken in turn with the scheme\u2019s."
     )
     rows = [row(place, each) for place, each in enumerate(report.schemes)]
-    return _section("Summary", note, _table("Schemes, means over layers", heads, rows, "sortable"))
+    return _section("Summary", note, table("Schemes, means over layers", heads, rows, "sortable"))
 
 
 def costs(report: Report) -> Markup:
@@ -133,7 +133,7 @@ def parts(report: Report) -> Markup:
         "squares, so the parts sum to more than all. Bars are relative to the largest of their row."
     )
     return _section(
-        "Where the error comes from", note, _table("What each operand adds to the error", heads, rows, "sortable parts")
+        "Where the error comes from", note, table("What each operand adds to the error", heads, rows, "sortable parts")
     )
 
 
@@ -155,12 +155,12 @@ def part_cells(found: Mapping[str, float]) -> list[Markup]:
 def setting(report: Report) -> Markup:
     """What was measured, on what and with what."""
     rows = [tag("tr", tag("th", name, scope="row"), tag("td", value)) for name, value in report.setting.items()]
-    table = tag("table", tag("caption", "What was measured, and with what"), tag("tbody", *rows), class_="setting")
+    facts = tag("table", tag("caption", "What was measured, and with what"), tag("tbody", *rows), class_="setting")
     layers = [tag("li", name) for name in report.layers]
     return _section(
         "Setting",
         "",
-        scrolled("Setting", table),
+        scrolled("Setting", facts),
         tag("details", tag("summary", f"Layers ({len(layers)})"), tag("ol", *layers, start=0)),
     )
 
@@ -186,7 +186,8 @@ def _section(title: str, note: str, *content: Markup) -> Markup:
     return tag("section", tag("h2", title), *([tag("p", note, class_="note")] if note else []), *content)
 
 
-def _table(caption: str, heads: Sequence[str], rows: Sequence[Markup], kind: str) -> Markup:
+def table(caption: str, heads: Sequence[str], rows: Sequence[Markup], kind: str) -> Markup:
+    """A table with a caption and a row of headings, in a part of the page that scrolls."""
     head = tag("tr", *(tag("th", text, scope="col") if text else tag("td") for text in heads))
     return scrolled(caption, tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *rows), class_=kind))
 

@@ -11,6 +11,7 @@ from tokquant.attention import Backend, Scheme
 from tokquant.calibration.scales import Scales
 from tokquant.errors import SchemeError, UnsupportedError, quote
 from tokquant.evaluation.logits import Agreement
+from tokquant.inputs import whole_number
 from tokquant.integrations.layers import scheme_of_layers
 from tokquant.integrations.transformers.cache import TokquantCache
 from tokquant.integrations.transformers.recording import check_window
@@ -57,8 +58,7 @@ def evaluate(
     check_model(model)
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(f"model: {type(model).__name__} predicts no next token of its input; give a causal language model")
-    if type(decoded) is not int or decoded < 0:
-        raise ValueError(f"decoded: {quote(decoded)} is not a whole number from 0")
+    decoded = whole_number("decoded", decoded, 0)
     chosen = [scheme_of_layers(scheme) for scheme in schemes]
     fixed = list(scales) if scales is not None else [None] * len(chosen)
     if len(fixed) != len(chosen):

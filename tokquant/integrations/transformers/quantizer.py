@@ -52,7 +52,7 @@ class TokquantConfig(QuantizationConfigMixin):
             scales = {
                 "layers": layers,
                 "scheme": _written(self.scales.scheme),
-                "sha256": checksum(by_full_name(self.scales)),
+                "sha256": checksum(self.scales.tensors()),
             }
         return {"quant_method": NAME, "scheme": _written(self.scheme)} | ({"scales": scales} if scales else {})
 
@@ -92,7 +92,7 @@ class TokquantQuantizer(HfQuantizer):
             }
             config.scales = Scales(_of_config(config.saved["scheme"]), layers)
             # what a checkpoint lacks comes out as whatever was in memory
-            if checksum(by_full_name(config.scales)) != config.saved["sha256"]:
+            if checksum(config.scales.tensors()) != config.saved["sha256"]:
                 raise ScalesError(
                     "scales: those of the checkpoint are missing, or are not those that were saved (checksum differs)"
                 )
@@ -104,7 +104,8 @@ class TokquantQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict]:
         scales = self.quantization_config.scales
-        return model.state_dict() | ({} if scales is None else by_full_name(scales)), {}
+        own = {} if scales is None else scales.tensors()
+        return model.state_dict() | {name: x.contiguous() for name, x in own.items()}, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -112,11 +113,6 @@ class TokquantQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def by_full_name(scales: Scales) -> dict[str, Tensor]:
-    """All tensors, as `model.layers.0.self_attn.k_scale`."""
-    return {f"{layer}.{name}": value.contiguous() for layer, part in scales.items() for name, value in part.tensors.items()}
 
 
 def _written(scheme: QuantScheme | SchemeMap) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu.launch import load
 from tokquant.kernels.cpu.quantize_plan import Task, plan
+from tokquant.kernels.launch import steps
 
 READ = ("offset", "balance", "fold", "k_offset", "k_origin")
 """What a kernel reads beside the tokens, as contiguous float32."""
@@ -48,11 +49,11 @@ class Bound:
         values = {name: x.data_ptr() for name, x in kept.items()}
         values |= {"codes_page": codes.stride(0), "codes_head": codes.stride(1), "page": page}
         if scale is not None:
-            values |= {"scale_page": _step(scale, 0), "scale_head": _step(scale, 1)}
+            values |= dict(zip(("scale_page", "scale_head"), steps(scale), strict=False))
         if (offset := kept.get("offset")) is not None:
-            values |= {"offset_batch": _step(offset, 0), "offset_rows": offset.shape[2]}
+            values |= {"offset_batch": steps(offset)[0], "offset_rows": offset.shape[2]}
         if (balance := kept.get("balance")) is not None:
-            values["balance_batch"] = _step(balance, 0)
+            values["balance_batch"] = steps(balance)[0]
         values["lost"] = ctypes.addressof(self._lost)
         self._arguments = arguments(**{name: value for name, value in values.items() if name in arguments.names})
         self._reference = ctypes.byref(self._arguments)
@@ -82,8 +83,3 @@ class Bound:
             a.first = first.data_ptr()
         self._function(self._reference)
         return not self._lost.value
-
-
-def _step(x: Tensor, dimension: int) -> int:
-    """To the next element of a dimension, or 0 where all share one."""
-    return 0 if x.shape[dimension] == 1 else x.stride(dimension)

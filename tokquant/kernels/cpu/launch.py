@@ -13,10 +13,11 @@ from torch import Tensor
 from tokquant.bias import Alibi, Dense, KeyVector, LowRank
 from tokquant.blocks import LANES, panels
 from tokquant.errors import UnsupportedError
+from tokquant.features import Features
 from tokquant.kernels import launch
 from tokquant.kernels.cpu import build, generate
 from tokquant.kernels.cpu.plan import CpuPlan, plan
-from tokquant.reference import Features
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import as_bytes, place
 from tokquant.tensor import QuantizedTensor, in_blocks, met
@@ -48,8 +49,7 @@ def attention(
     if q.device.type != "cpu":
         raise UnsupportedError(f"backend: 'cpu' takes tensors in memory, and q is on {q.device}; move them, or use 'triton'")
     (b, heads, n_q, d), n_k = q.shape, k.shape[2]
-    wanted, _ = launch.asked(features, return_lse)
-    made = plan(scheme, head_dim=d, dtype=v.dtype, wanted=wanted, instructions=build.instructions())
+    made = plan(scheme, head_dim=d, dtype=v.dtype, wanted=Wanted.of(features, return_lse), instructions=build.instructions())
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
     given: dict[str, Any] = dict(
@@ -122,7 +122,7 @@ def _queries(q: QuantizedTensor, scheme: QuantScheme) -> Fields:
     scaled = q.scale is not None and place(q.spec) == "scores"
     return {
         "q": _read(q, scheme).contiguous(),
-        "q_scale": _of_tokens(q, q.spread(q.scale)) if scaled else None,  # type: ignore[arg-type]
+        "q_scale": q.spread(q.scale).expand(*q.shape[:3], 1).contiguous() if scaled else None,  # type: ignore[arg-type]
         "q_sum": None if q.code_sum is None else q.code_sum.contiguous(),
         "logit_offset": None if q.logit_offset is None else q.logit_offset.contiguous(),
         "q_mean": q.offset.float() if q.spec.smooth == "block_mean" else None,  # type: ignore[union-attr]
@@ -162,19 +162,13 @@ def _scales(x: QuantizedTensor) -> Fields:
         # a token whose codes are all zero says so by its sign
         exact = scale.float()
         scale = torch.where(x.log2_weight == exact.log2(), exact, -exact).to(scale.dtype)
-    scale = scale.contiguous()
-    page, head = (0 if size == 1 else step for size, step in zip(scale.shape[:2], scale.stride()[:2], strict=True))
-    return {
-        f"{role}_scale": scale,
-        f"{role}_zero": None if x.zero is None else x.zero.contiguous(),
-        f"{role}_scale_page": page,
-        f"{role}_scale_head": head,
-    }
+    return of_scales(role, scale.contiguous(), None if x.zero is None else x.zero.contiguous())
 
 
-def _of_tokens(x: QuantizedTensor, each: Tensor) -> Tensor:
-    """`[B | 1, H | 1, N | 1, 1] -> [B, H, N]`."""
-    return each.expand(*x.shape[:3], 1).contiguous()
+def of_scales(role: str, scale: Tensor, zero: Tensor | None) -> Fields:
+    """Contiguous ones of K or V."""
+    page, head, *_ = launch.steps(scale)
+    return {f"{role}_scale": scale, f"{role}_zero": zero, f"{role}_scale_page": page, f"{role}_scale_head": head}
 
 
 def of_channels(x: QuantizedTensor, each: Tensor) -> Tensor:
@@ -218,5 +212,4 @@ def _once(x: Tensor, dimensions: int) -> Tensor:
 
 def _strided(name: str, x: Tensor, kind: torch.dtype, *dimensions: str) -> dict[str, Any]:
     x = _once(x, len(dimensions)).to(kind).contiguous()
-    steps = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
-    return {name: x, **{f"{name}_{dimension}": step for dimension, step in zip(dimensions, steps, strict=False)}}
+    return {name: x, **{f"{name}_{dimension}": step for dimension, step in zip(dimensions, launch.steps(x), strict=False)}}

@@ -8,55 +8,45 @@ import torch
 from torch import Tensor
 
 from tokquant import blocks
-from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError
-from tokquant.kernels import launch as shared
+from tokquant.features import Features
 from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu.bound import Bound
-from tokquant.kernels.cpu.launch import Call, laid_out, of_channels, of_features
-from tokquant.kernels.cpu.plan import ALL, plan, stored_type
+from tokquant.kernels.cpu.launch import Call, laid_out, of_channels, of_features, of_scales
+from tokquant.kernels.cpu.plan import plan
 from tokquant.kernels.cpu.quantize import queries
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
-from tokquant.pages import frame_of, growing, indexable, operand, sizes
-from tokquant.quantize import frame_of_queries, in_frame, with_sums
-from tokquant.reference import Features
-from tokquant.schemes import Operand, QuantScheme
+from tokquant.kernels.wanted import Wanted
+from tokquant.pages import Part, Store, growing, indexable, sizes
+from tokquant.quantize import frame_of_queries, in_frame
+from tokquant.schemes import Operand
 from tokquant.schemes.placement import as_bytes, place
 from tokquant.tensor import QuantizedTensor, canonical
 
 
-class CpuPages:
-    """A `tokquant.pages.Store` in panels, as `tokquant.blocks` says, each page with panels of its own."""
+class CpuPages(Store["_Panels"]):
+    """Pages in panels, as `tokquant.blocks` says, each page with panels of its own."""
 
-    def __init__(
-        self,
-        scheme: QuantScheme,
-        *,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        pages: int,
-        page: int,
-        scales: LayerScales | None = None,
-    ):
-        if device.type != "cpu":
-            raise UnsupportedError(f"backend: 'cpu' keeps pages in memory, not on {device}; use device='cpu' or 'reference'")
+    def _begin(self) -> None:
+        scheme, page = self.scheme, self.page
+        if self.device.type != "cpu":
+            raise UnsupportedError(
+                f"backend: 'cpu' keeps pages in memory, not on {self.device}; use device='cpu' or 'reference'"
+            )
         if page % scheme.key_tile:
             raise UnsupportedError(
                 f"cache.page: {page} tokens are no whole tiles of {scheme.key_tile} keys, which P of scheme {scheme.name!r} "
                 f"has its scales for; use page: {scheme.key_tile} or backend='reference'"
             )
-        self.scheme, self.scales, self.page = scheme, scales, page
-        shape = torch.Size((pages, kv_heads, page, head_dim))
-        self._k, self._v = (_Panels(spec, scheme, scales, shape, dtype) for spec in (scheme.k, scheme.v))
         self._calls: dict[Any, tuple[Bound, Call]] = {}
         """The last kernels that ran, that of Q and that of attention: steps of decoding differ in nothing but tensors."""
 
+    def _part(self, spec: Operand, pages: int) -> "_Panels":
+        return _Panels(spec, self, pages)
+
     def grow(self, pages: int) -> None:
         self._calls.clear()
-        for panels in (self._k, self._v):
-            panels.grow(pages)
+        super().grow(pages)
 
     def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
         for panels, x in ((self._k, k), (self._v, v)):
@@ -64,7 +54,8 @@ class CpuPages:
                 panels.write(x, table, first)
             else:
                 for b, n in enumerate(counts.tolist()):
-                    panels.write(x[b : b + 1, :, :n], table[b : b + 1], first[b : b + 1])
+                    if n:
+                        panels.write(x[b : b + 1, :, :n], table[b : b + 1], first[b : b + 1])
 
     def attention(
         self,
@@ -84,7 +75,7 @@ class CpuPages:
         if n_q == 1 and features.reach()[1] == 0:
             # nothing is later than the last query
             features = replace(features, causal=False, window=None if features.window is None else (features.window[0], None))
-        wanted, _ = shared.asked(features, True)
+        wanted = Wanted.of(features, True)
         out, lse = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in (q.shape, q.shape[:3]))
         n_k = int(lengths.max()) if longest is None else longest
         left, right = features.reach()
@@ -110,42 +101,18 @@ class CpuPages:
             self._calls[asked] = bound, call
         return out, lse
 
-    def read(self, table_row: Tensor, tokens: int) -> tuple[QuantizedTensor, QuantizedTensor]:
-        pages = table_row[: -(-tokens // self.page)].long()
-        return self._k.read(pages, tokens), with_sums(self._v.read(pages, tokens), self.scheme)
 
-    def store(self, table_row: Tensor, first: int, k: QuantizedTensor, v: QuantizedTensor) -> None:
-        for panels, x in ((self._k, k), (self._v, v)):
-            panels.put(table_row.long(), first, x)
+class _Panels(Part):
+    """`codes`, K's `[pages, H_kv, panels, words, 16]`, V's with tiles before the panels; and scales and zeros as
+    `tokquant.pages.sizes` says. V's scales are below zero for tokens whose codes all are zero."""
 
-    def copy(self, source: int, target: int) -> None:
-        for panels in (self._k, self._v):
-            for part in panels.parts.values():
-                part[target] = part[source]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.numel() * part.element_size() for panels in (self._k, self._v) for part in panels.parts.values())
-
-    @property
-    def bits_per_value(self) -> float:
-        return 8 * self.nbytes / (2 * self._k.shape.numel())
-
-
-class _Panels:
-    """Pages of K or of V: `codes`, K's `[pages, H_kv, panels, words, 16]`, V's with tiles before the panels; and scales and
-    zeros as `tokquant.pages.sizes` says. V's scales are below zero for tokens whose codes all are zero."""
-
-    def __init__(self, spec: Operand, scheme: QuantScheme, scales: LayerScales | None, shape: torch.Size, dtype: torch.dtype):
-        self.spec, self.scheme, self.scales, self.shape, self.dtype = spec, scheme, scales, shape, dtype
-        self.as_bytes = as_bytes(scheme, spec.role)
-        self.stored = stored_type(spec, dtype)
-        self.bits = blocks.bits_of(spec.format, self.stored, self.as_bytes)
+    def __init__(self, spec: Operand, store: Store, pages: int):
+        super().__init__(spec, store, pages)
+        self.as_bytes = as_bytes(self.scheme, spec.role)
+        self.bits = blocks.bits_of(spec.format, spec.format.of(self.dtype).stored, self.as_bytes)
         self.weighted = spec.role == "v" and place(spec) == "p"
-        like = torch.empty(1, device="cpu").expand(1, shape[1], 1, shape[3])
-        self.frame = frame_of(like, spec, scheme, scales)
-        self.parts: dict[str, Tensor] = {}
-        self.grow(shape[0])
+        self.parts = {}
+        self.grow(pages)
 
     def grow(self, pages: int) -> None:
         self.shape = torch.Size((pages, *self.shape[1:]))
@@ -182,20 +149,11 @@ class _Panels:
     @cached_property
     def bound(self) -> Bound | None:
         """The kernel that writes tokens here; None where the definition has to quantize them."""
-        offset = self.frame.offset
-        task = Task.of(
-            self.spec,
-            self.scheme,
-            self.shape[3],
-            self.dtype,
-            offset_tokens=0 if offset is None else ALL,
-            balanced=self.frame.balance is not None,
-            rotated=self.frame.rotated,
-        )
+        task = Task.of(self.spec, self.scheme, self.shape[3], self.dtype, **self.frame.steps())
         if lacking(task):
             return None
         scales = self.parts | self.given
-        more = {"offset": offset, "balance": self.frame.balance}
+        more = {"offset": self.frame.offset, "balance": self.frame.balance}
         return Bound(task, self.parts["codes"], scales.get("scale"), scales.get("zero"), page=self.shape[2], more=more)
 
     @cached_property
@@ -203,11 +161,7 @@ class _Panels:
         """What an attention kernel reads here, by the names in its text."""
         role, codes, scales = self.spec.role, self.parts["codes"], self.parts | self.given
         found: dict[str, Any] = {role: codes, f"{role}_page": codes.stride(0), f"{role}_head": codes.stride(1)}
-        if (scale := scales.get("scale")) is not None:
-            page, head = (0 if size == 1 else step for size, step in zip(scale.shape[:2], scale.stride()[:2], strict=True))
-            zero = scales.get("zero")
-            found |= {f"{role}_scale": scale, f"{role}_zero": zero, f"{role}_scale_page": page, f"{role}_scale_head": head}
-        return found
+        return found | (of_scales(role, scales["scale"], scales.get("zero")) if "scale" in scales else {})
 
     def of_sequences(self, batch: int) -> dict[str, Any]:
         """What an attention kernel reads of V for each of so many sequences."""
@@ -220,9 +174,7 @@ class _Panels:
 
     def any_token(self, batch: int) -> QuantizedTensor:
         """A token of each of so many sequences, for what does not change from token to token."""
-        shape = (batch, self.shape[1], 1, self.shape[3])
-        parts = {"codes": torch.empty(1, device="cpu").expand(shape)}
-        return operand(parts, self.spec, self.scheme, self.scales, shape, self.dtype)
+        return self.operand({"codes": torch.empty(1, device="cpu").expand(batch, self.shape[1], 1, self.shape[3])}, 1, batch)
 
     def write(self, x: Tensor, table: Tensor, first: Tensor) -> None:
         if self.bound is not None and self.bound(x, table, first):
@@ -231,18 +183,15 @@ class _Panels:
         coded = in_frame(x, self.frame, self.spec, self.scales)
         for b in range(len(x)):
             parts = {name: part[b : b + 1] for name, part in growing(coded).items()}
-            shape = (1, *x.shape[1:])
-            self.put(table[b].long(), int(first[b]), operand(parts, self.spec, self.scheme, self.scales, shape, self.dtype))
+            place = first[b] + torch.arange(x.shape[2])
+            self.put(table[b, place // self.shape[2]], place % self.shape[2], self.operand(parts, x.shape[2]))
 
-    def put(self, pages: Tensor, first: int, x: QuantizedTensor) -> None:
-        """Canonical codes `[1, H_kv, n, D]` from token `first` on, which blocks divide."""
-        page, end = self.shape[2], first + x.shape[2]
-        touched = pages[first // page : -(-end // page)]
-        inside = first % page
+    def put(self, page: Tensor, slot: Tensor, x: QuantizedTensor) -> None:
+        touched, inside = page.unique_consecutive(), int(slot[0])
         whole = self._patterns(touched)
         codes = x.spec.format.unpack(x.codes, x.shape[3])
         whole[:, inside : inside + x.shape[2]] = blocks.patterns(codes, x.spec.format, self.bits, self.as_bytes, x.spec.role)[0]
-        by_page = whole.unflatten(1, (-1, page)).transpose(0, 1)  # [pages, H_kv, page, D]
+        by_page = whole.unflatten(1, (-1, self.shape[2])).transpose(0, 1)  # [pages, H_kv, page, D]
         if x.spec.role == "k":
             self.parts["codes"][touched] = blocks.of_keys(by_page, self.bits)
         else:
@@ -254,12 +203,10 @@ class _Panels:
                 nothing = (x.code_values() == 0).all(dim=-1, keepdim=True)
                 part = torch.where(nothing, -part.float(), part.float()).to(part.dtype)
             rows = self.parts[name]
-            tokens = page // rows.shape[2]
-            place = torch.arange(first, end, tokens, device=pages.device)
-            indexable(rows)[pages[place // page], :, place % page // tokens] = indexable(part)[0].transpose(0, 1)
+            tokens = self.shape[2] // rows.shape[2]
+            indexable(rows)[page[::tokens], :, slot[::tokens] // tokens] = indexable(part)[0].transpose(0, 1)
 
-    def read(self, pages: Tensor, tokens: int) -> QuantizedTensor:
-        """Canonical codes `[1, H_kv, tokens, D]` of these pages' first tokens."""
+    def get(self, pages: Tensor, tokens: int) -> QuantizedTensor:
         found = {}
         for name, part in self.parts.items():
             if name != "codes":
@@ -268,8 +215,7 @@ class _Panels:
         if self.weighted:
             found["scale"] = found["scale"].float().abs().to(found["scale"].dtype)
         words = self.parts["codes"][pages].transpose(0, 1).flatten(1, 2)[None]
-        shape = (1, self.shape[1], tokens, self.shape[3])
-        x = operand({"codes": words, **found}, self.spec, self.scheme, self.scales, shape, self.dtype)
+        x = self.operand({"codes": words, **found}, tokens)
         return replace(x, codes=canonical(replace(x, layout="blocks")).codes)
 
     def _patterns(self, pages: Tensor) -> Tensor:

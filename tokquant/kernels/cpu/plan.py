@@ -10,9 +10,9 @@ import torch
 from tokquant import blocks, precisions
 from tokquant.errors import UnsupportedError
 from tokquant.kernels.cpu.instructions import INSTRUCTIONS
-from tokquant.kernels.plan import Wanted
-from tokquant.kernels.products import FLOAT_NAMES
+from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
+from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import as_bytes, lowers_logits, place
 from tokquant.schemes.scheme import Operand
 
@@ -22,8 +22,6 @@ SCRATCH = 2**16
 """Bytes of sums that a thread holds at once, where head_dim allows it."""
 CHUNK = 2048
 """Keys that a thread takes of a head at most, where few queries leave the others nothing to do."""
-ALL = 2**30
-"""Tokens that share a scale where all do."""
 CPP_TYPES = {"fp32": "float", "fp16": "half", "fp8_e4m3": "e4m3"}
 ROUNDED = {torch.float16: "rounded_half(x)", torch.bfloat16: "rounded_bfloat(x)", torch.float32: "x"}
 """C++: x as an input's type holds it."""
@@ -61,14 +59,14 @@ class CpuPlan:
 @lru_cache(maxsize=256)
 def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Wanted, instructions: str) -> CpuPlan:
     """The plan for operands that were of type `dtype`. Raises UnsupportedError for what no C++ kernel can do."""
-    encoder = p_format(scheme, dtype)
+    encoder = scheme.p.format.of(dtype)
     _refuse(scheme, encoder)
     q, k, v = scheme.q, scheme.k, scheme.v
     at = {role: place(getattr(scheme, role)) for role in "qkv"}
     integer_k, integer_v = as_bytes(scheme, "k"), as_bytes(scheme, "v")
-    k_bits, v_bits = (blocks.bits_of(x.format, stored_type(x, dtype), as_bytes(scheme, x.role)) for x in (k, v))
+    k_bits, v_bits = (blocks.bits_of(x.format, x.format.of(dtype).stored, as_bytes(scheme, x.role)) for x in (k, v))
     k_each = at["k"] == "scores"
-    k_tokens, v_tokens = (x.granularity.cover(ALL, head_dim)[0] if x.scaled else 1 for x in (k, v))
+    k_tokens, v_tokens = (x.granularity.cover(WHOLE, head_dim)[0] if x.scaled else 1 for x in (k, v))
     # one scale of K for a tile joins the factor of the queries
     uniform = k.symmetric and k_tokens >= scheme.key_tile
     rotation = head_dim & -head_dim
@@ -163,20 +161,9 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
 precisions.base.WHEN_REPLACED.append(plan.cache_clear)
 
 
-def stored_type(operand: Operand, dtype: torch.dtype) -> torch.dtype:
-    """The type of the stored elements of an operand that came as `dtype`: 16-bit floats keep their own."""
-    return dtype if operand.format.bits == 16 and dtype != torch.float32 else operand.format.stored
-
-
 def columns(operand: Operand, head_dim: int) -> int:
     """Scales of a token."""
-    return head_dim // operand.granularity.cover(ALL, head_dim)[1] if operand.scaled else 1
-
-
-def p_format(scheme: QuantScheme, dtype: torch.dtype) -> precisions.Precision:
-    """P's precision; 16 bits are V's own."""
-    precision = scheme.p.format
-    return precisions.get(FLOAT_NAMES[dtype]) if precision.bits == 16 and dtype != torch.float32 else precision
+    return head_dim // operand.granularity.cover(WHOLE, head_dim)[1] if operand.scaled else 1
 
 
 def _refuse(scheme: QuantScheme, encoder: precisions.Precision) -> None:
@@ -201,7 +188,7 @@ def _decoder(operand: Operand, dtype: torch.dtype, bits: int) -> str:
     if bits == 32:
         return f"static inline floats {name}(ints code) {{ return as_floats(code); }}"
     if bits == 16:
-        decode = "decoded_half" if stored_type(operand, dtype) == torch.float16 else "from_bfloat"
+        decode = "decoded_half" if operand.format.of(dtype).stored == torch.float16 else "from_bfloat"
         return f"static inline floats {name}(ints code) {{ return {decode}(code); }}"
     if operand.format.cpp_decode:
         return f"static inline floats {name}(ints code) {{ return {operand.format.cpp_decode}; }}"

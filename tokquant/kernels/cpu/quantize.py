@@ -14,17 +14,16 @@ from tokquant import blocks
 from tokquant.calibration.scales import LayerScales
 from tokquant.kernels.cpu.bound import Bound
 from tokquant.kernels.cpu.launch import READ
-from tokquant.kernels.cpu.plan import ALL, stored_type
 from tokquant.kernels.cpu.quantize_plan import Task, lacking
 from tokquant.kernels.launch import Operands
-from tokquant.quantize import check_groups, frames, keys, log2_weight, of_keys, values
+from tokquant.quantize import check_groups, frames, keys, less_offset, log2_weight, of_keys, values
 from tokquant.quantize import quantize_operands as define
 from tokquant.quantize import queries as define_queries
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
 from tokquant.schemes.scheme import SCALE_TYPES
 from tokquant.tensor import QuantizedTensor, in_blocks, met
-from tokquant.transforms import BLOCK_MEAN, Frame
+from tokquant.transforms import Frame
 
 
 def quantize_operands(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None = None) -> Operands:
@@ -69,7 +68,7 @@ class _Run:
             return in_blocks(keys(k, frame, self.scheme, self.scales), self.scheme)
         kq = self._coded(k, frame, task, {}, {})
         if self.scheme.q.smooth == "block_mean":
-            kq = replace(kq, companion=Frame(offset=frame.offset).apply(k).to(k.dtype).contiguous())
+            kq = replace(kq, companion=less_offset(k, frame))
         return kq
 
     def queries(self, q: Tensor, frame: Frame, k: QuantizedTensor) -> QuantizedTensor:
@@ -86,7 +85,7 @@ class _Run:
             met=Task.read_of(self.scheme),
         )
         # floats that nothing is done to stay the tensor that they are in
-        own = not spec.scaled and not turned.turns and stored_type(spec, q.dtype) == q.dtype
+        own = not spec.scaled and not turned.turns and spec.format.of(q.dtype).stored == q.dtype
         if own or lacking(task):
             return replace(define_queries(q, frame, k, self.scheme, self.scales), scheme=self.scheme)
         column = (*q.shape[:3], 1)
@@ -121,17 +120,7 @@ class _Run:
         spec = getattr(self.scheme, role)
         if spec.scaled:
             check_groups(spec, x)
-        return Task.of(
-            spec,
-            self.scheme,
-            x.shape[3],
-            x.dtype,
-            offset_tokens=0 if frame.offset is None else BLOCK_MEAN if frame.offset.shape[2] > 1 else ALL,
-            balanced=frame.balance is not None,
-            rotated=frame.rotated,
-            folded=frame.fold is not None,
-            **rest,
-        )
+        return Task.of(spec, self.scheme, x.shape[3], x.dtype, **frame.steps(), **rest)
 
     def _coded(
         self, x: Tensor, frame: Frame, task: Task, more: dict[str, Tensor | None], kept: dict[str, Tensor | None]
@@ -173,7 +162,7 @@ def room(shape: torch.Size, task: Task) -> Tensor:
     b, h, n, d = shape
     spec, codes = task.spec, 32 // task.bits
     if spec.role == "q":
-        return torch.empty(b, h, n, -(-d // spec.format.packed), dtype=stored_type(spec, task.dtype), device="cpu")
+        return torch.empty(b, h, n, -(-d // spec.format.packed), dtype=spec.format.of(task.dtype).stored, device="cpu")
     if spec.role == "k":
         size: tuple[int, ...] = (b, h, -(-n // blocks.LANES), -(-d // codes), blocks.LANES)
     else:

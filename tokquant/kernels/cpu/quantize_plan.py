@@ -8,9 +8,10 @@ import torch
 
 from tokquant import blocks, precisions
 from tokquant.kernels.cpu.instructions import INSTRUCTIONS
-from tokquant.kernels.cpu.plan import ALL, CPP_TYPES, CpuPlan, literal, stored_type
+from tokquant.kernels.cpu.plan import CPP_TYPES, CpuPlan, literal
 from tokquant.kernels.products import FLOAT_NAMES
 from tokquant.schemes import Operand, QuantScheme
+from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import as_bytes, place
 from tokquant.schemes.scheme import SCALE_TYPES
 
@@ -81,14 +82,14 @@ class Task:
     @cached_property
     def bits(self) -> int:
         """Of a code in memory."""
-        return blocks.bits_of(self.spec.format, stored_type(self.spec, self.dtype), self.as_bytes)
+        return blocks.bits_of(self.spec.format, self.spec.format.of(self.dtype).stored, self.as_bytes)
 
 
 def lacking(task: Task) -> str | None:
     """Why no kernel quantizes this operand, so that the definition does, in torch; None where a kernel does."""
     spec = task.spec
     precision = spec.format
-    if not _written(task).cpp_quantize:
+    if not precision.of(task.dtype).cpp_quantize:
         return f"{spec.role}: precision {spec.precision} has no cpp_quantize"
     integers = precision.kind == "int"
     if not integers and (task.as_bytes or task.code_sum):
@@ -97,7 +98,7 @@ def lacking(task: Task) -> str | None:
         return f"{spec.role}: head_dim 1, where a token is a channel"
     if task.bits < 2:
         return f"{spec.role}: codes of {spec.precision} have less than two bits"
-    if task.bits != 8 * stored_type(spec, task.dtype).itemsize // precision.packed:
+    if task.bits != 8 * precision.of(task.dtype).stored.itemsize // precision.packed:
         return f"{spec.role}: bytes of {spec.precision} are other numbers than its codes"
     if spec.role == "q" and task.bits < 8 and not _side_by_side(precision):
         return f"q: {spec.precision} packs its codes in an order or from a number of its own"
@@ -119,12 +120,14 @@ def _side_by_side(precision: precisions.Precision) -> bool:
 def plan(task: Task, instructions: str) -> CpuPlan:
     """The plan of the kernel that does `task`, which `lacking` has nothing against."""
     spec, d, precision = task.spec, task.head_dim, task.spec.format
-    tokens, channels = spec.granularity.cover(ALL, d) if spec.scaled else (1, d)
+    tokens, channels = spec.granularity.cover(WHOLE, d) if spec.scaled else (1, d)
     dynamic = spec.scaled and spec.scale == "dynamic"
     here = dynamic and tokens <= LONGEST
     scale_type = SCALE_TYPES[spec.scale_dtype]
     integers, half = precision.kind == "int", 2 ** (precision.bits - 1)
-    input_codes = not spec.scaled and stored_type(spec, task.dtype) == torch.float16
+    written = precision.of(task.dtype)
+    decode = "to_floats(number(code))" if integers else written.cpp_decode
+    input_codes = not spec.scaled and written.stored == torch.float16
     packed = task.bits < 8
     constants: dict[str, Any] = {
         "QUERIES": spec.role == "q",
@@ -167,7 +170,7 @@ def plan(task: Task, instructions: str) -> CpuPlan:
         "TOKENS": max(blocks.LANES, tokens) if here else blocks.LANES,
         "ITEM": max(LONGEST, task.tile),
         "TILE": task.tile,
-        "OFFSET_TOKENS": task.offset_tokens or ALL,
+        "OFFSET_TOKENS": task.offset_tokens or WHOLE,
         "SCALE_TOKENS": tokens,
         "SCALE_CHANNELS": channels,
         "BITS": task.bits,
@@ -186,8 +189,8 @@ def plan(task: Task, instructions: str) -> CpuPlan:
         title=_title(task),
         constants=tuple((name, str(value)) for name, value in constants.items()),
         fragments=(
-            ("encode", f"static inline ints encode(floats x) {{ return {_written(task).cpp_quantize}; }}"),
-            ("decode", f"static inline floats decode(ints code) {{ return {_decoded(task)}; }}"),
+            ("encode", f"static inline ints encode(floats x) {{ return {written.cpp_quantize}; }}"),
+            ("decode", f"static inline floats decode(ints code) {{ return {decode}; }}"),
         ),
         instructions=instructions,
         template="quantize",
@@ -197,19 +200,6 @@ def plan(task: Task, instructions: str) -> CpuPlan:
 
 
 precisions.base.WHEN_REPLACED.extend((Task.of.cache_clear, plan.cache_clear))
-
-
-def _written(task: Task) -> precisions.Precision:
-    """The precision that codes are written in: 16-bit floats are the tensor's own."""
-    precision = task.spec.format
-    own = precision.bits == 16 and not task.spec.scaled and task.dtype != torch.float32
-    return precisions.get(FLOAT_NAMES[task.dtype]) if own else precision
-
-
-def _decoded(task: Task) -> str:
-    """C++: what a code stands for."""
-    precision = _written(task)
-    return "to_floats(number(code))" if precision.kind == "int" else precision.cpp_decode
 
 
 def _title(task: Task) -> str:

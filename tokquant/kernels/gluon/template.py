@@ -52,7 +52,6 @@ Q_HAS_SCALE = tl.constexpr(True)  # whether there are scales at all
 K_HAS_SCALE = tl.constexpr(True)
 V_HAS_SCALE = tl.constexpr(True)
 Q_SCALED = tl.constexpr(True)
-K_SCALED = tl.constexpr(True)
 K_PER_KEY = tl.constexpr(True)  # K has several scales in a tile,
 K_PER_TILE = tl.constexpr(False)  # or one
 V_PER_TILE = tl.constexpr(False)  # where V's scale enters: each tile's product,

@@ -1,0 +1,49 @@
+"""What a kernel is asked for beside its scheme."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tokquant.bias import LowRank
+from tokquant.features import Features
+
+MaskKind = Literal["none", "boolean", "additive"]
+BiasKind = Literal["none", "alibi", "key_vector", "lowrank", "dense"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The features that change a kernel's text, not their values."""
+
+    left: bool = False
+    right: bool = False
+    """Whether a query's reach is bounded before and after its own place; causal is a right bound of 0."""
+    mask: MaskKind = "none"
+    softcap: bool = False
+    sinks: bool = False
+    lse: bool = False
+    varlen: bool = False
+    """Whether the batch is sequences of their own lengths, one after another."""
+    bias: BiasKind | Literal["past_alibi"] = "none"
+    """`past_alibi` where no query sees a key after its own place."""
+    bias_rank: int = 16
+    """Columns of low-rank factors."""
+
+    @classmethod
+    def of(cls, features: Features, return_lse: bool) -> "Wanted":
+        """What a call asks for."""
+        (left, right), mask, bias = features.reach(), features.mask, features.bias
+        return cls(
+            left=left is not None,
+            right=right is not None,
+            mask="none" if mask is None else "boolean" if mask.dtype == torch.bool else "additive",
+            softcap=features.softcap is not None,
+            sinks=features.sinks is not None,
+            lse=return_lse,
+            bias="none" if bias is None else "past_alibi" if bias.kind == "alibi" and right == 0 else bias.kind,
+            bias_rank=bias.rank if isinstance(bias, LowRank) else 16,
+        )
+
+
+PLAIN = Wanted()
