@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokquant as tq
+from tokquant import windows
 from tokquant.calibration.scales import LayerScales
 from tokquant.kernels import decode_launch, generate, pages
 from tokquant.transfer import to_device
@@ -38,6 +39,7 @@ def no_kernels(monkeypatch):
     monkeypatch.setattr(decode_launch, "merge", Kernel())
     # which looks for scales that do not fit; on a GPU after more than 16 tokens alone
     monkeypatch.setattr(pages.TritonPages, "check", lambda self: None)
+    monkeypatch.setattr(windows, "matmul_kept", windows._matmul_kept)  # as on a GPU: on a CPU a look costs nothing
 
 
 @pytest.fixture

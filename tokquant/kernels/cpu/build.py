@@ -11,7 +11,7 @@ import tempfile
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
 
@@ -25,6 +25,7 @@ from tokquant.kernels.cpu.instructions import INSTRUCTIONS, chosen, of_macros
 COMPILERS = ("g++", "clang++")
 # no -ffast-math: NaN, infinities and the order of sums are part of the result
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-shared")
+OPENMP = ("-fopenmp",)
 THREADED = """
 extern "C" int threads() {
     int found = 0;
@@ -53,8 +54,23 @@ class Compiler:
     """The first line of what it says about itself."""
     instructions: tuple[str, ...]
     """What it builds for this processor, the fastest first."""
-    threads: tuple[str, ...] = ()
-    """The flags that it takes for OpenMP; none where it has no OpenMP, and kernels run on one thread."""
+
+    @cached_property
+    def threads(self) -> tuple[str, ...]:
+        """The first flags for OpenMP with which it builds what can be loaded; none where kernels must run on one thread."""
+        # torch's own runtime is in the process already; Apple's compiler comes without one
+        beside_torch = Path(torch.__file__).parent / "lib"
+        of_torch = ("-Xpreprocessor", *OPENMP, f"-L{beside_torch}", "-lomp", f"-Wl,-rpath,{beside_torch}")
+        for flags in (OPENMP, of_torch):
+            with tempfile.TemporaryDirectory(prefix="tokquant-") as private:
+                source, library = Path(private) / "threads.cpp", Path(private) / "threads.so"
+                source.write_text(THREADED, encoding="utf-8")
+                if _run([*self.command, *flags, "-fPIC", "-shared", str(source), "-o", str(library)]) is None:
+                    continue
+                with suppress(OSError):
+                    ctypes.CDLL(str(library))
+                    return flags
+        return ()
 
 
 def compiler() -> Compiler:
@@ -100,12 +116,18 @@ def load(name: str, text: str, instructions: str, more: tuple[str, ...] = ()) ->
     is one that libraries can be loaded from.
     """
     built_by = compiler()
-    flags = (*FLAGS, *built_by.threads, *INSTRUCTIONS[instructions].flags, *more)
-    identity = "\0".join((text, *built_by.command, built_by.version, *flags))
-    file_name = f"{name}_{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
-    store.keep(Path("kernels") / f"{file_name}.cpp", text)
-    path = libraries() / f"{file_name}.so"
-    with BUILDING[file_name]:
+
+    def of(threads: tuple[str, ...]) -> tuple[tuple[str, ...], Path]:
+        flags = (*FLAGS, *threads, *INSTRUCTIONS[instructions].flags, *more)
+        identity = "\0".join((text, *built_by.command, built_by.version, *flags))
+        return flags, libraries() / f"{name}_{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+
+    _, usual = of(OPENMP)
+    with BUILDING[usual.name]:
+        if (found := _kept(usual)) is not None:
+            return found  # before a compiler is asked for OpenMP, which takes as long as to build something small
+        flags, path = of(built_by.threads)
+        store.keep(Path("kernels") / f"{path.stem}.cpp", text)
         return _kept(path) or _built(built_by, text, flags, path)
 
 
@@ -190,7 +212,7 @@ def _compiler(wanted: str, path: str) -> Compiler:
         if said is None:
             continue
         version = said.splitlines()[0] if said else "unknown"
-        return Compiler(tuple(command), version, of_macros(_macros(command)), _threads(command))
+        return Compiler(tuple(command), version, of_macros(_macros(command)))
     sought = f"CXX={quote(wanted)}" if wanted.strip() else " and ".join(COMPILERS)
     raise UnsupportedError(
         f"backend: 'cpu' needs a C++ compiler, and {sought} cannot be run; install one (apt install g++), set CXX, or use "
@@ -205,23 +227,6 @@ def _macros(command: list[str]) -> set[str]:
         if said is not None:
             return {line.split()[1] for line in said.splitlines() if line.startswith("#define ")}
     return set()
-
-
-def _threads(command: list[str]) -> tuple[str, ...]:
-    """The first flags for OpenMP with which a library is built and loaded."""
-    # torch's own runtime is in the process already; Apple's compiler comes without one
-    beside_torch = Path(torch.__file__).parent / "lib"
-    of_torch = ("-Xpreprocessor", "-fopenmp", f"-L{beside_torch}", "-lomp", f"-Wl,-rpath,{beside_torch}")
-    for flags in (("-fopenmp",), of_torch):
-        with tempfile.TemporaryDirectory(prefix="tokquant-") as private:
-            source, library = Path(private) / "threads.cpp", Path(private) / "threads.so"
-            source.write_text(THREADED, encoding="utf-8")
-            if _run([*command, *flags, "-fPIC", "-shared", str(source), "-o", str(library)]) is None:
-                continue
-            with suppress(OSError):
-                ctypes.CDLL(str(library))
-                return flags
-    return ()
 
 
 def _run(command: list[str]) -> str | None:
