@@ -59,7 +59,8 @@ def operator(*more: str, tags: Sequence[torch.Tag] = ()) -> Callable[[Function],
         @wraps(function)
         def door(*args: Any, **given: Any) -> Any:
             if not torch.compiler.is_compiling():
-                if not (torch.jit.is_tracing() or any(map(without_numbers, args[:3]))):
+                shapes = len(args) > 2 and all(isinstance(x, Tensor) and x.is_meta for x in args[:3])
+                if not (shapes or torch.jit.is_tracing() or any(map(without_numbers, args[:3]))):
                     return function(*args, **given)
                 for role, x in zip("qkv", args, strict=False):
                     check_no_grad(role, x)  # within torch.func an operator is not told

@@ -342,6 +342,8 @@ def test_outside_of_torch_compile_too_tensors_that_hold_no_numbers_go_to_the_ope
     with FakeTensorMode() as mode:
         out, lse = tq.attention(*map(mode.from_tensor, (q, k, v)), return_lse=True, **given)
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, q.shape[:-1], torch.float32)
+    out = tq.attention(*(x.to("meta") for x in (q, k, v)), **given)
+    assert (out.shape, out.dtype, out.is_meta) == (q.shape, q.dtype, True)
     with warnings.catch_warnings(action="ignore"):  # of what torch finds slow in both
         mapped = torch.vmap(lambda *each: tq.attention(*(x[None] for x in each), return_lse=True, **given))(q, k, v)
         traced = torch.jit.trace(lambda q, k, v: tq.attention(q, k, v, **given), (q[:1], k[:1], v[:1]))
