@@ -303,7 +303,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 #if INTEGER_V
                     ints c[R.value][W.value];
                     for (int r = 0; r < R.value; r++)
-                        for (int w = 0; w < W.value; w++) c[r][w] = ints{} + t.flipped[i + r];
+                        for (int w = 0; w < W.value; w++) c[r][w] = ints{} + (FLIPPED ? t.flipped[i + r] : 0);
                     multiply<V_BITS, R.value, W.value>(c, t.p[i], TILE, v + at * 4 * V_PANEL, 4 * V_PANEL, (keys * V_BITS + 31) / 32,
                                                        v_ahead);
 #else

@@ -11,18 +11,10 @@ static inline void store(int32_t* at, ints x) { put(at, x); }
 static inline ints finite(floats x) { return magnitude(x) < INFINITY; }
 
 static inline int32_t largest_of(ints x) {
-    int32_t y[LANES];
-    store(y, x);
-    int32_t largest = y[0];
-    for (int i = 1; i < LANES; i++) largest = y[i] > largest ? y[i] : largest;
-    return largest;
+    return folded<int32_t>(x, [](auto a, auto b) { return where(a > b, a, b); });
 }
 static inline float sum_of(floats x) {
-    float y[LANES];
-    store(y, x);
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) y[i] += y[i + n];
-    return y[0];
+    return folded<float>(x, [](auto a, auto b) { return a + b; });
 }
 
 // each lane changes places with the one STRIDE away

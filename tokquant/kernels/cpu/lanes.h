@@ -77,6 +77,17 @@ template <class T, int N> static inline void store_low(T* at, Two<int32_t, N> x)
     store_low(at, x.low), store_low(at + N / 2, x.high);
 }
 
+// all numbers as one, by halves
+template <class T, int N = LANES, class V, class F> static inline T folded(V x, F f) {
+    if constexpr (N == 1) {
+        return x[0];
+    } else {
+        typename Vector<T, N / 2>::type half[2];
+        std::memcpy(half, &x, sizeof x);
+        return folded<T, N / 2>(f(half[0], half[1]), f);
+    }
+}
+
 static inline floats all(float x) { return x - floats{}; }
 static inline floats load(const float* at) { floats x; get(x, at); return x; }
 static inline ints load(const int32_t* at) { ints x; get(x, at); return x; }

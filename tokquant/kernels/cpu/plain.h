@@ -2,19 +2,10 @@
 static inline floats maximum(floats a, floats b) { return where(a > b, a, b); }
 
 static inline float largest_of(floats x) {
-    float y[LANES];
-    store(y, x);
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) y[i] = y[i] > y[i + n] ? y[i] : y[i + n];
-    return y[0];
+    return folded<float>(x, [](auto a, auto b) { return where(a > b, a, b); });
 }
-
 static inline float sum_of(floats x) {
-    float y[LANES];
-    store(y, x);
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) y[i] += y[i + n];
-    return y[0];
+    return folded<float>(x, [](auto a, auto b) { return a + b; });
 }
 
 // 2^x for x up to 126, 0 from -126 down
