@@ -6,9 +6,6 @@ typedef uint8_t uint8x16_t __attribute__((vector_size(16)));
 typedef int32_t int32x4_t __attribute__((vector_size(16)));
 typedef uint32_t uint32x4_t __attribute__((vector_size(16)));
 
-static inline int32x4_t vld1q_dup_s32(const int32_t* at) { int32_t x; std::memcpy(&x, at, 4); return x + int32x4_t{}; }
-static inline uint32x4_t vld1q_dup_u32(const uint32_t* at) { uint32_t x; std::memcpy(&x, at, 4); return x + uint32x4_t{}; }
-static inline int8x16_t vreinterpretq_s8_s32(int32x4_t x) { return (int8x16_t)x; }
 static inline int8x16_t vreinterpretq_s8_u32(uint32x4_t x) { return (int8x16_t)x; }
 static inline uint8x16_t vreinterpretq_u8_u32(uint32x4_t x) { return (uint8x16_t)x; }
 

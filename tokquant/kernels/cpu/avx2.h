@@ -12,9 +12,7 @@ static inline __m256i odd(__m256i x, const uint8_t*) { return _mm256_srli_epi16(
 
 template <class A, class B>
 static inline Register<int32_t> dot(Register<int32_t> sum, const A* four, Register<uint32_t> panel, const B* kind) {
-    int32_t word;
-    std::memcpy(&word, four, 4);
-    const __m256i a = _mm256_set1_epi32(word), b = (__m256i)panel;
+    const __m256i a = (__m256i)in_all_lanes(four), b = (__m256i)panel;
     sum += (Register<int32_t>)_mm256_madd_epi16(even(a, four), even(b, kind));
     return sum + (Register<int32_t>)_mm256_madd_epi16(odd(a, four), odd(b, kind));
 }

@@ -4,16 +4,11 @@ constexpr int ROWS = 8;
 constexpr int PANELS = 2;
 constexpr int FLIPPED = 0;
 
-static inline __m512i in_all_lanes(const void* four) {
-    int32_t word;
-    std::memcpy(&word, four, 4);
-    return _mm512_set1_epi32(word);
-}
 static inline ints dot(ints sum, const uint8_t* four, words panel, const int8_t*) {
-    return (ints)_mm512_dpbusd_epi32((__m512i)sum, in_all_lanes(four), (__m512i)panel);
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)in_all_lanes(four), (__m512i)panel);
 }
 static inline ints dot(ints sum, const int8_t* four, words panel, const uint8_t*) {
-    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)panel, in_all_lanes(four));
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)panel, (__m512i)in_all_lanes(four));
 }
 
 static inline floats maximum(floats a, floats b) { return (floats)_mm512_max_ps((__m512)a, (__m512)b); }

@@ -4,16 +4,11 @@ constexpr int ROWS = 4;
 constexpr int PANELS = 1;
 constexpr int FLIPPED = 0;
 
-static inline __m256i in_all_lanes(const void* four) {
-    int32_t word;
-    std::memcpy(&word, four, 4);
-    return _mm256_set1_epi32(word);
-}
 static inline Register<int32_t> dot(Register<int32_t> sum, const uint8_t* four, Register<uint32_t> panel, const int8_t*) {
-    return (Register<int32_t>)_mm256_dpbusd_avx_epi32((__m256i)sum, in_all_lanes(four), (__m256i)panel);
+    return (Register<int32_t>)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)in_all_lanes(four), (__m256i)panel);
 }
 static inline Register<int32_t> dot(Register<int32_t> sum, const int8_t* four, Register<uint32_t> panel, const uint8_t*) {
-    return (Register<int32_t>)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)panel, in_all_lanes(four));
+    return (Register<int32_t>)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)panel, (__m256i)in_all_lanes(four));
 }
 
 #include "avx.h"

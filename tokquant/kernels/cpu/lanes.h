@@ -77,6 +77,13 @@ template <class T, int N> static inline void store_low(T* at, Two<int32_t, N> x)
     store_low(at, x.low), store_low(at + N / 2, x.high);
 }
 
+// four bytes in each lane
+static inline Register<uint32_t> in_all_lanes(const void* four) {
+    uint32_t word;
+    std::memcpy(&word, four, 4);
+    return word - Register<uint32_t>{};
+}
+
 // all numbers as one, by halves
 template <class T, int N = LANES, class V, class F> static inline T folded(V x, F f) {
     if constexpr (N == 1) {
