@@ -215,6 +215,11 @@ def test_a_compiler_that_has_another_word_for_this_processor_is_asked_by_that(co
     assert build.compiler().instructions == here
 
 
+def test_a_compiler_may_say_what_it_is_in_another_encoding(compiler_that):
+    compiler_that(r"--version) printf 'c++ \251\n'; exit;;")
+    assert build.compiler().version == "c++ \N{REPLACEMENT CHARACTER}"
+
+
 def test_tensors_elsewhere_are_refused():
     x = torch.empty(1, 1, 16, 16, device="meta")
     q, k, v = tq.quantize(*qkv(16, 16, 16, 1), "none", backend="reference")

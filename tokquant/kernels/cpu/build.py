@@ -232,6 +232,6 @@ def _macros(command: list[str]) -> set[str]:
 def _run(command: list[str]) -> str | None:
     """What a command prints; None where it fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True, errors="replace").stdout
     except (OSError, subprocess.SubprocessError):
         return None
