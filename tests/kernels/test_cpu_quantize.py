@@ -73,6 +73,18 @@ def test_presets_are_quantized_as_the_definition_says(name, planned):
     assert [task.spec.role for task in planned] == (["k", "v"] if made.q.precision == "fp32" else ["k", "q", "v"])
 
 
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])  # registers of half and of a quarter of 16 numbers
+def test_registers_of_any_width_give_the_same_codes(instructions, monkeypatch):
+    if instructions not in build.compiler().instructions:
+        pytest.skip("not of this processor")
+    monkeypatch.setenv(build.CHOICE, instructions)
+    made = scheme("int4 scale=fp16", "int8 asymmetric scale=fp8_e4m3", "fp8_e5m2 head", "fp16", rotate="hadamard")
+    q, k, v = (x.half() for x in qkv(37, 150, 42, 4, 2))
+    q[0, 0, 1] = v[0, 1, 2] = -0.0
+    q[0, 1, 2, 5] = k[0, 1, 3, 7] = v[0, 0, 149, 41] = math.nan
+    assert differing(q, k, v, made) == []
+
+
 SOME = [pytest.param(*row, marks=[] if place % 40 == 9 else slow) for place, row in enumerate(CHOICES)]
 
 
