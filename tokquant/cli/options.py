@@ -33,7 +33,8 @@ ScaleFile = Annotated[
 ScaleFiles = Annotated[
     list[Path] | None, typer.Option("--scales", help="Calibrated scales; adds the scheme they were made for. Repeatable.")
 ]
-Backend = Annotated[Any, typer.Option("--backend", metavar="<str>", help="auto, triton, cpu or reference.")]
+# Any, for functions take names of types of their own; `parser`, for older versions of typer know no Any
+Backend = Annotated[Any, typer.Option("--backend", parser=str, metavar="<str>", help="auto, triton, cpu or reference.")]
 Causal = Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own place, counted from the end.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; medians are shown.")]
 Layer = Annotated[str | None, typer.Option("--layer", help="Which layer, where the scheme is a map of layers.")]
