@@ -212,7 +212,7 @@ REFUSED = {
     "a weight of NaN": (ValueError, lambda: bias.squared_distance(torch.ones(5, 3), weight=math.nan), "weight: nan"),
     "weights of pairs": (ValueError, lambda: bias.squared_distance(torch.ones(5, 3), weight=torch.ones(2, 2)), "weight: "),
     "a weight past float16": (ValueError, lambda: bias.squared_distance(torch.eye(3), weight=1e12), "weight: with points"),
-    "another kind": (ValueError, lambda: tq.compile("int8", head_dim=64, bias="alibis"), "bias: 'alibis' is none; use none"),
+    "another kind": (ValueError, lambda: tq.compile("int8", head_dim=64, bias="alibis"), "bias: 'alibis' is not valid"),
     "half a rank": (ValueError, lambda: tq.compile("int8", head_dim=64, bias_rank=0.5), "bias_rank: 0.5 is not a whole"),
 }  # fmt: skip
 

@@ -159,7 +159,7 @@ WRONG = {
     "a weight of no dimensions": (dict(q_weight=torch.tensor(1.0)), r"q_weight: shape \[\] has not a multiple of 32"),
     "no factors": (dict(factors=ONES[:0]), r"factors: shape \[0, 1, 16\] is not \[H_kv, 1, D\]"),
     "a bias of other rows": (dict(k_bias=torch.ones(16)), r"k_bias: shape \[16\] is not that of the weight's rows, \[32\]"),
-    "an unknown RoPE": (dict(rope="neox"), "rope: 'neox' is none; use half, interleaved or none"),
+    "an unknown RoPE": (dict(rope="neox"), "rope: 'neox' is not valid; use half, interleaved or none"),
 }
 
 

@@ -309,7 +309,7 @@ def test_a_scheme_that_sees_later_tokens_is_refused_with_what_works(s, parts):
         (dict(head_dim=True), ValueError, "head_dim: True is not"),
         (dict(capacity=0), ValueError, "capacity: 0 is not"),
         (dict(dtype=torch.int8), TypeError, "dtype: .*torch.float16, torch.bfloat16 or torch.float32"),
-        (dict(backend="gpu"), ValueError, "backend: 'gpu' is none"),
+        (dict(backend="gpu"), ValueError, "backend: 'gpu' is not valid"),
         (dict(scheme="kv-fp8"), tq.ScalesError, "scales: scheme 'kv-fp8' is static and needs k_scale, v_scale"),
         (dict(scheme="kv-int3"), tq.SchemeError, "no preset 'kv-int3'.*did you mean"),
     ],

@@ -48,9 +48,9 @@ def quantize(
         q: `[B, H_q, N_q, D]`, float16, bfloat16 or float32, any strides. Never changed.
         k, v: `[B, H_kv, N_k, D]`, H_q a multiple of H_kv.
         scheme: a QuantScheme, a preset's name, the path of a YAML file, or a SchemeMap.
-        layer: which layer of a map this is; that of `scales` where None.
+        layer: the layer's name, for a SchemeMap; if None, that of `scales`.
         scales: one layer's calibrated scales, `scales["layers.0"]`, for a scheme with static parts.
-        backend: where the codes will be used, which decides how they lie in memory; every backend takes every layout.
+        backend: where the codes will be used, which decides their layout in memory; every backend accepts every layout.
 
     Returns: what `attention` takes in place of q, k and v.
 
@@ -112,23 +112,24 @@ def attention(
     Args:
         q, k, v: tensors as `quantize` takes them, or the three that it returned.
         scheme: a QuantScheme, a preset's name, the path of a YAML file, or a SchemeMap.
-        layer: which layer of a map this is; that of `scales` where None.
+        layer: the layer's name, for a SchemeMap; if None, that of `scales`.
         causal: query i sees keys up to i + N_k - N_q: the last query sees the last key.
         scale: of the scores; D**-0.5 where None.
-        mask: broadcastable to `[B, H_q, N_q, N_k]`: boolean, True where a pair attends, or floats that are added, of which
-            those below -2.3e38 mask as -inf does.
+        mask: broadcastable to `[B, H_q, N_q, N_k]`: boolean, True where a pair attends, or floats that are added; a float
+            below -2.3e38 masks as -inf does.
         bias: one of `tokquant.bias`, added to the scores: alibi, key_vector, lowrank, dense, svd, squared_distance.
-        window: (left, right), keys from i + N_k - N_q - left to + right, inclusive; None leaves a side open.
+        window: (left, right): query i sees the keys from i + N_k - N_q - left to i + N_k - N_q + right, inclusive; None leaves
+            a side open.
         softcap: scores s become softcap * tanh(s / softcap), before bias and mask.
-        sinks: `[H_q]`, a logit a head that takes its part of the softmax and adds nothing to the output.
+        sinks: `[H_q]`, one more logit for each head, which takes part in the softmax and adds nothing to the output.
         scales: one layer's calibrated scales, for a scheme with static parts.
         return_lse: also return the natural log of the sum of exp(scores), without sinks.
-        backend: `triton`, `cpu` (C++, built by the compiler that is found), `reference` (torch, on any device), or `auto`:
-            triton on a GPU, or, with a warning, torch's own attention in 16 bits for tensors of a shape at which
-            `tokquant.tune` found that faster than to quantize; on a CPU cpu, or reference with a warning where there is no
-            compiler.
-        deterministic: a kernel's bits are the same on every run and for every batch size, but for dynamic `tensor` scales,
-            which span the batch: nothing that was tuned is used. (`reference` sums as torch does, which looks at shapes.)
+        backend: `triton`, `cpu` (C++, built by the compiler that is found), `reference` (torch, on any device), or `auto`. On
+            a GPU `auto` takes triton, or, with a warning, torch's own 16-bit attention for tensors of a shape at which
+            `tokquant.tune` found it faster than quantizing. On a CPU it takes cpu, or, with a warning, reference if there is
+            no compiler.
+        deterministic: ignore what was tuned, so that a kernel gives the same bits on every run and for every batch size. The
+            exception is dynamic `tensor` scales, which span the batch. (`reference` sums as torch does, by shapes.)
 
     Returns: `[B, H_q, N_q, D]` in q's type; with `return_lse` also `[B, H_q, N_q]` float32. A query that attends to nothing
     gets 0 and an LSE of -inf. Means and dynamic scales are taken over the whole sequence, later tokens included.
@@ -220,7 +221,7 @@ def operands_of(scheme: LayerScheme, q: Any, k: Any, v: Any) -> list[Part]:
 def check_backend(backend: object) -> None:
     """Raise ValueError for a name that is none."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend: {quote(backend)} is none; use one of {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}")
+        raise ValueError(f"backend: {quote(backend)} is not valid; use {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}")
 
 
 def choose_backend(backend: str, device: torch.device) -> str:

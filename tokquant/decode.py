@@ -28,23 +28,23 @@ def decode(
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention of the newest tokens' queries to all that a cache holds, on its codes.
+    """Causal attention of the newest tokens' queries to everything in a cache, on its codes.
 
-    For chunked prefill append a chunk's keys and values first, then give all its queries: each sees the cache and what came
+    For chunked prefill, append a chunk's keys and values first, then pass all its queries: each sees the cache and the tokens
     before it in the chunk.
 
     Args:
         q: `[B, H_q, n_q, D]` in the cache's type, H_q a multiple of its heads. The last query belongs to the last token.
-        counts: queries of each sequence, where they differ as in `append`: its first ones, the rest is not looked at.
+        counts: how many of the n_q queries each sequence has, its first ones, as in `append`; all if None. The rest is ignored.
         scale, softcap, sinks: as for `attention`.
         window: (left, right) as for `attention`; no query sees later keys.
         return_lse: also return the natural log of the sum of exp(scores), without sinks.
-        backend: `auto` or the cache's own, or `reference` to check that one: the emulation on the same codes.
-        deterministic: split packed keys alike in every batch and on every GPU, and leave out what tuning has learned, so that
-            the bits of their part depend on nothing but the sequence. On a CPU it is so in any case.
+        backend: `auto` or the cache's own; or `reference`, the emulation on the same codes, to check it.
+        deterministic: split packed keys the same way in every batch and on every GPU, and ignore what tuning has learned, so
+            that the bits of their part depend only on the sequence. On a CPU this always holds.
 
-    Returns: `[B, H_q, n_q, D]` in q's type; with `return_lse` also `[B, H_q, n_q]` float32. What is packed and what the
-    16-bit windows hold are attended to apart and merged in float32. A query that is none gets 0 and an LSE of -inf.
+    Returns: `[B, H_q, n_q, D]` in q's type; with `return_lse` also `[B, H_q, n_q]` float32. The packed tokens and the 16-bit
+    windows are attended to separately and merged in float32. A query beyond `counts` gets 0 and an LSE of -inf.
 
     Raises: TypeError, ValueError and RuntimeError for what does not fit; UnsupportedError where the backend lacks a feature.
     """

@@ -19,7 +19,7 @@ SUFFIXES = (*(f"{role}_{kind}" for role in "qkv" for kind in ("scale", "zero", "
 def save_scales(path: str | os.PathLike, scales: Scales) -> None:
     """Write scales as `<layer>.k_scale`, `<layer>.k_offset` ..., atomically, the scheme and a checksum in the metadata.
 
-    Name layers as the model does (`model.layers.0.self_attn`) and the names are those that vLLM and compressed-tensors use.
+    If layers are named as in the model (`model.layers.0.self_attn`), the names are those of vLLM and compressed-tensors.
     """
     check_scales_of_layers(scales)
     tensors = {name: value.contiguous().clone() for name, value in scales.tensors().items()}

@@ -96,7 +96,7 @@ def _partners(d: int, rope: Rope) -> list[int]:
 
 def _check_factors(factors: object, rope: str) -> None:
     if rope not in get_args(Rope):
-        raise ValueError(f"rope: {quote(rope)} is none; use half, interleaved or none")
+        raise ValueError(f"rope: {quote(rope)} is not valid; use half, interleaved or none")
     if not isinstance(factors, Tensor):
         raise TypeError(f"factors: {quote(factors)}; give the tensor k_balance of a layer's scales, [H_kv, 1, D]")
     if factors.ndim != 3 or factors.shape[1] != 1 or not factors.numel() or (rope != "none" and factors.shape[2] % 2):

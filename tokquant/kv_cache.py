@@ -47,22 +47,22 @@ class Memory:
 
 
 class KVCache:
-    """Keys and values of `batch` sequences that grow, packed in a scheme's codes page by page, `tokquant.decode` reads them.
+    """Keys and values of `batch` growing sequences, packed in a scheme's codes page by page, for `tokquant.decode` to read.
 
-    A sequence is, from its oldest token: `sink` tokens in 16 bits, what is packed, and in 16 bits the `recent` newest and what
-    does not fill a block yet, as the scheme's `cache` says. Codes are bit for bit those of quantizing all at once.
+    From its oldest token, a sequence has `sink` tokens in 16 bits, then packed tokens, then in 16 bits the `recent` newest and
+    those that do not fill a block yet, as the scheme's `cache` says. Codes equal those of quantizing everything at once.
 
     Args:
-        scheme: a QuantScheme, a preset's name, a path, or a SchemeMap whose `layer` takes one scheme for all heads. No part of
-            it may see later tokens.
+        scheme: a QuantScheme, a preset's name, a path, or a SchemeMap whose `layer` has one scheme for all heads. No part of
+            it may depend on later tokens.
         batch, kv_heads, head_dim: sizes of what is appended, `[batch, kv_heads, n, head_dim]`.
         dtype: of what is appended: float16, bfloat16 or float32 (whose windows are in 32 bits).
-        capacity: tokens that pages are made for, once, for all sequences together; None lets them grow. Every sequence
+        capacity: tokens of all sequences together to allocate pages for, once; None lets the pages grow. Every sequence
             leaves part of its last page empty.
         scales: one layer's calibrated scales, for a scheme with static parts.
-        backend: what keeps and reads the pages: as for `attention`.
+        backend: what stores and reads the pages, as for `attention`.
 
-    Raises: SchemeError for a scheme that sees later tokens; ScalesError, TypeError, ValueError as `attention`;
+    Raises: SchemeError for a scheme that depends on later tokens; ScalesError, TypeError, ValueError as `attention`;
     UnsupportedError for a backend that keeps no pages.
     """
 
@@ -112,8 +112,8 @@ class KVCache:
 
         Args:
             counts: how many of the n each sequence takes, its first ones; all where None.
-            positions: where the caller believes the first of them to be, one or a number a sequence. Others than `lengths`
-                are refused: a token lost, or given twice.
+            positions: where the caller expects the first new token to be, one number or one per sequence. Other values than
+                `lengths` are refused, because a token was lost or given twice.
 
         Raises: TypeError, ValueError and RuntimeError for what does not fit; CacheFullError. The cache is then as it was.
         """
@@ -127,15 +127,15 @@ class KVCache:
         self._held.append(k, v, None if counts is None else whole_numbers("counts", counts, k.shape[0], k.shape[2]))
 
     def truncate(self, lengths: Numbers) -> None:
-        """Drop the newest tokens: keep `lengths`, one or a number a sequence.
+        """Drop the newest tokens: keep `lengths`, one number or one per sequence.
 
-        Where that cuts a block that shares scales, the tokens before the cut go back to 16 bits, as what their codes say,
-        and are packed again when the block is full. Raises ValueError for more than there is.
+        Where that cuts a block that shares scales, the tokens before the cut go back to 16 bits, with the values of their
+        codes, and are packed again when the block is full. Raises ValueError for more than there is.
         """
         self._held.truncate(whole_numbers("lengths", lengths, self.batch, self._held.lengths))
 
     def forget(self, keep: int) -> list[int]:
-        """Free whole pages of each sequence's oldest tokens, but of its `keep` newest: for attention within a window.
+        """Free whole pages of each sequence's oldest tokens, and none of its `keep` newest: for attention within a window.
 
         `lengths` and positions count what is left from then on, and `decode` sees no difference within the window. Where the
         scheme keeps tokens in 16 bits, nothing is freed. Returns how many tokens of each sequence are gone.
@@ -151,8 +151,8 @@ class KVCache:
     def fork(self, sequences: Numbers) -> "KVCache":
         """A cache whose sequence i goes on from sequence `sequences[i]` of this one, any number of them in any order.
 
-        Pages are shared, and copied when one of their holders appends to them; 16-bit windows are copied at once. Both caches
-        go on by themselves, and a page is free when no cache holds it.
+        Pages are shared, and copied when one of their holders appends to them; 16-bit windows are copied at once. The caches
+        are independent, and a page is freed when no cache holds it.
         """
         chosen = sequence_numbers(sequences, self.batch)
         forked = object.__new__(type(self))

@@ -177,5 +177,5 @@ def bias_of(kind: str, tensors: Sequence[Tensor]) -> Bias | None:
     if kind == "none" and not tensors:
         return None
     if kind not in KINDS:
-        raise ValueError(f"bias_kind: {quote(kind)} is none; use one of none, {', '.join(KINDS)}{nearest(kind, KINDS)}")
+        raise ValueError(f"bias_kind: {quote(kind)} is not valid; use one of none, {', '.join(KINDS)}{nearest(kind, KINDS)}")
     return KINDS[kind](*tensors)

@@ -33,11 +33,11 @@ def scaled_dot_product_attention(
             which are quantized with the others.
         attn_mask: broadcastable to `[..., H_q, L, S]`: boolean, True where a pair attends, or floats that are added.
         dropout_p: 0.0.
-        is_causal: query i sees keys up to i, whatever L and S are (top left; `tokquant.attention` has bottom right). What no
-            query sees is not quantized. It goes with a mask.
+        is_causal: query i sees keys up to i, whatever L and S are (top left; `tokquant.attention` has bottom right). Keys that
+            no query sees are not quantized. May be combined with a mask.
         scale: of the scores; E**-0.5 where None.
         enable_gqa: heads of query may be a multiple of those of key and value.
-        scheme, layer, scales, backend: as for `tokquant.attention`, but that `auto` always quantizes.
+        scheme, layer, scales, backend: as for `tokquant.attention`, except that `auto` always quantizes.
 
     Returns: `[..., H_q, L, E_v]` in query's type; within torch.autocast all three take that block's type first, as in torch.
     A query that attends to nothing gets 0, as in torch. So does one whose mask is all below -2.3e38

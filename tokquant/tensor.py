@@ -27,7 +27,7 @@ def spread(scale: Tensor, granularity: Granularity, n: int, d: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class QuantizedTensor:
-    """Q, K or V in codes. Plain data: `attention` takes it, `dequantize` gives the tensor back in its original frame."""
+    """Q, K or V as codes and scales. Plain data: `attention` takes it; `dequantize` gives the tensor back as it was."""
 
     codes: Tensor
     """`[B, H, N, D / packed]` in the precision's stored type."""
@@ -40,8 +40,8 @@ class QuantizedTensor:
     """Q, where K has zeros: sums over channels `[B, H, N, 1]` of what the product meets, float32. V, where P is unsigned: sums
     over each key tile `[B, H, ceil(N / n), D]`, int32."""
     log2_weight: Tensor | None = None
-    """V per token: log2 of what P is multiplied by before it is rounded, float32 `[B, H, N, 1]`. That is the scale, but next to
-    nothing where all codes are zero: the 1 of such a token would outweigh the row it is in."""
+    """V per token: log2 of what P is multiplied by before it is rounded, float32 `[B, H, N, 1]`. That is the scale, or 2^-32
+    for a token whose codes are all zero: its scale of 1 would outweigh the row it is in."""
     logit_offset: Tensor | None = None
     """Q, where K has an offset c: q . c of every query `[B, H, N, 1]`, float32; the logits lack it."""
     companion: Tensor | None = None

@@ -35,22 +35,21 @@ def tune(
     keep: int | None = KEEP,
     repeats: int = 20,
 ) -> Tuned:
-    """Find the fastest launch of the kernel that `attention` takes for this call, and keep it for calls of like shape.
+    """Find the fastest launch of the kernel that `attention` takes for this call, and keep it for calls of similar shape.
 
-    Every candidate's machine code is read first, and a model puts them in order (`tokquant.tuning.planner`). The best `keep` of
-    each loop in that order and the launch that is taken without tuning run in turn on the GPU, `repeats` times each, with a
-    cold cache. The result lies in the cache folder (`tokquant cache list`) and is found again by kernel, device, Triton and
-    shape. Causality, masks, biases and so on each make another kernel; sequences of their own lengths (`attention_varlen`)
-    take what was found for a batch.
+    First a model orders all candidates by their machine code (`tokquant.tuning.planner`). Then the best `keep` of each loop
+    and the launch that is used without tuning run in turn on the GPU, `repeats` times each, with a cold cache. The result is
+    kept in the cache folder (`tokquant cache list`), by kernel, device, Triton and shape. Causality, masks, biases and so on
+    each make another kernel; sequences of their own lengths (`attention_varlen`) use what was found for a batch.
 
-    In 16 bits, quantization with that launch is then timed in turn with torch's scaled_dot_product_attention, if torch does the
-    same: no window, softcap, sinks, mask, bias, LSE or static scales, no N_q other than N_k where causal, nothing of the scheme
-    in 32 bits. Where torch's was faster by a twentieth, `attention` of tensors with `backend="auto"` takes it at this shape, in
-    powers of two, and warns; `backend="triton"` quantizes, and so does everything else in tokquant.
+    For 16-bit tensors, quantization with that launch is then timed in turn with torch's scaled_dot_product_attention, if torch
+    can do the same: no window, softcap, sinks, mask, bias, LSE or static scales, N_q equal to N_k if causal, and nothing of the
+    scheme in 32 bits. If torch is faster by a twentieth, `attention` of tensors with `backend="auto"` takes it at this shape,
+    in powers of two, and warns; `backend="triton"` quantizes, and so does everything else in tokquant.
 
     Args:
-        keep: how many are timed of each loop (there are two on an H100 or H200); None times all that run.
-        repeats: timed runs of each; the median counts.
+        keep: how many launches of each loop to time (there are two loops on an H100 or H200); None times all that run.
+        repeats: timed runs of each launch; the median counts.
         The rest is as for `attention`.
 
     Returns: the entry that is kept (`whole_ms` and `sdpa_ms` are those two times), every trial in the planner's order with what
@@ -79,7 +78,7 @@ def tune_decode(
     repeats: int = 20,
 ) -> Tuned:
     """The same for `decode` with a cache that is as full as it will be: warps, stages, and between how many programs its keys
-    are split. `decode(..., deterministic=True)` leaves the result out.
+    are split. `decode(..., deterministic=True)` ignores the result.
 
     Args:
         q, cache, scale, window, softcap: as for `decode`. Sinks and counts make no other kernel.

@@ -54,10 +54,10 @@ def attention_varlen(
         q: `[T_q, H_q, D]`, the tokens of all sequences. k, v: `[T_k, H_kv, D]`.
         scheme, layer: as for `attention`.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 `[B + 1]`: sequence b has the tokens from entry b to entry b + 1, the first
-            being 0 and the last T. They are read on the CPU, which waits for a GPU that still computes them.
-        max_seqlen_q, max_seqlen_k: the longest sequences; found where None.
-        bias: as for `attention`, of sizes T_q and T_k; none that is dense.
-        The rest is as for `attention`. There is no mask: give each sequence to `attention` where one is needed.
+            being 0 and the last T. They are read on the CPU, so a call waits if a GPU still computes them.
+        max_seqlen_q, max_seqlen_k: lengths of the longest sequences; computed if None.
+        bias: as for `attention`, of sizes T_q and T_k, and not dense.
+        The rest is as for `attention`. There is no mask: if you need one, call `attention` for each sequence.
 
     Returns: `[T_q, H_q, D]` in q's type; with `return_lse` also `[T_q, H_q]` float32. Each sequence's result is that of
     `attention` on it alone.

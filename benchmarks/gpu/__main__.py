@@ -42,7 +42,7 @@ def main(
     chosen = stages or list(STAGES)
     for stage in chosen:
         if stage not in STAGES:
-            raise typer.BadParameter(f"stage: {quote(stage)} is none; use some of {', '.join(STAGES)}{nearest(stage, STAGES)}")
+            raise typer.BadParameter(f"stage: {quote(stage)} is not valid; use {', '.join(STAGES)}{nearest(stage, STAGES)}")
     has_gpu = torch.cuda.is_available()
     if not has_gpu and not small:
         raise typer.BadParameter("there is no GPU; --small runs everything on a CPU, with tiny shapes")

@@ -105,7 +105,7 @@ BINS = "layers.0.k_scale.bins"
         (lambda t, m, d: d["layers"]["layers.0"]["shapes"].update(k=[2**40, 1]), "heads and channels of k, is more than"),
         (lambda t, m, d: d["layers"]["layers.0"]["shapes"].update(k="x"), "'x' is no pair of heads and channels of k"),
         (lambda t, m, d: d.pop("layers"), "its description lacks scheme, layers or sources"),
-        (lambda t, m, d: d.update(observer="mean"), "observer: 'mean' is none"),
+        (lambda t, m, d: d.update(observer="mean"), "observer: 'mean' is not valid"),
         (lambda t, m, d: d["scheme"]["k"].update(precision="int9"), "no precision 'int9'"),
         (lambda t, m, d: m.update({"tokquant.state": "{"}), "its description cannot be read"),
         (lambda t, m, d: m.update({"tokquant.calibration": "99"}), "format '99' is not '1'"),

@@ -311,15 +311,15 @@ def test_an_observer_is_written_as_it_is_read(text):
 @pytest.mark.parametrize(
     ("observer", "message"),
     [
-        ("max", r"observer: 'max' is none; use amax, percentile:99.9, mse or ema:0.99; did you mean 'amax'"),
+        ("max", r"observer: 'max' is not valid; use amax, percentile:99.9, mse or ema:0.99; did you mean 'amax'"),
         ("percentile:200", r"observer: 'percentile:200': percentile: 200.0 is not between 50 and 100"),
         ("percentile:nan", r"observer: 'percentile:nan': percentile: nan is not between"),
         ("percentile:x", "observer: 'percentile:x': "),
         ("percentile:", "observer: 'percentile:': "),
         ("ema:1", r"observer: 'ema:1': decay: 1.0 is not at least 0 and below 1"),
-        ("amax:3", "observer: 'amax:3' is none"),
-        (99.9, "observer: 99.9 is none"),
-        (None, "observer: None is none"),
+        ("amax:3", "observer: 'amax:3' is not valid"),
+        (99.9, "observer: 99.9 is not valid"),
+        (None, "observer: None is not valid"),
     ],
 )
 def test_an_observer_that_is_none_is_named(observer, message):

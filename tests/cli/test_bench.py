@@ -79,7 +79,7 @@ def test_the_benchmarks_are_the_command(workload, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("decod",), "workload: 'decod' is none; use one of attention, quantization, decode; did you mean 'decode'?"),
+        (("decod",), "workload: 'decod' is not valid; use one of attention, quantization, decode; did you mean 'decode'?"),
         (("-s", "int9"), "no preset 'int9'"),
         (("--heads", "6", "--kv-heads", "4"), "--kv-heads: 4 does not divide the 6 heads of Q"),
         (("decode", "--kv-heads", "3"), "--kv-heads: 3 does not divide the 32 heads of Q"),

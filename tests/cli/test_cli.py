@@ -345,8 +345,8 @@ def test_doctor_says_at_how_many_shapes_auto_takes_16_bits(tokquant, monkeypatch
 def test_doctor_says_of_compiler_and_instruction_set_each_what_is_wrong_with_it(tokquant, monkeypatch):
     monkeypatch.setenv("TOKQUANT_CPU_INSTRUCTIONS", "avx")
     found = json.loads(tokquant("doctor", "--json")[1])
-    assert "'avx' is none; use one of" in found["cpu_instructions"] or "C++ compiler" in found["cpu_compiler"]
-    assert "'avx' is none" not in found["cpu_compiler"]
+    assert "'avx' is not valid; use one of" in found["cpu_instructions"] or "C++ compiler" in found["cpu_compiler"]
+    assert "'avx' is not valid" not in found["cpu_compiler"]
     monkeypatch.setenv("CXX", "no-such-compiler")
     found = json.loads(tokquant("doctor", "--json")[1])
     assert "CXX='no-such-compiler' cannot be run" in found["cpu_compiler"]
@@ -361,16 +361,16 @@ def test_doctor_says_of_compiler_and_instruction_set_each_what_is_wrong_with_it(
         (("run", "-s", "none.yaml"), "none.yaml: No such file"),
         (("run", "-s", "kv-fp8"), "scheme 'kv-fp8' is static and needs k_scale, v_scale.*tokquant calibrate"),
         (("run", "-i", "none.safetensors"), "^error: none.safetensors: No such file or directory$"),
-        (("run", "--backend", "tritn"), "backend: 'tritn' is none.*did you mean 'triton'"),
+        (("run", "--backend", "tritn"), "backend: 'tritn' is not valid.*did you mean 'triton'"),
         (("run", "-i", __file__), "not a safetensors file"),
         (("show", "int4", "--head-dim", "512"), "head_dim 512 is more than a kernel holds"),
         (("compile", "int8"), "interpreter is on; unset TRITON_INTERPRET"),
         (("compile", "fp8", "--target", "sm_80"), "sm_80 has no fp8"),
-        (("show", "--dtype", "fp61"), "--dtype: 'fp61' is none; use fp16, bf16, fp32"),
+        (("show", "--dtype", "fp61"), "--dtype: 'fp61' is not valid; use fp16, bf16, fp32"),
         (("schemes", "kv-int5"), "did you mean 'kv-int"),
         (("tune", "int8"), "tune: needs a GPU, and q is on cpu; `tokquant compile SCHEME --candidates`"),
         (("tune", "int9"), "no preset 'int9'"),
-        (("compile", "int8", "--target", "sm90"), r"target: 'sm90' is none; use one of .*sm_90 \(H100 SXM\)"),
+        (("compile", "int8", "--target", "sm90"), r"target: 'sm90' is not valid; use one of .*sm_90 \(H100 SXM\)"),
         (("cache", "import", "none.json"), "^error: none.json: No such file or directory$"),
         (("cache", "import", __file__), "not a list of tuning entries"),
         (("--plugin", "none.py", "doctor"), "plugin: there is no file none.py"),
@@ -384,7 +384,7 @@ def test_doctor_says_of_compiler_and_instruction_set_each_what_is_wrong_with_it(
         (("import", "x", "-o", "/nonexistent/x"), "--output: there is no folder /nonexistent"),
         (("import", "nofile", "-o", "x"), "^error: nofile: No such file or directory$"),
         (("compare", "int8", "--html", "."), "--html: . is a folder"),
-        (("calibrate", "-s", "kv-fp8", "-o", "x", "--observer", "amx"), "observer: 'amx' is none.*did you mean 'amax'"),
+        (("calibrate", "-s", "kv-fp8", "-o", "x", "--observer", "amx"), "observer: 'amx' is not valid.*did you mean 'amax'"),
         (("calibrate", "-s", "kv-fp8", "-o", "x", "--margin", "0"), "margin: 0.0 is not a number above zero"),
         (("compare", "int8", "fp9"), "no preset 'fp9'"),
         (("run", "--device", "nowhere"), "--device: 'nowhere' cannot be used"),

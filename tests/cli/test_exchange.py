@@ -64,7 +64,7 @@ def test_import_says_what_the_scales_imply(tokquant, tmp_path):
     [
         (("export", "none", "-o", "x"), "none: No such file"),
         (("export", "{head}", "-o", "x", "--format", "modelopt"), r"k.granularity: head cannot be expressed in modelopt"),
-        (("export", "{head}", "-o", "x", "--format", "gguf"), "format: 'gguf' is none; use compressed-tensors"),
+        (("export", "{head}", "-o", "x", "--format", "gguf"), "format: 'gguf' is not valid; use compressed-tensors"),
         (("import", "none.safetensors", "-o", "x"), "none.safetensors: No such file"),
         (
             ("import", "{head}", "-o", "x", "-s", "kv-int8"),

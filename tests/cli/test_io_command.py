@@ -64,7 +64,7 @@ def test_a_smaller_memory_raises_the_bound(tokquant):
     [
         (("int9",), "no preset 'int9'; use one of fireq"),
         (("int8", "--kv-heads", 5), "--kv-heads: 5 does not divide the 32 heads of Q"),
-        (("int8", "--target", "sm_1"), "target: 'sm_1' is none"),
+        (("int8", "--target", "sm_1"), "target: 'sm_1' is not valid"),
         (("int8", "--plot", "nowhere/io.svg"), "--plot: there is no folder nowhere"),
         (("int8", "--plot", "io.gif"), "plot: 'io.gif' is not one of .svg, .png, .pdf"),
         (("fp8", "--target", "sm_80"), "has no fp8"),

@@ -48,7 +48,7 @@ def test_held_out_activations_are_of_the_same_layers(tokquant, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--budget", "bits"), "budget: 'bits' is none"),
+        (("--budget", "bits"), "budget: 'bits' is not valid"),
         (("--budget", "bits=8", "-o", "nowhere/map.yaml"), "--output: there is no folder nowhere"),
         (("--budget", "bits=8", "-o", "map.txt"), "--output: map.txt has to end in .yaml"),
         (("--budget", "bits=8", "-o", "."), "--output: . is a folder"),

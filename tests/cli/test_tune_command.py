@@ -112,8 +112,8 @@ def test_decoding_is_tuned_on_a_cache_as_full_as_asked_for(tokquant, asked):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("tune", "--mask", "bool"), "--mask: 'bool' is none; use none, boolean, additive"),
-        (("tune", "--bias", "alibis"), "--bias: 'alibis' is none; .*alibi"),
+        (("tune", "--mask", "bool"), "--mask: 'bool' is not valid; use none, boolean, additive"),
+        (("tune", "--bias", "alibis"), "--bias: 'alibis' is not valid; .*alibi"),
         (("compile", "--softcap", 0), "--softcap: 0.0 is not above zero"),
         (("tune", "--kv-heads", 5), "--kv-heads: 5 does not divide the 32 heads of Q"),
         (("tune", "--decode", "--bias", "alibi"), "--bias: kernels that read a cache have none"),

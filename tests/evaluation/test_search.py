@@ -169,14 +169,14 @@ def test_what_is_found_is_the_best_of_all_combinations(heads):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": "bits"}, "budget: 'bits' is none; write bits=8.5"),
+        ({"budget": "bits"}, "budget: 'bits' is not valid; write bits=8.5"),
         ({"budget": "bit=8"}, "did you mean 'bits'"),
-        ({"budget": "bits=-1"}, "budget: 'bits=-1' is none"),
+        ({"budget": "bits=-1"}, "budget: 'bits=-1' is not valid"),
         ({"budget": "bits=3"}, "no combination of these candidates keeps bits=3; bits are at least"),
         ({"budget": "rel_l1=1e-9"}, "keeps rel_l1=1e-9; the mean rel_l1 is at least"),
         ({"budget": "cosine=0.9999999999"}, "the mean cosine is at most 0.9"),
-        ({"budget": "bits=8", "metric": "rel_l2"}, "metric: 'rel_l2' is none; use rel_l1"),
-        ({"budget": "bits=8", "over": "median"}, "over: 'median' is none"),
+        ({"budget": "bits=8", "metric": "rel_l2"}, "metric: 'rel_l2' is not valid; use rel_l1"),
+        ({"budget": "bits=8", "over": "median"}, "over: 'median' is not valid"),
         ({"budget": "bits=8", "heads": True, "over": "worst"}, "heads: the worst rel_l1 of a layer is not a sum"),
         ({"budget": "bits=8", "target": "sm_90"}, "target: 'sm_90' says whose time is predicted, and the cost is bits"),
         ({"budget": "bits=8", "candidates": "int8"}, "candidates: 'int8'; give a list of schemes"),

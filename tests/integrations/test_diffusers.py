@@ -326,7 +326,7 @@ def test_what_does_not_fit_a_model_is_named():
     with pytest.raises(TypeError, match=r"model: a str; give a torch\.nn\.Module, such as pipe\.transformer"):
         use("flux")
     for backend, words in (("tritn", "'tritn'"), (["auto"], r"\['auto'\]")):
-        with pytest.raises(ValueError, match=f"backend: {words} is none"):
+        with pytest.raises(ValueError, match=f"backend: {words} is not valid"):
             use(model, backend=backend)
     with pytest.raises(tq.UnsupportedError, match="a Linear takes no backends; it has no attention of diffusers"):
         use(torch.nn.Linear(2, 2))
@@ -386,7 +386,7 @@ BAD = {
     "a name of diffusers": ({"name": "native"}, ValueError, "name: 'native' is a backend of diffusers' own"),
     "a name that it would not find": ({"name": "Tokquant"}, ValueError, "name: 'Tokquant'; use lower-case letters"),
     "an unknown scheme": ({"scheme": "int9"}, tq.SchemeError, "no preset 'int9'"),
-    "an unknown backend": ({"backend": "cuda"}, ValueError, "backend: 'cuda' is none"),
+    "an unknown backend": ({"backend": "cuda"}, ValueError, "backend: 'cuda' is not valid"),
     "a static scheme without scales": ({"scheme": "kv-fp8"}, tq.ScalesError, "'kv-fp8' is static"),
 }
 

@@ -123,7 +123,7 @@ def test_what_no_call_could_take_is_refused_before():
         (tq.SchemeError, {"scheme": "int88"}, "did you mean 'int8'"),
         (tq.ScalesError, {"scheme": "kv-fp8"}, "needs k_scale"),
         (ValueError, {"fallback": "warm"}, "fallback: 'warm'; use one of error, warn, silent; did you mean 'warn'"),
-        (ValueError, {"backend": "cuda"}, "backend: 'cuda' is none"),
+        (ValueError, {"backend": "cuda"}, "backend: 'cuda' is not valid"),
     ):
         with pytest.raises(error, match=text):
             tq.quantized_sdpa(**how)

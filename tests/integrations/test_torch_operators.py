@@ -238,7 +238,7 @@ def test_an_operator_gives_what_the_function_gives():
     q, k, v = qkv()
     made = torch.ops.tokquant.attention(q, k, v, "int8", causal=True, window=[5, None], backend="reference")
     assert torch.equal(made, tq.attention(q, k, v, "int8", causal=True, window=(5, None), backend="reference"))
-    with pytest.raises(ValueError, match=r"bias_kind: 'alibbi' is none; .* did you mean 'alibi'"):
+    with pytest.raises(ValueError, match=r"bias_kind: 'alibbi' is not valid; .* did you mean 'alibi'"):
         torch.ops.tokquant.attention(q, k, v, "int8", bias_kind="alibbi", bias=[torch.ones(2)])
 
 

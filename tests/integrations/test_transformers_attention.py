@@ -312,7 +312,7 @@ def test_what_does_not_fit_a_model_leaves_it_as_it_was():
             dict(scheme=half, scales=both),
             r"layers\.1\.self_attn takes scheme 'int8', which has no use for them; calibrate for 'half'",
         ),
-        (dict(scheme="int8", backend="cuda"), "backend: 'cuda' is none"),
+        (dict(scheme="int8", backend="cuda"), "backend: 'cuda' is not valid"),
         (
             dict(scheme=tq.SchemeMap.from_data({"layers": {"model.layer.*": "int8", "*": "none"}})),
             r"'model\.layer\.\*' matches no module",

@@ -169,7 +169,7 @@ def test_auto_is_cpu_on_a_cpu_and_without_a_compiler_the_reference_with_one_noti
 
 def test_a_set_that_is_none_or_not_here_is_refused(monkeypatch):
     monkeypatch.setenv(build.CHOICE, "avx")
-    with pytest.raises(ValueError, match=r"'avx' is none; use one of avx512_vnni, .*, portable; did you mean 'avx2'"):
+    with pytest.raises(ValueError, match=r"'avx' is not valid; use one of avx512_vnni, .*, portable; did you mean 'avx2'"):
         build.instructions()
     monkeypatch.setenv(build.CHOICE, "avx2")
     monkeypatch.setattr(build, "compiler", lambda: build.Compiler(("c++",), "", ("portable",)))

@@ -1,5 +1,7 @@
 """The presets that ship: each is what its source in the literature or in the design says."""
 
+import re
+
 import pytest
 import torch
 
@@ -121,6 +123,8 @@ def test_a_preset_is_named_after_its_file_and_says_where_it_is_from(name):
     text = source(name)
     assert preset(name).name == name
     assert text.startswith("# ") and "its per value" in text
+    told = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", text.partition("\nname")[0])]
+    assert all(pytest.approx(bits, abs=5e-4) in told for bits in preset(name).bits_per_value(128).values())
     assert QuantScheme.from_yaml(text) == resolve(name) == preset(name)
 
 

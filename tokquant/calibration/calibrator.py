@@ -25,7 +25,7 @@ class Calibrator:
 
     Args:
         scheme: with at least one static part; a QuantScheme, a SchemeMap, a preset's name or a path. Layers of a map that
-            need no scales are passed over.
+            need no scales are skipped.
         observer: `"amax"`; `"percentile:99.9"` to clip the rest; `"mse"` to clip where codes lose least; `"ema:0.99"`, the
             moving average of each batch's extremes.
 
@@ -78,9 +78,9 @@ class Calibrator:
     def watch(self, model: nn.Module) -> Iterator[None]:
         """Observe every `torch.nn.functional.scaled_dot_product_attention` that modules of `model` call in this block.
 
-        Layers have the names that the model gives the modules which call it, as `model.layers.0.self_attn`; further calls in
-        one forward of a module end in `:2`, `:3` ... K and V are taken as they are given: a model that repeats their heads
-        for the queries' shows repeated heads, one that gives `enable_gqa=True` its own.
+        A layer is named after the module that makes the call, such as `model.layers.0.self_attn`; further calls in one
+        forward of a module end in `:2`, `:3` ... K and V are taken as they are passed: with their own heads under
+        `enable_gqa=True`, and with repeated heads from a model that repeats them for the queries.
 
         Raises ValueError if no attention was seen by the end, and as `observe` does, naming the layer. What was seen before
         an error counts.
@@ -111,7 +111,7 @@ class Calibrator:
         self.sources |= other.sources
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write all that was seen, atomically, so that `load` goes on from here."""
+        """Write all that was seen, atomically, so that `load` can continue from here."""
         state.write(path, state.State(self.scheme, self.observer, self.layers, self.sources))
 
     @classmethod
@@ -125,7 +125,7 @@ class Calibrator:
     def scales(self, margin: float = 1.0) -> Scales:
         """The scales of every layer seen, their ranges `margin` times as wide as the observer found them.
 
-        What comes later may go beyond what was seen; a margin leaves room for it. Raises ScalesError if there is no layer, or
+        Later values may exceed what was seen; a margin leaves room for them. Raises ScalesError if there is no layer, or
         for a scale that its type does not hold, naming the layer; ValueError for a margin that is not above zero.
         """
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < float("inf"):

@@ -94,7 +94,7 @@ def parse(observer: object) -> Observer:
     name, colon, number = observer.partition(":") if isinstance(observer, str) else ("", "", "")
     if name not in OBSERVERS or (colon and name not in NUMBERED):
         known = "amax, percentile:99.9, mse or ema:0.99"
-        raise ValueError(f"observer: {quote(observer)} is none; use {known}{nearest(name, OBSERVERS)}")
+        raise ValueError(f"observer: {quote(observer)} is not valid; use {known}{nearest(name, OBSERVERS)}")
     if not colon:
         return OBSERVERS[name]()
     try:

@@ -59,7 +59,7 @@ class LayerScales:
     def checked_before(
         cls, layer: str, names: Sequence[str], tensors: Sequence[Tensor], scheme: QuantScheme | None
     ) -> "LayerScales":
-        """Scales that were taken apart. Their values are not read again, which would wait for a GPU.
+        """Scales whose values were checked before. They are not read again, which would wait for a GPU.
 
         Raises ScalesError for other names or shapes than `scheme` needs.
         """
@@ -158,7 +158,7 @@ class Scales(Mapping[str, LayerScales]):
 
     Args:
         scheme: a QuantScheme, a SchemeMap, a preset's name or a path.
-        layers: for each layer its tensors by name, or LayerScales: `{**some, **others}` joins the layers of two.
+        layers: each layer's tensors by name, or LayerScales; `{**some, **others}` joins the layers of two Scales.
 
     Raises ScalesError as `LayerScales.check` does; SchemeError for a layer that a map has no scheme for.
     """

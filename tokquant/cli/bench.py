@@ -35,34 +35,44 @@ WORKLOADS = {
 
 def bench(
     workload: Annotated[
-        str, typer.Argument(help="attention or quantization, of whole sequences, or decode, of a query after many keys.")
+        str, typer.Argument(help="attention or quantization of whole sequences, or decode: one query over many keys.")
     ] = "attention",
     scheme: Annotated[
-        list[str] | None, typer.Option("--scheme", "-s", help="A preset or the path of a YAML file; repeat for more.")
+        list[str] | None, typer.Option("--scheme", "-s", help="A preset or a YAML file; repeat for more.")
     ] = None,
     batch: options.Batch = 1,
-    heads: Annotated[int | None, typer.Option("--heads", min=1, help="Of Q; 8, and 32 over 8 of K and V to decode.")] = None,
+    heads: Annotated[
+        int | None, typer.Option("--heads", min=1, help="Heads of Q; 8 if left out, and 32 over 8 of K and V for decode.")
+    ] = None,
     kv_heads: options.KvHeads = None,
-    queries: Annotated[int | None, typer.Option("--queries", min=1, help="To decode at once; 1 if left out.")] = None,
+    queries: Annotated[
+        int | None, typer.Option("--queries", min=1, help="New queries of a decode step; 1 if left out.")
+    ] = None,
     tokens: Annotated[list[int] | None, typer.Option("--tokens", min=1, help="Sequence lengths; repeat for more.")] = None,
-    head_dim: Annotated[list[int] | None, typer.Option("--head-dim", min=1, help="Repeat for more.")] = None,
+    head_dim: Annotated[
+        list[int] | None, typer.Option("--head-dim", min=1, help="Channels of a head; repeat for more.")
+    ] = None,
     causal: Annotated[
-        bool | None, typer.Option("--causal/--no-causal", help="As elsewhere; attention is timed both ways if left out.")
+        bool | None,
+        typer.Option(
+            "--causal/--no-causal", help="Each query sees the keys up to its own; attention is timed both ways, if left out."
+        ),
     ] = None,
     cold: Annotated[
-        bool | None, typer.Option("--cold/--warm", help="To decode: with empty caches, or full ones; empty if left out.")
+        bool | None,
+        typer.Option("--cold/--warm", help="For decode: empty the processor's caches before each call (if left out), or not."),
     ] = None,
     device: options.Device = None,
     repeats: options.Repeats = 15,
     json: options.Json = False,
 ) -> None:
-    """Time schemes beside torch's attention: all in turn in one process, ratios of medians to the fastest of torch's.
+    """Time schemes beside torch's attention, all in turn in one process; ratios are of medians, to torch's fastest.
 
-    Attention is timed on codes and with quantization; decode on codes; quantization beside copying memory.
+    Attention is timed on codes and with quantization, decode on codes, and quantization beside copying memory.
     """
     if workload not in WORKLOADS:
         raise ValueError(
-            f"workload: {quote(workload)} is none; use one of {', '.join(WORKLOADS)}{nearest(workload, WORKLOADS)}"
+            f"workload: {quote(workload)} is not valid; use one of {', '.join(WORKLOADS)}{nearest(workload, WORKLOADS)}"
         )
     chosen, where = WORKLOADS[workload], options.device_of(device)
     q_heads = heads or chosen.heads[0]

@@ -22,7 +22,7 @@ File = Annotated[Path, typer.Argument(help="A JSON file of entries.")]
 def list_entries(json: options.Json = False) -> None:
     """Show the entries of the cache folder.
 
-    The whole counts quantization too. Beside it is torch's attention in 16 bits, which backend 'auto' takes where it says so.
+    The whole includes quantization. Beside it is torch's 16-bit attention, which backend 'auto' takes where the table says so.
     """
     found = list(tuned.entries())
     if json:
@@ -58,7 +58,7 @@ def export(file: File, json: options.Json = False) -> None:
 
 @app.command("import")
 def import_entries(file: File, json: options.Json = False) -> None:
-    """Take over the entries of an exported file. One with the same key is replaced."""
+    """Add the entries of an exported file. They replace entries with the same key."""
     entries = tuned.load(file)
     if any(tuned.record(entry) is None for entry in entries):
         raise OSError(f"{tuned.folder()} cannot be written; set TOKQUANT_CACHE_DIR to a folder that can")

@@ -23,27 +23,28 @@ def calibrate(
     scheme: options.Scheme,
     output_path: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write.")],
     input: Annotated[
-        list[Path] | None, typer.Option("--input", "-i", help="Activation files; repeat for more. The sample if left out.")
+        list[Path] | None,
+        typer.Option("--input", "-i", help="Activation files; repeat for more; the sample that ships, if left out."),
     ] = None,
     model: Annotated[Path | None, models.MODEL] = None,
     texts: Annotated[Path | None, models.TEXTS] = None,
     tokens: models.Tokens = 512,
     windows: models.Windows = None,
     observer: Annotated[
-        str, typer.Option("--observer", help="amax; percentile:99.9 or mse to clip; ema:0.99 to average over batches.")
+        str, typer.Option("--observer", help="amax; percentile:99.9 or mse, which clip; ema:0.99, which averages over batches.")
     ] = "amax",
-    margin: Annotated[
-        float, typer.Option("--margin", help="Ranges are so many times as wide as the observer found them.")
-    ] = 1.0,
+    margin: Annotated[float, typer.Option("--margin", help="Multiply the ranges that the observer found by this.")] = 1.0,
     state: Annotated[
         Path | None,
-        typer.Option("--state", help="A file to go on from if it exists, written after each input; none counts twice."),
+        typer.Option(
+            "--state", help="Continue from this file if it exists, and write it after each input; no input counts twice."
+        ),
     ] = None,
     device: options.Device = None,
     dtype: models.Dtype = None,
     json: options.Json = False,
 ) -> None:
-    """Calibrate a static scheme on activations, or on a model that reads texts, and write its scales, with the scheme."""
+    """Calibrate a static scheme on activations, or on a model that reads texts, and write scales and scheme to a file."""
     options.check_writable("--output", output_path, state, texts, *(input or []))
     options.check_writable("--state", state)
     if (model is None) != (texts is None) or (model is not None and input):

@@ -43,13 +43,16 @@ def compare(
     explain: Annotated[
         bool, typer.Option("--explain", help="Also measure what Q, K, V and P each add to the error, and find the worst rows.")
     ] = False,
-    bound: Annotated[bool, typer.Option("--bound", help="Certify the errors, and say which operand they come from.")] = False,
+    bound: Annotated[
+        bool, typer.Option("--bound", help="Certify the errors: also print proven bounds, and which operand they come from.")
+    ] = False,
     json: options.Json = False,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Also write a page: errors by layer and head, and with all of --explain.")
+        Path | None,
+        typer.Option("--html", help="Also write a page for a browser: errors by layer and head, and all of --explain."),
     ] = None,
 ) -> None:
-    """Compare schemes on activations: means over the layers of errors against float64, bits, and times beside torch's SDPA."""
+    """Compare schemes on activations: errors against float64, bits, and times beside torch's SDPA, as means over the layers."""
     options.check_writable("--html", html, input, *(scales or []))
     layers = options.Layers(input, device)
     calibrated = [layers.scales(path) for path in scales or []]

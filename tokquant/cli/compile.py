@@ -21,7 +21,9 @@ from tokquant.tuning.work import Step
 
 
 def compile(
-    schemes: Annotated[list[str] | None, typer.Argument(help="Presets or YAML files; int8, or kv-int8 to decode.")] = None,
+    schemes: Annotated[
+        list[str] | None, typer.Argument(help="Presets or YAML files; int8 if left out, or kv-int8 with --decode.")
+    ] = None,
     layer: options.Layer = None,
     head_dim: options.HeadDim = 128,
     target: options.Target = "sm_90",
@@ -40,13 +42,13 @@ def compile(
     candidates: Annotated[
         bool, typer.Option("--candidates", help="Compare every launch that tuning may choose, best prediction first.")
     ] = False,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of a sequence, for predictions.")] = 8192,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="For predictions.")] = 1,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of a sequence, for predictions.")] = 8192,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences, for predictions.")] = 1,
     kv_heads: Annotated[int, typer.Option("--kv-heads", min=1, help="Heads of K and V, for predictions.")] = 8,
-    keep: Annotated[int, typer.Option("--keep", min=0, help="Launches that tuning is to time; 0 for all that run.")] = KEEP,
+    keep: Annotated[int, typer.Option("--keep", min=0, help="Launches that tuning will time; 0 for all that run.")] = KEEP,
     json: options.Json = False,
 ) -> None:
-    """Compile kernels for a GPU that need not be here: what they take, what their loops are made of, how fast that should be.
+    """Compile kernels for a GPU, which need not be here: resources, instructions of the main loop, predicted speed.
 
     Rates and times are predicted from instructions, bytes and datasheets; nothing is measured. JSON of one scheme is an object,
     of several, or with --candidates, a list.

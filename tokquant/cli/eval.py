@@ -23,7 +23,7 @@ def eval(
     texts: models.Texts,
     schemes: Annotated[
         list[str] | None,
-        typer.Option("--scheme", "-s", help=f"A preset or a YAML file; repeat for more. {', '.join(DEFAULT)} if left out."),
+        typer.Option("--scheme", "-s", help=f"A preset or a YAML file; repeat for more; {', '.join(DEFAULT)}, if left out."),
     ] = None,
     scales: options.ScaleFiles = None,
     tokens: models.Tokens = 512,
@@ -36,7 +36,7 @@ def eval(
     dtype: models.Dtype = None,
     json: options.Json = False,
 ) -> None:
-    """Compare a language model's predictions by schemes with those of its own 16-bit attention: perplexity, KL, top-1."""
+    """Compare a language model's predictions under schemes with those of its own 16-bit attention: perplexity, KL, top-1."""
     chosen: list[QuantScheme | SchemeMap] = [read(scheme) for scheme in schemes or (() if scales else DEFAULT)]
     calibrated = [load_scales(path) for path in scales or []]
     fixed: list[Scales | None] = [None] * len(chosen) + calibrated

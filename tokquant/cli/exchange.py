@@ -17,11 +17,13 @@ def export(
     scales: Annotated[Path, typer.Argument(help="Scales, from `tokquant calibrate` or `tokquant import`.")],
     output_path: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
     format: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "compressed-tensors",
-    model_type: Annotated[str | None, typer.Option("--model-type", help="For sglang: that of config.json, as llama.")] = None,
+    model_type: Annotated[
+        str | None, typer.Option("--model-type", help="For sglang: model_type of config.json, such as llama.")
+    ] = None,
     tp_size: Annotated[int, typer.Option("--tp-size", help="For sglang: tensor-parallel ranks.")] = 1,
     json: options.Json = False,
 ) -> None:
-    """Write calibrated fp8 scales as vLLM (compressed-tensors), ModelOpt or SGLang reads them."""
+    """Write calibrated fp8 scales in the format of vLLM (compressed-tensors), ModelOpt or SGLang."""
     options.check_writable("--output", output_path, scales)
     loaded = load_scales(scales)
     export_checkpoint_scales(output_path, loaded, format, model_type=model_type, tp_size=tp_size)
@@ -40,11 +42,12 @@ def import_scales(
     checkpoint: Annotated[Path, typer.Argument(help="A safetensors file, or a folder of shards.")],
     output_path: Annotated[Path, typer.Option("--output", "-o", help="The file of scales to write.")],
     scheme: Annotated[
-        str | None, typer.Option("--scheme", "-s", help="A scheme with the same K and V; what the scales imply, if left out.")
+        str | None,
+        typer.Option("--scheme", "-s", help="A scheme with the same K and V; the one that the scales imply, if left out."),
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Take the attention scales out of a checkpoint of llm-compressor or ModelOpt, with the scheme that they imply."""
+    """Read the attention scales from a checkpoint of llm-compressor or ModelOpt, with the scheme that they imply."""
     options.check_writable("--output", output_path, checkpoint)
     scales = import_checkpoint_scales(checkpoint, scheme)
     save_scales(output_path, scales)

@@ -15,17 +15,17 @@ from tokquant.tuning.work import Step
 
 Window = Annotated[
     int | None,
-    typer.Option("--window", min=0, help="Keys that a query sees before its own place, and after it where not --causal."),
+    typer.Option("--window", min=0, help="Keys that a query sees before its own position, and after it unless --causal."),
 ]
 Softcap = Annotated[float | None, typer.Option("--softcap", help="Scores are softcap * tanh(score / softcap).")]
 Mask = Annotated[str, typer.Option("--mask", metavar="<str>", help=f"One of {', '.join(get_args(MaskKind))}.")]
 Bias = Annotated[str, typer.Option("--bias", metavar="<str>", help=f"One of {', '.join(get_args(BiasKind))}.")]
-BiasRank = Annotated[int, typer.Option("--bias-rank", min=1, help="Columns of a bias of low rank.")]
-Sinks = Annotated[bool, typer.Option("--sinks", help="With a logit for each head that takes its part of the softmax.")]
-Lse = Annotated[bool, typer.Option("--lse", help="With the log-sum-exp as a second output.")]
-Varlen = Annotated[bool, typer.Option("--varlen", help="For sequences of their own lengths, one after another.")]
+BiasRank = Annotated[int, typer.Option("--bias-rank", min=1, help="Rank of a low-rank bias.")]
+Sinks = Annotated[bool, typer.Option("--sinks", help="Attention sinks: one more logit per head in the softmax.")]
+Lse = Annotated[bool, typer.Option("--lse", help="Return the log-sum-exp as a second output.")]
+Varlen = Annotated[bool, typer.Option("--varlen", help="Sequences of different lengths, one after another.")]
 Decode = Annotated[bool, typer.Option("--decode", help="The kernel that reads a KV cache, for one new token.")]
-SharedHeads = Annotated[int, typer.Option("--shared-heads", min=1, help="Heads of Q to one of K and V.")]
+SharedHeads = Annotated[int, typer.Option("--shared-heads", min=1, help="Heads of Q for each head of K and V.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Wanted:
         for name, kinds in (("mask", get_args(MaskKind)), ("bias", get_args(BiasKind))):
             given = getattr(self, name)
             if given not in kinds:
-                raise ValueError(f"--{name}: {quote(given)} is none; use {', '.join(kinds)}{nearest(given, kinds)}")
+                raise ValueError(f"--{name}: {quote(given)} is not valid; use {', '.join(kinds)}{nearest(given, kinds)}")
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"--softcap: {self.softcap} is not above zero; leave it out for none")
 

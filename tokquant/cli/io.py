@@ -16,10 +16,12 @@ from tokquant.kernels.compile import compile
 
 
 def io(
-    scheme: Annotated[str, typer.Argument(help="A preset or the path of a YAML file.")] = "int8",
+    scheme: Annotated[str, typer.Argument(help="A preset or a YAML file.")] = "int8",
     layer: options.Layer = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Keys, and queries if --queries is left out.")] = 8192,
-    queries: Annotated[int | None, typer.Option("--queries", min=1, help="The last ones; as many as keys if left out.")] = None,
+    queries: Annotated[
+        int | None, typer.Option("--queries", min=1, help="Queries, the last of the sequence; as many as keys, if left out.")
+    ] = None,
     batch: options.Batch = 1,
     heads: options.Heads = 32,
     kv_heads: options.KvHeads = None,
@@ -30,7 +32,9 @@ def io(
     dtype: options.Dtype = "fp16",
     memory: Annotated[
         int | None,
-        typer.Option("--fast-memory", min=1, help="Bytes of each multiprocessor for the bound; all it has if left out."),
+        typer.Option(
+            "--fast-memory", min=1, help="Bytes of fast memory per multiprocessor for the bound; all it has, if left out."
+        ),
     ] = None,
     picture: Annotated[
         Path | None, typer.Option("--plot", help="Draw bytes against fast memory, with the bounds, into this file.")
@@ -39,7 +43,7 @@ def io(
 ) -> None:
     """Count the bytes that a kernel moves between its registers and memory, exactly, and compare with the lower bounds.
 
-    Nothing runs and no GPU is needed. Times are those bytes over the datasheet's bandwidth, not measurements.
+    Nothing runs and no GPU is needed. Times are these bytes divided by the datasheet's bandwidth, not measurements.
     """
     options.check_writable("--plot", picture)
     if picture is not None:

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MODEL = typer.Option("--model", help="The folder of a transformers model and its tokenizer.")
-TEXTS = typer.Option("--texts", help="Texts for the model: one a line, or a .jsonl file with their `text`.")
+TEXTS = typer.Option("--texts", help="Texts for the model: one per line, or a .jsonl file with `text`.")
 Model = Annotated[Path, MODEL]
 Texts = Annotated[Path, TEXTS]
-Tokens = Annotated[int, typer.Option("--tokens", min=2, help="Tokens a window; the texts are cut into windows.")]
-Windows = Annotated[int | None, typer.Option("--windows", min=1, help="How many windows to take; all if left out.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the model: fp16, bf16 or fp32; as it was saved if left out.")]
+Tokens = Annotated[int, typer.Option("--tokens", min=2, help="Tokens per window; the texts are cut into windows.")]
+Windows = Annotated[int | None, typer.Option("--windows", min=1, help="How many windows to take; all, if left out.")]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="Type of the model: fp16, bf16 or fp32; as it was saved, if left out.")
+]
 
 
 def load(

@@ -23,31 +23,35 @@ Scheme = Annotated[str, SCHEME]
 Input = Annotated[
     Path | None,
     typer.Option(
-        "--input", "-i", help="Safetensors with <layer>.q, .k, .v, each [B, H, N, D]. The sample that ships if left out."
+        "--input", "-i", help="Safetensors with <layer>.q, .k, .v, each [B, H, N, D]; the sample that ships, if left out."
     ),
 ]
 ScaleFile = Annotated[
     Path | None,
-    typer.Option("--scales", help="Calibrated scales of a static scheme, from `tokquant calibrate`; they bring it."),
+    typer.Option(
+        "--scales", help="Calibrated scales of a static scheme, from `tokquant calibrate`; the file contains the scheme."
+    ),
 ]
 ScaleFiles = Annotated[
-    list[Path] | None, typer.Option("--scales", help="Calibrated scales; adds the scheme they were made for. Repeatable.")
+    list[Path] | None, typer.Option("--scales", help="Calibrated scales; adds the scheme they were made for; repeat for more.")
 ]
-# Any, for functions take names of types of their own; `parser`, for older versions of typer know no Any
+# Any, for the functions take names of types of their own; `parser`, since older versions of typer refuse Any without it
 Backend = Annotated[Any, typer.Option("--backend", parser=str, metavar="<str>", help="auto, triton, cpu or reference.")]
-Causal = Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own place, counted from the end.")]
+Causal = Annotated[
+    bool, typer.Option("--causal", help="Each query sees the keys up to its own; the last query is at the last key.")
+]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; medians are shown.")]
-Layer = Annotated[str | None, typer.Option("--layer", help="Which layer, where the scheme is a map of layers.")]
-Batch = Annotated[int, typer.Option("--batch", min=1)]
-Heads = Annotated[int, typer.Option("--heads", min=1, help="Of Q.")]
-KvHeads = Annotated[int | None, typer.Option("--kv-heads", min=1, help="Of K and V; as many as Q's if left out.")]
-HeadDim = Annotated[int, typer.Option("--head-dim", min=1)]
+Layer = Annotated[str | None, typer.Option("--layer", help="The layer to take from a scheme map.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences.")]
+Heads = Annotated[int, typer.Option("--heads", min=1, help="Heads of Q.")]
+KvHeads = Annotated[int | None, typer.Option("--kv-heads", min=1, help="Heads of K and V; as many as Q's, if left out.")]
+HeadDim = Annotated[int, typer.Option("--head-dim", min=1, help="Channels of a head.")]
 DTYPES = {name: dtype for dtype, name in FLOAT_NAMES.items()}
-Dtype = Annotated[str, typer.Option("--dtype", help="Of the tensors: fp16, bf16 or fp32.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Type of the tensors: fp16, bf16 or fp32.")]
 Target = Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Device = Annotated[
-    str | None, typer.Option("--device", help="Where to run: cpu, cuda, cuda:1 ... A GPU where there is one, if left out.")
+    str | None, typer.Option("--device", help="Where to run: cpu, cuda, cuda:1 ...; a GPU if there is one, if left out.")
 ]
 
 
@@ -64,7 +68,7 @@ def device_of(name: str | None) -> torch.device:
 def dtype_of(name: str) -> torch.dtype:
     """The type that --dtype names. Raises ValueError."""
     if name not in DTYPES:
-        raise ValueError(f"--dtype: {quote(name)} is none; use {', '.join(DTYPES)}{nearest(name, DTYPES)}")
+        raise ValueError(f"--dtype: {quote(name)} is not valid; use {', '.join(DTYPES)}{nearest(name, DTYPES)}")
     return DTYPES[name]
 
 

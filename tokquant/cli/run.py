@@ -21,9 +21,9 @@ def run(
     repeats: options.Repeats = 5,
     json: options.Json = False,
 ) -> None:
-    """Quantize activations and attend, layer by layer: errors against float64, bits per value, time beside torch's SDPA.
+    """Run a scheme on activations, layer by layer: errors against float64, bits per value, time beside torch's SDPA.
 
-    The scheme is that of --scales, else int8.
+    Without --scheme, the scheme is that of --scales, or else int8.
     """
     layers = options.Layers(input, device)
     calibrated = None if scales is None else layers.scales(scales)

@@ -13,7 +13,7 @@ from tokquant.schemes.presets import source
 
 def schemes(
     name: Annotated[str | None, typer.Argument(help="Print this preset or YAML file instead of the list.")] = None,
-    head_dim: Annotated[int, typer.Option("--head-dim", min=1, help="For the bits per value.")] = 128,
+    head_dim: Annotated[int, typer.Option("--head-dim", min=1, help="The head_dim at which bits per value are counted.")] = 128,
     json_schema: Annotated[bool, typer.Option("--json-schema", help="Print the JSON schema of a scheme, for editors.")] = False,
     json: options.Json = False,
 ) -> None:

@@ -22,27 +22,36 @@ SHOWN = 12
 
 def search(
     budget: Annotated[
-        str, typer.Option("--budget", "-b", help="bits=8.5, kv_bits=5 or ms=20; or an error: rel_l1=0.01, cosine=0.999 ...")
+        str,
+        typer.Option("--budget", "-b", help="A cost: bits=8.5, kv_bits=5 or ms=20; or an error: rel_l1=0.01, cosine=0.999 ..."),
     ],
     candidates: Annotated[
         list[str] | None,
-        typer.Option("--candidate", "-c", help="A preset or YAML file; repeat. The presets and pairs of K and V if left out."),
+        typer.Option(
+            "--candidate", "-c", help="A preset or YAML file; repeat for more; presets and pairs of K and V, if left out."
+        ),
     ] = None,
     input: options.Input = None,
     metric: Annotated[
-        str | None, typer.Option("--metric", help="Of a budget that is a cost: rel_l1 (if left out), rmse, max_abs or cosine.")
+        str | None,
+        typer.Option("--metric", help="The error to minimize within a cost: rel_l1 (if left out), rmse, max_abs or cosine."),
     ] = None,
     cost: Annotated[
-        str | None, typer.Option("--cost", help="Of a budget that is an error: bits (if left out), kv_bits or ms.")
+        str | None, typer.Option("--cost", help="The cost to minimize within an error: bits (if left out), kv_bits or ms.")
     ] = None,
-    worst: Annotated[bool, typer.Option("--worst", help="The error of the worst layer, in place of the mean.")] = False,
-    relative_to: Annotated[str | None, typer.Option("--relative-to", help="Count errors in those of this scheme.")] = None,
-    heads: Annotated[bool, typer.Option("--heads", help="Let ranges of heads take schemes of their own.")] = False,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Queries of each head that are looked at.")] = 256,
-    target: Annotated[str | None, typer.Option("--target", help="For ms: a GPU to predict, such as sm_90.")] = None,
+    worst: Annotated[bool, typer.Option("--worst", help="Judge by the error of the worst layer instead of the mean.")] = False,
+    relative_to: Annotated[
+        str | None, typer.Option("--relative-to", help="Divide each layer's error by the error of this scheme.")
+    ] = None,
+    heads: Annotated[bool, typer.Option("--heads", help="Let ranges of heads have their own schemes.")] = False,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Queries of each head that are measured.")] = 256,
+    target: Annotated[
+        str | None, typer.Option("--target", help="With ms: the GPU to predict times for, such as sm_90.")
+    ] = None,
     causal: options.Causal = False,
     held_out: Annotated[
-        Path | None, typer.Option("--held-out", help="Activations that the search does not see, to judge what it found.")
+        Path | None,
+        typer.Option("--held-out", help="Other activations, which the search does not see, to judge its result on."),
     ] = None,
     output_path: Annotated[Path | None, typer.Option("--output", "-o", help="Write the scheme map here, as YAML.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the front: .svg, .png or .pdf. Needs matplotlib.")] = None,

@@ -14,7 +14,7 @@ from tokquant.kernels.compile import compile
 
 def show(
     scheme: Annotated[
-        str | None, typer.Argument(help="A preset or the path of a YAML file; int8, or kv-int8 to decode.")
+        str | None, typer.Argument(help="A preset or a YAML file; int8 if left out, or kv-int8 with --decode.")
     ] = None,
     layer: options.Layer = None,
     head_dim: options.HeadDim = 64,
@@ -33,9 +33,9 @@ def show(
     dtype: options.Dtype = "fp16",
     json: options.Json = False,
 ) -> None:
-    """Print the Triton kernel of a scheme: the very text that is launched, which runs alone.
+    """Print the Triton kernel of a scheme: the very text that is launched. It needs only Triton.
 
-    Of a window and a softcap the text says that there are some; how large comes at a call.
+    The text depends on whether there is a window or a softcap; their sizes are arguments of a call.
     """
     wanted = features.Wanted(
         causal=causal, window=window, softcap=softcap, mask=mask, bias=bias, bias_rank=bias_rank, sinks=sinks, lse=lse

@@ -22,7 +22,9 @@ from tokquant.tuning.trials import Tuned
 
 
 def tune(
-    schemes: Annotated[list[str] | None, typer.Argument(help="Presets or YAML files; int8, or kv-int8 to decode.")] = None,
+    schemes: Annotated[
+        list[str] | None, typer.Argument(help="Presets or YAML files; int8 if left out, or kv-int8 with --decode.")
+    ] = None,
     layer: options.Layer = None,
     decode: features.Decode = False,
     tokens: Annotated[
@@ -43,15 +45,18 @@ def tune(
     dtype: options.Dtype = "fp16",
     device: options.Device = None,
     keep: Annotated[
-        int, typer.Option("--keep", min=0, help="Launches of each loop that are timed, the planner's best; 0 for all that run.")
+        int,
+        typer.Option(
+            "--keep", min=0, help="How many of the planner's best launches to time, of each loop; 0 for all that run."
+        ),
     ] = KEEP,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed runs of each launch.")] = 20,
     json: options.Json = False,
 ) -> None:
-    """Time a kernel's best launches on random tensors of this shape and keep the fastest: attention, or decode, then takes it.
+    """Time a kernel's best launches on random tensors of this shape and keep the fastest, for attention or decode to use.
 
-    Torch's attention in 16 bits is timed beside it, quantization counted: where that is faster, backend 'auto' takes it.
-    Sequences of their own lengths take what is found for a batch. Static scales are those of the random tensors.
+    Torch's 16-bit attention is timed beside the whole, quantization included. Where it is faster, backend 'auto' takes it.
+    Sequences of different lengths use what is found for a batch. Static scales are those of the random tensors.
     """
     wanted = features.Wanted(
         causal=causal, window=window, softcap=softcap, mask=mask, bias=bias, bias_rank=bias_rank, sinks=sinks, lse=lse

@@ -78,8 +78,8 @@ def compare(
 
     Args:
         schemes: QuantSchemes, presets' names, paths or SchemeMaps.
-        layer: which layer of maps this is.
-        scales: one layer's scales for the schemes that need some, or a list with those of each scheme.
+        layer: the layer's name, for SchemeMaps.
+        scales: one layer's scales, for the schemes that need them; or a list with the scales of each scheme.
         repeats: timed runs of each.
         bound: also certify the errors, by `error_bound`, which takes as long as a few float64 attentions.
         explained: also measure what Q, K, V and P each add to the errors, and find the worst rows: five further passes of

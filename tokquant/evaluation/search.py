@@ -79,7 +79,7 @@ def search(
 ) -> Found:
     """The scheme map that errs least within a cost, or costs least within an error.
 
-    Layers are judged one by one, each on its own activations: what the error of one does to the next is not in it.
+    Each layer is judged on its own activations, so the effect of one layer's error on the next is not counted.
 
     Args:
         activations: Q, K and V of each layer, `[B, H, N, D]`; read one layer at a time.
@@ -87,18 +87,18 @@ def search(
             (`tokquant.evaluation.candidates`). A static one is calibrated on the activations themselves.
         budget: `"bits=8.5"`, `"kv_bits=5"` or `"ms=20"`, the most it may cost; or `"rel_l1=0.01"`, `"rmse=0.001"`,
             `"max_abs=0.1"` or `"cosine=0.999"`, the most it may err, or the least a cosine may be.
-        metric: the error to make small, where the budget is a cost; rel_l1 where None. Of a cosine, what it lacks of 1.
-        cost: what to make small, where the budget is an error; bits where None. `bits` a value of Q, K and V in a long
-            sequence, scales included; `kv_bits` of K and V alone; `ms` of all layers, measured here with quantization.
-        over: the mean over the layers, or the worst.
-        relative_to: count each layer's error in those of this scheme there.
-        heads: let ranges of heads of K and V take schemes of their own, none static or with a scale per tensor; for the mean
+        metric: the error to minimize if the budget is a cost; rel_l1 if None. The error of a cosine is 1 - cosine.
+        cost: what to minimize if the budget is an error; bits if None. `bits` are per value of Q, K and V in a long
+            sequence, scales included; `kv_bits` are of K and V alone; `ms` is measured, of all layers with quantization.
+        over: judge by the mean over the layers, or by the worst layer.
+        relative_to: divide each layer's error by this scheme's error in that layer.
+        heads: let ranges of heads of K and V have their own schemes (not static, and no scale per tensor); only for the mean
             of rel_l1.
-        rows: queries that are looked at in each head, in runs spread over the sequence; all where None. Keys are always all.
+        rows: queries of each head that are measured, in runs spread over the sequence; all if None. All keys are used.
         target: for `ms`, a GPU (`sm_90` ...) whose time is predicted instead: of attention on codes, from the instructions of
             its compiled kernels for float16 tensors.
-        held_out: the same layers' activations on other inputs, which the search does not see: what was found is judged on them.
-        name: of the map; no candidate's.
+        held_out: the same layers' activations on other inputs, which the search does not see; its result is judged on them.
+        name: of the map; not the name of a candidate.
         progress: wraps the names of the layers, and how many there are, as they are worked on.
         causal, scale, mask, bias, window, softcap, sinks: as for `attention`, of every layer.
 
@@ -107,7 +107,7 @@ def search(
     kind, limit = _budget(budget)
     metric, cost = _units(budget, kind, metric, cost)
     if over not in get_args(Over):
-        raise ValueError(f"over: {quote(over)} is none; use mean or worst")
+        raise ValueError(f"over: {quote(over)} is not valid; use mean or worst")
     if heads and (metric, over) != ("rel_l1", "mean"):
         raise ValueError(f"heads: the {over} {metric} of a layer is not a sum over its heads; use the mean of rel_l1")
     if target is not None and cost != "ms":
@@ -228,7 +228,7 @@ def _budget(text: object) -> tuple[str, float]:
         value = float("nan")
     if name not in known or not 0 < value < float("inf"):
         example = "write bits=8.5, kv_bits=5, ms=20, rel_l1=0.01, rmse=0.001, max_abs=0.1 or cosine=0.999"
-        raise ValueError(f"budget: {quote(text)} is none; {example}{'' if name in known else nearest(name, known)}")
+        raise ValueError(f"budget: {quote(text)} is not valid; {example}{'' if name in known else nearest(name, known)}")
     return name, 1 - value if name == "cosine" else value
 
 
@@ -236,7 +236,7 @@ def _units(budget: str, kind: str, metric: str | None, cost: str | None) -> tupl
     """What errors are measured by and what costs are in: one of them is the budget's."""
     for what, given, known in (("metric", metric, METRICS), ("cost", cost, COSTS)):
         if given is not None and given not in known:
-            raise ValueError(f"{what}: {quote(given)} is none; use {', '.join(known)}{nearest(given, known)}")
+            raise ValueError(f"{what}: {quote(given)} is not valid; use {', '.join(known)}{nearest(given, known)}")
         if given is not None and kind in known and given != kind:
             raise ValueError(f"{what}: {quote(given)}, and the budget is {budget}; leave {what} out")
     return (kind, cost or "bits") if kind in METRICS else (metric or "rel_l1", kind)  # type: ignore[return-value]

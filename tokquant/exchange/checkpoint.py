@@ -23,8 +23,8 @@ def import_checkpoint_scales(path: str | os.PathLike, scheme: QuantScheme | str 
 
     Scales are taken as they are, `[1]` or `[]` per tensor and `[H, 1, 1]` per head, and become float32 `[1, 1, 1]` and
     `[H, 1, 1]`; layers have the names of their attention modules (`model.layers.0.self_attn`). The scheme is what they imply,
-    that of `kv-fp8` per head or per tensor, with codes for Q where there is a q_scale; a config.json beside them is heeded.
-    With `scheme`, which may say more of P and Q, scales of Q that it has no use for are left out.
+    that of `kv-fp8` per head or per tensor, with codes for Q where there is a q_scale; a config.json beside them is taken
+    into account. With `scheme`, which may say more of P and Q, scales of Q that it does not use are left out.
 
     Raises ScalesError naming the file and the tensor: one that was never set (-1), is not a scale, has a shape that is none of
     these or has no partner, a layer without scales, a zero point other than 0, and what `scheme` or config.json contradict.

@@ -25,7 +25,7 @@ WHY = {
 def to_compressed_tensors(
     scheme: QuantScheme | SchemeMap | str, targets: str | Sequence[str] = "re:.*self_attn$"
 ) -> dict[str, Any]:
-    """The `quantization_config` of a config.json that says what `scheme` does to the KV cache, or to Q, K and V.
+    """The `quantization_config` of a config.json that describes what `scheme` does to the KV cache, or to Q, K and V.
 
     `targets` are the attention modules, by class or as `re:` and a pattern of their names; they count where Q has codes.
 

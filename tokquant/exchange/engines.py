@@ -41,7 +41,7 @@ def export_checkpoint_scales(
     """
     check_scales_of_layers(scales)
     if format not in FORMATS:
-        raise ValueError(f"format: {quote(format)} is none; use {', '.join(FORMATS)}{nearest(format, FORMATS)}")
+        raise ValueError(f"format: {quote(format)} is not valid; use {', '.join(FORMATS)}{nearest(format, FORMATS)}")
     if format != "sglang" and (model_type is not None or tp_size != 1):
         raise ValueError(f"model_type and tp_size: only format sglang has them, not {format}")
     scheme = expressible(scales.scheme)
@@ -76,7 +76,7 @@ def _check_kv_per_tensor(scheme: QuantScheme, format: str) -> None:
 
 def _sglang(scales: Scales, model_type: str | None, tp_size: int) -> dict[str, Any]:
     if not isinstance(model_type, str) or not model_type:
-        raise ValueError(f"model_type: {quote(model_type)} is none; sglang needs that of the model's config.json, as 'llama'")
+        raise ValueError(f"model_type: {quote(model_type)} is not valid; sglang needs that of config.json, such as 'llama'")
     if type(tp_size) is not int or not 1 <= tp_size <= 1024:
         raise ValueError(f"tp_size: {quote(tp_size)} is not a number of ranks from 1 to 1024")
     factors: dict[int, float] = {}

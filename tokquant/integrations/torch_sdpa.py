@@ -25,16 +25,17 @@ MULTI_HEAD = inspect.signature(multi_head_attention_forward)
 
 
 class quantized_sdpa(TorchFunctionMode):
-    """`with tokquant.quantized_sdpa("int8"):` calls of `torch.nn.functional.scaled_dot_product_attention` in this thread are
-    `tokquant.scaled_dot_product_attention`'s, those in nn.MultiheadAttention and nn.TransformerEncoderLayer too.
+    """Inside `with tokquant.quantized_sdpa("int8"):` every call of `torch.nn.functional.scaled_dot_product_attention` in this
+    thread goes to `tokquant.scaled_dot_product_attention`, including those of nn.MultiheadAttention and
+    nn.TransformerEncoderLayer.
 
-    Blocks nest: the inner one is asked first, and what it leaves to torch goes to the next. torch's fused path of encoder
-    layers, which never calls that function, is off inside.
+    Blocks nest: the inner one is asked first, and what it leaves to torch goes to the outer one. The fused path of torch's
+    encoder layers, which never calls that function, is off inside.
 
     Args:
         scheme, scales, backend: as for `tokquant.scaled_dot_product_attention`, for every call.
-        fallback: what a call does that cannot be quantized: `error` raises, saying why; `warn` runs it in torch and warns, once
-            for each reason and place; `silent` runs it in torch.
+        fallback: what happens to a call that cannot be quantized: `error` raises and says why; `warn` runs it in torch and
+            warns, once for each reason and place; `silent` runs it in torch.
 
     Raises: SchemeError, ScalesError and ValueError at once for what no call could take.
     """

@@ -25,7 +25,7 @@ from tokquant.schemes.appending import windows
 
 @dataclass(frozen=True)
 class Kernel:
-    """A generated kernel: its text, how it is launched, and what it compiles to."""
+    """A generated kernel: its text, its launch, and what it compiles to."""
 
     source: str
     config: Config
@@ -110,12 +110,12 @@ def compile(
     """The kernel of a scheme, for `target` (sm_80, sm_90, gfx942 ...). It is compiled when `asm` is first read.
 
     Args:
-        layer: which layer of a SchemeMap.
-        causal, window, mask, softcap, sinks, return_lse, varlen: the features it is to have.
+        layer: the layer's name, for a SchemeMap.
+        causal, window, mask, softcap, sinks, return_lse, varlen: the features that it has.
         bias: its kind; factors of low rank have `bias_rank` columns of 16 bits.
         shared_heads: heads of Q to one of K and V.
-        decode: the kernel that reads a KV cache in pages of the scheme's size: always causal and with LSE, for one query, and
-            the same with sinks as without.
+        decode: make the kernel that reads a KV cache in pages of the scheme's size: always causal and with LSE, for one query;
+            sinks do not change it.
         dtype: of the tensors.
 
     Raises SchemeError, ValueError for a target that is none, UnsupportedError where scheme and target do not go together.
@@ -134,9 +134,9 @@ def compile(
     if varlen and (mask != "none" or bias == "dense"):
         raise UnsupportedError("varlen: sequences of their own lengths have no mask and no dense bias")
     if mask not in get_args(MaskKind):
-        raise ValueError(f"mask: {quote(mask)} is none; use none, boolean or additive")
+        raise ValueError(f"mask: {quote(mask)} is not valid; use none, boolean or additive")
     if bias not in get_args(BiasKind):
-        raise ValueError(f"bias: {quote(bias)} is none; use none, alibi, key_vector, lowrank or dense")
+        raise ValueError(f"bias: {quote(bias)} is not valid; use none, alibi, key_vector, lowrank or dense")
     wanted = Wanted(
         left=window,
         right=causal or window,

@@ -107,7 +107,7 @@ def get(name: object) -> Target:
     """The target of that name. Raises ValueError with those there are."""
     if not isinstance(name, str) or name not in TARGETS:
         known = ", ".join(f"{target.name} ({target.card})" for target in TARGETS.values())
-        raise ValueError(f"target: {quote(name)} is none; use one of {known}")
+        raise ValueError(f"target: {quote(name)} is not valid; use one of {known}")
     return TARGETS[name]
 
 

@@ -75,21 +75,21 @@ class Precision:
     """`@triton.jit`: a stored tile `[N, W]` -> values in `compute`: `[N, W]`, or where packed `[N, W, packed]`, as `tl.join`
     stacks them. How they are then laid side by side is the kernel's choice."""
     triton_decode_ptx: Any = None
-    """What stands in for `triton_decode` on NVIDIA GPUs, with the same values in fewer instructions: it may use inline PTX."""
+    """Replaces `triton_decode` on NVIDIA GPUs: the same values in fewer instructions. It may use inline PTX."""
     triton_decode_high: Any = None
     """For integers of fewer than 8 bits, the same with every code in the highest bits of its byte: int8, the values times
     2^(8 - bits). Taken where a scale can undo that, as it needs fewer instructions."""
     triton_decode_high_ptx: Any = None
-    """What stands in for `triton_decode_high` on NVIDIA GPUs."""
+    """Replaces `triton_decode_high` on NVIDIA GPUs."""
     triton_encode: Any = None
     """`@triton.jit`: float32 P in units of its codes -> P as the product takes it. Needed for role p."""
     triton_encode_interpreted: Any = None
-    """What stands in for `triton_encode` in Triton's interpreter, where that one rounds wrongly."""
+    """Replaces `triton_encode` in Triton's interpreter, where the interpreter rounds wrongly."""
     triton_quantize: Any = None
     """`@triton.jit`: scaled and clamped float32 values `[N, D]` -> stored elements `[N, D / packed]`, bit for bit what `encode`
     and `pack` give. Without it `encode` quantizes on a GPU, where a KV cache then refuses the precision."""
     triton_quantize_interpreted: Any = None
-    """What stands in for `triton_quantize` in Triton's interpreter, where that one rounds wrongly."""
+    """Replaces `triton_quantize` in Triton's interpreter, where the interpreter rounds wrongly."""
     cpp_encode: str = ""
     """C++: `static inline floats encode_p(floats p)`, which rounds P in units of its codes to what a code stands for. Needed
     for role p on a CPU."""
@@ -163,7 +163,7 @@ WHEN_REPLACED: list[Callable[[], None]] = []
 def register(precision: Precision, *, replace: bool = False) -> Precision:
     """Make a precision known by its name to schemes, quantization and kernels.
 
-    Raises ValueError if the name is taken, unless `replace` (in a notebook, say) says to take its place.
+    Raises ValueError if the name is taken, unless `replace` is True (useful in a notebook).
     """
     if not isinstance(precision, Precision):
         raise TypeError(f"precision: {quote(precision)}; give a tokquant.Precision")

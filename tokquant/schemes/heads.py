@@ -9,9 +9,9 @@ from tokquant.schemes.scheme import QuantScheme
 
 @dataclass(frozen=True)
 class HeadSchemes:
-    """A layer whose heads take different schemes: each part has the heads of K and V from where the one before ends.
+    """A layer whose heads have different schemes: each part has the heads of K and V that follow those of the part before.
 
-    Queries take the scheme of the head of K and V that they share. Raises SchemeError for parts that are none.
+    Queries take the scheme of the head of K and V that they share. Raises SchemeError for invalid parts.
     """
 
     parts: tuple[tuple[int, QuantScheme], ...]

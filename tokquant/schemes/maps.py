@@ -25,7 +25,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 class SchemeMap:
     """Schemes of layers: the first pattern that a layer's name matches decides, `*`, `?` and `[0-5]` as in a shell.
 
-    Raises SchemeError where there is no layer, and for a pattern, a scheme or a name that is none.
+    Raises SchemeError for a map without layers, and for an invalid pattern, scheme or name.
     """
 
     layers: tuple[tuple[str, LayerScheme], ...]
@@ -101,7 +101,7 @@ class SchemeMap:
         return load_document(path, cls.from_data)
 
     def to_data(self) -> dict[str, Any]:
-        """What `from_data` reads back to an equal map: schemes that are no presets are written out under `schemes`."""
+        """What `from_data` reads back to an equal map: schemes that are not presets are written out under `schemes`."""
         names = _distinct_names(self.schemes())
 
         def entry(scheme: LayerScheme) -> Any:

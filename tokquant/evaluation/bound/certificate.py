@@ -42,7 +42,7 @@ FLOAT64 = 1 + 2.0**-30
 class Bound:
     """What |attention - exact attention| is at most, the largest over channels: each `[B, H_q, N_q]` float64.
 
-    `total` is at most the sum of the parts. A row that attends to nothing has 0; infinity says that nothing is guaranteed.
+    `total` is at most the sum of the parts. A row that attends to nothing has 0; infinity means that nothing is guaranteed.
     """
 
     total: Tensor
@@ -76,14 +76,14 @@ def error_bound(
 ) -> Bound:
     """Bound the error of `attention` with these arguments against exact attention of q, k and v, row by row.
 
-    Of tensors, what each rounding took is known. Of three QuantizedTensors it is not: the bound then holds for all tensors that
-    have these codes, scales and offsets, each value within half a step of its code, and is a few times to many times as large.
+    For tensors, the error of each rounding is known. For three QuantizedTensors it is not: then the bound holds for all tensors
+    with these codes, scales and offsets, each value within half a step of its code, and is a few to many times as large.
     There a code at the end of its range under a static scale may stand for anything, so rows that see one have an infinite
-    bound, as have always those that see a NaN or an infinity.
+    bound. Rows that see a NaN or an infinity always have one.
 
-    It holds for every backend whose sums are of float32: not for the shorter accumulators of fp8 tensor cores.
+    The bound holds for every backend that sums in float32, but not for the shorter accumulators of fp8 tensor cores.
 
-    Args: as for `attention`. Time is that of a few float64 attentions; memory is that of some rows of scores.
+    Args: as for `attention`. It takes the time of a few float64 attentions and the memory of some rows of scores.
 
     Raises: as `attention`; UnsupportedError for QuantizedTensors in a symmetric precision of more than 8 bits with a scale.
     """

@@ -28,7 +28,7 @@ def register(scheme: Scheme = "int8", *, scales: Scales | None = None, name: str
         scheme: a QuantScheme, a preset's name, a path, or a SchemeMap of modules' names, `model.layers.0.self_attn`.
         scales: those of a static scheme, for modules of the same names.
         name: another one, to have several at a time. Registering a name again replaces what it stood for.
-        backend: as for `tokquant.attention`, but that `auto` always quantizes.
+        backend: as for `tokquant.attention`, except that `auto` always quantizes.
 
     Raises: SchemeError, ScalesError, TypeError and ValueError for what does not fit; nothing is registered then.
     """

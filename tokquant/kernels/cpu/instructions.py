@@ -41,5 +41,5 @@ def of_macros(found: set[str]) -> tuple[str, ...]:
 def chosen(name: str, of: str) -> str:
     """A name of a set as it was given, in `of`. Raises ValueError for one that is none."""
     if name not in INSTRUCTIONS:
-        raise ValueError(f"{of}: {quote(name)} is none; use one of {', '.join(INSTRUCTIONS)}{nearest(name, INSTRUCTIONS)}")
+        raise ValueError(f"{of}: {quote(name)} is not valid; use one of {', '.join(INSTRUCTIONS)}{nearest(name, INSTRUCTIONS)}")
     return name
