@@ -2,16 +2,16 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tokquant import bias
+from tokquant import bias, operators
 from tokquant.attention import attention, quantizing
 from tokquant.autocast import as_torch_takes_them
 from tokquant.errors import UnsupportedError
 from tokquant.integrations.transformers.cache_layer import Appended
 from tokquant.integrations.transformers.masks import Ordered
-from tokquant.integrations.transformers.settings import Setting, place_of
+from tokquant.integrations.transformers.settings import Setting, begin_with, place_of
+from tokquant.schemes import SchemeMap
 
 REFUSED = {
     "cache": "continuous batching keeps 16-bit pages of its own; use generate() with a TokquantCache",
@@ -23,10 +23,31 @@ REFUSED = {
 """Arguments that would change the result, and are not taken."""
 
 
-@torch.compiler.disable
 def attend(
     registered: Setting | None,
     yields: bool,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | Appended,
+    value: Tensor | Appended,
+    attention_mask: Tensor | None,
+    **given: Any,
+) -> tuple[Tensor, None]:
+    """Attention of `module`: query `[B, H_q, N_q, D]`, key and value `[B, H_kv, N_k, D]` -> `[B, N_q, H_q, D]`, and no weights.
+
+    `registered` is what the implementation was registered with; it yields to a model's own setting, or does not.
+
+    Raises, with the module's name in front: UnsupportedError for what is not computed here, else as `tokquant.attention`.
+    """
+    name, setting = place_of(module, registered, yields, by_name=isinstance(key, Appended) and key.by_name)
+    traced = setting.observe is None and not (operators.OLD and isinstance(setting.scheme, SchemeMap))
+    run = _attend if traced else _attend_untraced
+    return run(name, setting, module, query, key, value, attention_mask, **given)
+
+
+def _attend(
+    name: str,
+    setting: Setting,
     module: nn.Module,
     query: Tensor,
     key: Tensor | Appended,
@@ -41,13 +62,6 @@ def attend(
     position_bias: Tensor | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of `module`: query `[B, H_q, N_q, D]`, key and value `[B, H_kv, N_k, D]` -> `[B, N_q, H_q, D]`, and no weights.
-
-    `registered` is what the implementation was registered with; it yields to a model's own setting, or does not.
-
-    Raises, with the module's name in front: UnsupportedError for what is not computed here, else as `tokquant.attention`.
-    """
-    name, setting = place_of(module, registered, yields, by_name=isinstance(key, Appended) and key.by_name)
     try:
         for argument, reason in REFUSED.items():
             if rest.get(argument) is not None and rest[argument] is not False:
@@ -56,9 +70,6 @@ def attend(
             raise UnsupportedError("cu_seq_lens_q: packed sequences are told by position_ids that begin anew; give those too")
         if dropout:
             raise UnsupportedError(f"dropout: {dropout} of the probabilities is for training; call model.eval()")
-        if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
-            sizes = ", ".join(str(x.shape[-1]) for x in (query, key, value))
-            raise UnsupportedError(f"head_dim: that of query, key and value is {sizes}; tokquant takes one size for all three")
         # a mask that is written out has the order of tokens in it
         causal, window, tokens = False, None, None
         if attention_mask is None:
@@ -76,22 +87,30 @@ def attend(
                     "attention_mask: a TokquantCache is attended to causally, within windows and without padding, and by "
                     "nothing else; leave it out (for cross attention: EncoderDecoderCache(TokquantCache(...), DynamicCache()))"
                 )
-            known = attention_mask.on_host() if isinstance(attention_mask, Ordered) else None
             (query,) = as_torch_takes_them(query)
-            out = key.attend(query, name, known, **features)
+            out = key.attend(query, name, tokens, **features)
         else:
             assert not isinstance(value, Appended)
+            if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
+                sizes = ", ".join(str(x.shape[-1]) for x in (query, key, value))
+                raise UnsupportedError(
+                    f"head_dim: that of query, key and value is {sizes}; tokquant takes one size for all three"
+                )
             query, key, value = as_torch_takes_them(query, key, value)
             if setting.observe is not None:
                 setting.observe(name, query.detach(), key.detach(), value.detach())
             if position_bias is not None:
                 features["bias"] = bias.dense(position_bias[..., : key.shape[2]])
             mask = attention_mask if not causal else None if tokens is None else tokens[:, None, None]
-            scheme, scales = setting.of(name)
+            scales = None if setting.scales is None else setting.scales.get(name)
             features |= dict(causal=causal, mask=mask, scales=scales, backend=quantizing(setting.backend, query.device))
-            out = attention(query, key, value, scheme, **features)  # type: ignore[assignment]
+            # layers that differ in nothing but their names share what is compiled
+            layer = name if isinstance(setting.scheme, SchemeMap) else None
+            out = attention(query, key, value, setting.scheme, layer=layer, **features)  # type: ignore[assignment]
     except (ValueError, TypeError, RuntimeError) as error:
-        if not str(error).startswith(name):
-            error.args = (f"{name}: {error}",)
+        begin_with(name, error)
         raise
     return out.transpose(1, 2).contiguous(), None
+
+
+_attend_untraced = operators.untraced("attention that is observed, or before torch 2.12 by a map of schemes,")(_attend)

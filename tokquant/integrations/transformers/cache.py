@@ -2,15 +2,18 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from tokquant.attention import Backend, Scheme
+from tokquant.autocast import as_torch_takes_them
 from tokquant.calibration.scales import Scales
 from tokquant.errors import SchemeError, UnsupportedError
-from tokquant.integrations.transformers.cache_layer import TokquantLayer
+from tokquant.integrations.transformers import cache_operator
+from tokquant.integrations.transformers.cache_layer import Appended, TokquantLayer
 from tokquant.integrations.transformers.settings import IMPLEMENTATIONS, Setting, own
 from tokquant.kv_cache import Memory
 from tokquant.schemes import SchemeMap, resolve
@@ -83,24 +86,61 @@ class TokquantCache(Cache):
         self._first = next((i for i, layer in enumerate(layers) if isinstance(layer, TokquantLayer)), None)
         self._before = 0
         """Columns of the first layer in codes before the call that is under way."""
+        self._fetched: list[tuple[Tensor, np.ndarray]] = []
+        """Which columns are tokens, as that call has them, and on the CPU."""
+        self._number = cache_operator.numbered(self)
+        """What stands for it in a graph."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """As `Cache.update`.
-
-        Raises ValueError where layers do not hold the same tokens, as after a call that ended between them.
-        """
+        """As `Cache.update`; of a layer in codes, what attention appends and attends to, in place of both keys and values."""
         if layer_idx >= len(self.layers):
             raise ValueError(f"past_key_values: has {len(self.layers)} layers, and the model more; make a cache of this model")
-        layer = self.layers[layer_idx]
-        if isinstance(layer, TokquantLayer):
-            if layer_idx == self._first:
-                self._before = layer.columns
+        if not isinstance(self.layers[layer_idx], TokquantLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        both = Appended(self, layer_idx, *as_torch_takes_them(key_states, value_states))
+        return both, both
+
+    def attend(
+        self, index: int, q: Tensor, new: tuple[Tensor, Tensor] | None, name: str, tokens: Tensor | None, **features: Any
+    ) -> Tensor:
+        """Append `new` keys and values `[B, H_kv, n, D]` to a layer, and attend to all: q `[B, H_q, n, D]` -> `[B, H_q, n, D]`.
+
+        Args:
+            name: of the layer's module.
+            tokens: `[B, columns]`, False where a column is padding; None where none is.
+            features: scale, window, softcap and sinks, as for `tokquant.attention`.
+
+        Raises ValueError where layers do not hold the same tokens, as after a call that ended between them; else as
+        `TokquantLayer.append` and `tokquant.decode`.
+        """
+        if torch.compiler.is_compiling():
+            return cache_operator.attend(self._number, index, q, new, name, tokens, **features)
+        layer: Any = self.layers[index]
+        if new is not None:
+            if index == self._first:
+                self._before, self._fetched = layer.columns, []
             elif layer.columns != self._before:
                 raise ValueError(
-                    f"past_key_values: layer {layer_idx} holds {layer.columns} tokens where layer {self._first} held "
+                    f"past_key_values: layer {index} holds {layer.columns} tokens where layer {self._first} held "
                     f"{self._before}; an earlier call ended between them: reset() it and give all tokens again"
                 )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            behind, _ = features["window"] or (None, None)
+            layer.append(name, *new, self._on_host(tokens), behind)
+        return layer.attend(q, **features)
+
+    def _on_host(self, tokens: Tensor | None) -> np.ndarray | None:
+        """`tokens`, fetched once for all layers; None where none is padding."""
+        if tokens is None:
+            return None
+        found = next((array for seen, array in self._fetched if seen is tokens), None)
+        if found is None:
+            found = tokens.cpu().numpy()
+            self._fetched.append((tokens, found))
+        return None if found.all() else found
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._number = cache_operator.numbered(self)  # a copy is another cache
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         # waits for a GPU once, not in each layer

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from tokquant.autocast import as_torch_takes_them
 from tokquant.decode import decode
 from tokquant.errors import UnsupportedError
 from tokquant.integrations.transformers.settings import Setting
@@ -40,9 +39,8 @@ class TokquantLayer(CacheLayerMixin):
         """Sequences of which tokens are gone that no query can see any more: those beyond `behind` before it."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
-        """What attention appends and attends to, in place of both keys and values."""
-        both = Appended(self, *as_torch_takes_them(key_states, value_states))
-        return both, both
+        """Nothing: a TokquantCache gives attention what it appends to a layer."""
+        raise NotImplementedError
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the first append makes the cache, as it knows its module's name."""
@@ -139,24 +137,29 @@ class Appended:
     They are appended when they are first attended to, for only then it is known which of them are padding.
     """
 
-    def __init__(self, layer: TokquantLayer, k: Tensor, v: Tensor):
-        batch, heads, new, d = k.shape
-        self.shape = torch.Size((batch, heads, layer.columns + new, d))
-        self._layer = layer
+    def __init__(self, cache: Any, index: int, k: Tensor, v: Tensor):
+        self._cache, self._index, self._sizes = cache, index, k.shape
         self._new: tuple[Tensor, Tensor] | None = k, v
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[B, H_kv, columns, D]`, the new ones included."""
+        batch, heads, new, d = self._sizes
+        return torch.Size((batch, heads, self._layer.columns + (new if self._new else 0), d))
 
     @property
     def by_name(self) -> bool:
         """Whether the layer has to be known by name."""
         return self._layer.setting.by_name
 
-    def attend(self, q: Tensor, name: str, tokens: np.ndarray | None, **features: Any) -> Tensor:
-        """Append, once, and attend: q `[B, H_q, n, D]` -> `[B, H_q, n, D]`."""
-        if self._new is not None:
-            behind, _ = features["window"] or (None, None)
-            self._layer.append(name, *self._new, tokens, behind)
-            self._new = None
-        return self._layer.attend(q, **features)
+    @property
+    def _layer(self) -> TokquantLayer:
+        return self._cache.layers[self._index]
+
+    def attend(self, q: Tensor, name: str, tokens: Tensor | None, **features: Any) -> Tensor:
+        """Append, once, and attend, as `TokquantCache.attend`."""
+        new, self._new = self._new, None
+        return self._cache.attend(self._index, q, new, name, tokens, **features)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -39,13 +38,6 @@ class Ordered(Tensor):
     """`[B, N_k]` boolean, False where a key is padding; None where none is."""
     whole: Callable[[], Tensor]
     """The mask written out."""
-    _on_host: np.ndarray | None = None
-
-    def on_host(self) -> np.ndarray | None:
-        """`tokens`, fetched once for all layers."""
-        if self._on_host is None and self.tokens is not None:
-            self._on_host = self.tokens.cpu().numpy()
-        return self._on_host
 
     @classmethod
     def of(cls, shape: tuple[int, ...], window: int | None, tokens: Tensor | None, whole: Callable, device: Any) -> "Ordered":
@@ -113,9 +105,12 @@ def mask(
         return whole()
     padded = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     tokens = None if padded is None else padded[:, kv_offset : kv_offset + kv_length]
-    if tokens is not None and bool(tokens.all()):
+    # a graph does not look: attention to all tokens is the same with a mask
+    if tokens is not None and not torch.compiler.is_compiling() and bool(tokens.all()):
         tokens = None
     window = local_size if local_size is not None and local_size < kv_length else None
     if tokens is None and window is None:
         return None
+    if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+        return whole()  # torch.export without Dynamo traces no class of tensors but its own
     return Ordered.of((batch_size, 1, q_length, kv_length), window, tokens, whole, device)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -12,6 +13,7 @@ from tokquant.attention import Backend, check_backend
 from tokquant.calibration.scales import LayerScales, Scales, needed
 from tokquant.errors import ScalesError
 from tokquant.integrations.layers import check_layers, check_scales_of, scheme_of_layers
+from tokquant.operators import untraced
 from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap, of_layer
 
 ATTRIBUTE = "_tokquant"
@@ -93,10 +95,24 @@ def place_of(module: nn.Module, registered: Setting | None, yields: bool, by_nam
     if setting is None:
         raise ValueError("tokquant: this model has no scheme; call tokquant.integrations.transformers.use(model, scheme) first")
     if found is None and (setting.by_name or by_name):
-        for name, each in _model_of(module).named_modules():
-            each.__dict__.setdefault(ATTRIBUTE, Place(name))
+        _name_modules(module)
         found = module.__dict__[ATTRIBUTE]
     return found.name if found else type(module).__name__, setting
+
+
+def begin_with(name: str, error: Exception) -> None:
+    """Put a module's name in front of what an error says, once."""
+    if torch.compiler.is_compiling():  # which can change no error: it is raised uncompiled, or quoted with fullgraph=True
+        torch._dynamo.graph_break(str(error))
+    if not str(error).startswith(name):
+        error.args = (f"{name}: {error}",)
+
+
+@untraced("the search for a module's name, which use(model, ...) spares,")
+def _name_modules(module: nn.Module) -> None:
+    """Note in all modules of the model that a module is part of what they are called. Raises ValueError where it is of none."""
+    for name, each in _model_of(module).named_modules():
+        each.__dict__.setdefault(ATTRIBUTE, Place(name))
 
 
 def _model_of(module: nn.Module) -> PreTrainedModel:

@@ -1,0 +1,362 @@
+"""Models of transformers go through torch.compile and torch.export whole, and give what they give uncompiled."""
+
+import copy
+import gc
+
+import pytest
+import torch
+import transformers
+from tiny_models import DECODERS, SIZES, decoder, prompts
+from torch._dynamo import lookup_backend
+
+import tokquant as tq
+from tokquant import operators
+from tokquant.integrations.transformers import TokquantCache, observing, register, run_observed, use
+from tokquant.kernels.cpu import build
+
+ATTENTION, CACHED = ({packet, packet.default} for packet in (torch.ops.tokquant.attention, torch.ops.tokquant.cached_attention))
+
+
+FEATURED = [name for name in DECODERS if name.startswith(("mistral", "gemma2", "gpt-oss"))]
+"""Windows, softcaps, sinks."""
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+class Graphs(list):
+    """A backend of torch.compile that keeps what it is given: graphs of a whole call, or of what is between two breaks."""
+
+    def __init__(self, backend="aot_eager"):
+        self.backend = lookup_backend(backend)
+
+    def __call__(self, graph, example):
+        self.append(graph)
+        return self.backend(graph, example)
+
+    def calls(self, of):
+        """How often each calls an operator."""
+        return [sum(node.target in of for node in graph.graph.nodes) for graph in self]
+
+
+def whole(function, backend="eager"):
+    """A function compiled as one graph, and the graphs."""
+    graphs = Graphs(backend)
+    return torch.compile(function, backend=graphs, fullgraph=True), graphs
+
+
+def scales_of(model, tokens=20):
+    calibrator = tq.Calibrator("kv-fp8")
+    run_observed(model, [prompts(tokens=tokens)["input_ids"]], calibrator.observe)
+    return calibrator.scales()
+
+
+MAP = tq.SchemeMap.from_data({"layers": {"model.layers.0.*": {"heads": {"0": "int8", "1": "int8-fp16"}}, "*": "none"}})
+
+# ------------------------------------------------------------------ without a cache
+
+
+@pytest.mark.parametrize(
+    ("name", "padding"), [(name, "left") for name in FEATURED] + [("mistral, a window", side) for side in (None, "right")]
+)
+def test_a_decoder_is_one_graph_with_an_operator_a_layer(name, padding):
+    model, given = use(decoder(name), "int8", backend="reference"), prompts(padding)
+    compiled, graphs = whole(model, "aot_eager")
+    assert torch.equal(compiled(**given, use_cache=False).logits, model(**given, use_cache=False).logits)
+    assert graphs.calls(ATTENTION) == [SIZES["num_hidden_layers"]]
+    masks = [node.kwargs["mask"].meta["example_value"] for node in graphs[0].graph.nodes if node.target in ATTENTION]
+    assert all(mask.shape == (2, 1, 1, 20) for mask in masks)  # which tokens there are, and no pairs of them
+
+
+def bert():
+    sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    return transformers.BertModel(transformers.BertConfig(**sizes)).eval(), prompts("right")
+
+
+def t5():
+    config = transformers.T5Config(
+        vocab_size=128, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0, eos_token_id=None
+    )
+    given = prompts("right") | {"decoder_input_ids": torch.randint(3, 128, (2, 9)), "use_cache": False}
+    return transformers.T5ForConditionalGeneration(config).eval(), given
+
+
+@pytest.mark.parametrize(("make", "layers"), [(bert, 2), (t5, 3)], ids=["an encoder", "cross attention and a position bias"])
+def test_models_that_attend_to_both_sides_are_one_graph_too(make, layers):
+    model, given = make()
+    compiled, graphs = whole(use(model, "int8", backend="reference"))
+    assert torch.equal(compiled(**given)[0], model(**given)[0]) and graphs.calls(ATTENTION) == [layers]
+
+
+def test_what_use_says_later_is_heeded():
+    model, given = decoder(), prompts("left")
+    scales = [scales_of(model, tokens) for tokens in (20, 50)]
+    compiled, graphs = whole(model)
+    seen = []
+    for settings in (
+        dict(scheme="int8"),
+        dict(scheme=MAP),
+        dict(scheme="kv-fp8", scales=scales[0]),
+        dict(scheme="kv-fp8", scales=scales[1]),
+    ):
+        if operators.OLD and settings["scheme"] is MAP:
+            continue
+        use(model, **settings, backend="reference")
+        seen.append(compiled(**given, use_cache=False).logits)
+        assert torch.equal(seen[-1], model(**given, use_cache=False).logits)
+        assert not any(torch.equal(seen[-1], other) for other in seen[:-1])
+    assert len(graphs) == len(seen) - 1  # other scales of a scheme need no other graph
+    model.set_attn_implementation("sdpa")
+    assert not torch.equal(compiled(**given, use_cache=False).logits, seen[0]) and graphs.calls(ATTENTION)[-1] == 0
+
+
+def test_what_register_says_later_is_heeded():
+    model, given = decoder(), prompts()
+    compiled, _ = whole(model)
+    found = []
+    for scheme in ("int8", "int4"):
+        register(scheme, backend="reference", name="tokquant-later")
+        model.set_attn_implementation("tokquant-later")
+        found.append(compiled(**given, use_cache=False).logits)
+        assert torch.equal(found[-1], model(**given, use_cache=False).logits)
+    assert not torch.equal(*found)
+
+
+def test_lengths_that_change_compile_twice():
+    model = use(decoder("mistral, a window"), "int8", backend="reference")
+    compiled, graphs = whole(model)
+    for tokens in (20, 33, 12):
+        given = prompts("left", tokens=tokens)
+        assert torch.equal(compiled(**given, use_cache=False).logits, model(**given, use_cache=False).logits)
+    assert len(graphs) == 2  # of a number, then of any
+
+
+def test_layers_compiled_one_by_one_share_a_graph():
+    model, given = use(decoder(), "int8", backend="reference"), prompts("left")
+    exact, graphs = model(**given, use_cache=False).logits, Graphs()
+    for layer in model.model.layers:
+        layer.compile(backend=graphs, fullgraph=True)
+    assert torch.equal(model(**given, use_cache=False).logits, exact) and graphs.calls(ATTENTION) == [1]
+
+
+def test_packed_sequences_stay_apart():
+    model, ids = use(decoder(), "int8", backend="reference"), prompts(batch=1)["input_ids"]
+    compiled, _ = whole(model)
+    packed, one = torch.cat([torch.arange(8), torch.arange(12)])[None], torch.arange(20)[None]
+    for places in (packed, one):
+        given = dict(input_ids=ids, position_ids=places, use_cache=False)
+        assert torch.equal(compiled(**given).logits, model(**given).logits)
+
+
+def test_a_compiled_model_takes_the_block_of_quantized_sdpa_it_is_called_in():
+    model, given = decoder(), prompts("left")
+    model.set_attn_implementation("sdpa")
+    compiled, graphs = whole(model)
+    exact = model(**given, use_cache=False).logits
+    with tq.quantized_sdpa("int8", backend="reference"):
+        inside = compiled(**given, use_cache=False).logits
+        assert torch.equal(inside, model(**given, use_cache=False).logits) and graphs.calls(ATTENTION) == [2]
+    torch.testing.assert_close(compiled(**given, use_cache=False).logits, exact)
+    assert not torch.allclose(inside, exact)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_model_holds_the_operators(strict):
+    model, given = use(decoder("mistral, a window"), "int8", backend="reference"), prompts("left")
+    tokens = torch.export.Dim("tokens", min=16, max=100)
+    sizes = {"input_ids": {1: tokens}, "attention_mask": {1: tokens}, "use_cache": None}
+    program = torch.export.export(model, (), dict(**given, use_cache=False), strict=strict, dynamic_shapes=sizes)
+    assert sum(node.target in ATTENTION for node in program.graph.nodes) == 2
+    longer = prompts("left", tokens=37)
+    found = program.module()(**longer, use_cache=False).logits
+    assert torch.equal(found, model(**longer, use_cache=False).logits)
+
+
+def test_an_observer_ends_the_graph_and_sees_the_numbers():
+    model, given = decoder(), prompts()
+    seen = [[], []]
+    with observing(model, lambda *each: seen[0].append(each)):
+        exact = model(**given, use_cache=False).logits
+    with observing(model, lambda *each: seen[1].append(each)):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"tokquant: attention that is observed, .* is no operator"):
+            whole(model)[0](**given, use_cache=False)
+        torch._dynamo.reset()
+        seen[1].clear()
+        found = torch.compile(model, backend="eager")(**given, use_cache=False).logits
+    assert torch.equal(found, exact) and len(seen[0]) == len(seen[1]) == 2
+    for (name, *tensors), (same, *others) in zip(*seen, strict=True):
+        assert name == same and all(map(torch.equal, tensors, others))
+
+
+@pytest.mark.skipif(operators.OLD, reason="torch before 2.12 does not take maps into a graph")
+def test_names_that_are_not_known_yet_end_the_graph_once():
+    register(MAP, name="tokquant-unnamed", backend="reference")
+    model, given = decoder(), prompts()
+    model.set_attn_implementation("tokquant-unnamed")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"the search for a module's name, .* is no operator"):
+        whole(model)[0](**given, use_cache=False)
+    torch._dynamo.reset()
+    exact = model(**given, use_cache=False).logits
+    assert torch.equal(whole(model)[0](**given, use_cache=False).logits, exact)
+
+
+def test_maps_end_the_graphs_of_an_old_torch(monkeypatch):
+    monkeypatch.setattr(operators, "OLD", True)
+    model, given = use(decoder(), MAP, backend="reference"), prompts()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"before torch 2\.12 by a map of schemes, is no operator"):
+        whole(model)[0](**given, use_cache=False)
+    torch._dynamo.reset()
+    exact, graphs = model(**given, use_cache=False).logits, Graphs("eager")
+    assert torch.equal(torch.compile(model, backend=graphs)(**given, use_cache=False).logits, exact)
+    assert sum(graphs.calls(ATTENTION)) == 0
+
+
+def test_what_is_refused_is_refused_in_a_graph_too():
+    model, given = use(decoder(), "int8", backend="reference"), prompts()
+    with pytest.raises(RuntimeError, match="q: requires grad"), torch.enable_grad():
+        whole(model)[0](**given, use_cache=False)
+    model.model.layers[1].self_attn.attention_dropout = 0.1
+    model.train()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"dropout: 0\.1 of the probabilities .* call model\.eval\(\)"):
+        whole(model)[0](**given, use_cache=False)
+    with pytest.raises(NotImplementedError, match=r"model\.layers\.1\.self_attn: dropout: 0\.1"):
+        torch.compile(model, backend="eager")(**given, use_cache=False)
+
+
+# ------------------------------------------------------------------ with caches
+
+
+def steps(model, cache, padding="left", count=4):
+    """Logits of a prompt, and of tokens one by one."""
+    given, found = prompts(padding), []
+    ids, mask = given["input_ids"], given["attention_mask"]
+    for step in range(count):
+        found.append(model(ids, attention_mask=mask, past_key_values=cache).logits)
+        ids, mask = torch.full((2, 1), 5 + step), torch.nn.functional.pad(mask, (0, 1), value=1)
+    return found
+
+
+def cache_of(model, scheme=None):
+    return TokquantCache(model) if scheme is None else TokquantCache(model, scheme, backend="reference")
+
+
+@pytest.mark.parametrize("name", FEATURED)
+def test_a_cache_of_codes_is_one_operator_a_layer(name):
+    model = use(decoder(name), "kv-int8", backend="reference")
+    compiled, graphs = whole(model, "aot_eager")
+    caches = [cache_of(model) for _ in range(3)]
+    exact = steps(model, caches[0])
+    for cache in caches[1:]:
+        assert all(map(torch.equal, steps(compiled, cache), exact))
+        assert cache.layers[1].held.lengths == [16, 23] and cache.memory == caches[0].memory
+        assert len(cache._fetched) <= 2  # once a call for each of its masks
+    # a prompt, and a token after any number of others, in whatever cache
+    assert graphs.calls(CACHED) == [2, 2]
+
+
+def test_more_layers_than_recompilations_make_no_more_graphs():
+    model = use(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 4})).eval(), "kv-int4")
+    graphs = Graphs("eager")
+    compiled, exact = torch.compile(model, backend=graphs), steps(model, cache_of(model), padding=None)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        assert all(map(torch.equal, steps(compiled, cache_of(model), padding=None), exact)) and len(graphs) == 2
+
+
+@pytest.mark.parametrize("made", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("used", [torch.no_grad, torch.inference_mode])
+def test_a_cache_made_in_inference_mode_is_used_outside_and_the_other_way_round(made, used):
+    model = use(decoder(), "kv-int4", backend="reference")
+    with made():
+        cache = cache_of(model)
+    with used():
+        assert torch.equal(
+            *(steps(f, c, count=1)[0] for f, c in ((model, cache_of(model)), (whole(model, "aot_eager")[0], cache)))
+        )
+
+
+def test_a_compiled_model_generates_in_beams_and_with_drafts():
+    model, given = use(decoder(), "kv-int8", backend="reference"), prompts(batch=1)
+    helper = decoder("mistral, a window")
+    ways = [dict(num_beams=3, length_penalty=0.5), dict(assistant_model=helper)]
+    run = lambda **how: model.generate(  # noqa: E731
+        **given, past_key_values=cache_of(model), max_new_tokens=5, do_sample=False, **how
+    )
+    exact = [run(**how) for how in ways]
+    model.forward, graphs = whole(model.forward)
+    assert all(torch.equal(run(**how), tokens) for how, tokens in zip(ways, exact, strict=True)) and graphs.calls(CACHED)
+
+
+def test_what_is_attended_to_later_is_appended_now():
+    model = use(decoder(), "kv-int8", backend="reference")
+    cache, ids = cache_of(model), prompts()["input_ids"]
+
+    def prefill(ids):
+        model(ids, past_key_values=cache)
+        return ids + 1
+
+    whole(prefill, "aot_eager")[0](ids)
+    assert [layer.held.lengths for layer in cache.layers] == [[20, 20]] * 2
+
+
+def test_a_copy_of_a_cache_goes_on_by_itself():
+    model = use(decoder(), "kv-int8", backend="reference")
+    compiled, _ = whole(model)
+    cache = cache_of(model)
+    steps(compiled, cache, count=1)
+    twin = copy.deepcopy(cache)
+    more = dict(input_ids=torch.tensor([[5], [6]]), attention_mask=torch.ones(2, 21).long())
+    more["attention_mask"][:, :20] = prompts("left")["attention_mask"]
+    assert torch.equal(compiled(**more, past_key_values=twin).logits, compiled(**more, past_key_values=cache).logits)
+    assert twin.get_seq_length() == cache.get_seq_length() == 21
+
+
+def test_errors_of_a_cache_are_raised_from_a_graph():
+    model = use(decoder(), "kv-int8", backend="reference")
+    compiled, _ = whole(model)
+    cache, step = cache_of(model), dict(input_ids=torch.tensor([[5], [6]]))
+    first = steps(compiled, cache, count=1)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn: attention_mask: it masks other columns"):
+        compiled(**step, past_key_values=cache)
+    cache.layers[0].crop(-1)
+    with pytest.raises(ValueError, match=r"layer 1 holds 20 tokens where layer 0 held 19; .* reset\(\) it"):
+        compiled(**step, attention_mask=prompts("left")["attention_mask"], past_key_values=cache)
+    cache.reset()
+    assert torch.equal(steps(compiled, cache, count=1)[0], first[0])
+
+
+def test_the_operator_is_what_torch_expects_of_one():
+    model = use(decoder(), "kv-int8", backend="reference")
+    cache, q = cache_of(model), torch.randn(2, 4, 1, 16)
+    steps(model, cache, count=1)
+    features = dict(scale=0.2, behind=None, softcap=None, sinks=None)
+    # without new keys, as it is called several times
+    args = (q, None, None, cache._number, 1, "layer", None)
+    attend = torch.ops.tokquant.cached_attention
+    assert set(torch.library.opcheck(attend.default, args, features).values()) == {"SUCCESS"}
+    assert torch.equal(attend(*args, **features), cache.layers[1].attend(q, scale=0.2))
+    del cache
+    gc.collect()
+    with pytest.raises(RuntimeError, match="layer: cache: the TokquantCache of this number is gone"):
+        attend(*args, **features)
+
+
+def test_a_static_cache_of_sixteen_bits_is_one_graph_too():
+    model = use(decoder("mistral, a window"), "int8", backend="reference")
+    compiled, graphs = whole(model)
+    caches = [transformers.StaticCache(config=model.config, max_cache_len=32) for _ in range(2)]
+    assert all(map(torch.equal, steps(compiled, caches[1]), steps(model, caches[0]))) and set(graphs.calls(ATTENTION)) == {2}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not build.available(), reason="inductor needs a C++ compiler")
+def test_inductor_compiles_a_model_and_its_cache():
+    model = use(decoder("qwen3, normed heads of their own size"), "kv-int4-kivi")  # which keeps some tokens in 16 bits
+    compiled = torch.compile(model, fullgraph=True)
+    for cache in (lambda: None, lambda: cache_of(model)):
+        count = 1 if cache() is None else 4
+        for found, exact in zip(steps(compiled, cache(), count=count), steps(model, cache(), count=count), strict=True):
+            torch.testing.assert_close(found, exact, atol=2e-4, rtol=2e-4)
