@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from ptx import device, text
 from ptx.arithmetic import function
-from ptx.block import Block
+from ptx.block import Block, Deadlock
 from ptx.memory import Memory, OutOfBounds
 from triton.runtime.errors import OutOfResources
 
@@ -176,6 +176,69 @@ def test_a_copy_arrives_when_it_is_waited_for(wait, found):
     given = {"a_param_0": (256).to_bytes(8, "little"), "a_param_1": (512).to_bytes(8, "little")}
     Block(text.read(COPY.replace("WAIT", wait)), given, Memory([(256, x), (512, out)]), 16, {}).run()
     assert out.view(np.int32)[0] == found
+
+
+WARPGROUPS = """
+.visible .entry copied_by_others(.param .u64 a_param_0,
+.param .u64 a_param_1
+) .reqntid 256
+.maxnreg 64
+{
+.reg .pred %p<3>; .reg .b32 %r<4>; .reg .b64 %rd<3>;
+ld.param.b64 %rd1, [a_param_0];
+ld.param.b64 %rd2, [a_param_1];
+mov.u32 %r1, %tid.x;
+setp.eq.u32 %p1, %r1, 0;
+@%p1 mbarrier.init.shared::cta.b64 [global_smem+8], 128;
+barrier.sync 1;
+setp.lt.u32 %p2, %r1, 128;
+@%p2 bra READ;
+setmaxnreg.dec.sync.aligned.u32 24;
+cp.async.ca.shared.global [ global_smem + 0 ], [ %rd1 + 0 ], 0x4;
+cp.async.mbarrier.arrive.noinc.shared.b64 [global_smem+8];
+ret;
+READ:
+setmaxnreg.inc.sync.aligned.u32 104;
+{
+.reg .pred complete;
+waitLoop:
+mbarrier.try_wait.parity.shared.b64 complete, [global_smem+8], 0;
+@!complete bra.uni waitLoop;
+}
+ld.shared.b32 %r2, [global_smem];
+st.global.b32 [ %rd2 + 0 ], { %r2 };
+ret;
+}"""
+
+WAIT = "mbarrier.try_wait.parity.shared.b64 complete, [global_smem+8], 0;\n@!complete bra.uni waitLoop;"
+
+
+def run_warpgroups(of, to, order):
+    x, out = np.array([7, 0, 0, 0], np.uint8), np.zeros(4, np.uint8)
+    given = {"a_param_0": (256).to_bytes(8, "little"), "a_param_1": (512).to_bytes(8, "little")}
+    assert of in WARPGROUPS
+    Block(text.read(WARPGROUPS.replace(of, to)), given, Memory([(256, x), (512, out)]), 16, {}).run(order)
+    return out.view(np.int32)[0]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_warpgroups_part_and_a_copy_of_one_is_there_when_the_other_has_waited(order):
+    assert run_warpgroups("ret", "ret", order) == 7
+    assert run_warpgroups(WAIT, "", order) == -1
+
+
+@pytest.mark.parametrize(
+    ("of", "to"),
+    [
+        ("[global_smem+8], 128", "[global_smem+8], 129"),
+        ("inc.sync.aligned.u32 104", "inc.sync.aligned.u32 112"),
+        ("@%p2 bra READ;\nsetmaxnreg", "@%p2 bra READ;\nbarrier.sync 1;\nsetmaxnreg"),
+    ],
+    ids=["arrivals", "registers", "threads"],
+)
+def test_what_nobody_can_wait_for_to_its_end_is_an_error(of, to):
+    with pytest.raises(Deadlock, match="warpgroup 0 waits at"):
+        run_warpgroups(of, to, (0, 1))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 import tokquant as tq
 from tokquant.kernels import targets
 from tokquant.kernels.plan import plan
-from tokquant.kernels.resources import Resources, amdgcn, main_loop, sass
+from tokquant.kernels.resources import Resources, amdgcn, main_loops, sass
 from tokquant.kernels.roofline import predict
 from tokquant.schemes import preset, preset_names
 from tokquant.schemes.granularity import parse
@@ -155,8 +155,8 @@ def test_a_loop_of_amd_goes_back_to_a_label():
     exponentials = [f"\tv_exp_f32_e32 v{i}, v{i}" for i in range(8)]
     lines = ["f:", "\ts_mov_b32 s0, 0", ".LBB0_1:", "\tv_mfma_i32_32x32x16_i8 v[0:15], v[16:17], v[18:19], 0", *exponentials]
     lines += ["\ts_cbranch_scc1 .LBB0_1", ".LBB0_2:", "\ts_cbranch_scc0 .LBB0_2", "\ts_endpgm"]
-    names = [name for _, name, _ in main_loop(amdgcn("\n".join(lines)))]
-    assert names == ["v_mfma_i32_32x32x16_i8", *["v_exp_f32_e32"] * 8, "s_cbranch_scc1"]
+    [loop] = main_loops(amdgcn("\n".join(lines)))
+    assert [name for _, name, _ in loop] == ["v_mfma_i32_32x32x16_i8", *["v_exp_f32_e32"] * 8, "s_cbranch_scc1"]
 
 
 def test_the_main_loop_is_the_shortest_with_products_and_exponentials():
@@ -167,8 +167,21 @@ def test_the_main_loop_is_the_shortest_with_products_and_exponentials():
     program = ["MOV R1, R2", *["NOP"] * 3, "IMMA.16832.S8.S8 R4, R5, R6", *exponentials, "@P0 BRA 0x40", *["NOP"] * 4]
     program += ["@P1 BRA 0x0", "EXIT"]
     text = "\n".join(instruction(16 * place, line) for place, line in enumerate(program))
-    assert [name for _, name, _ in main_loop(sass(text))] == ["IMMA.16832.S8.S8", *["MUFU.EX2"] * 8, "BRA"]
-    assert main_loop([]) == []
+    [loop] = main_loops(sass(text))
+    assert [name for _, name, _ in loop] == ["IMMA.16832.S8.S8", *["MUFU.EX2"] * 8, "BRA"]
+    assert main_loops([]) == []
+
+
+def test_roles_have_loops_of_their_own():
+    def loop(place, *names):
+        return [*((place + each, name, "") for each, name in enumerate(names)), (place + len(names), "BRA", str(place))]
+
+    products, exponentials = ["HGMMA.64x64x16.F32"], ["MUFU.EX2"] * 4
+    whole = [loop(place, *products, *exponentials) for place in (100, 200)]
+    edge, copying = loop(300, *products, *exponentials, "SEL"), loop(400, "LDGSTS", "IADD3")
+    program = [each for part in (*whole, edge, copying, loop(500, "NOP")) for each in part]
+    again = (600, "BRA", "90")  # all of it once more
+    assert main_loops([*program, again], roles=3) == [*whole, copying]
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -1,259 +1,56 @@
-"""One block of threads, all of which go through a kernel together."""
+"""One block of threads: what they share, and in which order they take turns."""
 
-from collections import deque
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
-from ptx import matrices
-from ptx.arithmetic import INTEGERS, RAW, bits, function, raw, typed
-from ptx.memory import Memory
-from ptx.text import Address, Instruction, Kernel, Operand
+from ptx.barriers import Barrier, Meeting
+from ptx.memory import RESERVED, Memory
+from ptx.text import Kernel
+from ptx.warps import Warps
 
-Array = np.ndarray
-
-NOTHING = {"bar", "barrier", "fence", "membar", "wgmma.fence", "griddepcontrol"}
-"""What orders threads that here are never out of order."""
-
-RESERVED = 1024
-"""Bytes of shared memory that a GPU from compute capability 8.0 keeps for the system: a kernel's own begin behind them."""
+WARPGROUP = 128
 
 
-class Later:
-    """What is begun and done in groups, as late as may be: when a group is waited for."""
-
-    def __init__(self) -> None:
-        self.begun: list[Callable[[], None]] = []
-        self.groups: deque[list[Callable[[], None]]] = deque()
-
-    def begin(self, finish: Callable[[], None]) -> None:
-        self.begun.append(finish)
-
-    def order(self, each: Instruction) -> None:
-        """`commit_group`, `wait_group` or `wait_all`."""
-        if "commit_group" in each.opcode:
-            self.groups.append(self.begun)
-            self.begun = []
-            return
-        pending = int(each.operands[0]) if each.operands else 0
-        while len(self.groups) > pending:
-            for finish in self.groups.popleft():
-                finish()
+class Deadlock(Exception):
+    """Nobody can go on."""
 
 
 class Block:
-    """Registers, an array of all threads each, and shared memory."""
+    """Shared memory and barriers, and threads that go through a kernel together: all of them, or, where warpgroups have
+    registers of their own number and so part, each warpgroup."""
 
     def __init__(self, kernel: Kernel, given: dict[str, bytes], memory: Memory, shared: int, place: dict[str, int]):
         """Of each parameter's bytes, memory, how many bytes are shared, and special registers that are one for all threads."""
         self.kernel, self.given, self.memory = kernel, given, memory
         self.held = np.full(RESERVED + shared, 0xFF, np.uint8)  # NaN in every type, until it is written
         self.shared = Memory([(RESERVED, self.held[RESERVED:])])
-        self.threads = np.arange(kernel.threads)
-        special = {"%tid.x": self.threads, "%laneid": self.threads % 32, "%ntid.x": kernel.threads, "%tid.y": 0, "%tid.z": 0}
-        self.registers = {
-            name: np.broadcast_to(np.asarray(x, np.uint32), len(self.threads)) for name, x in (special | place).items()
-        }
-        self.all = np.ones(len(self.threads), bool)
-        self.copies, self.products = Later(), Later()
-        self.fresh = np.zeros(len(self.held), bool)
-        """Bytes of shared memory that threads have written since the last `fence.proxy.async`."""
-        self.unfenced = 0
+        self.barriers: dict[int, Barrier] = {}
+        self.meetings: dict[int, Meeting] = defaultdict(Meeting)
+        apart = any(each.opcode.startswith("setmaxnreg") for each in kernel.body)
+        together = WARPGROUP if apart else kernel.threads
+        self.warps = [Warps(self, range(first, first + together), place) for first in range(0, kernel.threads, together)]
+
+    @property
+    def unfenced(self) -> int:
         """Products of bytes that were fresh when they were begun: tensor cores need not see those."""
+        return sum(warps.unfenced for warps in self.warps)
 
-    def run(self) -> None:
-        """From the first instruction to `ret`. Raises OutOfBounds, NotImplementedError for what no kernel here has needed."""
-        body = self.kernel.body
-        labels = {each.opcode[:-1]: at for at, each in enumerate(body) if each.opcode.endswith(":")}
-        # threads by what they do next: those furthest behind go first, so that others wait where paths meet
-        waiting = {0: self.all}
-        with np.errstate(all="ignore"):
-            while waiting:
-                at = min(waiting)
-                self.active = waiting.pop(at)
-                each = body[at]
-                parting = each.opcode in ("ret", "exit") or each.opcode.startswith("bra")
-                ahead = {at + 1: self.active}
-                if parting:
-                    leaving = self.guard(each)
-                    ahead = {at + 1: self.active & ~leaving}
-                    if each.opcode.startswith("bra"):
-                        ahead[labels[each.operands[0]]] = leaving
-                elif not each.opcode.endswith(":"):
-                    self.step(each)
-                for at, threads in ahead.items():
-                    if parting or waiting:
-                        threads = threads | waiting[at] if at in waiting else threads
-                        if not threads.any():
-                            continue
-                        threads = self.all if threads.all() else threads
-                    waiting[at] = threads
+    def run(self, order: Sequence[int] = ()) -> None:
+        """From the first instruction to `ret`. Whoever can go on and comes first in `order` does, of all where that is empty.
 
-    def guard(self, each: Instruction) -> Array:
-        """Threads that an instruction is for."""
-        if each.guard is None:
-            return self.active
-        taken = self.registers[each.guard.lstrip("!")]
-        return self.active & (~taken if each.guard[0] == "!" else taken)
-
-    def value(self, operand: Operand, width: int) -> Array:
-        """An operand's bits, an element a thread."""
-        if operand in self.registers:
-            found = self.registers[operand]
-        elif isinstance(operand, tuple):
-            parts = [self.value(each, width // len(operand)) for each in operand]
-            found = np.stack(parts, axis=-1).view(RAW[width])[..., 0]
-        elif operand[0] == "%":
-            found = ~np.zeros(len(self.threads), RAW[width])  # nobody has written it: NaN
-        else:
-            found = np.full(len(self.threads), number(operand, width))
-        return found.astype(RAW[width], copy=False)
-
-    def write(self, to: Operand, found: Array, guard: Array) -> None:
-        """Keep a result in a register, in those threads that `guard` says; a narrow one is widened as its type says."""
-        if isinstance(to, tuple):
-            parts = found if found.ndim == 2 else np.ascontiguousarray(found)[:, None].view(RAW[8 * found.itemsize // len(to)])
-            for place, each in enumerate(to):
-                self.write(each, parts[:, place], guard)
-        elif to != "_":
-            kind = RAW[self.kernel.width(to)]
-            extended = np.dtype(f"i{kind.itemsize}") if found.dtype.kind == "i" else kind
-            found = np.ascontiguousarray(found).astype(extended).view(kind)
-            if guard is not self.all:
-                found = np.where(guard, found, self.registers.get(to, ~np.zeros(1, kind)))
-            self.registers[to] = found
-
-    def address(self, where: Address) -> Array:
-        """In bytes."""
-        if where.base == "global_smem":
-            return np.full(len(self.threads), RESERVED + where.offset, np.uint64)
-        base = self.registers[where.base]
-        return (base + base.dtype.type(where.offset % 2 ** (8 * base.itemsize))).astype(np.uint64)
-
-    def step(self, each: Instruction) -> None:
-        """One instruction of all threads."""
-        name, guard = each.opcode.partition(".")[0], self.guard(each)
-        if name in ("ld", "st"):
-            (self.load if name == "ld" else self.store)(each, guard)
-        elif each.opcode.startswith("cp.async"):
-            self.copy(each, guard)
-        elif each.opcode.startswith("fence.proxy.async"):
-            self.fresh[:] = False
-        elif each.opcode.startswith(("wgmma.commit_group", "wgmma.wait_group")):
-            self.products.order(each)
-        elif each.opcode.startswith("wgmma.mma_async"):
-            self.multiply(each)
-        elif name in ("ldmatrix", "stmatrix"):
-            self.move_matrices(each)
-        elif name in ("mma", "shfl", "redux"):
-            self.together(each)
-        elif name not in NOTHING and ".".join(each.opcode.split(".")[:2]) not in NOTHING:
-            try:
-                apply, kinds, kind = function(each.opcode)
-            except KeyError:
-                raise NotImplementedError(each.opcode) from None
-            to, *operands = each.operands
-            given = (typed(self.value(x, bits(k)), k) for x, k in zip(operands, kinds, strict=False))
-            found = raw(apply(*given), kind)
-            self.write(to, found.view(INTEGERS[kind]) if kind[0] == "s" and "x" not in kind else found, guard)
-
-    def load(self, each: Instruction, guard: Array) -> None:
-        _, space, *parts = each.opcode.split(".")
-        kind, (to, where) = parts[-1], each.operands
-        size = bits(kind) // 8
-        if space == "param":
-            data = np.frombuffer(self.given[where.base], np.uint8)[where.offset :][:size]
-            found = np.broadcast_to(data, (len(self.threads), size))
-        else:
-            memory = self.memory if space == "global" else self.shared
-            count = len(to) if isinstance(to, tuple) else 1
-            found = memory.load(self.address(where), count * size, guard)
-        values = np.ascontiguousarray(found).view(INTEGERS.get(kind) or RAW[8 * size])
-        self.write(to, values if isinstance(to, tuple) else values[:, 0], guard)
-
-    def store(self, each: Instruction, guard: Array) -> None:
-        _, space, *parts = each.opcode.split(".")
-        where, given = each.operands
-        width = bits(parts[-1])
-        given = given if isinstance(given, tuple) else (given,)
-        data = np.stack([self.value(x, width) for x in given], axis=1).view(np.uint8)
-        if space == "global":
-            self.memory.store(self.address(where), data, guard)
-        else:
-            self.share(self.address(where), data, guard)
-
-    def share(self, addresses: Array, data: Array, guard: Array) -> None:
-        """Write into shared memory, as threads do."""
-        self.shared.store(addresses, data, guard)
-        self.fresh[(addresses[guard].astype(np.int64)[:, None] + np.arange(data.shape[1]))] = True
-
-    def copy(self, each: Instruction, guard: Array) -> None:
-        """`cp.async`: until it is waited for, nobody knows what is there."""
-        if each.opcode in ("cp.async.commit_group", "cp.async.wait_group", "cp.async.wait_all"):
-            self.copies.order(each)
-        else:
-            to, of, size, *least = each.operands
-            size, to, of = number(size, 32), self.address(to), self.address(of)
-            wanted = self.value(least[0], 32) if least else np.full(len(self.threads), size)
-            data = self.memory.load(of, size, guard & (wanted > 0)) * (np.arange(size) < wanted[:, None])
-            self.share(to, np.full_like(data, 0xFF, np.uint8), guard)
-            self.copies.begin(lambda: self.share(to, data.astype(np.uint8), guard))
-
-    def multiply(self, each: Instruction) -> None:
-        """`wgmma.mma_async`: reads its operands, in registers and in shared memory, when it is waited for."""
-        to, a, b, scaled, *rest = each.operands
-        does = matrices.Wgmma.of(each.opcode)
-        # of floats two signs; then, of 16 bits, whether operands in shared memory lie with their rows side by side
-        assert set(rest[:2]) <= {"1"}, f"{each.opcode}: an operand with its sign turned"
-        across = [False, False, *(each == "1" for each in rest[2:])][-2:]
-        rows = None if isinstance(a, tuple) else does.places(self.value(a, 64), False, across[0])
-        columns = does.places(self.value(b, 64), True, across[1])
-        self.unfenced += any(self.fresh[x].any() for x in (rows, columns) if x is not None)
-        adds, active = self.value(scaled, 1), self.active
-
-        def finish() -> None:
-            left = [self.value(x, 32) for x in a] if rows is None else self.held[rows]
-            found = does.run([self.value(x, 32) for x in to], left, self.held[columns], adds)
-            for register, x in zip(to, found, strict=True):
-                self.write(register, x, active)
-
-        self.products.begin(finish)
-
-    def move_matrices(self, each: Instruction) -> None:
-        count = int(each.opcode.split(".x")[1][0])
-        first, second = each.operands
-        to, where = (first, second) if each.opcode.startswith("ld") else (second, first)
-        rows = matrices.rows_of_matrices(count, self.address(where)).reshape(-1)
-        across = ".trans" in each.opcode
-        if each.opcode.startswith("ld"):
-            found = self.shared.load(rows, 16, np.ones(len(rows), bool)).view(np.uint16).reshape(-1, count, 8, 8)
-            for register, x in zip(to, matrices.spread(found.swapaxes(2, 3) if across else found), strict=True):
-                self.write(register, x, self.active)
-        else:
-            found = matrices.gathered([self.value(x, 32) for x in to])
-            found = np.ascontiguousarray(found.swapaxes(2, 3) if across else found).view(np.uint8).reshape(-1, 16)
-            self.share(rows, found, np.ones(len(rows), bool))
-
-    def together(self, each: Instruction) -> None:
-        """What threads of a warp do with each other's registers."""
-        to, *given = each.operands
-        if each.opcode.startswith("shfl"):
-            found = matrices.shuffled(each.opcode.split(".")[2], *(self.value(x, 32) for x in given[:3]))
-            self.write(to[0] if isinstance(to, tuple) else to, found, self.active)
-            return
-        if each.opcode.startswith("redux"):
-            self.write(to, matrices.reduced(each.opcode, self.value(given[0], 32)), self.active)
-            return
-        before = [self.value(x, 32) for x in to]
-        found = matrices.mma(each.opcode, before, *([self.value(x, 32) for x in each] for each in given))
-        for register, x in zip(to, found, strict=True):
-            self.write(register, x, self.active)
-
-
-def number(text: str, width: int) -> Array:
-    """A constant's bits."""
-    if text == "global_smem":
-        return RAW[width].type(RESERVED)
-    if text[:2] in ("0f", "0d"):
-        return RAW[width].type(int(text[2:], 16))
-    return RAW[width].type(int(text.rstrip("U"), 0) % 2 ** max(width, 8))
+        Raises OutOfBounds; NotImplementedError for what no kernel here has needed; Deadlock where all wait.
+        """
+        going = {place: self.warps[place].run() for place in order or range(len(self.warps))}
+        ready = dict.fromkeys(going, lambda: True)
+        while going:
+            place = next((place for place in going if ready[place]()), None)
+            if place is None:
+                raise Deadlock("; ".join(f"warpgroup {place} waits at {self.warps[place].at}" for place in going))
+            with np.errstate(all="ignore"):
+                pause = next(going[place], None)
+            if pause is None:
+                del going[place]
+            else:
+                ready[place] = pause

@@ -1,8 +1,8 @@
 """A stand-in for an NVIDIA GPU: what Triton compiles for one is run, PTX instruction by PTX instruction, on the CPU.
 
 All is checked that a GPU would have to trust: that every access is to a tensor that was given, and is aligned; and that a block
-has no more shared memory than there is. Threads are not parallel here, so races between them do not show. Copies and products
-are beside them: they end when they are waited for.
+has no more shared memory than there is. Threads of a warpgroup are not parallel here, so races between them do not show. Copies
+and products are beside them: they end when they are waited for.
 """
 
 import struct
@@ -13,8 +13,8 @@ from itertools import product
 import torch
 
 from ptx import text
-from ptx.block import RESERVED, Block
-from ptx.memory import of_tensors
+from ptx.block import Block
+from ptx.memory import RESERVED, of_tensors
 
 FORMATS = {"u64": "Q", "u32": "I", "s64": "q", "s32": "i", "f32": "f", "u8": "B", "b64": "Q", "b32": "I"}
 
@@ -47,8 +47,9 @@ def flat(values, signature):
             yield value
 
 
-def launch(compiled, grid, values) -> int:
-    """Run a compiled kernel, block by block; how many products tensor cores began of what they need not see yet."""
+def launch(compiled, grid, values, order=()) -> int:
+    """Run a compiled kernel, block by block, whose warpgroups go on in that order; how many products tensor cores began of what
+    they need not see yet."""
     unfenced = 0
     kernel = text.read(compiled.asm["ptx"])
     arguments = list(flat(values, compiled.src.signature.values()))
@@ -64,7 +65,7 @@ def launch(compiled, grid, values) -> int:
     for z, y, x in product(*map(range, reversed(sizes))):
         place = axes | {"%ctaid.x": x, "%ctaid.y": y, "%ctaid.z": z}
         block = Block(kernel, given, memory, max(compiled.metadata.shared, 16), place)
-        block.run()
+        block.run(order)
         unfenced += block.unfenced
     return unfenced
 

@@ -9,6 +9,10 @@ import torch
 Array = np.ndarray
 
 
+RESERVED = 1024
+"""Bytes of shared memory that a GPU from compute capability 8.0 keeps for the system: a kernel's own begin behind them."""
+
+
 class OutOfBounds(Exception):
     """An access to what is not there, or at an address that is no multiple of its size."""
 

@@ -15,9 +15,15 @@ class Config:
     block_m: int
     block_n: int
     num_warps: int
+    """Of a block."""
     num_stages: int
     loop: Loop = "portable"
     """Which main loop: the one that runs everywhere, or that of `hopper.py`."""
+
+    @property
+    def roles(self) -> int:
+        """How many parts of a block go ways of their own: in the loop for Hopper two that compute beside one that copies."""
+        return 3 if self.loop == "hopper" and self.block_m == 128 else 1
 
     def tiles(self) -> dict[str, int]:
         """What a kernel is given behind its arguments, by name."""
@@ -26,9 +32,9 @@ class Config:
         return tiles if self.loop == "portable" else tiles | {"STAGES": self.num_stages}
 
     def options(self) -> dict[str, Any]:
-        """What Triton's compiler is told."""
+        """What Triton's compiler is told. Of several roles it knows the first; the kernel adds the others."""
         # whether a multiplication and an addition contract must not depend on Triton's default, which is about to change
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return {"num_warps": self.num_warps // self.roles, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
     def __str__(self) -> str:
         loop = "" if self.loop == "portable" else f", {self.loop} loop"

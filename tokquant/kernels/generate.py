@@ -58,7 +58,7 @@ def render(plan: Plan | QuantizePlan, loop: Loop = "portable") -> str:
     """The text of the plan's kernel, with that main loop."""
     module, kernel, arguments, language, functions = _template(plan, loop)
     constants = dict(plan.constants)
-    body = _living(_source(kernel, plan.name), constants)
+    body = _living("\n\n".join([*map(_text, getattr(module, "KERNEL", ())), _source(kernel, plan.name)]), constants)
     pieces = [_text(argument) for argument in arguments]
     for part in _used(functions, body):
         pieces.append(f"# {_function(part).__module__}\n{_source(part, _function(part).__name__)}")
@@ -135,7 +135,7 @@ def _template(plan: Plan | QuantizePlan, loop: Loop) -> tuple[types.ModuleType, 
     assert isinstance(plan, Plan) and any(config.loop == loop for config in plan.candidates), f"{plan!r} has no {loop} loop"
     from tokquant.kernels.gluon import template as hopper  # which not every Triton can import
 
-    return hopper, hopper.attention, TEMPLATES[Plan][2], hopper.LANGUAGE, hopper.PARTS
+    return hopper, hopper.attention, (*TEMPLATES[Plan][2], hopper.Head, hopper.Ring), hopper.LANGUAGE, hopper.PARTS
 
 
 def _used(functions: tuple[Any, ...], text: str) -> list[Any]:

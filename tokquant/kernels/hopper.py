@@ -56,9 +56,9 @@ def available() -> bool:
 
 
 def candidates(key_tiles: tuple[int, ...]) -> tuple[Config, ...]:
-    """Four warps for 64 queries, of which two blocks fit a multiprocessor, or eight for 128; in the tile of keys that a kernel
-    has without tuning, if registers hold its scores."""
-    launches = [(block_m, warps, stages) for block_m, warps in ((64, 4), (128, 8)) for stages in (2, 3)]
+    """Four warps for 64 queries, of which two blocks fit a multiprocessor, or eight for 128 and four that copy; in the tile of
+    keys that a kernel has without tuning, if registers hold its scores."""
+    launches = [(block_m, warps, stages) for block_m, warps in ((64, 4), (128, 12)) for stages in (2, 3)]
     return tuple(
         Config(m, tile, warps, stages, "hopper") for tile in key_tiles[:1] if tile in (64, 128) for m, warps, stages in launches
     )

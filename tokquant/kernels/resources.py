@@ -21,14 +21,18 @@ SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([
 TENSOR_CORE = re.compile(r"[IQHO]?G?MMA|UTC\w*MMA|v_mfma")
 EXPONENTIAL = ("MUFU.EX2", "v_exp_f32")
 MULTIPLY_ADD = ("FFMA", "v_fma_f32", "v_fmac_f32", "v_pk_fma")
+COPY = "LDGSTS"
 SPILL = ("LDL", "STL", "scratch_load", "scratch_store")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """A thread's registers and spills, a block's shared memory, and the loop over whole key tiles, counted in machine code."""
+    """A thread's registers and spills, a block's shared memory, and the loop over whole key tiles, counted in machine code.
+
+    Where parts of a block have roles of their own, the loop is those of all roles one after another."""
 
     registers: int
+    """As it begins: roles give registers to one another."""
     spill_bytes: int
     """Bytes of a thread's stack: what did not fit registers."""
     shared_bytes: int
@@ -58,9 +62,10 @@ def measure(compiled: Any, config: Config, target: Target) -> Resources:
     registers, stack, instructions = machine_code(compiled)
     # a register is given out eight at a time; on NVIDIA GPUs a block takes a kilobyte of shared memory for itself
     granule, reserved = 8, 0 if target.backend == "hip" else 1024
-    body = main_loop(instructions)
-    if not body:
+    loops = main_loops(instructions, config.roles)
+    if len(loops) < config.roles:
         raise UnsupportedError("the machine code has no loop with products and exponentials that could be counted")
+    body = [each for loop in loops for each in loop]
     threads = target.lanes * config.num_warps
     fits = (
         target.registers // (-(-registers // granule) * granule * threads),
@@ -72,7 +77,7 @@ def measure(compiled: Any, config: Config, target: Target) -> Resources:
         spill_bytes=stack,
         shared_bytes=shared,
         blocks_per_multiprocessor=min(fits),
-        instructions_per_score=len(body) * threads / (config.block_m * config.block_n),
+        instructions_per_score=len(body) * threads / config.roles / (config.block_m * config.block_n),
         loop=dict(Counter(name.split(".")[0] for _, name, _ in body).most_common()),
         tensor_core=dict(Counter(name for _, name, _ in body if TENSOR_CORE.match(name))),
     )
@@ -85,21 +90,27 @@ def machine_code(compiled: Any) -> tuple[int, int, list[Instruction]]:
     return _of_nvidia(compiled.asm["cubin"])
 
 
-def main_loop(instructions: list[Instruction]) -> list[Instruction]:
-    """The loop over whole key tiles: the shortest with exponentials and products, of tensor cores or of float32.
+def main_loops(instructions: list[Instruction], roles: int = 1) -> list[list[Instruction]]:
+    """The loop over whole key tiles: the shortest with exponentials and products, of tensor cores or of float32. Of several
+    roles the shortest such loops of all but one, and of that one the shortest that copies and does neither.
 
     An instruction that jumps back has the place it jumps to as its operands.
     """
-    bodies = []
+    computing, copying = [], []
     for place, _, operands in instructions:
         if not operands.isdigit() or int(operands) >= place:
             continue
         body = [i for i in instructions if int(operands) <= i[0] <= place]
         exponentials = sum(i[1].startswith(EXPONENTIAL) for i in body)
         multiplied = sum(i[1].startswith(MULTIPLY_ADD) for i in body) > 16 * exponentials
-        if exponentials >= 4 and (multiplied or any(TENSOR_CORE.match(i[1]) for i in body)):
-            bodies.append(body)
-    return min(bodies, key=len, default=[])
+        products = any(TENSOR_CORE.match(i[1]) for i in body)
+        if exponentials >= 4 and (multiplied or products):
+            computing.append(body)
+        if not exponentials and not products and any(i[1].startswith(COPY) for i in body):
+            copying.append(body)
+    if roles == 1:
+        return sorted(computing, key=len)[:1]
+    return sorted(computing, key=len)[: roles - 1] + sorted(copying, key=len)[:1]
 
 
 def sass(text: str) -> list[Instruction]:

@@ -73,7 +73,7 @@ def expect(kernel: Kernel, does: Work) -> Expected:
     `SPILL` says.
     """
     target, config, predicted, found = kernel.target, kernel.config, kernel.prediction, kernel.resources
-    spilled = found.spills_in_loop * target.lanes * config.num_warps / (config.block_m * config.block_n)
+    spilled = found.spills_in_loop * target.lanes * config.num_warps / config.roles / (config.block_m * config.block_n)
     score = predicted.clocks((SPILL - 1) * spilled / target.issued)
 
     def clocks(blocks: int) -> float:

@@ -393,4 +393,4 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     tl.store(out_at, o.to(Out.data.dtype.element_ty), mask=here[:, None] & held[None, :])
     if WITH_LSE:
         # natural, without sinks; -inf where a row attends to nothing
-        tl.store(Lse + row, (r + tl.log2(l) - LOG2_LARGEST) * 0.6931471805599453 + lowered, mask=here)
+        tl.store(Lse + row, tl.fma(r + tl.log2(l) - LOG2_LARGEST, 0.6931471805599453, lowered), mask=here)
