@@ -28,10 +28,10 @@ def x(*shape, dtype=torch.float32):
 def refused(error, *parts, call=tokquant.attention, **changes):
     """`call` on good arguments with some changed raises `error` soon, with these parts in its message."""
     arguments = {"q": x(), "k": x(), "v": x(), "scheme": "int8", **changes}
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(error) as raised:
         call(**arguments)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert all(part in str(raised.value) for part in parts), str(raised.value)
     assert type(raised.value) is error
 

@@ -279,3 +279,30 @@ def test_threads_that_load_nothing_have_what_is_no_number():
     x = np.zeros(128, np.uint8)
     Block(text.read(LEFT_OUT), {"a_param_0": (256).to_bytes(8, "little")}, Memory([(256, x)]), 16, {}).run()
     assert x.view(np.int32).tolist() == [0] * 8 + [-1] * 24
+
+
+OF_ITS_OWN = """
+.visible .entry kept(.param .u64 a_param_0
+) .reqntid 32
+{
+.local .align 2 .b8 __local_depot0[4];
+.reg .b64 %SP; .reg .b64 %SPL; .reg .b16 %rs<3>; .reg .b32 %r<4>; .reg .b64 %rd<4>;
+mov.b64 %SPL, __local_depot0;
+cvta.local.u64 %SP, %SPL;
+ld.param.b64 %rd1, [a_param_0];
+mov.u32 %r1, %tid.x;
+cvt.u16.u32 %rs1, %r1;
+st.b8 [%SP+3], %rs1;
+st.local.b8 [%SPL+2], 1;
+ld.b16 %rs2, [%SP+2];
+mul.wide.u32 %rd2, %r1, 2;
+add.s64 %rd3, %rd1, %rd2;
+st.global.b16 [ %rd3 + 0 ], { %rs2 };
+ret;
+}"""
+
+
+def test_a_thread_keeps_bytes_for_itself():
+    x = np.zeros(64, np.uint8)
+    Block(text.read(OF_ITS_OWN), {"a_param_0": (256).to_bytes(8, "little")}, Memory([(256, x)]), 16, {}).run()
+    assert x.view(np.uint16).tolist() == [256 * thread + 1 for thread in range(32)]

@@ -15,7 +15,7 @@ INTEGERS = {f"{sign}{bits}": np.dtype(f"{kind}{bits // 8}") for sign, kind in ("
 OF_EXTREMES = {"ftz", "NaN", "relu", "xorsign", "abs"}
 MODES = {
     "min": OF_EXTREMES, "max": OF_EXTREMES, "mul": {"rn", "ftz", "lo", "hi", "wide"},
-    "cvt": {"rn", "rz", "rni", "rzi", "sat", "satfinite"},
+    "cvt": {"rn", "rz", "rni", "rzi", "sat", "satfinite"}, "cvta": {"local"},
 }  # fmt: skip
 """Modifiers that are heeded, by instruction; any other is an error."""
 USUAL_MODES = {"rn", "ftz", "approx", "full", "lo", "wide"}
@@ -173,6 +173,7 @@ COMPARISONS |= {
 
 FUNCTIONS: dict[str, Function] = {
     "mov": lambda a: a,
+    "cvta": lambda a: a,  # between addresses of a space and those of none, which here are the same
     "selp": lambda a, b, chosen: np.where(chosen, a, b),
     "not": lambda a: ~a,
     "neg": lambda a: np.negative(a) if a.dtype.kind != "u" else 0 - a,

@@ -30,12 +30,13 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One entry: types of parameters, threads, how many registers each may have where that is said, bits of registers (`r<` for
-    all of %r0, %r1 ...), and what it does."""
+    """One entry: types of parameters, threads, how many registers each may have where that is said, bytes of memory that each
+    has for itself, bits of registers (`r<` for all of %r0, %r1 ...), and what it does."""
 
     parameters: dict[str, str]
     threads: int
     most: int
+    local: int
     widths: dict[str, int]
     body: tuple[Instruction, ...]
 
@@ -53,6 +54,7 @@ def read(text: str) -> Kernel:
     parameters = dict(reversed(re.search(r"\.param\s+\.(\w+).*?(\w+)$", line.strip()).groups()) for line in head.split(",\n"))
     threads = int(re.search(r"\.(?:req|max)ntid\s+(\d+)", body)[1])
     most = re.search(r"\.maxnreg\s+(\d+)", body)
+    local = re.search(r"\.local\s.*?__local_depot\d+\[(\d+)\]", body)
     widths, instructions, kinds = {}, [], {}
     for statement in statements(body[body.index("{") :]):
         # scopes of inline assembly use the same names for registers of several types: each type has its own
@@ -67,7 +69,7 @@ def read(text: str) -> Kernel:
                 widths[name if name[0] == "%" else f"{kind}_{name}"] = bits(kind)
         elif not statement.startswith("."):
             instructions.append(instruction(statement))
-    return Kernel(parameters, threads, int(most[1]) if most else 0, widths, tuple(instructions))
+    return Kernel(parameters, threads, int(most[1]) if most else 0, int(local[1]) if local else 0, widths, tuple(instructions))
 
 
 def statements(text: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ import numpy as np
 from ptx import matrices
 from ptx.arithmetic import INTEGERS, RAW, bits, function, raw, typed
 from ptx.barriers import Barrier, Later, Ready
-from ptx.memory import RESERVED
+from ptx.memory import RESERVED, Memory
 from ptx.text import Address, Instruction, Operand
 
 if TYPE_CHECKING:
@@ -43,6 +43,13 @@ class Warps:
         self.unfenced = 0
         self.most = self.kernel.most
         """Registers of a thread."""
+        self.own = np.full((len(self.threads), self.kernel.local), 0xFF, np.uint8)
+        """What each thread keeps in memory, for itself."""
+        self.memories = {
+            "global": block.memory,
+            "shared": block.shared,
+            "local": Memory([(self.own.ctypes.data, self.own.reshape(-1))]),
+        }
         self.at: Instruction | None = None
 
     def run(self) -> Iterator[Ready]:
@@ -92,6 +99,8 @@ class Warps:
         elif isinstance(operand, tuple):
             parts = [self.value(each, width // len(operand)) for each in operand]
             found = np.stack(parts, axis=-1).view(RAW[width])[..., 0]
+        elif operand.startswith("__local_depot"):
+            found = self.own.ctypes.data + np.arange(len(self.threads), dtype=np.uint64) * np.uint64(self.kernel.local)
         elif operand[0] == "%":
             found = ~np.zeros(len(self.threads), RAW[width])  # nobody has written it: NaN
         else:
@@ -188,29 +197,28 @@ class Warps:
         return ready
 
     def load(self, each: Instruction, guard: Array) -> None:
-        _, space, *parts = each.opcode.split(".")
-        kind, (to, where) = parts[-1], each.operands
+        space, kind = space_and_type(each)
+        to, where = each.operands
         size = bits(kind) // 8
         if space == "param":
             data = np.frombuffer(self.block.given[where.base], np.uint8)[where.offset :][:size]
             found = np.broadcast_to(data, (len(self.threads), size))
         else:
-            memory = self.block.memory if space == "global" else self.block.shared
             count = len(to) if isinstance(to, tuple) else 1
-            found = memory.load(self.address(where), count * size, guard)
+            found = self.memories[space].load(self.address(where), count * size, guard)
         values = np.ascontiguousarray(found).view(INTEGERS.get(kind) or RAW[8 * size])
         self.write(to, values if isinstance(to, tuple) else values[:, 0], guard)
 
     def store(self, each: Instruction, guard: Array) -> None:
-        _, space, *parts = each.opcode.split(".")
+        space, kind = space_and_type(each)
         where, given = each.operands
-        width = bits(parts[-1])
+        width = bits(kind)
         given = given if isinstance(given, tuple) else (given,)
         data = np.stack([self.value(x, width) for x in given], axis=1).view(np.uint8)
-        if space == "global":
-            self.block.memory.store(self.address(where), data, guard)
-        else:
+        if space == "shared":
             self.share(self.address(where), data, guard)
+        else:
+            self.memories[space].store(self.address(where), data, guard)
 
     def share(self, addresses: Array, data: Array, guard: Array) -> None:
         """Write into shared memory, as threads do."""
@@ -284,6 +292,12 @@ class Warps:
         found = matrices.mma(each.opcode, before, *([self.value(x, 32) for x in each] for each in given))
         for register, x in zip(to, found, strict=True):
             self.write(register, x, self.active)
+
+
+def space_and_type(each: Instruction) -> tuple[str, str]:
+    """Of a load or store. An address of no space in particular is one of what a thread keeps for itself: others say theirs."""
+    _, *parts, kind = each.opcode.split(".")
+    return next((part for part in parts if part in ("param", "global", "shared", "local")), "local"), kind
 
 
 def number(text: str, width: int) -> Array:

@@ -117,9 +117,9 @@ HOSTILE = ["[", "{", "{a: ", "? ", "- ", "&", "'", '"', "%", "!", "[a]: ", "? a\
 
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_a_large_document_of_one_piece_is_refused_quickly(piece):
-    start = time.perf_counter()
+    start = time.process_time()
     assert refusal(piece * (30000 // len(piece)))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("name", ["1e3", "08", "010", "null", "true", "on", "1.5", "0x1f", "0o7", "2024-01-01", "1_0"])

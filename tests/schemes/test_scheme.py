@@ -264,6 +264,6 @@ def test_a_mapping_nested_wide_is_refused_quickly():
     wide = {}
     for _ in range(9):
         wide = {key: wide for key in "abcd"}
-    start = time.perf_counter()
+    start = time.process_time()
     problem(k={"granularity": wide})
-    assert time.perf_counter() - start < 0.3
+    assert time.process_time() - start < 0.3
