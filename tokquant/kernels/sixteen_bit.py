@@ -67,7 +67,9 @@ def does(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: Feature
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
-    """Whether one of torch's fused kernels takes these tensors: the others write out all scores."""
+    """Whether one of torch's fused kernels, all of which are a GPU's, takes these tensors: the others write out all scores."""
+    if not q.is_cuda:
+        return False  # without a GPU's driver, torch's own question is an error
     call = SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1])
     return can_use_flash_attention(call) or can_use_efficient_attention(call) or can_use_cudnn_attention(call)
 
