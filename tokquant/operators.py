@@ -36,6 +36,11 @@ FEATURES = (
 )
 
 
+def tracing() -> bool:
+    """Whether this call becomes part of a graph. (`torch.compiler.is_compiling` says so in all threads while one compiles.)"""
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+
+
 def operator(*more: str, tags: Sequence[torch.Tag] = ()) -> Callable[[Function], Function]:
     """Decorate a public function of q, k, v and a scheme: `torch.ops.tokquant.<its name>` stands for it where it is traced, and
     `<its name>_lse` where it is to return the LSE.
@@ -58,7 +63,7 @@ def operator(*more: str, tags: Sequence[torch.Tag] = ()) -> Callable[[Function],
 
         @wraps(function)
         def door(*args: Any, **given: Any) -> Any:
-            if not torch.compiler.is_compiling():
+            if not tracing():
                 shapes = len(args) > 2 and all(isinstance(x, Tensor) and x.is_meta for x in args[:3])
                 if not (shapes or torch.jit.is_tracing() or any(map(without_numbers, args[:3]))):
                     return function(*args, **given)
@@ -81,7 +86,7 @@ def untraced(what: str) -> Callable[[Function], Function]:
 
         @wraps(function)
         def door(*args: Any, **given: Any) -> Any:
-            if not torch.compiler.is_compiling():
+            if not tracing():
                 return function(*args, **given)
             torch._dynamo.graph_break(f"tokquant: {what} is no operator; call it outside of what fullgraph=True compiles")
             return eager(*args, **given)

@@ -190,6 +190,17 @@ def test_names_are_those_of_the_model():
     assert model.config._attn_implementation == "sdpa" and not hasattr(model.model.layers[0].self_attn, "_tokquant")
 
 
+def test_what_is_observed_takes_no_cache_of_codes():
+    model = use(decoder(), "kv-int8", backend="reference")
+    cache = TokquantCache(model)
+    with (
+        observing(model, lambda *_: None),
+        pytest.raises(NotImplementedError, match=r"layers\.0.*: past_key_values: .* without it"),
+    ):
+        model(**prompts(), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
 def test_each_of_several_models_has_its_own_scheme():
     given = prompts()
     models = [use(decoder(), scheme, backend="reference") for scheme in ("none", "int8", "int4")]

@@ -20,6 +20,9 @@ ATTENTION, CACHED = ({packet, packet.default} for packet in (torch.ops.tokquant.
 FEATURED = [name for name in DECODERS if name.startswith(("mistral", "gemma2", "gpt-oss"))]
 """Windows, softcaps, sinks."""
 
+BACKENDS = ("aot_eager", "eager", "eager")
+"""What compiles each: what is below Dynamo is the same for all."""
+
 
 @pytest.fixture(autouse=True)
 def without_gradients():
@@ -49,6 +52,19 @@ def whole(function, backend="eager"):
     return torch.compile(function, backend=graphs, fullgraph=True), graphs
 
 
+def attentions(model, backend="eager", **how):
+    """Compile the attention of each layer in place, which takes a fraction of what a model takes, and give the graphs."""
+    graphs = Graphs(backend)
+    for layer in model.model.layers:
+        layer.self_attn.compile(backend=graphs, **how)
+    return graphs
+
+
+def uncompiled(model, **given):
+    with torch.compiler.set_stance("force_eager"):
+        return model(**given, use_cache=False).logits
+
+
 def scales_of(model, tokens=20):
     calibrator = tq.Calibrator("kv-fp8")
     run_observed(model, [prompts(tokens=tokens)["input_ids"]], calibrator.observe)
@@ -60,13 +76,13 @@ MAP = tq.SchemeMap.from_data({"layers": {"model.layers.0.*": {"heads": {"0": "in
 # ------------------------------------------------------------------ without a cache
 
 
-@pytest.mark.parametrize(
-    ("name", "padding"), [(name, "left") for name in FEATURED] + [("mistral, a window", side) for side in (None, "right")]
-)
-def test_a_decoder_is_one_graph_with_an_operator_a_layer(name, padding):
-    model, given = use(decoder(name), "int8", backend="reference"), prompts(padding)
-    compiled, graphs = whole(model, "aot_eager")
-    assert torch.equal(compiled(**given, use_cache=False).logits, model(**given, use_cache=False).logits)
+@pytest.mark.parametrize(("name", "backend"), list(zip(FEATURED, BACKENDS, strict=True)))
+def test_a_decoder_is_one_graph_with_an_operator_a_layer(name, backend):
+    model = use(decoder(name), "int8", backend="reference")
+    compiled, graphs = whole(model, backend)
+    for padding in ("left", "right", None):
+        given = prompts(padding)
+        assert torch.equal(compiled(**given, use_cache=False).logits, model(**given, use_cache=False).logits)
     assert graphs.calls(ATTENTION) == [SIZES["num_hidden_layers"]]
     masks = [node.kwargs["mask"].meta["example_value"] for node in graphs[0].graph.nodes if node.target in ATTENTION]
     assert all(mask.shape == (2, 1, 1, 20) for mask in masks)  # which tokens there are, and no pairs of them
@@ -95,8 +111,7 @@ def test_models_that_attend_to_both_sides_are_one_graph_too(make, layers):
 def test_what_use_says_later_is_heeded():
     model, given = decoder(), prompts("left")
     scales = [scales_of(model, tokens) for tokens in (20, 50)]
-    compiled, graphs = whole(model)
-    seen = []
+    graphs, seen = attentions(model, fullgraph=True), []
     for settings in (
         dict(scheme="int8"),
         dict(scheme=MAP),
@@ -106,24 +121,24 @@ def test_what_use_says_later_is_heeded():
         if operators.OLD and settings["scheme"] is MAP:
             continue
         use(model, **settings, backend="reference")
-        seen.append(compiled(**given, use_cache=False).logits)
-        assert torch.equal(seen[-1], model(**given, use_cache=False).logits)
+        seen.append(model(**given, use_cache=False).logits)
+        assert torch.equal(seen[-1], uncompiled(model, **given))
         assert not any(torch.equal(seen[-1], other) for other in seen[:-1])
-    assert len(graphs) == len(seen) - 1  # other scales of a scheme need no other graph
-    model.set_attn_implementation("sdpa")
-    assert not torch.equal(compiled(**given, use_cache=False).logits, seen[0]) and graphs.calls(ATTENTION)[-1] == 0
+    # int8 is the same in both layers, and other scales of a scheme need no other graph
+    assert len(graphs) == 1 + 2 * (len(seen) - 2)
 
 
 def test_what_register_says_later_is_heeded():
     model, given = decoder(), prompts()
-    compiled, _ = whole(model)
-    found = []
+    graphs, found = attentions(model, fullgraph=True), []
     for scheme in ("int8", "int4"):
         register(scheme, backend="reference", name="tokquant-later")
         model.set_attn_implementation("tokquant-later")
-        found.append(compiled(**given, use_cache=False).logits)
-        assert torch.equal(found[-1], model(**given, use_cache=False).logits)
-    assert not torch.equal(*found)
+        found.append(model(**given, use_cache=False).logits)
+        assert torch.equal(found[-1], uncompiled(model, **given))
+    assert not torch.equal(*found) and graphs.calls(ATTENTION) == [1, 1]
+    model.set_attn_implementation("sdpa")
+    assert not torch.equal(model(**given, use_cache=False).logits, found[0]) and graphs.calls(ATTENTION) == [1, 1, 0]
 
 
 def test_lengths_that_change_compile_twice():
@@ -155,12 +170,11 @@ def test_packed_sequences_stay_apart():
 def test_a_compiled_model_takes_the_block_of_quantized_sdpa_it_is_called_in():
     model, given = decoder(), prompts("left")
     model.set_attn_implementation("sdpa")
-    compiled, graphs = whole(model)
-    exact = model(**given, use_cache=False).logits
+    exact, graphs = model(**given, use_cache=False).logits, attentions(model, fullgraph=True)
     with tq.quantized_sdpa("int8", backend="reference"):
-        inside = compiled(**given, use_cache=False).logits
-        assert torch.equal(inside, model(**given, use_cache=False).logits) and graphs.calls(ATTENTION) == [2]
-    torch.testing.assert_close(compiled(**given, use_cache=False).logits, exact)
+        inside = model(**given, use_cache=False).logits
+        assert torch.equal(inside, uncompiled(model, **given)) and graphs.calls(ATTENTION) == [1]
+    torch.testing.assert_close(model(**given, use_cache=False).logits, exact)
     assert not torch.allclose(inside, exact)
 
 
@@ -182,11 +196,12 @@ def test_an_observer_ends_the_graph_and_sees_the_numbers():
     with observing(model, lambda *each: seen[0].append(each)):
         exact = model(**given, use_cache=False).logits
     with observing(model, lambda *each: seen[1].append(each)):
+        attentions(model, fullgraph=True)
         with pytest.raises(torch._dynamo.exc.Unsupported, match=r"tokquant: attention that is observed, .* is no operator"):
-            whole(model)[0](**given, use_cache=False)
-        torch._dynamo.reset()
+            model(**given, use_cache=False)
         seen[1].clear()
-        found = torch.compile(model, backend="eager")(**given, use_cache=False).logits
+        attentions(model)
+        found = model(**given, use_cache=False).logits
     assert torch.equal(found, exact) and len(seen[0]) == len(seen[1]) == 2
     for (name, *tensors), (same, *others) in zip(*seen, strict=True):
         assert name == same and all(map(torch.equal, tensors, others))
@@ -197,34 +212,38 @@ def test_names_that_are_not_known_yet_end_the_graph_once():
     register(MAP, name="tokquant-unnamed", backend="reference")
     model, given = decoder(), prompts()
     model.set_attn_implementation("tokquant-unnamed")
+    attentions(model, fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"the search for a module's name, .* is no operator"):
-        whole(model)[0](**given, use_cache=False)
-    torch._dynamo.reset()
-    exact = model(**given, use_cache=False).logits
-    assert torch.equal(whole(model)[0](**given, use_cache=False).logits, exact)
+        model(**given, use_cache=False)
+    exact = uncompiled(model, **given)
+    assert torch.equal(model(**given, use_cache=False).logits, exact)
 
 
 def test_maps_end_the_graphs_of_an_old_torch(monkeypatch):
     monkeypatch.setattr(operators, "OLD", True)
     model, given = use(decoder(), MAP, backend="reference"), prompts()
+    exact = model(**given, use_cache=False).logits
+    attentions(model, fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"before torch 2\.12 by a map of schemes, is no operator"):
-        whole(model)[0](**given, use_cache=False)
-    torch._dynamo.reset()
-    exact, graphs = model(**given, use_cache=False).logits, Graphs("eager")
-    assert torch.equal(torch.compile(model, backend=graphs)(**given, use_cache=False).logits, exact)
-    assert sum(graphs.calls(ATTENTION)) == 0
+        model(**given, use_cache=False)
+    graphs = attentions(model)
+    assert torch.equal(model(**given, use_cache=False).logits, exact)
+    assert graphs and sum(graphs.calls(ATTENTION)) == 0
 
 
 def test_what_is_refused_is_refused_in_a_graph_too():
-    model, given = use(decoder(), "int8", backend="reference"), prompts()
-    with pytest.raises(RuntimeError, match="q: requires grad"), torch.enable_grad():
-        whole(model)[0](**given, use_cache=False)
+    model, given = use(decoder(), "kv-int8", backend="reference"), prompts()
+    for cache in (None, cache_of(model)):
+        with pytest.raises(RuntimeError, match="q: requires grad"), torch.enable_grad():
+            whole(model)[0](**given, past_key_values=cache, use_cache=cache is not None)
     model.model.layers[1].self_attn.attention_dropout = 0.1
     model.train()
+    attentions(model, fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"dropout: 0\.1 of the probabilities .* call model\.eval\(\)"):
-        whole(model)[0](**given, use_cache=False)
+        model(**given, use_cache=False)
+    attentions(model)
     with pytest.raises(NotImplementedError, match=r"model\.layers\.1\.self_attn: dropout: 0\.1"):
-        torch.compile(model, backend="eager")(**given, use_cache=False)
+        model(**given, use_cache=False)
 
 
 # ------------------------------------------------------------------ with caches
@@ -244,10 +263,10 @@ def cache_of(model, scheme=None):
     return TokquantCache(model) if scheme is None else TokquantCache(model, scheme, backend="reference")
 
 
-@pytest.mark.parametrize("name", FEATURED)
-def test_a_cache_of_codes_is_one_operator_a_layer(name):
+@pytest.mark.parametrize(("name", "backend"), list(zip(FEATURED, BACKENDS, strict=True)))
+def test_a_cache_of_codes_is_one_operator_a_layer(name, backend):
     model = use(decoder(name), "kv-int8", backend="reference")
-    compiled, graphs = whole(model, "aot_eager")
+    compiled, graphs = whole(model, backend)
     caches = [cache_of(model) for _ in range(3)]
     exact = steps(model, caches[0])
     for cache in caches[1:]:
@@ -258,24 +277,31 @@ def test_a_cache_of_codes_is_one_operator_a_layer(name):
     assert graphs.calls(CACHED) == [2, 2]
 
 
-def test_more_layers_than_recompilations_make_no_more_graphs():
-    model = use(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 4})).eval(), "kv-int4")
-    graphs = Graphs("eager")
-    compiled, exact = torch.compile(model, backend=graphs), steps(model, cache_of(model), padding=None)
-    with torch._dynamo.config.patch(recompile_limit=2):
-        assert all(map(torch.equal, steps(compiled, cache_of(model), padding=None), exact)) and len(graphs) == 2
-
-
-@pytest.mark.parametrize("made", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("used", [torch.no_grad, torch.inference_mode])
-def test_a_cache_made_in_inference_mode_is_used_outside_and_the_other_way_round(made, used):
+@pytest.mark.parametrize(
+    ("made", "used"),
+    [
+        (torch.no_grad, torch.inference_mode),
+        (torch.inference_mode, torch.no_grad),
+        (lambda: torch.device("meta"), torch.no_grad),
+    ],
+    ids=["used in inference mode", "made in inference mode", "made where meta is torch's default device"],
+)
+def test_a_cache_is_used_wherever_it_was_made(made, used):
     model = use(decoder(), "kv-int4", backend="reference")
+    exact = steps(model, cache_of(model), count=1)[0]
+    attentions(model, "aot_eager", fullgraph=True)
     with made():
         cache = cache_of(model)
     with used():
-        assert torch.equal(
-            *(steps(f, c, count=1)[0] for f, c in ((model, cache_of(model)), (whole(model, "aot_eager")[0], cache)))
-        )
+        assert torch.equal(steps(model, cache, count=1)[0], exact)
+
+
+def test_a_model_attends_as_before_while_another_thread_compiles(monkeypatch):
+    model = use(decoder("mistral, a window"), "kv-int8", backend="reference")
+    exact = steps(model, cache_of(model))
+    # what every thread is told meanwhile
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert all(map(torch.equal, steps(model, cache_of(model)), exact))
 
 
 def test_a_compiled_model_generates_in_beams_and_with_drafts():
@@ -288,6 +314,13 @@ def test_a_compiled_model_generates_in_beams_and_with_drafts():
     exact = [run(**how) for how in ways]
     model.forward, graphs = whole(model.forward)
     assert all(torch.equal(run(**how), tokens) for how, tokens in zip(ways, exact, strict=True)) and graphs.calls(CACHED)
+
+
+def test_layers_compiled_one_by_one_go_on_from_a_cache():
+    model = use(decoder(), "kv-int8", backend="reference")
+    exact = steps(model, cache_of(model))
+    graphs = attentions(model, fullgraph=True)
+    assert all(map(torch.equal, steps(model, cache_of(model)), exact)) and graphs.calls(CACHED) == [1] * 4
 
 
 def test_what_is_attended_to_later_is_appended_now():
@@ -306,7 +339,7 @@ def test_a_copy_of_a_cache_goes_on_by_itself():
     model = use(decoder(), "kv-int8", backend="reference")
     compiled, _ = whole(model)
     cache = cache_of(model)
-    steps(compiled, cache, count=1)
+    steps(model, cache, count=1)
     twin = copy.deepcopy(cache)
     more = dict(input_ids=torch.tensor([[5], [6]]), attention_mask=torch.ones(2, 21).long())
     more["attention_mask"][:, :20] = prompts("left")["attention_mask"]
@@ -316,16 +349,16 @@ def test_a_copy_of_a_cache_goes_on_by_itself():
 
 def test_errors_of_a_cache_are_raised_from_a_graph():
     model = use(decoder(), "kv-int8", backend="reference")
-    compiled, _ = whole(model)
     cache, step = cache_of(model), dict(input_ids=torch.tensor([[5], [6]]))
-    first = steps(compiled, cache, count=1)
+    first = steps(model, cache, count=1)
+    attentions(model, fullgraph=True)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn: attention_mask: it masks other columns"):
-        compiled(**step, past_key_values=cache)
+        model(**step, past_key_values=cache)
     cache.layers[0].crop(-1)
     with pytest.raises(ValueError, match=r"layer 1 holds 20 tokens where layer 0 held 19; .* reset\(\) it"):
-        compiled(**step, attention_mask=prompts("left")["attention_mask"], past_key_values=cache)
+        model(**step, attention_mask=prompts("left")["attention_mask"], past_key_values=cache)
     cache.reset()
-    assert torch.equal(steps(compiled, cache, count=1)[0], first[0])
+    assert torch.equal(steps(model, cache, count=1)[0], first[0])
 
 
 def test_the_operator_is_what_torch_expects_of_one():
@@ -334,7 +367,7 @@ def test_the_operator_is_what_torch_expects_of_one():
     steps(model, cache, count=1)
     features = dict(scale=0.2, behind=None, softcap=None, sinks=None)
     # without new keys, as it is called several times
-    args = (q, None, None, cache._number, 1, "layer", None)
+    args = (q, None, None, cache.number, 1, "layer", None)
     attend = torch.ops.tokquant.cached_attention
     assert set(torch.library.opcheck(attend.default, args, features).values()) == {"SUCCESS"}
     assert torch.equal(attend(*args, **features), cache.layers[1].attend(q, scale=0.2))

@@ -68,8 +68,8 @@ def _attend(
                 raise UnsupportedError(f"{argument}: {reason}")
         if rest.get("cu_seq_lens_q") is not None and attention_mask is None:
             raise UnsupportedError("cu_seq_lens_q: packed sequences are told by position_ids that begin anew; give those too")
-        if dropout:
-            raise UnsupportedError(f"dropout: {dropout} of the probabilities is for training; call model.eval()")
+        if dropout:  # which a graph has as a symbol where layers differ
+            raise UnsupportedError(f"dropout: {float(dropout)} of the probabilities is for training; call model.eval()")
         # a mask that is written out has the order of tokens in it
         causal, window, tokens = False, None, None
         if attention_mask is None:
@@ -80,6 +80,8 @@ def _attend(
         features: dict[str, Any] = dict(scale=scaling, softcap=softcap, sinks=s_aux)
         features["window"] = None if window is None else (window - 1, 0)
         if isinstance(key, Appended):
+            if setting.observe is not None:
+                raise UnsupportedError("past_key_values: a TokquantCache attends to codes, not exactly; observe without it")
             if position_bias is not None:
                 raise UnsupportedError("position_bias: decoding on codes adds no bias; leave the TokquantCache out")
             if not causal:

@@ -88,7 +88,7 @@ class TokquantCache(Cache):
         """Columns of the first layer in codes before the call that is under way."""
         self._fetched: list[tuple[Tensor, np.ndarray]] = []
         """Which columns are tokens, as that call has them, and on the CPU."""
-        self._number = cache_operator.numbered(self)
+        self.number = cache_operator.numbered(self)
         """What stands for it in a graph."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -113,8 +113,6 @@ class TokquantCache(Cache):
         Raises ValueError where layers do not hold the same tokens, as after a call that ended between them; else as
         `TokquantLayer.append` and `tokquant.decode`.
         """
-        if torch.compiler.is_compiling():
-            return cache_operator.attend(self._number, index, q, new, name, tokens, **features)
         layer: Any = self.layers[index]
         if new is not None:
             if index == self._first:
@@ -140,7 +138,7 @@ class TokquantCache(Cache):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self._number = cache_operator.numbered(self)  # a copy is another cache
+        self.number = cache_operator.numbered(self)  # a copy is another cache
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         # waits for a GPU once, not in each layer

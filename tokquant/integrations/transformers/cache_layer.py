@@ -9,8 +9,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from tokquant.decode import decode
 from tokquant.errors import UnsupportedError
+from tokquant.integrations.transformers import cache_operator
 from tokquant.integrations.transformers.settings import Setting
 from tokquant.kv_cache import KVCache
+from tokquant.operators import tracing
 from tokquant.transfer import to_device
 
 DRAFT = 128
@@ -159,6 +161,8 @@ class Appended:
     def attend(self, q: Tensor, name: str, tokens: Tensor | None, **features: Any) -> Tensor:
         """Append, once, and attend, as `TokquantCache.attend`."""
         new, self._new = self._new, None
+        if tracing():
+            return cache_operator.attend(self._cache.number, self._index, q, new, name, tokens, **features)
         return self._cache.attend(self._index, q, new, name, tokens, **features)
 
     @classmethod

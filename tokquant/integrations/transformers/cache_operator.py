@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from tokquant.inputs import check_no_grad
 from tokquant.integrations.transformers.settings import begin_with
 from tokquant.operators import LIBRARY
 
@@ -29,7 +30,7 @@ def numbered(cache: Any) -> Tensor:
     number = next(_numbers)
     _caches[number] = cache
     with torch.inference_mode(False):  # wherever it is made, a graph may run in that mode or outside of it
-        return torch.tensor(number)
+        return torch.tensor(number, device="cpu")  # whatever device is torch's default
 
 
 def attend(
@@ -72,7 +73,9 @@ def _run(
         raise
 
 
-def _shaped(q: Tensor, *_: Any, **__: Any) -> Tensor:
+def _shaped(q: Tensor, k: Tensor | None, v: Tensor | None, *_: Any, sinks: Tensor | None, **__: Any) -> Tensor:
+    for role, x in dict(q=q, k=k, v=v, sinks=sinks).items():
+        check_no_grad(role, x)
     return q.new_empty(q.shape)
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
+from tokquant.operators import tracing
+
 PROPERTIES = (
     "shape",
     "ndim",
@@ -20,10 +22,29 @@ PROPERTIES = (
     "grad_fn",
     "is_sparse",
     "is_cuda",
+    "is_mkldnn",
+    "is_nested",
+    "is_quantized",
+    "_base",
+    "_version",
 )
-METHODS = ("size", "dim", "stride", "storage_offset", "is_contiguous", "is_floating_point", "numel")
+METHODS = (
+    "size",
+    "dim",
+    "stride",
+    "storage_offset",
+    "untyped_storage",
+    "is_contiguous",
+    "is_floating_point",
+    "is_conj",
+    "is_neg",
+    "is_inference",
+    "_is_view",
+    "numel",
+)
 ASKED = {getattr(Tensor, name).__get__ for name in PROPERTIES} | {getattr(Tensor, name) for name in METHODS}
-"""What is asked of a mask without looking into it, by models and by what compiles them."""
+"""What is asked of a mask without looking into it, by models and by what compiles them; a graph that is guarded by
+what the mask written out answers, which is another tensor, would not fit the one that it is given."""
 
 
 class Ordered(Tensor):
@@ -106,11 +127,11 @@ def mask(
     padded = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     tokens = None if padded is None else padded[:, kv_offset : kv_offset + kv_length]
     # a graph does not look: attention to all tokens is the same with a mask
-    if tokens is not None and not torch.compiler.is_compiling() and bool(tokens.all()):
+    if tokens is not None and not tracing() and bool(tokens.all()):
         tokens = None
     window = local_size if local_size is not None and local_size < kv_length else None
     if tokens is None and window is None:
         return None
-    if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+    if tracing() and not torch.compiler.is_dynamo_compiling():
         return whole()  # torch.export without Dynamo traces no class of tensors but its own
     return Ordered.of((batch_size, 1, q_length, kv_length), window, tokens, whole, device)

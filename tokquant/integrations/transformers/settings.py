@@ -13,7 +13,7 @@ from tokquant.attention import Backend, check_backend
 from tokquant.calibration.scales import LayerScales, Scales, needed
 from tokquant.errors import ScalesError
 from tokquant.integrations.layers import check_layers, check_scales_of, scheme_of_layers
-from tokquant.operators import untraced
+from tokquant.operators import tracing, untraced
 from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap, of_layer
 
 ATTRIBUTE = "_tokquant"
@@ -102,7 +102,7 @@ def place_of(module: nn.Module, registered: Setting | None, yields: bool, by_nam
 
 def begin_with(name: str, error: Exception) -> None:
     """Put a module's name in front of what an error says, once."""
-    if torch.compiler.is_compiling():  # which can change no error: it is raised uncompiled, or quoted with fullgraph=True
+    if tracing():  # which can change no error: it is raised uncompiled, or quoted with fullgraph=True
         torch._dynamo.graph_break(str(error))
     if not str(error).startswith(name):
         error.args = (f"{name}: {error}",)
