@@ -231,14 +231,26 @@ def test_warpgroups_part_and_a_copy_of_one_is_there_when_the_other_has_waited(or
     ("of", "to"),
     [
         ("[global_smem+8], 128", "[global_smem+8], 129"),
+        (".noinc", ""),
         ("inc.sync.aligned.u32 104", "inc.sync.aligned.u32 112"),
         ("@%p2 bra READ;\nsetmaxnreg", "@%p2 bra READ;\nbarrier.sync 1;\nsetmaxnreg"),
     ],
-    ids=["arrivals", "registers", "threads"],
+    ids=["arrivals", "arrivals taken back", "registers", "threads"],
 )
 def test_what_nobody_can_wait_for_to_its_end_is_an_error(of, to):
     with pytest.raises(Deadlock, match="warpgroup 0 waits at"):
         run_warpgroups(of, to, (0, 1))
+
+
+def test_a_thread_arrives_as_often_as_it_says():
+    arrive = "cp.async.mbarrier.arrive.noinc.shared.b64 [global_smem+8]"
+    with pytest.raises(AssertionError, match="256 arrivals"):
+        run_warpgroups(arrive, "mbarrier.arrive.shared.b64 _, [global_smem+8], 2", ())
+
+
+def test_a_barrier_that_is_written_over_is_found():
+    with pytest.raises(OutOfBounds, match="a barrier is written over"):
+        run_warpgroups("[ global_smem + 0 ], [ %rd1", "[ global_smem + 12 ], [ %rd1", ())
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,9 @@ def test_a_wait_or_a_fence_that_is_left_out_is_found(on_ptx, monkeypatch):
 
     waits = (r"cp\.async\.wait_group", r"wgmma\.wait_group\S*\s+1;", r"wgmma\.wait_group\S*\s+0;")
     assert [without(wait) for wait in waits] == [(0, False)] * 3
-    unfenced, same = without(r"fence\.proxy\.async")
-    assert unfenced > 0 and same
+    for seen in (r"fence\.proxy\.async", r"bar\.sync"):
+        unfenced, same = without(seen)
+        assert unfenced > 0 and same
 
 
 CONSUMER = r"mbarrier\.try_wait\S* complete, \[(%r\d+)\][^;]*;\s*@!complete bra\.uni waitLoop;(?=[^;]*fence\.proxy)"
@@ -156,6 +157,7 @@ def test_a_producer_and_its_consumers_may_go_on_in_any_order_and_wait_for_one_an
     assert found(without(CONSUMER), ORDERS[1]) == "wrong"
     assert found(without(PRODUCER), ORDERS[1]) != "same"
     assert found(without(r"fence\.proxy\.async\S*;"), ORDERS[0]) == "wrong"
+    assert found(without(r"bar\.sync\s+[02], 128;"), ORDERS[0]) == "wrong", "queries that other warps copied"
     assert found(without(RELEASE), ORDERS[0]) == "deadlock"
     # nobody is overtaken where the producer comes last
     assert [found(released_early(ptx), order) for order in (ORDERS[1], ORDERS[3])] == ["wrong", "same"]
@@ -231,6 +233,13 @@ def test_an_entry_that_names_the_loop_is_passed_over_where_there_is_none():
     assert tuned.nearest(made, chosen.key) == chosen
     without = planned(preset("int8-fast"), portable=True)
     assert generate.name_of(without) == chosen.key.kernel and tuned.nearest(without, chosen.key) is None
+
+
+def test_an_entry_that_names_a_launch_of_an_earlier_version_is_read_and_passed_over():
+    made = planned(preset("int8-fast"))
+    earlier = entry(made, replace(loops(made)[2], num_warps=8))
+    tuned.record(earlier)
+    assert tuned.known(earlier.key.kernel) == (earlier,) and tuned.nearest(made, earlier.key) is None
 
 
 def test_an_entry_of_before_there_were_loops_names_the_portable_one():
@@ -320,7 +329,7 @@ def test_a_softmax_runs_between_the_waits_for_its_scores_and_for_the_tile_before
 @pytest.mark.compiled
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_gpu_finds_the_bits_of_the_portable_loop_in_every_launch(name, d, monkeypatch):
+def test_a_gpu_finds_the_numbers_of_the_portable_loop_in_every_launch(name, d, monkeypatch):
     if targets.of(torch.device("cuda")).name != "sm_90":
         pytest.skip("needs an H100 or H200")
     tensors = [x.cuda() for x in qkv(700, 2100, d, heads=8, kv_heads=2, batch=4, dtype=torch.float16)]
@@ -332,4 +341,9 @@ def test_a_gpu_finds_the_bits_of_the_portable_loop_in_every_launch(name, d, monk
             take(monkeypatch, place)
             for _ in range(20):  # a race would not show in each
                 for ours, portable in zip(tq.attention(*operands, name, causal=causal, return_lse=True), expected, strict=True):
-                    assert torch.equal(ours, portable), f"candidate {place}"
+                    if name == "int8-token":
+                        # the sum of a row of P is one of products, which compilers fuse with additions in pairs of their choice
+                        rtol = {torch.float16: 2**-10, torch.float32: 0.0}[ours.dtype]
+                        torch.testing.assert_close(ours, portable, rtol=rtol, atol=4e-6)
+                    else:
+                        assert torch.equal(ours, portable), f"candidate {place}"

@@ -34,7 +34,7 @@ class Block:
 
     @property
     def unfenced(self) -> int:
-        """Products of bytes that were fresh when they were begun: tensor cores need not see those."""
+        """Products of bytes that were fresh or unmet when they were begun: tensor cores need not see those."""
         return sum(warps.unfenced for warps in self.warps)
 
     def run(self, order: Sequence[int] = ()) -> None:

@@ -1,8 +1,9 @@
 """A stand-in for an NVIDIA GPU: what Triton compiles for one is run, PTX instruction by PTX instruction, on the CPU.
 
 All is checked that a GPU would have to trust: that every access is to a tensor that was given, and is aligned; and that a block
-has no more shared memory than there is. Threads of a warpgroup are not parallel here, so races between them do not show. Copies
-and products are beside them: they end when they are waited for.
+has no more shared memory than there is. Threads of a warpgroup are not parallel here, so races between them do not show,
+except where tensor cores read what no barrier has shown to all warps. Copies and products are beside them: they end when they
+are waited for.
 """
 
 import struct

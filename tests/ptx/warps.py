@@ -8,7 +8,7 @@ import numpy as np
 from ptx import matrices
 from ptx.arithmetic import INTEGERS, RAW, bits, function, raw, typed
 from ptx.barriers import Barrier, Later, Ready
-from ptx.memory import RESERVED, Memory
+from ptx.memory import RESERVED, Memory, OutOfBounds
 from ptx.text import Address, Instruction, Operand
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Warps:
         self.copies, self.products = Later(), Later()
         self.fresh = np.zeros(len(block.held), bool)
         """Bytes of shared memory that anybody has written since these threads' last `fence.proxy.async`."""
+        self.unmet = np.zeros(len(block.held), bool)
+        """Bytes that these threads have written since their last `bar.sync`: other warps need not see what one wrote."""
         self.unfenced = 0
         self.most = self.kernel.most
         """Registers of a thread."""
@@ -162,6 +164,7 @@ class Warps:
         """Where warps wait for one another, and what lets others go on."""
         name, does, *_ = each.opcode.split(".")
         if name in ("bar", "barrier"):
+            self.unmet[:] = False
             if len(self.threads) == self.kernel.threads:
                 return None  # who goes together is together
             place, *count = (int(x) for x in each.operands)
@@ -181,7 +184,12 @@ class Warps:
             return lambda: barriers[at].passed(parity)
         if (name, does) not in (("mbarrier", "arrive"), ("cp", "async")):
             raise NotImplementedError(each.opcode)
-        barriers[at].arrive(int(guard.sum()), self.copies.taken() if name == "cp" else ())
+        if name == "cp":
+            # without `noinc` a thread takes back what its arrival counts
+            barriers[at].arrive(int(guard.sum()) * ("noinc" in each.opcode), self.copies.taken())
+        else:
+            times = int(each.operands[-1]) if isinstance(each.operands[-1], str) else 1
+            barriers[at].arrive(int(guard.sum()) * times)
         return lambda: True
 
     def change_registers(self, most: int) -> Ready:
@@ -224,6 +232,9 @@ class Warps:
         """Write into shared memory, as threads do."""
         self.block.shared.store(addresses, data, guard)
         places = addresses[guard].astype(np.int64)[:, None] + np.arange(data.shape[1])
+        if any(((places >= at) & (places < at + 8)).any() for at in self.block.barriers):
+            raise OutOfBounds("a barrier is written over")
+        self.unmet[places] = True
         for warps in self.block.warps:
             warps.fresh[places] = True
 
@@ -248,7 +259,7 @@ class Warps:
         across = [False, False, *(each == "1" for each in rest[2:])][-2:]
         rows = None if isinstance(a, tuple) else does.places(self.value(a, 64), False, across[0])
         columns = does.places(self.value(b, 64), True, across[1])
-        self.unfenced += any(self.fresh[x].any() for x in (rows, columns) if x is not None)
+        self.unfenced += any((self.fresh[x] | self.unmet[x]).any() for x in (rows, columns) if x is not None)
         adds, active = self.value(scaled, 1), self.active
 
         def finish() -> None:

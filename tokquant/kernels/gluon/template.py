@@ -127,11 +127,13 @@ def fill(ring, slot, K, V, head, start, n_k, end):
 
 @triton.jit
 def produce(ring, K, V, head, n_k, end):
-    # Each tile's slot is filled, and one more, for the last values, or of zeros where there are no tiles. Who waits for whom:
-    # `full`: a phase ends when the copies of all 128 threads have come, so the phase of tile t is t // STAGES.
-    # `free`: a phase ends when both consumers have read a tile. A slot is filled again when the phase of its last tile has
-    # ended; at first there is none, and a wait for the phase before the first is over at once.
-    # Consumers read and free every tile, whatever they see of it, and a filling waits for none but an earlier tile: all end.
+    # A slot is filled for each tile, and one more for the last values, or with zeros where there are no tiles.
+    # `full`: a phase ends when the copies of all 128 threads are there, also of those that had nothing to copy. Tile t waits
+    # for phase t // STAGES.
+    # `free`: a phase ends when both consumers have read a tile. A slot is filled again after the phase of the tile that it
+    # held. Before the first there is none, and a wait for the phase before phase 0 is over at once.
+    # Nobody waits forever: consumers read and free every tile, whatever they see of it, and a filling waits only for the tile
+    # that its slot held.
     STAGES: tl.constexpr = ring.k.shape[0]
     BLOCK_N: tl.constexpr = ring.k.shape[1]
     for tile in range(0, tl.cdiv(tl.maximum(end, 0), BLOCK_N) + 1):
@@ -179,7 +181,8 @@ def consume(q, ring, Q, K, V, Out, Lse, F, scale, n_q, n_k, head, first, end, CO
     if Q_SCALED:
         q_scale *= tl.load(Q.scale + q_group + (i // Q_GROUP) * Q.scale_row, mask=here, other=0.0).to(tl.float32)
 
-    # tiles before `edge` are seen by all of these queries: those need no mask
+    # tiles before `edge` are seen by all of these queries: those need no mask. It is never beyond `end`, also where a consumer
+    # has no queries, so all consumers free as many tiles
     edge = n_k // BLOCK_N * BLOCK_N
     if RIGHT:
         edge = tl.minimum(edge, tl.maximum(first + n_k - n_q + F.right + 1, 0) // BLOCK_N * BLOCK_N)
@@ -368,7 +371,8 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
         for slot in tl.static_range(STAGES):
             mbarrier.init(full.index(slot), 128)
             mbarrier.init(free.index(slot), 2)
-        # registers: three threads have 504, of which a consumer's takes 240, the first what is left, and a producer's 24
+        # all threads meet before their parts begin, so all find these barriers. Three threads, one of each warpgroup, have 504
+        # registers: 240 for the second, 24 for the third, and for the first the 240 that these leave
         tl.warp_specialize(
             [
                 (consume, (q.index(0), ring, Q, K, V, Out, Lse, F, scale, n_q, n_k, head, first, end, False)),
