@@ -41,8 +41,8 @@ class TokquantLayer(CacheLayerMixin):
         """Sequences of which tokens are gone that no query can see any more: those beyond `behind` before it."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
-        """Nothing: a TokquantCache gives attention what it appends to a layer."""
-        raise NotImplementedError
+        """Never called: `TokquantCache.update` gives attention what it appends to a layer."""
+        raise NotImplementedError("a layer of a TokquantCache is appended to by attention; call update of the cache")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the first append makes the cache, as it knows its module's name."""
