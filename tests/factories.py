@@ -199,7 +199,7 @@ def bounds(operands, made, features):
     lost_of_keys = lost * torch.exp(total - lse).nan_to_num(0, posinf=0)
     assert lost.max() < 0.9 and lost_of_keys.max() < 0.9
     reach = values.abs().amax(dim=(2, 3))[:, :, None, None].repeat_interleave(shared, dim=1)
-    logit = features.scale * left.norm(dim=3, keepdim=True) * right.norm(dim=3).amax()
+    logit = abs(features.scale) * left.norm(dim=3, keepdim=True) * right.norm(dim=3).amax()
     if features.bias is not None:
         logit = logit + torch.where(s > -INF, summed(features.bias, *s.shape[2:]), 0).amax(dim=-1, keepdim=True)
     # exponents reach the floor of 64 in base 2, and are off by as many ulps

@@ -118,6 +118,8 @@ FEATURES = {
     "a softcap beyond float32": (ValueError, {"softcap": 1e39}, "softcap: 1e+39 is more than float32 holds"),
     "text as softcap": (TypeError, {"softcap": "50"}, "softcap: '50' is not a number"),
     "causal 1": (TypeError, {"causal": 1}, "causal: 1 is not a bool"),
+    "text for return_lse": (TypeError, {"return_lse": "no"}, "return_lse: 'no' is not a bool"),
+    "a tensor for deterministic": (TypeError, {"deterministic": x(2)}, "deterministic: a Tensor is not a bool"),
     "one number as window": (ValueError, {"window": 3}, "window: 3 is not (left, right)"),
     "three numbers as window": (ValueError, {"window": (1, 2, 3)}, "window:", "is not (left, right)"),
     "a negative window": (ValueError, {"window": (-1, 0)}, "window:", "whole numbers from 0"),

@@ -204,6 +204,9 @@ REFUSED = {
     "an energy of 2": (ValueError, lambda: bias.svd(torch.ones(1, 5, 5), energy=2), "energy: 2 is no share"),
     "a rank of 0": (ValueError, lambda: bias.svd(torch.ones(1, 5, 5), largest_rank=0), "largest_rank: 0"),
     "svd past float16": (ValueError, lambda: bias.svd(1e12 * torch.ones(1, 90, 90)), "float16; use dtype=torch.bfloat16"),
+    "a weight of no head": (ValueError, lambda: bias.squared_distance(torch.eye(3), weight=torch.ones(0)), "weight: a Tensor"),
+    "a weight of many digits": (ValueError, lambda: bias.squared_distance(torch.eye(3), weight=10**400), "weight: an integer"),
+    "a weight at the end of float64": (ValueError, lambda: bias.squared_distance(7 * torch.eye(3), weight=1e308), "too large"),
     "points in a plane": (ValueError, lambda: bias.squared_distance(torch.ones(5, 2)), "x: shape [5, 2]; give points"),
     "points of infinity": (ValueError, lambda: bias.squared_distance(torch.ones(5, 3), torch.full((4, 3), INF)), "y: not all"),
     "points of two batches": (

@@ -7,7 +7,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from plain_cache import SCHEMES, scales_for
+from plain_cache import SCHEMES, scales_for, with_cache
 
 import tokquant as tq
 from tokquant.schemes import preset
@@ -49,6 +49,16 @@ def test_a_file_alone_is_enough_to_go_on(s, dtype, path):
     for each in (cache, loaded):
         each.append(*more)
     assert torch.equal(tq.decode(q, loaded), tq.decode(q, cache))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_heads_of_one_channel_and_sequences_of_nothing_have_a_file(tokens, heads, path):
+    cache = tq.KVCache(with_cache("kv-int8", sink=4), batch=2, kv_heads=heads, head_dim=1)
+    cache.append(*torch.randn(2, 2, heads, 3, 1).half(), counts=[tokens, 3])
+    cache.save(path)
+    loaded = tq.KVCache.load(path)
+    assert loaded.lengths == [tokens, 3] and all(map(torch.equal, loaded.windows(1), cache.windows(1)))
 
 
 def test_codes_in_the_file_are_canonical_and_named(path):

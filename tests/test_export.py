@@ -77,6 +77,17 @@ def test_a_new_process_gives_the_same_bits(scheme, tmp_path):
     assert torch.equal(safetensors.torch.load_file(tmp_path / "out")["out"], out)
 
 
+def test_what_was_loaded_does_not_change_with_its_file(tmp_path):
+    path, scales = tmp_path / "scales.safetensors", calibrated("kv-fp8")
+    tq.save_scales(path, scales)
+    loaded, size = tq.load_scales(path), path.stat().st_size
+    with path.open("r+b") as file:  # in place, as `cp` writes
+        file.seek(size - 16)
+        file.write(bytes(16))
+    for layer in scales:
+        assert all(torch.equal(loaded[layer].tensors[name], x) for name, x in scales[layer].tensors.items())
+
+
 def test_names_are_those_of_vllm_and_shapes_those_of_compressed_tensors(tmp_path):
     path = tmp_path / "scales.safetensors"
     tq.save_scales(path, calibrated("kv-fp8", ["model.layers.0.self_attn"]))

@@ -12,7 +12,7 @@ from tokquant.autocast import joined
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales, Scales, needed, static
 from tokquant.errors import ScalesError, SchemeError, nearest, quote
-from tokquant.inputs import check_tensors, check_together, features_of
+from tokquant.inputs import check_flags, check_tensors, check_together, features_of
 from tokquant.kernels import launch, sixteen_bit
 from tokquant.kernels import quantize as kernels
 from tokquant.kernels.cpu import build
@@ -136,6 +136,7 @@ def attention(
 
     Raises: as `quantize`; UnsupportedError where the chosen backend lacks a feature.
     """
+    check_flags(return_lse=return_lse, deterministic=deterministic)
     found = scheme_of(scheme, layer, scales)
     parts = check_operands(q, k, v, found, scales)
     features = features_of(q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokquant.errors import quote
-from tokquant.inputs import Numbers, check_beside_cache, features_of, whole_numbers
+from tokquant.inputs import Numbers, check_beside_cache, check_flags, features_of, whole_numbers
 from tokquant.kv_cache import KVCache
 from tokquant.operators import untraced
 from tokquant.transfer import to_device
@@ -36,6 +36,7 @@ def decode(
     Args:
         q: `[B, H_q, n_q, D]` in the cache's type, H_q a multiple of its heads. The last query belongs to the last token.
         counts: how many of the n_q queries each sequence has, its first ones, as in `append`; all if None. The rest is ignored.
+            Blocks of queries that share a scale are counted in n_q, so there a sequence's codes depend on how much is ignored.
         scale, softcap, sinks: as for `attention`.
         window: (left, right) as for `attention`; no query sees later keys.
         return_lse: also return the natural log of the sum of exp(scores), without sinks.
@@ -50,6 +51,7 @@ def decode(
     """
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache: a {type(cache).__name__}; give a tokquant.KVCache")
+    check_flags(return_lse=return_lse, deterministic=deterministic)
     check_beside_cache("q", q, (cache.batch, cache.kv_heads, cache.head_dim), cache.dtype, cache.device, queries=True)
     b, n_q = q.shape[0], q.shape[2]
     if backend not in ("auto", "reference", cache.backend):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tokquant.bias import Bias
-from tokquant.errors import quote
+from tokquant.errors import first_line, quote
 from tokquant.features import Features
 from tokquant.tensor import Coded
 
@@ -106,6 +106,24 @@ def check_together(q: Tensor | Coded, k: Tensor | Coded, v: Tensor | Coded) -> N
         raise ValueError(f"k: {k.shape[1]} heads do not divide the {q.shape[1]} of q")
 
 
+def check_flags(**flags: object) -> None:
+    """Raise TypeError for what is not a bool."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: {quote(flag)} is not a bool")
+
+
+def check_device(given: Any) -> torch.device:
+    """A device that tensors can be made on. Raises ValueError."""
+    try:
+        device = torch.empty(0, device=given).device
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise ValueError(f"device: {quote(given)} is none that torch has here ({first_line(error)})") from None
+    if device.type == "meta":
+        raise ValueError("device: 'meta' keeps no numbers; use cpu or cuda")
+    return device
+
+
 def whole_number(name: str, given: Any, least: int, most: int | None = None) -> int:
     """A whole number of any type from `least` to `most`, which are at least 0. Raises ValueError."""
     try:
@@ -141,7 +159,7 @@ def sequence_numbers(given: Numbers, size: int) -> np.ndarray:
 def _integers(given: object) -> np.ndarray | None:
     try:
         numbers = np.asarray(given.tolist() if isinstance(given, Tensor) else given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor without numbers
         return None
     return numbers if numbers.dtype.kind in "iu" else None
 
@@ -160,8 +178,7 @@ def features_of(
 ) -> Features:
     """The features of a call to `attention`, checked, with defaults filled in and masks expanded."""
     (b, heads, n_q, d), n_k = q.shape, k.shape[2]
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal: {quote(causal)} is not a bool")
+    check_flags(causal=causal)
     scale = d**-0.5 if scale is None else _finite("scale", scale)
     if softcap is not None:
         if (number := _finite("softcap", softcap)) <= 0:

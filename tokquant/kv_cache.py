@@ -15,7 +15,7 @@ from tokquant.cache_file import Content
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import CacheFileError, ScalesError, SchemeError, UnsupportedError, quote
 from tokquant.features import Features
-from tokquant.inputs import DTYPES, Numbers, check_beside_cache, sequence_numbers, whole_number, whole_numbers
+from tokquant.inputs import DTYPES, Numbers, check_beside_cache, check_device, sequence_numbers, whole_number, whole_numbers
 from tokquant.kernels.cpu.pages import CpuPages
 from tokquant.kernels.decode_launch import Call
 from tokquant.kernels.pages import TritonPages
@@ -90,7 +90,7 @@ class KVCache:
             raise TypeError(f"dtype: {found}; use torch.float16, torch.bfloat16 or torch.float32")
         check_append_only(scheme)
         check_scales(scheme, scales)
-        self.device, self.dtype, self.scales = torch.empty(0, device=device).device, dtype, scales
+        self.device, self.dtype, self.scales = check_device(device), dtype, scales
         self._shape = batch, kv_heads, head_dim
         token = torch.zeros(1, kv_heads, 1, head_dim, dtype=dtype, device=self.device)
         for spec in (scheme.k, scheme.v):  # groups and scales of other sizes say so now
@@ -277,7 +277,7 @@ class KVCache:
         Raises CacheFileError, naming the file and what is wrong: a file that is cut short, changed or of something else.
         CacheFullError where `capacity` is too small.
         """
-        content = cache_file.read(path, torch.device(device))
+        content = cache_file.read(path, check_device(device))
         try:
             cache = cls(
                 content.scheme,

@@ -7,7 +7,7 @@ from tokquant.attention import Backend, Scheme, attention, quantizing
 from tokquant.autocast import as_torch_takes_them
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError, quote
-from tokquant.inputs import check_no_grad
+from tokquant.inputs import check_flags, check_no_grad
 
 
 def scaled_dot_product_attention(
@@ -55,9 +55,7 @@ def scaled_dot_product_attention(
         raise UnsupportedError(
             f"dropout_p: {quote(dropout_p)}; quantized attention has no dropout: give 0.0, or call model.eval()"
         )
-    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: {quote(flag)} is not a bool")
+    check_flags(is_causal=is_causal, enable_gqa=enable_gqa)
     query, key, value = as_torch_takes_them(query, key, value)
     headless = query.ndim == key.ndim == value.ndim == 2
     q, k, v = (x[None] if x.ndim == 2 else x for x in (query, key, value))

@@ -35,7 +35,8 @@ def read_tensors(path: str | os.PathLike, error_type: type[Exception]) -> tuple[
     """The tensors and metadata of a safetensors file. Raises as `open_tensors`."""
     with open_tensors(path, error_type) as file:
         metadata = file.metadata() or {}
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
+        # copies: what safetensors gives are pages of the file, which change with it, and are no more where it is cut
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
 
 
 def check_forms(tensors: dict[str, Tensor], expected: Mapping[str, Form], of: str, right: str) -> None:
@@ -56,7 +57,9 @@ def checksum(tensors: dict[str, Tensor], scheme: str = "") -> str:
     """SHA-256 of names, types, shapes and bytes, and of the scheme that gives them their meaning."""
     digest = hashlib.sha256(scheme.encode())
     for name in sorted(tensors):
-        value = tensors[name].contiguous().cpu()
+        value = tensors[name].cpu()
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.view(torch.uint8).numpy().tobytes())
+        # a copy: an empty tensor or one of size 1 may have strides of 0, through which torch shows no bytes
+        flat = value.flatten().clone(memory_format=torch.contiguous_format)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import quote
 from tokquant.features import Features
-from tokquant.inputs import check_tensors, features_of
+from tokquant.inputs import check_flags, check_tensors, features_of
 from tokquant.kernels import launch, sequences
 from tokquant.operators import operator
 from tokquant.schemes import HeadSchemes, QuantScheme
@@ -64,6 +64,7 @@ def attention_varlen(
 
     Raises: as `attention`.
     """
+    check_flags(return_lse=return_lse, deterministic=deterministic)
     found = scheme_of(scheme, layer, scales)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):

@@ -265,6 +265,33 @@ def test_bins_reach_from_one_extreme_to_the_other(low, high):
         assert (seen.bins[0, 0] > 0).nonzero().amax() >= BINS // 2 - 1
 
 
+@pytest.mark.parametrize("observer", ["percentile:99", "mse"])
+@pytest.mark.parametrize("words", ["int8 head", "int8 channel", "int8 head asymmetric"])
+@pytest.mark.parametrize("largest", [1e-44, 1e-38, 3e38])
+def test_a_range_may_be_as_wide_or_as_narrow_as_float32_holds(observer, words, largest):
+    x = torch.randn(1, 2, 50, 32).clamp(-3, 3) * (largest / 3)
+    x = x / 2 if "asymmetric" in words else x  # its ends may not be further apart than float32 holds
+    scale, _ = range_of(observer, x, words)
+    smallest = torch.finfo(torch.float32).smallest_normal
+    assert bool(((scale > largest / 2000) & (scale <= largest / 126) | (scale == smallest)).all())
+
+
+def test_a_range_wider_than_float32_holds_is_said_to_be():
+    q, k, v = batch()
+    k[0, 0, 0, :2] = torch.tensor([-3e38, 3e38])
+    for observer in ("amax", "mse"):
+        with pytest.raises(tq.ScalesError, match=r"k: values from -3e\+38 to 3e\+38 span more than float32 holds"):
+            seen_by(observer, scheme(k="int8 tensor asymmetric static"), (q, k, v)).scales()
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_what_balance_takes_beyond_float32_is_refused(observer):
+    q, k, v = batch()
+    made = scheme(k="int8 head static", balance={"channel": {"alpha": 1.0, "scale": "static"}})
+    with pytest.raises(tq.ScalesError, match=r"a\.k_scale: holds a value that is not finite"):
+        seen_by(observer, made, (1e6 * q, k / k.abs().max() * 1e38, v)).scales()
+
+
 @pytest.mark.parametrize("chunk", [1, 100, 1000])
 def test_values_binned_a_few_at_a_time_are_all_counted(chunk, monkeypatch):
     x, seen = torch.randn(2, 3, 50, 4), [Histogram(3, 4) for _ in range(2)]
@@ -298,7 +325,7 @@ def test_a_margin_widens_ranges_to_both_sides(words, margin):
     if "v_zero" in usual:
         middle, wider = (each["v_zero"] + each["v_scale"] * 127.5 for each in (usual, wide))
         assert torch.allclose(middle, wider, atol=1e-5)
-    for wrong in (0, -1, float("nan"), "2", True):
+    for wrong in (0, -1, float("nan"), "2", True, 10**400):
         with pytest.raises(ValueError, match=r"margin: .* is not a number above zero"):
             calibrator.scales(wrong)
 

@@ -80,6 +80,10 @@ def test_what_attention_refuses_compare_refuses():
         tq.compare(q, q, q, schemes=["int9"])
     with pytest.raises(TypeError, match="schemes: 'int8' alone; give a list"):
         tq.compare(q, q, q, schemes="int8")
+    with pytest.raises(ValueError, match="repeats: '5' is not a whole number from 1"):
+        tq.compare(q, q, q, schemes=["int8"], repeats="5")
+    with pytest.raises(TypeError, match="bound: 'no' is not a bool"):
+        tq.compare(q, q, q, schemes=["int8"], bound="no")
     with pytest.raises(ValueError, match="v: shape"):
         tq.compare(q, q, q[:, :, :4], schemes=["int8"])
     with pytest.raises(ValueError, match="scales: 2 of them for 1 schemes"):

@@ -57,7 +57,7 @@ def test_a_target_that_is_none_is_named(target):
         tq.compile("int8", head_dim=64, target=target)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "fp16"], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "fp16", ["fp16"]], ids=str)
 def test_a_dtype_that_is_none_is_named(dtype):
     with pytest.raises(TypeError, match="dtype: "):
         tq.compile("int8", head_dim=64, dtype=dtype)

@@ -41,6 +41,7 @@ REFUSED = {
     "a bell": ("name: \x07", "not YAML: special characters are not allowed"),
     "a NUL": ("name: a\0", "not YAML: special characters are not allowed"),
     "nothing": ("", "the document is empty"),
+    "no text": (None, "a document is text, not None"),
     "a comment alone": ("# int8\n", "the document is empty"),
     "a list": ("- q\n- k", "a scheme is a mapping with q, k, v and p, not ['q', 'k']"),
     "a word": ("int8", "a scheme is a mapping with q, k, v and p, not 'int8'"),

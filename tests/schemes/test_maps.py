@@ -5,7 +5,7 @@ import torch
 
 import tokquant as tq
 from tests.factories import qkv, scheme
-from tokquant import HeadSchemes, SchemeError, SchemeMap
+from tokquant import HeadSchemes, QuantScheme, SchemeError, SchemeMap
 from tokquant.schemes import of_layer, preset, read, resolve
 
 HALF = "{q: {precision: int8}, k: {precision: int8}, v: {precision: fp16}, p: {precision: fp16}}"
@@ -46,6 +46,12 @@ def test_schemes_of_one_name_keep_apart():
     found = SchemeMap((("a", one), ("b", other), ("c", bent), ("d", preset("int8"))))
     again = SchemeMap.from_yaml(found.to_yaml())
     assert again.digest() == found.digest() and again["c"].rotate == "hadamard" and again["d"] == preset("int8")
+
+
+def test_layers_and_schemes_may_have_the_names_that_a_document_has():
+    own = scheme("int8", "int8", "fp16", "fp16", name="layers")
+    found = SchemeMap((("schemes", own), ("layers", preset("int8")), ("name", HeadSchemes(((1, own), (2, preset("int4")))))))
+    assert SchemeMap.from_yaml(found.to_yaml()) == found
 
 
 def test_the_digest_is_of_what_the_map_does():
@@ -99,6 +105,8 @@ def test_what_is_wrong_is_said_with_its_place(text, message, tmp_path):
         (lambda: SchemeMap((("*", "int8"),)), r"layers: \('\*', 'int8'\) is no entry; give \(pattern, scheme\)"),
         (lambda: SchemeMap({"*": preset("int8")}), "layers: '\\*' is no entry.*from_data takes a mapping"),
         (lambda: SchemeMap.from_data(["*"]), r"a scheme map is a mapping with layers, not \['\*'\]"),
+        (lambda: SchemeMap.from_data({"layers": {"*": {1: "int8"}}}), r"layers\.\*: the key 1; keys are plain words"),
+        (lambda: QuantScheme.from_data({1: "int8"}), "the key 1; keys are plain words"),
         (lambda: SchemeMap((("*", preset("int8")),), "Mine"), "name: 'Mine' is not accepted"),
         (lambda: SchemeMap((("*", preset("int8")),))[3], "layer: 3 is no name of a layer"),
         (lambda: SchemeMap(5), r"layers: 5 is no entry; give \(pattern, scheme\)"),

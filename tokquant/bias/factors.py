@@ -85,15 +85,18 @@ def squared_distance(
     check_sixteen_bits("dtype", dtype)
     if not isinstance(weight, Tensor | int | float):
         raise TypeError(f"weight: {quote(weight)}; give a number, or one for each head of q [H_q]")
-    w = torch.as_tensor(weight, dtype=torch.float64, device=x.device)
-    if w.ndim > 1 or not bool(w.isfinite().all()):
+    try:
+        w = torch.as_tensor(weight, dtype=torch.float64, device=x.device)
+    except OverflowError:  # an integer of many digits
+        w = torch.full((), math.inf, dtype=torch.float64, device=x.device)
+    if w.ndim > 1 or not w.numel() or not bool(w.isfinite().all()):
         raise ValueError(f"weight: {quote(weight)}; give a finite number, or one for each head of q [H_q]")
     x, y = (points.double().reshape(-1, 1, *points.shape[-2:]) for points in (x, y))  # [B, 1, N, 3]
     low = torch.minimum(x.amin(2, keepdim=True), y.amin(2, keepdim=True))
     high = torch.maximum(x.amax(2, keepdim=True), y.amax(2, keepdim=True))
     x, y = x - (low + high) / 2, y - (low + high) / 2
     s = _power_of_two(max(float(x.abs().max()), float(y.abs().max())))
-    w = w.reshape(1, -1, 1, 1) * s**2
+    w = (w.reshape(1, -1, 1, 1) * s**2).clamp(-1e300, 1e300)  # at which no factors are finite either
     t = _power_of_two(float(w.abs().max()) ** 0.5)  # leaves both factors about as large
     x, y, w = x / s, y / s, w / t
     (q_high, q_low), (k_high, k_low), (w_high, w_low) = (_parts(part, dtype) for part in (2 * w * x, t * y, w))

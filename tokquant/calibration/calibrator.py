@@ -1,6 +1,7 @@
 """Calibrator: watch activations, then fix the static parts of a scheme."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -128,12 +129,12 @@ class Calibrator:
         Later values may exceed what was seen; a margin leaves room for them. Raises ScalesError if there is no layer, or
         for a scale that its type does not hold, naming the layer; ValueError for a margin that is not above zero.
         """
-        if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < float("inf"):
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin <= sys.float_info.max:
             raise ValueError(f"margin: {quote(margin)} is not a number above zero; 1.25 leaves a quarter of room")
         found = {}
         for name, layer in self.layers.items():
             try:
-                found[name] = self._layer(layer, margin)
+                found[name] = self._layer(layer, float(margin))
             except ValueError as error:
                 raise ScalesError(f"{name}.{error}") from None
         return Scales(self.scheme, found)
@@ -193,6 +194,6 @@ def _check_balance(scheme: QuantScheme) -> None:
 def _scale(operand: Operand, low: Tensor, high: Tensor, margin: float) -> dict[str, Tensor]:
     if operand.symmetric:
         return {f"{operand.role}_scale": symmetric_scale(torch.maximum(low.abs(), high.abs()) * margin, operand)}
-    room = (high - low) * ((margin - 1) / 2)
+    room = high * ((margin - 1) / 2) - low * ((margin - 1) / 2)
     scale, zero = asymmetric_scale(low - room, high + room, operand)
     return {f"{operand.role}_scale": scale, f"{operand.role}_zero": zero}

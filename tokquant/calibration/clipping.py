@@ -22,7 +22,7 @@ def percentile(seen: Histogram, operand: Operand, change: Change, percent: float
 
     Symmetric, it is that of magnitudes; asymmetric, each end leaves out half of the rest.
     """
-    widest = low, high = seen.widest(operand.granularity.kind, change, operand.symmetric)
+    widest = low, high = _widest(seen, operand, change)
     for _ in range(2):
         counts, _, _ = seen.cells(low, high, change, CELLS)
         cell = (high - low) / CELLS
@@ -33,7 +33,7 @@ def percentile(seen: Histogram, operand: Operand, change: Change, percent: float
             found = -largest, largest
         else:
             upper, lower = (_reached(x, (percent + 100) / 2).reshape(high.shape) for x in (counts, counts.flip(1)))
-            found = low + (high - low) * (1 - lower), high - (high - low) * (1 - upper)
+            found = low * lower + high * (1 - lower), high * upper + low * (1 - upper)
         # once more among narrower cells; one beyond, as the last has what lies outside
         low = torch.maximum(found[0] - 2 * cell, widest[0])
         high = torch.minimum(found[1] + 2 * cell, widest[1])
@@ -46,7 +46,7 @@ def least_error(seen: Histogram, operand: Operand, change: Change) -> tuple[Tens
     Codes are those of the operand's precision, and scales as they are stored. A range is pulled in towards 0, or asymmetric
     towards the mean: both ends together, then each alone.
     """
-    widest = low, high = seen.widest(operand.granularity.kind, change, operand.symmetric)
+    widest = low, high = _widest(seen, operand, change)
     for number, shares in enumerate(SHARES):
         counts, means, deviations = seen.cells(low, high, change, CELLS)
         centre = torch.zeros_like(low)
@@ -67,6 +67,14 @@ def least_error(seen: Histogram, operand: Operand, change: Change) -> tuple[Tens
             # once more among narrower cells, from the next wider range
             low, high = _pulled(low, high, centre, STEP, (1, 1))
             low, high = torch.maximum(low, widest[0]), torch.minimum(high, widest[1])
+    return low, high
+
+
+def _widest(seen: Histogram, operand: Operand, change: Change) -> tuple[Tensor, Tensor]:
+    """The range of all values under each scale. Raises ValueError for values that `change` makes larger than float32 holds."""
+    low, high = seen.widest(operand.granularity.kind, change, operand.symmetric)
+    if not bool((low.isfinite() & high.isfinite()).all()):
+        raise ValueError(f"{operand.role}_scale: holds a value that is not finite")
     return low, high
 
 

@@ -67,6 +67,8 @@ class Histogram(Extremes):
         `low` and `high` are in the shape of the scales. The first and the last cell have what lies beyond them too.
         """
         h, d, groups = *self.low.shape, low.numel()
+        # in float64, where no range is too wide or too narrow
+        low, high = low.double(), high.double()
         width = torch.where(high > low, (high - low) / size, 1.0)
         start, width = (x.expand(h, 1, d).reshape(h, d, 1) for x in (low, width))
         group = torch.arange(groups, dtype=torch.int32, device="cpu").reshape(low.shape).expand(h, 1, d).reshape(h, d, 1)

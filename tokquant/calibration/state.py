@@ -10,6 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 from tokquant.calibration import observers
+from tokquant.calibration.histogram import MOST
 from tokquant.calibration.layers import Layer
 from tokquant.calibration.scales import static
 from tokquant.errors import ScalesError, quote
@@ -114,7 +115,8 @@ def _layer(name: str, given: Any, scheme: QuantScheme | SchemeMap, observer: obs
     if (
         not isinstance(shapes, dict)
         or not isinstance(tokens, dict)
-        or given.get("dtype") not in DTYPE_NAMES
+        or not isinstance(given.get("dtype"), str)
+        or given["dtype"] not in DTYPE_NAMES
         or not _counts(tokens)
     ):
         raise ValueError(f"layer {quote(name)} is described wrongly: it needs dtype, shapes and tokens")
@@ -133,7 +135,7 @@ def _layer(name: str, given: Any, scheme: QuantScheme | SchemeMap, observer: obs
 
 
 def _counts(tokens: dict) -> bool:
-    return sorted(tokens) == list("kqv") and all(type(n) is int and n > 0 for n in tokens.values())
+    return sorted(tokens) == list("kqv") and all(type(n) is int and 0 < n <= MOST for n in tokens.values())
 
 
 def _digest(tensors: dict[str, Tensor], document: str) -> str:

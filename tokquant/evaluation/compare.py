@@ -15,7 +15,7 @@ from tokquant.errors import quote
 from tokquant.evaluation.bound import Bound, error_bound
 from tokquant.evaluation.explain import Explanation, explain
 from tokquant.evaluation.peers import ON_CPU, sdpa
-from tokquant.inputs import check_tensors, features_of
+from tokquant.inputs import check_flags, check_tensors, features_of, whole_number
 from tokquant.metrics import Errors, errors, head_errors
 from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap, of_layer
 from tokquant.timing import interleaved_medians
@@ -90,6 +90,8 @@ def compare(
     """
     if isinstance(schemes, str | LayerScheme | SchemeMap) or not isinstance(schemes, Iterable):
         raise TypeError(f"schemes: {quote(schemes)} alone; give a list of them")
+    check_flags(bound=bound, explained=explained)
+    repeats = whole_number("repeats", repeats, 1)
     resolved = [of_layer(scheme, layer) for scheme in schemes]
     check_tensors(q, k, v)
     arguments = dict(causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)

@@ -110,7 +110,7 @@ def read(found: list[Found]) -> dict[tuple[str, str], Scale]:
                     raise each.error(f"the layer has {scales[key].at.name} too; one of them is to go")
                 if view.get_dtype() not in TYPES:
                     raise each.error(f"{view.get_dtype()} is no type for a scale; use {', '.join(TYPES)}")
-                value = file.get_tensor(each.name).float()
+                value = file.get_tensor(each.name).to(torch.float32, copy=True)  # no page of the file
                 _check_value(each, value)
                 scales[key] = Scale(each, "head" if len(shape) == 3 else "tensor", value.reshape(-1, 1, 1))
     return {key: scales[key] for each in found if (key := (each.layer, each.role)) in scales}

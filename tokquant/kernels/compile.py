@@ -122,7 +122,7 @@ def compile(
     """
     scheme = resolve(scheme, layer)
     chosen = targets.get(target)
-    if dtype not in FLOAT_NAMES:
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOAT_NAMES:
         raise TypeError(f"dtype: {dtype} is not supported; use torch.float16, torch.bfloat16 or torch.float32")
     head_dim, shared_heads = whole_number("head_dim", head_dim, 1), whole_number("shared_heads", shared_heads, 1)
     flags = dict(

@@ -18,6 +18,8 @@ MOST_NODES = 2000
 
 def read(text: str | bytes) -> Any:
     """The document as dicts, lists, str, int, float, bool and None. Raises SchemeError with the line."""
+    if not isinstance(text, str | bytes):
+        raise SchemeError(f"a document is text, not {quote(text)}")
     if len(text) > LARGEST:
         raise SchemeError(f"the document has more than {LARGEST} bytes; a scheme needs a few hundred")
     if isinstance(text, bytes):

@@ -165,7 +165,7 @@ def _inline(
                 raise SchemeError(f"no scheme {quote(value)} under schemes, and no preset of that name{nearest(value, known)}")
             return preset(value)
         if isinstance(value, dict):
-            return QuantScheme(**{**(defaults or {}), **value})
+            return QuantScheme.from_data({**(defaults or {}), **value})
         raise SchemeError(f"{quote(value)} is no scheme; write a preset's name, or a mapping with q, k, v and p")
     except SchemeError as error:
         raise SchemeError([(f"{place}.{inner}" if inner else place, text) for inner, text in error.problems]) from None

@@ -211,6 +211,8 @@ class QuantScheme(Strict):
         """A scheme from the mapping that its YAML document holds. Raises SchemeError."""
         if not isinstance(data, Mapping):
             raise SchemeError(f"a scheme is a mapping with q, k, v and p, not {quote(data)}")
+        if odd := [key for key in data if not isinstance(key, str)]:
+            raise SchemeError(f"the key {quote(odd[0])}; keys are plain words")
         return cls(**data)
 
     @classmethod
@@ -279,8 +281,15 @@ def write_yaml(data: Mapping[str, Any]) -> str:
 
 
 def _lines(data: Mapping[str, Any]) -> dict[str, Any]:
-    nested = {key: _lines(value) for key, value in data.items() if key in ("schemes", "layers")}
-    return {key: nested.get(key, _Flow(value) if isinstance(value, dict) else value) for key, value in data.items()}
+    # names of layers and schemes are the user's own: one may be `layers`
+    return {
+        key: {name: _flow(inner) for name, inner in value.items()} if key in ("schemes", "layers") else _flow(value)
+        for key, value in data.items()
+    }
+
+
+def _flow(value: Any) -> Any:
+    return _Flow(value) if isinstance(value, dict) else value
 
 
 class _Flow(dict):
