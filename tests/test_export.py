@@ -1,6 +1,7 @@
 """Scale files: enough to run, atomic, and checked name by name."""
 
 import json
+import math
 import os
 import struct
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from factories import scheme as made_of
 
 import tokquant as tq
 from tokquant import files
@@ -290,6 +292,27 @@ def test_scales_of_a_layer_that_is_not_there_name_the_nearest():
 def test_scales_check_what_they_are_given():
     with pytest.raises(tq.ScalesError, match=r"a\.v_scale: missing"):
         Scales(preset("kv-fp8"), {"a": {"k_scale": torch.ones(1, 1, 1)}})
+
+
+def heads(*values):
+    return torch.tensor(values).view(-1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "tensors", "message"),
+    [
+        ("head static", {"k_scale": heads(1.0, math.nan)}, r"a\.k_scale: holds a value that is not finite"),
+        ("head static", {"k_scale": heads(1.0, 0.0)}, r"a\.k_scale: holds a scale that is not above zero"),
+        ("head static scale=fp16", {"k_scale": heads(1e9)}, r"a\.k_scale: holds a value that is not finite"),
+        ("head static scale=fp16", {"k_scale": heads(1e-9)}, r"a\.k_scale: holds a scale that is not above zero"),
+        ("head static", {"k_scale": torch.ones(2, 1)}, r"a\.k_scale: shape \[2, 1\] is not \[H, 1, 1\] of head"),
+        ("head static", {"k_scale": torch.ones(2, 3, 1)}, r"a\.k_scale: shape \[2, 3, 1\] is not \[H, 1, 1\] of head"),
+        ("static_offset", {"k_offset": torch.ones(2, 3, 8)}, r"a\.k_offset: shape \[2, 3, 8\] is not \[H, 1, D\]$"),
+    ],
+)
+def test_a_scale_that_no_codes_can_have_is_named(words, tensors, message):
+    with pytest.raises(tq.ScalesError, match=message):
+        Scales(made_of(k=f"int8 {words}"), {"a": tensors})
 
 
 def test_scales_take_a_scheme_as_everything_does(tmp_path):

@@ -14,6 +14,7 @@ from tokquant import kv_cache
 from tokquant.pages import ReferencePages
 from tokquant.quantize import quantize_operands
 from tokquant.schemes import preset
+from tokquant.schemes.appending import check_append_only, unit
 
 H, D = 2, 32
 
@@ -161,6 +162,39 @@ def test_sequences_of_a_batch_do_not_see_each_other():
         assert torch.equal(tq.decode(q[b : b + 1], alone), out[b : b + 1])
 
 
+@pytest.mark.parametrize("name", ["kv-int4 with windows", "kv-int4 with a sink", "KIVI in small blocks"])
+def test_sequences_that_are_not_as_long_fill_windows_of_their_own(name):
+    together, alone = cache_of(SCHEMES[name], batch=3), [cache_of(SCHEMES[name]) for _ in range(3)]
+    for n, counts in ((2, [2, 0, 0]), (40, [40, 40, 40]), (1, [1, 0, 1]), (30, [30, 7, 0])):
+        k, v = tokens(n, batch=3)
+        together.append(k, v, counts=counts)
+        for b, count in enumerate(counts):
+            if count:
+                alone[b].append(k[b : b + 1, :, :count], v[b : b + 1, :, :count])
+        assert together.lengths == [each.lengths[0] for each in alone]
+        q, held = torch.randn(3, H, 1, D), [min(length, 1) for length in together.lengths]
+        out = tq.decode(q, together, counts=held)
+        for b in filter(held.__getitem__, range(3)):
+            torch.testing.assert_close(out[b : b + 1], tq.decode(q[b : b + 1], alone[b]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_that_is_cut_goes_back_to_16_bits_from_the_page_that_it_is_in():
+    cache = cache_of(SCHEMES["KIVI in small blocks"])
+    cache.append(*tokens(120))
+    before = [x.dequantize() for x in cache.codes(0)]
+    cache.truncate(75)  # 3 of the sink, 64 packed in 4 pages, and 8
+    for kept, codes in zip(cache.windows(0), before, strict=True):
+        assert torch.equal(kept[:, :, 3:], codes[:, :, 64:72])
+
+
+def test_what_follows_a_cut_has_a_page_of_its_own():
+    cache = cache_of(capacity=4 * 128)
+    cache.append(*tokens(130))
+    cache.truncate(100)
+    cache.append(*tokens(50))
+    assert cache.free_pages == 2
+
+
 def test_a_nan_stays_in_its_sequence_and_leaves_with_it():
     k, v = tokens(30, batch=2)
     v[0, 0, 7, 3] = torch.nan
@@ -272,9 +306,10 @@ def test_a_page_in_use_by_both_is_never_written(monkeypatch):
             ["balance: channel takes its factors", "{channel: {scale:"],
         ),
         (scheme("int8", "int8 channel", "int8", "int8"), ["k.granularity: a dynamic scale a channel", "channel_block"]),
-        (scheme("int8", "int8 tensor", "int8", "int8"), ["k.granularity: a dynamic scale a tensor"]),
+        (scheme("int8", "int8 tensor", "int8", "int8"), ["k.granularity: a dynamic scale a tensor", "token, group or block ("]),
         (scheme("int8 tensor", "int8", "int8", "int8"), ["q.granularity: tensor spans the sequences of a batch"]),
         (scheme("int8", "int8 block:256", "int8", "int8"), ["cache.page: a page of 128 tokens", "use page: 256"]),
+        (scheme("int8", "int8 block:1024", "int8", "int8"), ["cache.page: a page of 128 tokens", "use page: 1024"]),
         (
             scheme("int8", "int8 block:4096", "int8", "int8"),
             ["cache.page: a block of 4096 tokens does not fit a page; at most"],
@@ -291,6 +326,7 @@ def test_a_page_in_use_by_both_is_never_written(monkeypatch):
         "tensor",
         "q a tensor",
         "page",
+        "largest block",
         "block",
         "group",
     ],
@@ -299,6 +335,25 @@ def test_a_scheme_that_sees_later_tokens_is_refused_with_what_works(s, parts):
     with pytest.raises(tq.SchemeError) as error:
         cache_of(s)
     assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "s",
+    [scheme("fp16 tensor", "fp16 head", "bf16 channel", "fp16"),
+     scheme("int8 tensor static", "int8 head static", "int8 channel static", "int8")],
+    ids=["floats", "static"],
+)  # fmt: skip
+def test_a_scheme_without_dynamic_scales_sees_no_later_tokens(s):
+    check_append_only(s)
+
+
+@pytest.mark.parametrize(
+    ("k", "v", "together"),
+    [("int8", "int4 group:16", 1), ("int8", "int8 channel static", 1), ("fp16 block:64", "int8", 1),
+     ("int8 block:64", "fp16", 64), ("int4 channel_block:32", "int4 block:64", 64)],
+)  # fmt: skip
+def test_tokens_under_one_scale_are_packed_together(k, v, together):
+    assert unit(scheme("int8", k, v, "int8")) == together
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,15 @@ def test_room_in_ones_own_pages_is_counted():
     assert table.left(np.array([3, 25])) == 7
 
 
+def test_tokens_of_shared_pages_count_once():
+    table, _ = table_of(batch=2, pages=4)
+    fill(table, [0, 0], [20, 5])
+    assert table.tokens(np.array([20, 5])) == 25
+    pair = table.fork(np.array([0, 0]))
+    assert pair.tokens(np.array([20, 20])) == 20
+    assert pair.tokens(np.array([18, 20])) == 20
+
+
 def holders_of(tables, pages):
     """How many of these tables' rows hold each page."""
     return np.bincount([page for table in tables for row in rows(table) for page in row], minlength=pages)

@@ -9,9 +9,11 @@ from factories import pairwise, qkv, scheme
 
 from tokquant import attention, quantize
 from tokquant.calibration.scales import LayerScales
+from tokquant.errors import SchemeError
 from tokquant.quantize import encode, frames
 from tokquant.schemes.granularity import parse
 from tokquant.schemes.scheme import SCALE_TYPES
+from tokquant.tensor import canonical, in_blocks, tokens_last
 from tokquant.transforms import hadamard, mean_over_blocks
 
 GRANULARITIES = [
@@ -229,6 +231,16 @@ def test_a_scale_that_cannot_hold_its_group_is_an_error(words, value, what):
         quantize(q, k, v, scheme(k=words))
 
 
+@pytest.mark.parametrize("kind", ["fp16", "fp8_e4m3"])
+def test_the_largest_number_of_a_scale_type_is_a_scale_and_a_zero(kind):
+    largest = torch.finfo(SCALE_TYPES[kind]).max
+    q, k, v = qkv(4)
+    k[0, 0, 2, 0], v[0, 0, 2, 0] = 127 * largest, -largest
+    _, kq, vq = quantize(q, k, v, scheme(k=f"int8 token scale={kind}", v=f"int4 token asymmetric scale={kind}"))
+    assert kq.scale[0, 0, 2].item() == largest
+    assert vq.zero[0, 0, 2].item() == -largest
+
+
 def test_a_group_that_spans_more_than_float32_is_an_error():
     q, k, v = qkv(4)
     k[0, 0, 2, :2] = torch.tensor([-3e38, 3e38])
@@ -310,6 +322,15 @@ def test_dequantizing_errs_by_half_a_step_at_most(precision, granularity):
     assert (error > x.spread(x.scale) * 0.4).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_dequantizing_gives_the_type_that_is_asked_for_or_the_tensors_own(dtype):
+    _, x, _ = quantize(*qkv(20, dtype=dtype), scheme(k="int8 token asymmetric mean"))
+    exact = x.code_values().double() * x.scale.double() + x.zero.double() + x.offset.double()
+    assert x.dequantize().dtype == dtype
+    assert torch.equal(x.dequantize(torch.float64), exact)
+    assert torch.equal(x.dequantize(torch.bfloat16), x.dequantize(torch.float32).bfloat16())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_codes_of_smoothed_keys_are_those_of_the_keys_less_their_rounded_mean(dtype):
     q, k, v = qkv(40, 70, 32, heads=4, kv_heads=2, dtype=dtype)
@@ -349,6 +370,18 @@ def test_balanced_codes_are_those_of_keys_times_and_queries_over_the_factor(bala
     assert_follows_the_rule(qq, (q * (1 / frame.balance).repeat_interleave(2, dim=1)).numpy(), "int8 token", "fp32")
 
 
+@pytest.mark.parametrize(
+    "rule, d, message",
+    [({}, 33, "balance: rope_pairs needs an even head_dim, not 33"),
+     ({"top_k": 33}, 32, "balance.rope_pairs.top_k: 33 is more than the 32 channels of a head")],
+    ids=["odd", "top_k"],
+)  # fmt: skip
+def test_a_balance_that_does_not_fit_the_head_is_an_error(rule, d, message):
+    with pytest.raises(SchemeError, match=message):
+        quantize(*qkv(4, d=d), scheme(balance={"rope_pairs": rule}))
+    quantize(*qkv(4, d=32), scheme(balance={"rope_pairs": {"top_k": 32}}))
+
+
 def test_block_means_are_those_of_128_queries_and_the_last_block_is_its_own():
     q, k, v = qkv(300, 40, 32, dtype=torch.float16)
     qq, kq, _ = quantize(q, k, v, scheme("int4 token block_mean", "int4 token mean"))
@@ -385,6 +418,29 @@ def test_values_carry_the_sums_of_their_codes_in_each_key_tile_where_p_is_unsign
     assert vq.code_sum.dtype == torch.int32
     assert vq.code_sum.long().equal(torch.stack(tiles, dim=2))
     assert quantize(q, k, v, scheme(v="int8 channel", p="int8 row_block:128"))[2].code_sum is None
+
+
+@pytest.mark.parametrize(
+    "words, tiles", [("int8 channel", None), ("int8 block:128", [0, 0, 1, 1, 2]), ("int8 channel_block:64", range(5))]
+)
+def test_what_a_signed_unit_lacks_is_the_sum_of_codes_times_the_zero_of_p_and_the_scale_of_a_block(words, tiles):
+    made = scheme(v=words, p="uint8 row_block:64")
+    _, _, vq = quantize(*qkv(10, 300), made, backend="reference")
+    expected = vq.code_sum * float(made.p.format.code_zero)
+    expected = expected if tiles is None else expected * vq.scale[:, :, list(tiles)]
+    assert expected.any() and vq.correction.shape == (1, 2, 5, 32) and torch.allclose(vq.correction, expected, rtol=1e-6)
+    assert quantize(*qkv(10, 300), scheme(v=words, p="int8 row_block:64"), backend="reference")[2].correction is None
+
+
+@pytest.mark.parametrize("n", [5, 70])
+@pytest.mark.parametrize("words", ["int8", "int4 asymmetric", "int2", "fp8_e4m3", "fp4_e2m1 group:16", "fp16"])
+def test_codes_in_another_layout_are_the_same_codes(words, n):
+    made = scheme("int8", "int8", words, "int8")
+    _, _, vq = quantize(*qkv(7, n), made, backend="reference")
+    for other in [in_blocks(vq, made), *([tokens_last(vq)] if vq.spec.scaled else [])]:
+        assert other.layout != "canonical" and not torch.equal(other.codes.flatten(), vq.codes.flatten())
+        assert torch.equal(other.stored_values(), vq.stored_values())
+    assert torch.equal(canonical(in_blocks(vq, made)).codes.view(torch.uint8), vq.codes.view(torch.uint8))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from tokquant import attention, preset, quantize, reference
 from tokquant.activations import Activations, sample
 from tokquant.attention import features_of
 from tokquant.calibration.scales import needed
+from tokquant.features import Features
 from tokquant.metrics import errors
 from tokquant.schemes import preset_names
 
@@ -47,7 +48,7 @@ QUERIES = ["int8 token", "int8 tensor", "int4 head", "fp8_e4m3 channel", "int8 b
            "fp4_e2m1 group:16 scale=fp8_e4m3", "fp16", "int4 token block_mean", "int8 token scale=fp8_e4m3"]  # fmt: skip
 KEYS = ["int8 token mean", "int4 token asymmetric scale=fp16", "int8 head", "int8 channel asymmetric", "int4 channel mean",
         "int8 block:32 mean", "int4 block:64 asymmetric mean", "int2 channel_block:32 asymmetric", "fp8_e4m3 tensor",
-        "int4 group:16 mean scale=fp8_e4m3", "fp32 mean"]  # fmt: skip
+        "int4 group:16 mean scale=fp8_e4m3", "fp32 mean", "int8 channel asymmetric mean"]  # fmt: skip
 VALUES = ["int8 token", "int4 token asymmetric scale=fp16", "int8 tensor asymmetric", "fp8_e4m3 head", "int8 channel mean",
           "int8 block:128", "int8 channel_block:128 mean", "int4 channel_block:256 asymmetric", "int4 group:16 asymmetric",
           "fp32", "bf16 mean", "fp4_e2m1 token scale=fp8_e4m3", "int8 head asymmetric mean"]  # fmt: skip
@@ -292,6 +293,29 @@ def test_how_many_rows_are_held_at_once_does_not_matter(name, monkeypatch):
 @pytest.mark.parametrize("v", ["int8 block:256", "int8 channel_block:128", "int4 channel_block:256 asymmetric"])
 def test_a_block_of_v_may_be_longer_than_the_sequence_and_than_a_tile(v, n_k, tile):
     assert_agrees(*qkv(20, n_k), scheme("int8 token", "int8 block:256", v, f"int8 row_block:{tile}"))
+
+
+@pytest.mark.parametrize("n_q, n_k", [(40, 40), (33, 100), (100, 33)])
+@pytest.mark.parametrize(
+    "given", [(True, None), (True, (5, None)), (False, (20, 3)), (False, (None, 9)), (False, (7, None))], ids=str
+)
+def test_the_tiles_of_some_rows_are_those_that_one_of_them_attends_in(n_q, n_k, given):
+    features = Features(scale=1.0, causal=given[0], window=given[1])
+    kept = features.kept(slice(0, n_q), slice(0, n_k), n_q, n_k, torch.device("cpu"))
+    tiles = [slice(start, min(start + 16, n_k)) for start in range(0, n_k, 16)]
+    for start in range(0, n_q, 8):
+        rows = slice(start, min(start + 8, n_q))
+        assert list(features.spans(rows, n_q, n_k, 16)) == [tile for tile in tiles if kept[rows, tile].any()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_a_mask_of_floats_may_be_of_any_type(dtype):
+    q, k, v = qkv(20, 150)
+    mask = torch.randn(20, 150).to(dtype)
+    given = dict(return_lse=True, backend="reference")
+    out, lse = attention(q, k, v, "int8", mask=mask, **given)
+    same, same_lse = attention(q, k, v, "int8", mask=mask.float(), **given)
+    assert out.equal(same) and lse.equal(same_lse)
 
 
 @pytest.mark.parametrize("n_q", [100, 128, 200])

@@ -125,6 +125,13 @@ WRONG = {
     "a dense bias": (dict(bias=tq.bias.dense(torch.zeros(144, 177))), ValueError, "bias: a dense one would be mostly"),
     "a bias of other sizes": (dict(bias=tq.bias.key_vector(torch.zeros(99))), ValueError, "bias: values of shape"),
     "a longest that is text": (dict(max_seqlen_k="130"), TypeError, "max_seqlen_k: '130' is not a whole number"),
+    "a longest below zero": (dict(max_seqlen_k=-1), TypeError, "max_seqlen_k: -1 is not a whole number"),
+    "starts of two dimensions": (dict(cu_seqlens_q=torch.tensor([[0], [144]])), ValueError, r"cu_seqlens_q: shape \[2, 1\]"),
+    "starts that begin late": (dict(cu_seqlens_q=torch.tensor([1, 5, 5, 135, 144])), ValueError, "does not rise from 0"),
+    "no scales": (dict(scheme="kv-fp8"), tq.ScalesError, "scales: scheme 'kv-fp8' is static and needs k_scale, v_scale"),
+    "ranges of other heads": (
+        dict(scheme=tq.HeadSchemes(((5, tq.preset("int8")),))), tq.SchemeError, "its ranges are of 5 heads .*, and k has 1"
+    ),
     "no sequences": (dict(cu_seqlens_q=torch.tensor([0])), ValueError, r"cu_seqlens_q: shape \[1\]"),
 }  # fmt: skip
 

@@ -205,8 +205,6 @@ def reduce_groups(x: Tensor, spec: Operand, reduce) -> Tensor:
 def _rounded(scale: Tensor, spec: Operand) -> Tensor:
     kind = SCALE_TYPES[spec.scale_dtype]
     smallest = torch.finfo(kind).smallest_normal
-    if kind == torch.float32:
-        return scale.clamp_min(smallest)
     stored = scale.to(kind).float()
     if kind == torch.float8_e4m3fn:
         # the cast saturates or not depending on torch's version; past the largest there is no scale

@@ -122,8 +122,8 @@ class QuantizedTensor:
         """Codes times scale plus zero, in the frame they were taken in: `[B, H, N, D]`."""
         values = self.code_values().to(dtype)
         if self.scale is not None:
-            values = values * self.spread(self.scale).to(dtype)
-        return values if self.zero is None else values + self.spread(self.zero).to(dtype)
+            values = values * self.spread(self.scale)
+        return values if self.zero is None else values + self.spread(self.zero)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in its original frame, `[B, H, N, D]`, in `dtype` (its own where None)."""

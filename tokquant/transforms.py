@@ -126,14 +126,14 @@ class Frame:
         return y if self.fold is None else y * self.fold
 
     def undo(self, y: Tensor) -> Tensor:
-        """The inverse of `apply`, in the type of `y`."""
+        """The inverse of `apply`, in the type of `y`, float32 or float64."""
         if self.fold is not None:
-            y = y / self.fold.to(y.dtype)
+            y = y / self.fold
         if self.rotated:
             y = hadamard(y)
         if self.balance is not None:
-            y = y / self.balance.to(y.dtype)
-        return y if self.offset is None else y + self.offset_of_tokens(y.shape[2]).to(y.dtype)
+            y = y / self.balance
+        return y if self.offset is None else y + self.offset_of_tokens(y.shape[2])
 
     def offset_of_tokens(self, n: int) -> Tensor:
         """The offset, broadcastable to n tokens, float32."""

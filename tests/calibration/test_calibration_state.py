@@ -67,6 +67,9 @@ def test_parts_of_a_job_merge_from_their_files(tmp_path):
         one.merge(other)
     with pytest.raises(ValueError, match=r"merge: this is the calibrator itself"):
         one.merge(one)
+    for unlike in (tq.Calibrator(one.scheme, "mse"), tq.Calibrator("kv-fp8", one.observer)):
+        with pytest.raises(ValueError, match="merge: the other calibrator has another scheme or observer"):
+            one.merge(unlike)
     with pytest.raises(TypeError, match=r"merge: 'state'; give another Calibrator"):
         one.merge("state")
 
@@ -93,6 +96,8 @@ BINS = "layers.0.k_scale.bins"
         (lambda t, m, d: t.update({BINS: t[BINS].long()}), rf"'{BINS}' is \[2, 16, 512\] of torch.int64; it should be"),
         (lambda t, m, d: t[BINS].add_(1), r"layers.0.k_scale.bins: not the counts of 60 tokens"),
         (lambda t, m, d: t["layers.1.v_scale.low"].fill_(torch.nan), r"layers.1.v_scale.low, high: not finite"),
+        (lambda t, m, d: t["layers.1.v_scale.low"].fill_(-torch.inf), r"layers.1.v_scale.low, high: not finite"),
+        (lambda t, m, d: t["layers.1.v_scale.low"].fill_(1e30), r"layers.1.v_scale.low, high: .* a low above its high"),
         (
             lambda t, m, d: t["layers.1.v_offset.sum"].fill_(torch.inf),
             r"layers.1.v_offset.sum: holds a value that is not finite",
@@ -119,6 +124,17 @@ def test_what_is_wrong_with_a_file_is_named(change, message, path):
     with pytest.raises(tq.ScalesError, match=message) as error:
         tq.Calibrator.load(path)
     assert str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("batches", [0, 61])
+def test_a_moving_average_is_of_one_batch_to_as_many_as_there_are_tokens(batches, path):
+    calibrator = begun("ema:0.75")
+    calibrator.observe("layers.2", *(x[:1] for x in batch(n=1)))
+    calibrator.save(path)
+    tq.Calibrator.load(path)
+    rewritten(path, lambda t, m, d: t["layers.0.k_scale.batches"].fill_(batches))
+    with pytest.raises(tq.ScalesError, match=rf"layers\.0\.k_scale\.batches: {batches} of 60 tokens"):
+        tq.Calibrator.load(path)
 
 
 def test_a_file_of_something_else_or_a_part_of_one_is_refused(path, tmp_path):

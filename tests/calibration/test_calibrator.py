@@ -191,9 +191,17 @@ def test_unobserved_heads_of_zeros_give_scale_one():
     assert torch.equal(calibrator.scales()["a"].tensors["k_scale"], torch.ones(2, 1, 1))
 
 
-def test_static_q_covers_k_per_channel_folded_in():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_an_offset_is_kept_in_sixteen_bits(dtype):
+    calibrator = tq.Calibrator(scheme(k=INT8 | {"smooth": "static"}))
+    calibrator.observe("a", *(x.to(dtype) for x in batch()))
+    assert calibrator.scales()["a"].tensors["k_offset"].dtype == (torch.bfloat16 if dtype == torch.float32 else dtype)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp8_e4m3"])
+def test_static_q_covers_k_per_channel_folded_in(kind):
     part = {"precision": "int8", "scale": "static"}
-    s = scheme(q=part | {"granularity": "head"}, k=part | {"granularity": "channel"})
+    s = scheme(q=part | {"granularity": "head"}, k=part | {"granularity": "channel", "scale_dtype": kind})
     q, k, v = batch()
     k[..., 3] *= 30
     calibrator = tq.Calibrator(s)

@@ -135,6 +135,16 @@ def test_percentiles_are_those_of_the_values(percent, granularity, symmetric):
         assert is_quantile(zero.flatten() + scale.flatten() * 255, values, (100 + percent) / 200)
 
 
+@pytest.mark.parametrize("observer", EXACT)
+@pytest.mark.parametrize("words", ["int8 head", "int4 head asymmetric"])
+def test_a_head_has_the_range_that_it_has_alone(observer, words):
+    x = torch.randn(1, 2, 500, 8) * torch.tensor([1.0, 30.0])[:, None, None] + torch.tensor([0.0, 100.0])[:, None, None]
+    scale, zero = range_of(observer, x, words)
+    for head in range(2):
+        alone, its_zero = range_of(observer, x[:, head : head + 1], words)
+        assert torch.equal(scale[head], alone[0]) and (zero is None or torch.equal(zero[head], its_zero[0]))
+
+
 @pytest.mark.parametrize("words", ["int8 tensor", "int8 head asymmetric", "fp8_e4m3 channel", "int4 channel asymmetric"])
 def test_every_value_is_in_the_range_of_a_hundred_percent(words):
     x = torch.randn(1, 3, 500, 16) * 3 - 1
@@ -330,7 +340,17 @@ def test_a_margin_widens_ranges_to_both_sides(words, margin):
             calibrator.scales(wrong)
 
 
-@pytest.mark.parametrize("text", ["amax", "percentile:99.9", "percentile:99.99", "mse", "ema:0.99", "ema:0.5"])
+@pytest.mark.parametrize(
+    ("make", "message"), [(lambda: Ema(False), "decay: False is not"), (lambda: Percentile("99"), "'99' is not")]
+)
+def test_an_observer_of_no_number_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "text", ["amax", "percentile:99.99", "percentile:50.0", "percentile:100.0", "mse", "ema:0.99", "ema:0.0"]
+)
 def test_an_observer_is_written_as_it_is_read(text):
     assert str(parse(text)) == text and parse(parse(text)) == parse(text) == parse(str(parse(text)))
 
@@ -340,6 +360,8 @@ def test_an_observer_is_written_as_it_is_read(text):
     [
         ("max", r"observer: 'max' is not valid; use amax, percentile:99.9, mse or ema:0.99; did you mean 'amax'"),
         ("percentile:200", r"observer: 'percentile:200': percentile: 200.0 is not between 50 and 100"),
+        ("percentile:49.9", r"percentile: 49.9 is not between 50 and 100"),
+        ("percentile:100.1", r"percentile: 100.1 is not between 50 and 100"),
         ("percentile:nan", r"observer: 'percentile:nan': percentile: nan is not between"),
         ("percentile:x", "observer: 'percentile:x': "),
         ("percentile:", "observer: 'percentile:': "),

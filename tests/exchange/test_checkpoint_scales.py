@@ -172,6 +172,7 @@ class Watched:
 
 
 K1, V1 = (f"{ATTENTION.format(1)}.{role}_scale" for role in "kv")
+ZERO = f"{ATTENTION.format(1)}.k_zero_point"
 
 
 def put(name, value):
@@ -205,7 +206,7 @@ def swapped(tensors):
         (drop(K1), r"layers\.1\.self_attn\.v_scale: the layer has no k_scale beside it"),
         (drop(K1, V1), r"layers\.1\.self_attn\.k_scale: missing, and others like that layer have theirs"),
         (put(f"{ATTENTION.format(0)}.q_scale", torch.ones(1)), r"layers\.1\.self_attn\.\w_scale: the layer has no q_scale"),
-        (put(f"{ATTENTION.format(1)}.k_zero_point", torch.ones(1)), "k_zero_point: a zero point other than 0 cannot be used"),
+        (put(ZERO, torch.arange(2.0).view(2, 1, 1)), "k_zero_point: a zero point other than 0 cannot be used"),
         (put(f"{ATTENTION.format(1)}.k_proj.k_scale", torch.ones(1)), r"k_scale: the layer has model\.layers\.1.*k_scale too"),
         (put(f"{ATTENTION.format(1)}.kv_scale", torch.ones(1)), r"\w+_scale: the layer has model\.layers\.1.*_scale too"),
         (put(f"{ATTENTION.format(1)}.prob_scale", torch.ones(1)), "prob_scale: a static scale of P, which no scheme has"),

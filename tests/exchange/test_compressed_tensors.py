@@ -198,6 +198,7 @@ FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor"}
     [
         (FP8, "tensor"),
         ({"dynamic": False, "num_bits": 8, "type": "float"}, "tensor"),
+        ({"type": "float"}, "tensor"),
         (FP8 | {"type": "FLOAT", "strategy": "ATTN_HEAD"}, "head"),
         (FP8 | {"observer": "minmax", "observer_kwargs": {"averaging_constant": 0.01}, "zp_dtype": None}, "tensor"),
         ({"quant_method": "modelopt", "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}, "tensor"),
@@ -212,7 +213,7 @@ FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor"}
             "tensor",
         ),
     ],
-    ids=["args", "ModelOpt's", "capitals", "observer", "ModelOpt's config", "beside weights", "beside projections"],
+    ids=["args", "ModelOpt's", "defaults", "capitals", "observer", "ModelOpt's config", "beside weights", "beside projections"],
 )
 def test_blocks_as_tools_write_them_are_read(block, kind):
     assert tq.from_compressed_tensors(block) == fp8_scheme(kind)
@@ -235,6 +236,7 @@ def test_a_group_of_attention_has_codes_for_q():
         (FP8 | {"strategy": "attn_haed"}, r"kv_cache_scheme\.strategy: 'attn_haed' is not read.*did you mean 'attn_head'"),
         (FP8 | {"strategy": ["tensor"]}, r"kv_cache_scheme\.strategy: \['tensor'\] is not read"),
         ({"num_bits": 8, "type": "float", "group_size": 64}, r"kv_cache_scheme\.strategy: 'group' is not read"),
+        ({"num_bits": 8, "type": "float", "group_size": -1}, r"kv_cache_scheme\.strategy: 'channel' is not read"),
         (FP8 | {"num_bitz": 8}, r"kv_cache_scheme\.num_bitz: unknown key.*did you mean 'num_bits'"),
         ("fp8", "is a mapping, not 'fp8'"),
         ({"kv_cache_scheme": "fp8"}, "kv_cache_scheme: 'fp8' is no mapping"),

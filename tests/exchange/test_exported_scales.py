@@ -45,6 +45,14 @@ def test_compressed_tensors_get_float32_under_the_names_of_modules(kind, q, tmp_
         assert torch.equal(value.flatten(), scales[layer].tensors[scale].flatten())
 
 
+def test_one_tensor_for_both_scales_is_written_twice(tmp_path):
+    one = torch.ones(4, 1, 1)[::2]
+    tq.export_checkpoint_scales(tmp_path / "s", Scales("kv-fp8", {"a": {"k_scale": one, "v_scale": one}}))
+    assert {name: value.tolist() for name, value in contents(tmp_path / "s")[0].items()} == dict.fromkeys(
+        ("a.k_scale", "a.v_scale"), one.tolist()
+    )
+
+
 def test_modelopt_gets_them_under_its_projections(tmp_path):
     tq.export_checkpoint_scales(tmp_path / "s", made(fp8_scheme("tensor")), "modelopt")
     tensors, _ = contents(tmp_path / "s")
@@ -104,6 +112,14 @@ MEAN = HEAD.model_copy(update={"k": HEAD.k.model_copy(update={"smooth": "mean"})
         (made(TENSOR), "vllm", {}, "format: 'vllm' is not valid; use compressed-tensors, modelopt, sglang"),
         (made(TENSOR), "compresed-tensors", {}, "did you mean 'compressed-tensors'"),
         (made(TENSOR), "modelopt", {"tp_size": 2}, "model_type and tp_size: only format sglang has them, not modelopt"),
+        (
+            made(TENSOR),
+            "modelopt",
+            {"model_type": "llama"},
+            "model_type and tp_size: only format sglang has them, not modelopt",
+        ),
+        (made(TENSOR), "sglang", {"model_type": ""}, "model_type: '' is not valid"),
+        (made(TENSOR), "sglang", {"model_type": 5}, "model_type: 5 is not valid"),
         (made(TENSOR), "sglang", {}, "model_type: None is not valid; sglang needs that of config.json"),
         (made(TENSOR), "sglang", {"model_type": "llama", "tp_size": 0}, "tp_size: 0 is not a number of ranks"),
         (made(TENSOR, ["a"]), "sglang", {"model_type": "llama"}, "a: sglang counts layers, and this name has not one number"),

@@ -95,6 +95,7 @@ UNREADABLE = {
     "a directory": ("folder.yaml", "Is a directory"),
     "a binary file": ("binary.yaml", "not UTF-8"),
     "a large file": ("large.yaml", "more than 65536 bytes"),
+    "a list": ("list.yaml", "a scheme is a mapping with q, k, v and p, not [1, 2]"),
     "a scheme with a mistake": ("wrong.yaml", ": q: 'int8' is not accepted"),
     "a name with a NUL": ("a\0b.yaml", "null"),
     "a name too long": ("x" * 300 + ".yaml", "too long"),
@@ -107,6 +108,7 @@ def test_a_file_that_is_no_scheme_is_refused_with_its_path(tmp_path, name, part,
     (tmp_path / "folder.yaml").mkdir()
     (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
     (tmp_path / "large.yaml").write_bytes(b"#" * 10**6)
+    (tmp_path / "list.yaml").write_text("[1, 2]")
     (tmp_path / "wrong.yaml").write_text("q: int8")
     with pytest.raises(SchemeError) as error:
         load(tmp_path / name)

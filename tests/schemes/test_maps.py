@@ -34,18 +34,28 @@ def test_a_layer_that_no_pattern_matches_is_named_with_what_would_match():
         found["layer.0"]
 
 
+def test_a_range_of_heads_takes_a_scheme_of_the_map_by_its_name():
+    found = SchemeMap.from_yaml(f"schemes: {{half: {HALF}}}\nlayers: {{a: {{heads: {{0-2: half, 3-5: int8}}}}}}")
+    assert [(heads, part.name, part.v.precision) for heads, part in found["a"].parts] == [
+        (3, "half", "fp16"),
+        (3, "int8", "int8"),
+    ]
+    assert SchemeMap.from_yaml(found.to_yaml()) == found
+
+
 def test_yaml_comes_back_equal_with_presets_by_name():
     found = SchemeMap.from_yaml(TEXT)
     text = found.to_yaml()
     assert SchemeMap.from_yaml(text) == found and "kv-int4}" in text and "precision: uint8" not in text
 
 
-def test_schemes_of_one_name_keep_apart():
-    one, other = scheme("int8", "int8", "fp16", "fp16", name="x"), scheme("int8", "int4", "fp16", "fp16", name="x")
+@pytest.mark.parametrize("name", ["x", "custom"])
+def test_schemes_of_one_name_keep_apart(name):
+    one, other = scheme("int8", "int8", "fp16", "fp16", name=name), scheme("int8", "int4", "fp16", "fp16", name=name)
     bent = preset("int8").model_copy(update={"rotate": "hadamard"})
     found = SchemeMap((("a", one), ("b", other), ("c", bent), ("d", preset("int8"))))
     again = SchemeMap.from_yaml(found.to_yaml())
-    assert again.digest() == found.digest() and again["c"].rotate == "hadamard" and again["d"] == preset("int8")
+    assert again == found and again["c"].rotate == "hadamard" and again["d"] == preset("int8")
 
 
 def test_layers_and_schemes_may_have_the_names_that_a_document_has():
@@ -114,6 +124,7 @@ def test_what_is_wrong_is_said_with_its_place(text, message, tmp_path):
         (lambda: HeadSchemes(5), r"heads: 5 is no part; give \(heads, scheme\)"),
         (lambda: HeadSchemes(()), r"heads: \(\) is no part; give \(heads, scheme\)"),
         (lambda: HeadSchemes(((-1, preset("int8")), (3, preset("int4")))), r"heads: \(-1, a QuantScheme\) is no part"),
+        (lambda: HeadSchemes(((0, preset("int8")),)), r"heads: \(0, a QuantScheme\) is no part"),
         (lambda: HeadSchemes(((1, "int8"),)), r"heads: \(1, 'int8'\) is no part"),
         (lambda: HeadSchemes((preset("int8"),)), "heads: a QuantScheme is no part"),
     ],

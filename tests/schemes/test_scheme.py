@@ -6,9 +6,11 @@ import time
 
 import pytest
 import torch
+from factories import scheme as in_words
 
 import tokquant
 from tokquant import QuantScheme, SchemeError, precisions
+from tokquant.schemes.placement import as_bytes, lowers_logits, needs_code_sums
 
 BASE = {role: {"precision": "int8"} for role in "qkvp"}
 POWERS = [2**n for n in range(4, 21)]
@@ -113,6 +115,11 @@ def test_a_balance_whose_parameters_are_the_defaults_is_the_plain_word(word):
         assert long.model_dump(mode="json")["balance"] == long.model_dump()["balance"] == word
 
 
+def test_a_granularity_that_was_read_may_be_given_again():
+    given = scheme(k={"granularity": {"block": 64}}, p={"granularity": {"row_block": 64}})
+    assert scheme(k={"granularity": given.k.granularity}, p={"granularity": given.p.granularity}) == given
+
+
 def test_a_name_changes_equality_but_not_the_digest():
     assert scheme(name="a") != scheme(name="b")
     assert scheme(name="a").digest() == scheme(name="b").digest()
@@ -137,6 +144,7 @@ REFUSED = {
     "block without a size": ({"k": {"granularity": "block"}}, "k.granularity: 'block' needs a size: {block: 32}"),
     "two granularities": ({"k": {"granularity": {"block": 16, "group": 16}}}, "{'block': 16, 'group': 16}", "use one of token"),
     "a granularity that is near": ({"q": {"granularity": "tokens"}}, "no granularity 'tokens'", "did you mean 'token'"),
+    "a sized granularity that is near": ({"k": {"granularity": {"blok": 32}}}, "{'blok': 32}", "did you mean 'block'"),
     "static per token": (
         {"k": {"scale": "static"}},
         "k.scale: static scales cannot follow granularity token",
@@ -205,6 +213,24 @@ def test_is_refused_with_what_was_written_and_what_would_work(change, parts):
 def test_every_mistake_is_told_at_once():
     text = problem(q={"precision": "int9"}, v={"smooth": "men"}, rotat="none")
     assert [line.split(":")[0] for line in text.splitlines()] == ["q.precision", "v.smooth", "rotat"]
+
+
+@pytest.mark.parametrize(
+    ("words", "k_bytes", "v_bytes", "sums", "lowered"),
+    [
+        (("int8", "int8 mean", "int8", "uint8 row_block:64"), True, True, True, True),
+        (("int8 group:16", "int8", "int8 group:16", "uint8 row_block:64"), False, False, False, False),
+        (("int8", "int8 channel asymmetric", "fp16", "uint8"), True, False, False, True),
+        (("int8", "int8 asymmetric", "int8", "int8"), True, True, False, False),
+        (("int8", "int8 channel", "int8 channel", "int8"), True, True, False, False),
+        (("int8", "int8 group:16", "fp8_e4m3", "fp8_e4m3"), False, False, False, False),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, tuple) else None,
+)
+def test_what_a_scheme_asks_of_a_kernel_follows_from_where_its_scales_enter(words, k_bytes, v_bytes, sums, lowered):
+    made = in_words(*words)
+    assert (as_bytes(made, "k"), as_bytes(made, "v")) == (k_bytes, v_bytes)
+    assert (needs_code_sums(made), lowers_logits(made)) == (sums, lowered)
 
 
 def test_missing_operands_are_named():

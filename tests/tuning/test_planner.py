@@ -137,17 +137,18 @@ def test_keys_that_fill_a_gpu_anyway_are_not_split():
 LONG = Workload(heads=8, n_q=4096, n_k=4096)
 
 
-def test_launches_come_by_predicted_time_and_the_best_are_kept_with_the_one_taken_without_tuning(code):
+@pytest.mark.parametrize("keep", [1, 2])
+def test_launches_come_by_predicted_time_and_the_best_are_kept_with_the_one_taken_without_tuning(code, keep):
     made = kernel(target="sm_89")
     for number, config in enumerate(made.plan.candidates):
         code[config] = dict(instructions_per_score=100.0 if config == made.config else 10.0 + 10 * number)
-    trials = planned(made, LONG, keep=2)
+    trials = planned(made, LONG, keep=keep)
     times = [trial.predicted_ms for trial in trials]
     assert times == sorted(times) and {trial.config for trial in trials} == set(made.plan.candidates)
     left = [trial for trial in trials if not trial.why]
-    assert left[:2] == trials[:2] and [trial.config for trial in left[2:]] == [made.config]
-    third = trials[2]
-    assert third.why == f"predicted {third.predicted_ms / trials[0].predicted_ms:.1f} x the best"
+    assert left[:keep] == trials[:keep] and [trial.config for trial in left[keep:]] == [made.config]
+    next_best = trials[keep]
+    assert next_best.why == f"predicted {next_best.predicted_ms / trials[0].predicted_ms:.1f} x the best"
     assert all(trial.limit == "processors" for trial in trials)
 
 

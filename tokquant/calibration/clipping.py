@@ -82,7 +82,7 @@ def _reached(counts: Tensor, percent: float) -> Tensor:
     """The share of the cells `[G, n]`, the last one in part, that hold `percent` of the values: `[G, 1]`."""
     total = counts.cumsum(dim=1)
     wanted = total[:, -1:] * (percent / 100)
-    cell = torch.searchsorted(total, wanted).clamp(max=counts.shape[1] - 1)
+    cell = torch.searchsorted(total, wanted)
     within = counts.gather(1, cell)
     return (cell + (wanted - (total.gather(1, cell) - within)) / within).float() / counts.shape[1]
 

@@ -96,4 +96,4 @@ def _sglang(scales: Scales, model_type: str | None, tp_size: int) -> dict[str, A
 
 
 def _float32(value: Tensor) -> Tensor:
-    return value.detach().float().cpu().contiguous().clone()
+    return value.detach().float().cpu().clone()

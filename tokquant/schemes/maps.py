@@ -113,9 +113,8 @@ class SchemeMap:
         for scheme in self.schemes():
             if not _is_preset(scheme):
                 name = names[scheme.name, scheme.digest()]
-                own[name] = scheme.model_dump(
-                    mode="json", exclude_defaults=True, exclude={"name"} if name == scheme.name else None
-                )
+                given = {} if name == scheme.name else {"name": scheme.name}
+                own[name] = given | scheme.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
         data: dict[str, Any] = {"name": self.name} | ({"schemes": own} if own else {})
         return data | {"layers": {pattern: entry(scheme) for pattern, scheme in self.layers}}
 
