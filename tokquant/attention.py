@@ -68,7 +68,7 @@ def quantized(
     q: Tensor, k: Tensor, v: Tensor, found: LayerScheme, scales: LayerScales | None, chosen: str
 ) -> tuple[Coded, Coded, Coded]:
     """`quantize` of tensors that were checked, for the backend that was chosen."""
-    q, k, v = q.detach(), k.detach(), v.detach()
+    q, k, v = (x.detach() if x.requires_grad else x for x in (q, k, v))
     if isinstance(found, HeadSchemes):
         check_heads(found, k.shape[1], scales)
         parts = [_quantize(q[:, rows], k[:, heads], v[:, heads], own, None, chosen) for rows, heads, own in ranges(found, q, k)]

@@ -200,8 +200,7 @@ def check_products(plan: Plan) -> None:
 def aligned(codes: Tensor) -> bool:
     """Whether rows of codes begin at multiples of 16 bytes."""
     few = 16 // codes.itemsize
-    steps = zip(codes.shape[:-1], codes.stride(), strict=False)
-    return codes.data_ptr() % 16 == 0 and all(size == 1 or step % few == 0 for size, step in steps)
+    return codes.data_ptr() % 16 == 0 and not any([step % few for step in steps(codes)[:-1]])
 
 
 def outputs(q: QuantizedTensor, shape: tuple[int, ...], return_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -281,4 +280,4 @@ def strides(x: Tensor | None) -> tuple[int | None, int | None, int | None]:
 
 def steps(x: Tensor) -> tuple[int, ...]:
     """Strides of every dimension; zero where all share one."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return tuple([0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)])

@@ -31,7 +31,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Tensor:
 def faster(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: Features) -> bool:
     """Whether `attention` does what was asked, and tuning has found it faster at this shape than to quantize. If so a warning
     says it, once for each shape that was tuned."""
-    if not does(q, k, v, scheme, features):
+    if not _plain(q, k, scheme, features):
         return False
     (b, heads, n_q, d), n_k = q.shape, k.shape[2]
     made = plan(
@@ -45,15 +45,19 @@ def faster(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: Featu
         target=targets.of(q.device),
     )
     found = tuned.same(made, q.device, b * heads, n_q, n_k)
-    if found is None or not found.sixteen_bit:
+    if found is None or not found.sixteen_bit or not fused(q, k, v, features.causal):
         return False
     _say(found, scheme.name, FLOAT_NAMES[q.dtype])
     return True
 
 
 def does(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: Features) -> bool:
-    """Whether `attention` computes this: nothing but causality from the first token on, no less exactly than the scheme, and by
-    a kernel that writes no scores out."""
+    """Whether `attention` computes this, no less exactly than the scheme, by a kernel that writes no scores out."""
+    return _plain(q, k, scheme, features) and fused(q, k, v, features.causal)
+
+
+def _plain(q: Tensor, k: Tensor, scheme: QuantScheme, features: Features) -> bool:
+    """Whether torch's attention in 16 bits does what was asked, no less exactly: causal from the first token on, or plain."""
     return (
         q.dtype in (torch.float16, torch.bfloat16)
         and not torch.is_autocast_enabled(q.device.type)  # in which torch's attention takes another type
@@ -62,7 +66,6 @@ def does(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: Feature
         and not (features.causal and q.shape[2] != k.shape[2])  # torch's begins at the first key
         and all(getattr(scheme, role).format.bits <= 16 for role in "qkvp")
         and not needed(scheme)
-        and fused(q, k, v, features.causal)
     )
 
 

@@ -9,12 +9,12 @@ from tokquant.files import write_atomically
 
 def folder() -> Path:
     """`TOKQUANT_CACHE_DIR`, else `XDG_CACHE_HOME/tokquant`, else `~/.cache/tokquant`."""
-    return _named(os.environ.get("TOKQUANT_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return _named(*map(os.environ.get, ("TOKQUANT_CACHE_DIR", "XDG_CACHE_HOME", "HOME")))
 
 
 @lru_cache(maxsize=16)
-def _named(chosen: str | None, caches: str) -> Path:
-    return Path(chosen) if chosen else Path(caches) / "tokquant"
+def _named(chosen: str | None, caches: str | None, _: str | None) -> Path:
+    return Path(chosen) if chosen else Path(caches or os.path.expanduser("~/.cache")) / "tokquant"
 
 
 def keep(name: Path, text: str) -> Path:

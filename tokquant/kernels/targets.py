@@ -1,6 +1,7 @@
 """The GPUs that kernels are compiled for: what one multiprocessor holds, and how fast it is by its maker's figures."""
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
 
@@ -47,6 +48,9 @@ class Target:
     """A clock, that this cache gives to all of them together; what their ports take where no figure is known."""
     cache_size: int
     """Bytes that it holds."""
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # every call looks plans up by it
 
     @property
     def fast_bytes(self) -> int:
@@ -120,6 +124,11 @@ def of(device: torch.device) -> Target:
         return DEFAULT
     if torch.version.hip is not None:
         return TARGETS["gfx942"]
-    major, minor = torch.cuda.get_device_capability(device)
+    return of_capability(*torch.cuda.get_device_capability(device))
+
+
+@lru_cache(maxsize=16)
+def of_capability(major: int, minor: int) -> Target:
+    """The target of NVIDIA's GPUs of this compute capability, or the nearest older one that is known."""
     known = [target for target in TARGETS.values() if isinstance(target.arch, int) and target.arch <= 10 * major + minor]
     return known[-1] if known else TARGETS["sm_80"]

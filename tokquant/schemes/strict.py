@@ -12,6 +12,7 @@ class Strict(BaseModel):
     """A frozen model that refuses what it does not know, with a SchemeError that quotes it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+    __slots__ = ("_hash",)  # which copies and pickles leave out
 
     def __init__(self, /, **data: Any):
         for name, value in data.items():
@@ -21,3 +22,11 @@ class Strict(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             raise SchemeError(problems.explain(type(self), error)) from None
+
+    def __hash__(self) -> int:
+        # every call looks plans up by its scheme
+        known: int | None = getattr(self, "_hash", None)
+        if known is None:
+            known = hash((type(self), *self.__dict__.values()))
+            object.__setattr__(self, "_hash", known)
+        return known
