@@ -30,6 +30,8 @@ class Seen:
 
     launched: list[str] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)
+    computed: list[str] = field(default_factory=list)
+    """By torch: what would launch a kernel of its own."""
 
 
 class OnlyCuda(TorchDispatchMode):
@@ -49,6 +51,8 @@ class OnlyCuda(TorchDispatchMode):
             files = (Path(frame.filename) for frame in reversed(traceback.extract_stack()))
             self.seen.waits.append(next(str(file.relative_to(PACKAGE)) for file in files if file.is_relative_to(PACKAGE)))
             return False if args[0].dtype == torch.bool else 0
+        if function.name().startswith("aten::") and not function.is_view and "empty" not in function.name():
+            self.seen.computed.append(function.name())
         args, kwargs = tree_map_only(torch.Tensor, self.fake.from_tensor, (args, kwargs))
         with self.fake:
             return function(*args, **kwargs)

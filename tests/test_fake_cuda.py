@@ -1,5 +1,7 @@
 """What runs on the CPU around kernels, for tensors of a GPU that is not there: devices are not mixed, and nothing waits."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from fake_cuda import fake_cuda
@@ -33,6 +35,38 @@ def test_attention_waits_for_nothing_but_scales_that_may_not_fit_their_type(name
     out, lse = tq.attention(*three(), name, causal=True, return_lse=True)
     assert out.is_cuda and lse.is_cuda and seen.launched[-1].startswith("attention")
     assert seen.waits == (["kernels/quantize.py"] if name in MAY_NOT_FIT else [])
+
+
+# by tokquant and by torch: means, those of K once more for the heads of Q, and what V's codes are corrected and weighted by
+LAUNCHES = {
+    "int8-fp8": (6, 2),
+    "int8-fast": (6, 2),
+    "int8": (4, 5),
+    "int8-token": (4, 8),
+    "fp8": (10, 0),
+    "int-flash": (6, 0),
+    "int4": (3, 6),
+    "kv-int8": (4, 6),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_call_launches_no_more_kernels_than_it_did(name, seen):
+    tq.attention(*three(), name, causal=True)
+    assert (len(seen.launched), len(seen.computed)) == LAUNCHES[name], seen
+
+
+@pytest.mark.parametrize(("name", "means"), [("fp8", 0), ("int8", 2)])
+def test_sequences_launch_what_one_does_and_their_means(name, means, seen):
+    def launches(lengths):
+        starts = torch.tensor([0, *accumulate(lengths)])
+        before = len(seen.launched), len(seen.computed)
+        operands = (some(sum(lengths), heads, 64) for heads in (4, 2, 2))
+        tq.attention_varlen(*operands, name, cu_seqlens_q=starts, cu_seqlens_k=starts, causal=True)
+        return len(seen.launched) - before[0], len(seen.computed) - before[1]
+
+    few, many = launches([100, 300]), launches([70, 300, 5, 128, 1, 40])
+    assert many == (few[0], few[1] + 4 * means) and not seen.waits
 
 
 FEATURES = {

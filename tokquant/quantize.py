@@ -100,8 +100,10 @@ def with_sums(vq: QuantizedTensor, scheme: QuantScheme) -> QuantizedTensor:
     """V's codes with their sums in each key tile where P is unsigned, and P's weights where V is scaled per token."""
     code_sum = tile_sums(vq.stored_values(), scheme.key_tile) if needs_code_sums(scheme) else None
     if place(scheme.v) == "p":
-        nothing = (vq.code_values() == 0).all(dim=-1, keepdim=True)
-        return replace(vq, code_sum=code_sum, log2_weight=log2_weight(vq.scale, nothing))  # type: ignore[arg-type]
+        assert vq.scale is not None
+        # a token that is not a number has codes of zero too, and its scale to say so
+        weightless = (vq.code_values() == 0).all(dim=-1, keepdim=True) & vq.scale.float().isfinite()
+        return replace(vq, code_sum=code_sum, log2_weight=log2_weight(vq.scale, weightless))
     return replace(vq, code_sum=code_sum)
 
 
@@ -125,7 +127,7 @@ def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | N
     if not spec.scaled:
         codes = _as_float(x, dtype, spec)
         return QuantizedTensor(codes=codes, scale=None, spec=spec, shape=x.shape, dtype=dtype)
-    check_groups(spec, x)
+    check_groups(spec, x.shape[3])
     n, d = x.shape[2:]
     if spec.scale == "static":
         assert scales is not None
@@ -147,10 +149,10 @@ def codes_of(x: Tensor, scale: Tensor, zero: Tensor | None, spec: Operand) -> Te
     return precision.encode(((x - zero) / scale).round().clamp(0, precision.levels) - 2 ** (precision.bits - 1))
 
 
-def check_groups(spec: Operand, x: Tensor) -> None:
-    """Raise SchemeError where the operand's granularity does not fit the shape of `x`."""
+def check_groups(spec: Operand, head_dim: int) -> None:
+    """Raise SchemeError where the operand's granularity does not fit head_dim."""
     try:
-        spec.granularity.cover(*x.shape[2:])
+        spec.granularity.cover(1, head_dim)
     except SchemeError as error:
         raise SchemeError([(f"{spec.role}.granularity", str(error))]) from None
 
@@ -280,12 +282,10 @@ def less_offset(k: Tensor, frame: Frame) -> Tensor:
     return Frame(offset=frame.offset).apply(k).to(k.dtype).contiguous()
 
 
-def log2_weight(scale: Tensor, nothing: Tensor) -> Tensor:
-    """log2 of what P is multiplied by, for V per token, from its scale and whether its codes are all zero `[B, H, N, 1]`."""
-    scale = scale.float()
-    # small beside scales, and large enough that the normalizer, which takes it out again, holds it times 2^64; a token that is
-    # not a number has codes of zero too, and its scale to say so
-    return torch.where(nothing & scale.isfinite(), -32.0, scale.log2())
+def log2_weight(scale: Tensor, weightless: Tensor) -> Tensor:
+    """log2 of what P is multiplied by, for V per token, from its scale and whether that is of zeros alone `[B, H, N, 1]`."""
+    # small beside scales, and large enough that the normalizer, which takes it out again, holds it times 2^64
+    return scale.float().log2().masked_fill_(weightless, -32.0)
 
 
 def tile_sums(values: Tensor, tile: int) -> Tensor:

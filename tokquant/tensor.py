@@ -109,7 +109,7 @@ class QuantizedTensor:
         """V per token: what takes its weight out of P again. A weight that is not a number is in P already: 0 there."""
         if self.log2_weight is None:
             return None
-        return torch.where(self.log2_weight.isfinite(), torch.exp2(-self.log2_weight), 0.0)
+        return torch.exp2(-self.log2_weight).nan_to_num_(nan=0.0, posinf=0.0)
 
     @cached_property
     def origin_over_weight(self) -> Tensor | None:
@@ -143,9 +143,10 @@ class QuantizedTensor:
         lacking = self.code_sum * float(self.scheme.p.format.code_zero)
         if self.scale is None or place(self.spec) != "tile":
             return lacking
-        # the scales of the blocks that the tiles lie in
-        first = torch.arange(lacking.shape[2], device=self.device) * self.scheme.key_tile
-        return lacking * self.spread(self.scale).expand(-1, -1, self.shape[2], -1)[:, :, first]
+        granularity, tiles = self.spec.granularity, lacking.shape[2]
+        assert granularity.size is not None
+        of_tiles = Granularity(granularity.kind, granularity.size // self.scheme.key_tile)
+        return lacking * spread(self.scale, of_tiles, tiles, self.shape[3]).float()
 
     @property
     def nbytes(self) -> int:

@@ -23,13 +23,19 @@ def sixteen_bit(dtype: torch.dtype) -> torch.dtype:
 
 def mean_over_tokens(x: Tensor) -> Tensor:
     """`[B, H, N, D] -> [B, H, 1, D]`, summed in float32 and rounded to 16 bits."""
+    if x.is_cuda and x.dtype == sixteen_bit(x.dtype):
+        return x.mean(dim=2, keepdim=True)  # the same on a GPU, which then has no cast to launch
     return x.mean(dim=2, keepdim=True, dtype=torch.float32).to(sixteen_bit(x.dtype))
 
 
 def mean_over_blocks(x: Tensor) -> Tensor:
     """`[B, H, N, D] -> [B, H, ceil(N / 128), D]`: the mean of each block of queries, rounded to 16 bits."""
-    blocks = [block.mean(dim=2, dtype=torch.float32) for block in x.split(BLOCK_MEAN, dim=2)]
-    return torch.stack(blocks, dim=2).to(sixteen_bit(x.dtype))
+    blocks, rest = divmod(x.shape[2], BLOCK_MEAN)
+    whole, last = x.split([x.shape[2] - rest, rest], dim=2)
+    means = whole.unflatten(2, (blocks, BLOCK_MEAN)).mean(dim=3, dtype=torch.float32)
+    if rest:
+        means = torch.cat([means, last.mean(dim=2, keepdim=True, dtype=torch.float32)], dim=2)
+    return means.to(sixteen_bit(x.dtype))
 
 
 def hadamard(x: Tensor) -> Tensor:

@@ -31,6 +31,9 @@ MISFITS = [
     ("int4 token asymmetric scale=fp8_e4m3", -500.0, "k: a zero of 500 does not fit"),
     ("int8 token asymmetric scale=fp16", -1e6, "k: a zero of 1e.06 does not fit"),
     ("int8 token asymmetric", torch.tensor([-3e38, 3e38]), "k: values from -3e.38 to 3e.38 span more than float32 holds"),
+    ("int4 head asymmetric", torch.tensor([-3e38, 3e38]), "k: values from -3e.38 to 3e.38 span more than float32 holds"),
+    ("int4 channel asymmetric scale=fp8_e4m3", -500.0, "k: a zero of 500 does not fit"),
+    ("int8 block:256 scale=fp16", 1e8, "k: a scale of .* does not fit scale_dtype fp16"),
     ("fp16 mean", 1e6, "k: a value of .* does not fit fp16; use precision: bf16"),
 ]
 """Words of K, values that its types do not hold, and what is said of them."""

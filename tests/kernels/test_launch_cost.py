@@ -11,8 +11,9 @@ from tokquant.kernels import generate
 from tokquant.kernels.cpu.quantize_plan import Task as CpuTask
 from tokquant.kernels.decode_plan import decode_plan
 from tokquant.kernels.plan import plan
-from tokquant.kernels.quantize_plan import QuantizePlan, Task
+from tokquant.kernels.quantize_plan import QuantizePlan
 from tokquant.kernels.quantize_plan import plan as quantize_plan
+from tokquant.kernels.quantize_task import Task
 from tokquant.precisions.base import PRECISIONS, register
 
 MADE = dict(head_dim=64, dtype=torch.float16)

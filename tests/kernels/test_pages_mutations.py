@@ -95,7 +95,7 @@ def test_a_seeded_fault_in_reading_is_seen(name, monkeypatch):
 WRITING = {
     "from the beginning of a tile": (INT8, "first += start // TOKENS * TOKENS", "first += 0 * start"),
     "what was there overwritten": (INT8, "here = here & (i >= start)", "here = here & (i >= 0)"),
-    "the page of another tile": (INT8, "first // PAGE, mask=first < n", "0, mask=first < n"),
+    "the page of another tile": (INT8, "first // PAGE, mask=first < own", "0, mask=first < own"),
     "V's tokens not permuted": (INT8, "((column & 2) << 2) | ((column & 12) >> 1) | (column & 1)", "column"),
     "a scale in another page": (INT4, "scale_at = home * Y.scale_batch", "scale_at = 0 * home"),
     "the scale of another token": (INT4, "group = group % PAGE_GROUPS", "group = group % PAGE_GROUPS // 2"),

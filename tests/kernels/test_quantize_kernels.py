@@ -13,7 +13,7 @@ from quantized import CHOICES, FLOATS, MISFITS, by_torch, chosen, differences, s
 import tokquant as tq
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import SchemeError
-from tokquant.kernels import generate, quantize_plan, targets
+from tokquant.kernels import generate, quantize_plan, quantize_task, targets
 from tokquant.kernels import quantize as kernels
 from tokquant.kernels.triton import quantize as template
 from tokquant.kernels.triton.operands import Coded, Source, Table, Turned
@@ -43,7 +43,7 @@ def test_presets_are_quantized_as_the_definition_says(name, started):
     made = preset(name)
     compare(*qkv(37, 150, 64, 4, 2, dtype=torch.float16), made)
     scaled = [operand for operand in (made.q, made.k, made.v) if operand.scaled]
-    assert len(started) == sum(1 if quantize_plan.in_one_tile(operand) else 2 for operand in scaled)
+    assert len(started) == sum(1 if quantize_task.in_one_tile(operand) else 3 for operand in scaled)
 
 
 @pytest.mark.parametrize(("words", "granularity", "scale", "smooth", "transforms", "p", "dtype", "shape"), CHOICES, ids=str)
@@ -54,6 +54,28 @@ def test_every_choice_is_quantized_as_the_definition_says(words, granularity, sc
     except tq.UnsupportedError:  # an unsigned P on a V of floats
         made = chosen(words, granularity, scale, smooth, transforms, "int8 row_block:16")
     compare(*qkv(*shape, dtype), made)
+
+
+@pytest.mark.parametrize(
+    ("words", "shape"),
+    [
+        ("int8 head", (1200, 2, 32)),
+        ("int8 channel asymmetric scale=fp16", (700, 2, 16)),
+        ("int4 tensor asymmetric", (300, 3, 16)),
+        ("fp8_e4m3 channel_block:512 scale=fp8_e4m3", (1200, 1, 64)),
+    ],
+)
+def test_scales_of_more_tiles_than_are_read_at_once_are_those_of_the_definition(words, shape, started, monkeypatch):
+    monkeypatch.setattr(quantize_plan, "AT_ONCE", 8)
+    quantize_plan.scales_plan.cache_clear()
+    n, heads, d = shape
+    _, k, v = qkv(1, n, d, heads, batch=2, dtype=torch.float16)
+    k[1, 0, n - 1, 3], v[0, heads - 1, 5] = math.nan, 0
+    compare(k[:, :, :1], k, v, scheme("int8", words, words, "int8 row_block:64"))
+    quantize_plan.scales_plan.cache_clear()
+    scales = [plan for plan in started if plan.name.startswith("scales")]
+    tiles = min(n, 512 if "block" in words else n) // 128 * (2 * heads if "tensor" in words else 1)
+    assert [tiles > int(dict(plan.constants)["ROWS"]) for plan in scales] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -196,16 +218,16 @@ def test_a_precision_without_a_fragment_is_quantized_by_torch_for_its_operand_al
     try:
         compare(*qkv(20, 40, 32), scheme("int8", "mine", "int8", "int8 row_block:32"))
         assert [plan.name for plan in started] == ["quantize_q_int8", "quantize_v_int8"]
-        assert quantize_plan.lacking(scheme(k="mine").k, 32) == "k: precision mine has no triton_quantize"
+        assert quantize_task.lacking(scheme(k="mine").k, 32) == "k: precision mine has no triton_quantize"
     finally:
         del PRECISIONS[five.name]
 
 
 def test_what_no_kernel_takes_is_said():
-    assert quantize_plan.lacking(scheme(k="int8").k, 64) is None
-    assert quantize_plan.lacking(scheme(k="int8").k, 512) == "k: head_dim 512 is more than a kernel holds"
-    assert "sm_80 has no fp8" in quantize_plan.lacking(scheme(v="fp8_e4m3").v, 64, targets.TARGETS["sm_80"])
-    assert "sm_80 has no fp8" in quantize_plan.lacking(scheme(v="int8 scale=fp8_e4m3").v, 64, targets.TARGETS["sm_80"])
+    assert quantize_task.lacking(scheme(k="int8").k, 64) is None
+    assert quantize_task.lacking(scheme(k="int8").k, 512) == "k: head_dim 512 is more than a kernel holds"
+    assert "sm_80 has no fp8" in quantize_task.lacking(scheme(v="fp8_e4m3").v, 64, targets.TARGETS["sm_80"])
+    assert "sm_80 has no fp8" in quantize_task.lacking(scheme(v="int8 scale=fp8_e4m3").v, 64, targets.TARGETS["sm_80"])
     compare(*qkv(3, 5, 264), preset("int8"))
 
 
@@ -228,5 +250,5 @@ def test_a_kernel_imports_only_triton_and_has_no_free_names(name, started):
         stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         stored |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
         stored |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
-        assert set(names) <= stored | {"triton", "tl", "Any", "NamedTuple", "float"}
+        assert set(names) <= stored | {"triton", "tl", "Any", "NamedTuple", "float", "range"}
         assert not [n for n in ast.walk(tree) if isinstance(n, ast.If)], "branches on constants are resolved"

@@ -12,7 +12,7 @@ from tokquant.kernels import targets
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.plan import Plan, plan
 from tokquant.kernels.products import BYTES, EIGHT
-from tokquant.kernels.quantize_plan import LONGEST
+from tokquant.kernels.quantize_task import LONGEST
 from tokquant.kernels.triton import fragments, scales
 from tokquant.kernels.wanted import PLAIN, Wanted
 from tokquant.schemes import Operand, QuantScheme

@@ -18,8 +18,8 @@ from tokquant.kernels import store
 from tokquant.kernels.candidates import Loop
 from tokquant.kernels.decode_plan import DecodePlan
 from tokquant.kernels.plan import Plan
-from tokquant.kernels.quantize_plan import QuantizePlan
-from tokquant.kernels.triton import decode, operands, parts, quantize, template
+from tokquant.kernels.quantize_plan import QuantizePlan, ScalesPlan
+from tokquant.kernels.triton import decode, extremes, operands, parts, quantize, template
 
 HEADER = '''"""{title}.
 
@@ -50,6 +50,7 @@ TEMPLATES = {
     Plan: (template, template.attention, (operands.Operand, operands.Rows, operands.Features)),
     DecodePlan: (decode, decode.decode, (operands.Operand, operands.Pages, operands.Table, operands.Features)),
     QuantizePlan: (quantize, quantize.quantize, (operands.Source, operands.Turned, operands.Coded, operands.Table)),
+    ScalesPlan: (extremes, extremes.scales, (operands.Extremes, operands.Coded, operands.Table)),
 }
 
 
@@ -58,7 +59,10 @@ def render(plan: Plan | QuantizePlan, loop: Loop = "portable") -> str:
     """The text of the plan's kernel, with that main loop."""
     module, kernel, arguments, language, functions = _template(plan, loop)
     constants = dict(plan.constants)
-    body = _living("\n\n".join([*map(_text, getattr(module, "KERNEL", ())), _source(kernel, plan.name)]), constants)
+    body = _living(_source(kernel, plan.name), constants)
+    for own in reversed(getattr(module, "KERNEL", ())):
+        if re.search(rf"\b{own.__name__}\b", body):
+            body = f"{_living(_text(own), constants)}\n\n{body}"
     pieces = [_text(argument) for argument in arguments]
     for part in _used(functions, body):
         pieces.append(f"# {_function(part).__module__}\n{_source(part, _function(part).__name__)}")

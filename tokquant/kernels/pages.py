@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokquant.errors import UnsupportedError
 from tokquant.features import Features
-from tokquant.kernels import launch, quantize_plan, targets, tuned
+from tokquant.kernels import launch, quantize_task, targets, tuned
 from tokquant.kernels.decode_launch import Call, keys_seen
 from tokquant.kernels.decode_plan import DecodePlan, check_pages, decode_plan, eight_bits
 from tokquant.kernels.pool import FEW, Pool
@@ -35,7 +35,7 @@ class TritonPages(Store[Pool]):
         self.interpreted, self._target = launch.interpreted(), targets.of(self.device)
         self._tokens_last = eight_bits(self._plan(PLAIN, 1))  # which refuses what no kernel does
         for spec in (self.scheme.k, self.scheme.v):
-            if lacking := quantize_plan.lacking(spec, self.head_dim, None if self.interpreted else self._target):
+            if lacking := quantize_task.lacking(spec, self.head_dim, None if self.interpreted else self._target):
                 raise UnsupportedError(f"{lacking}; use backend='reference'")
         self._lost = torch.zeros(1, dtype=torch.int32, device=self.device)
 

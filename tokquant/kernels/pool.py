@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tokquant.kernels import generate, launch, quantize_plan
 from tokquant.kernels.decode_plan import sides_shape
-from tokquant.kernels.quantize_plan import Task
+from tokquant.kernels.quantize_task import Task
 from tokquant.kernels.triton.operands import Coded, Pages, Source, Table, Turned
 from tokquant.pages import Part, Store
 from tokquant.schemes import Operand
@@ -50,6 +50,8 @@ class Pool(Part):
         like = torch.empty(1, dtype=store.dtype, device=device).expand(1, heads, 1, d)
         known = self.operand({"codes": like}, 1)
         self._known = replace(known, codes=like[:, :, :0])
+        self._shared: dict[int, QuantizedTensor] = {}
+        self._tasks: dict[tuple[bool, bool], Task] = {}
         self._given: Tensor | None = None
         self._floats: Tensor | None = None
         if self.static:
@@ -83,45 +85,49 @@ class Pool(Part):
 
     def shared(self, batch: int) -> QuantizedTensor:
         """What all tokens share, for so many sequences."""
-        x = self._known
-        scale, zero = (None if each is None else each.expand(batch, -1, -1, -1) for each in (x.scale, x.zero))
-        frame = x.frame
-        offset, balance = (None if each is None else each.expand(batch, -1, -1, -1) for each in (frame.offset, frame.balance))
-        return replace(x, scale=scale, zero=zero, frame=replace(frame, offset=offset, balance=balance))
+        if batch not in self._shared:
+            x, frame = self._known, self._known.frame
+            parts = (x.scale, x.zero, frame.offset, frame.balance)
+            scale, zero, offset, balance = (None if each is None else each.expand(batch, -1, -1, -1) for each in parts)
+            self._shared[batch] = replace(x, scale=scale, zero=zero, frame=replace(frame, offset=offset, balance=balance))
+        return self._shared[batch]
 
     def write(self, x: Tensor, table: Table, lost: Tensor) -> bool:
         """Quantize `[B, H_kv, n, D]` to where the table says. Returns whether `lost` may tell of what did not fit."""
-        spec, frame, (b, heads, n, d) = self.spec, self.shared(x.shape[0]).frame, x.shape
-        plan = quantize_plan.plan(
-            Task(
-                spec=spec,
-                head_dim=d,
-                dtype=x.dtype,
-                step="both" if spec.scaled and not self.static else "codes",
-                **frame.steps(),
-                weighted=place(spec) == "p",
-                tokens_last=self.tokens_last,
-                page=self.shape[2],
-                few=n <= FEW,
-                counted=table.counts is not None,
-                interpreted=self._interpreted,
-            )
-        )
+        spec, frame, (b, heads, n, _) = self.spec, self.shared(x.shape[0]).frame, x.shape
+        plan = quantize_plan.plan(self._task(x, few=n <= FEW, counted=table.counts is not None))
         codes = self.codes if self._kind.itemsize > 1 else self.codes.view(torch.uint8)
         made = Coded(codes=codes, lost=lost)
         sides = self._floats if self.static else self.sides
         if sides is not None:
+            page, head, row, *_ = sides.stride()
             scale, zero = sides[..., 0, :], None if spec.symmetric else sides[..., 1, :]
-            page = 0 if self.static else sides.stride(0)
-            made = made._replace(
-                scale=scale, zero=zero, scale_batch=page, scale_head=sides.stride(1), scale_row=sides.stride(2)
-            )
+            made = Coded(codes, scale, zero, 0 if self.static else page, head, row, lost=lost)
         offset, balance = (None if each is None else each.contiguous() for each in (frame.offset, frame.balance))
         given = Turned(offset=offset, balance=balance)
         # n tokens that begin anywhere lie in one tile more, but for a single one
         grid = launch.grid("k, v", (n + plan.tokens - 2) // plan.tokens + 1, heads, b)
         generate.load(plan)[grid](Source(x, *x.stride()), given, made, table, n, plan.tokens, **plan.options())
         return plan.checked
+
+    def _task(self, x: Tensor, *, few: bool, counted: bool) -> Task:
+        """What the kernel does that writes such tokens."""
+        if (few, counted) not in self._tasks:
+            spec = self.spec
+            self._tasks[few, counted] = Task(
+                spec=spec,
+                head_dim=x.shape[3],
+                dtype=x.dtype,
+                step="both" if spec.scaled and not self.static else "codes",
+                **self._known.frame.steps(),
+                weighted=place(spec) == "p",
+                tokens_last=self.tokens_last,
+                page=self.shape[2],
+                few=few,
+                counted=counted,
+                interpreted=self._interpreted,
+            )
+        return self._tasks[few, counted]
 
     def get(self, pages: Tensor, tokens: int) -> QuantizedTensor:
         codes = self.codes[pages]

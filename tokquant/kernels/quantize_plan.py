@@ -1,21 +1,21 @@
 """Decides what a quantization kernel is made of: fragments, constants, and how many tokens a program takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from tokquant import precisions
 from tokquant.kernels.products import FLOAT_NAMES, TRITON_TYPES
-from tokquant.kernels.targets import Target
+from tokquant.kernels.quantize_task import LONGEST, Task, columns_of
 from tokquant.kernels.triton import scales
 from tokquant.schemes import Operand
 from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.scheme import SCALE_TYPES
 
-LONGEST = 128
-"""Tokens in a tile, at most. Scales of more tokens take two reads: extremes first, then codes."""
+AT_ONCE = 4096
+"""Extremes of tiles that a program which makes scales of them reads at once."""
 
 
 @dataclass(frozen=True)
@@ -48,71 +48,9 @@ class QuantizePlan:
         return f"<plan {self.name}: {self.title}>"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What one kernel does with one operand."""
-
-    spec: Operand
-    head_dim: int
-    dtype: torch.dtype
-    """Of the tensor."""
-    step: Literal["both", "extremes", "codes"]
-    """`both` scales and codes, or the `extremes` of each tile, or `codes` with scales that are given."""
-    offset_tokens: int = 0
-    """Tokens under one offset; 0 where there is none."""
-    balanced: bool = False
-    rotated: bool = False
-    folded: bool = False
-    k_offset: bool = False
-    """Q: its product with K's offset is wanted,"""
-    k_origin: bool = False
-    """with what K's codes of 0 stand for,"""
-    code_sum: bool = False
-    """and the sum of its codes."""
-    companion: bool = False
-    """K less its offset is wanted in its own type."""
-    sum_tokens: int = 0
-    """V: the sums of its codes are wanted, over so many tokens each."""
-    weighted: bool = False
-    """V: and which tokens hold anything."""
-    tokens_last: bool = False
-    page: int = 0
-    """Tokens of a page, where the codes go into pages; V of pages with `tokens_last` has no two tokens in an element."""
-    few: bool = False
-    """Whether there are at most 16 new tokens, so that no program takes more than that."""
-    counted: bool = False
-    """Whether sequences have different numbers of new tokens."""
-    interpreted: bool = False
-
-
-def lacking(
-    spec: Operand, head_dim: int, target: Target | None = None, *, tokens_last: bool = False, sum_tokens: int = 0
-) -> str | None:
-    """Why no kernel quantizes this operand on `target` (None: the interpreter), so that the definition does, in torch.
-
-    None where a kernel does. V may have to lie with `tokens_last`, and need sums of its codes over so many tokens.
-    """
-    if spec.format.triton_quantize is None:
-        return f"{spec.role}: precision {spec.precision} has no triton_quantize"
-    if head_dim > 256:
-        return f"{spec.role}: head_dim {head_dim} is more than a kernel holds"
-    fp8 = "float8" in spec.format.compute or (spec.scaled and spec.scale_dtype == "fp8_e4m3")
-    if fp8 and target is not None and not target.fp8:
-        return f"{spec.role}: {target.name} has no fp8 of this kind (e4m3fn)"
-    shared, block = 16 * spec.format.packed, _tokens_of(spec)
-    if tokens_last and (1 < block < shared or 0 < sum_tokens < shared):
-        return f"{spec.role}: stored elements mix tokens of {shared}, and its blocks or P's have fewer"
-    return None
-
-
-def in_one_tile(spec: Operand) -> bool:
-    """Whether the tokens of every dynamic scale lie in one tile, so that the tensor is read once."""
-    return spec.scaled and spec.scale == "dynamic" and _tokens_of(spec) <= LONGEST
-
-
-def _tokens_of(spec: Operand) -> int:
-    """Tokens under one scale."""
-    return spec.granularity.cover(WHOLE, spec.granularity.size or 1)[0]
+@dataclass(frozen=True, eq=False, repr=False)
+class ScalesPlan(QuantizePlan):
+    """The plan of a kernel that makes scales of the extremes of tiles."""
 
 
 @lru_cache(maxsize=256)
@@ -131,7 +69,6 @@ def plan(task: Task) -> QuantizePlan:
     own = precisions.get(FLOAT_NAMES[task.dtype])
     stores = precision.of(task.dtype)
     order = d & -d
-    largest_code = precision.largest if precision.largest is not None else 1
     constants: dict[str, Any] = {
         "D": d,
         "D_TILE": padded,
@@ -153,17 +90,12 @@ def plan(task: Task) -> QuantizePlan:
         "CODES": codes,
         "SCALED": scaled,
         "STATIC": spec.scale == "static",
-        "SYMMETRIC": spec.symmetric,
-        "ASYMMETRIC": not spec.symmetric,
         "GROUP_TOKENS": min(group_tokens, tokens),
         "GROUP_CHANNELS": padded if group_channels == d else group_channels,
         "SCALE_TOKENS": group_tokens if codes else tokens,
         "SCALE_COLUMNS": d // group_channels,
-        "LARGEST": float(largest_code),
-        "LEVELS": float(precision.levels),
         "HALF": 0 if spec.symmetric else 2 ** (precision.bits - 1),
-        "SCALE_SMALLEST": torch.finfo(SCALE_TYPES[spec.scale_dtype]).smallest_normal,
-        "SCALE_LARGEST": torch.finfo(SCALE_TYPES[spec.scale_dtype]).max,
+        **_of_scales(task),
         "CHECK_SCALE": task.step == "both" and _may_not_fit(task),
         "CHECK_FP16": codes and stores.stored == torch.float16,
         "PACKED": stores.packed,
@@ -173,6 +105,8 @@ def plan(task: Task) -> QuantizePlan:
         "BYTES": stores.stored.itemsize == 1,
         "CANONICAL": not task.tokens_last and not task.page,
         "TOKENS_LAST": over_tokens,
+        "SEQUENCES": task.sequences,
+        "SEQUENCE_ROWS": 0 if task.weighted else 1,
         "PAGED": task.page > 0,
         "PAGE": task.page,
         "PAGE_GROUPS": max(1, task.page // group_tokens),
@@ -198,11 +132,7 @@ def plan(task: Task) -> QuantizePlan:
     if constants["COMPANION"]:
         holes["encode_own"] = _encode(own, task.interpreted)
     if constants["SCALE_HERE"]:
-        up = precision.kind == "int" and precision.bits == 8
-        e4m3 = scales.up_to_e4m3 if up else scales.within_e4m3
-        holes["round_scale"] = e4m3 if spec.scale_dtype == "fp8_e4m3" else scales.nearest
-        # without PTX, which takes four values at once: a tile may have one scale
-        holes["encode_scale"] = _encode(precisions.get(spec.scale_dtype), True)
+        holes |= _rounding(spec)
     if codes and constants["VALUES"]:
         holes["decode"] = precision.triton_decode
     return QuantizePlan(
@@ -216,7 +146,61 @@ def plan(task: Task) -> QuantizePlan:
     )
 
 
-precisions.base.WHEN_REPLACED.append(plan.cache_clear)
+@lru_cache(maxsize=256)
+def extremes(task: Task) -> QuantizePlan:
+    """The plan of the kernel that finds the extremes of tiles for the scales of `task`."""
+    return plan(replace(task, step="extremes"))
+
+
+@lru_cache(maxsize=256)
+def scales_plan(task: Task) -> ScalesPlan:
+    """The plan of the kernel that makes the scales of `task` of those."""
+    spec, columns = task.spec, columns_of(task)
+    padded = 1 << (columns - 1).bit_length()
+    constants = _of_scales(task) | {
+        "SEQUENCES": task.sequences,
+        "CHECK_SCALE": _may_not_fit(task),
+        "SCALE_STORED": True,
+        "SCALE_COLUMNS": columns,
+        "COLUMNS_TILE": padded,
+        "ROWS": max(2, AT_ONCE // padded),
+    }
+    return ScalesPlan(
+        name=f"scales_of_{spec.role}",
+        title=f"scales of {spec.role} {spec}, of the extremes of tiles",
+        holes=tuple(_rounding(spec).items()),
+        constants=tuple((name, repr(value)) for name, value in constants.items()),
+        tokens=0,
+        num_warps=4,
+        checked=constants["CHECK_SCALE"],
+    )
+
+
+for _made in (plan, extremes, scales_plan):
+    precisions.base.WHEN_REPLACED.append(_made.cache_clear)
+
+
+def _of_scales(task: Task) -> dict[str, Any]:
+    """What the arithmetic of scales is made of."""
+    spec, precision = task.spec, task.spec.format
+    kind = torch.finfo(SCALE_TYPES[spec.scale_dtype])
+    return {
+        "SYMMETRIC": spec.symmetric,
+        "ASYMMETRIC": not spec.symmetric,
+        "LARGEST": float(1 if precision.largest is None else precision.largest),
+        "LEVELS": float(precision.levels),
+        "SCALE_SMALLEST": kind.smallest_normal,
+        "SCALE_LARGEST": kind.max,
+    }
+
+
+def _rounding(spec: Operand) -> dict[str, Any]:
+    """The fragments that round a scale to its type."""
+    up = spec.format.kind == "int" and spec.format.bits == 8
+    e4m3 = scales.up_to_e4m3 if up else scales.within_e4m3
+    # without PTX, which takes four values at once: a tile may have one scale
+    encode = _encode(precisions.get(spec.scale_dtype), True)
+    return {"round_scale": e4m3 if spec.scale_dtype == "fp8_e4m3" else scales.nearest, "encode_scale": encode}
 
 
 def _may_not_fit(task: Task) -> bool:
@@ -247,4 +231,5 @@ def _title(task: Task) -> str:
     made = "extremes of tiles" if task.step == "extremes" else str(task.spec)
     source = f"{task.spec.role} {TRITON_TYPES[task.dtype].removeprefix('tl.')}"
     layout = ["tokens side by side"] * task.tokens_last + [f"into pages of {task.page}"] * (task.page > 0)
+    layout += ["of sequences of their own lengths"] * task.sequences
     return ", ".join([f"{source} to {made}", f"head_dim {task.head_dim}", *steps, *layout])

@@ -119,7 +119,7 @@ class _Run:
     def _task(self, x: Tensor, frame: Frame, role: str, **rest: Any) -> Task:
         spec = getattr(self.scheme, role)
         if spec.scaled:
-            check_groups(spec, x)
+            check_groups(spec, x.shape[3])
         return Task.of(spec, self.scheme, x.shape[3], x.dtype, **frame.steps(), **rest)
 
     def _coded(

@@ -46,6 +46,13 @@ class Source(NamedTuple):
     column: Any
 
 
+class Extremes(NamedTuple):
+    """Of tiles of tokens `[B, H, tiles, columns]`, contiguous float32."""
+
+    highest: Any  # symmetric operands: of magnitudes
+    lowest: Any = None
+
+
 class Turned(NamedTuple):
     """What is done to it first; contiguous, for the heads of that tensor."""
 
@@ -68,7 +75,7 @@ class Coded(NamedTuple):
     companion: Any = None  # K: less its offset, in its own type [B, H, N, D]
     logit_offset: Any = None  # Q: [B, H, N] float32
     code_sum: Any = None  # Q: [B, H, N] float32; V: [B, H, tiles, D] int32
-    something: Any = None  # V per token: whether any code is not zero [B, H, N] int8
+    weightless: Any = None  # V per token: whether all codes are zero, of a scale that is a number [B, H, N] int8
     lost: Any = None  # set to 1 where a type does not hold a value
 
 
@@ -80,6 +87,7 @@ class Table(NamedTuple):
     lengths: Any = None  # [B] int32: tokens of each sequence; where tokens are appended, those before them
     counts: Any = None  # [B] int32: how many are appended
     newer: Any = None  # [B] int32: how many follow elsewhere
+    starts: Any = None  # [B + 1] int32: where sequences begin that lie one after another
 
 
 class Pages(NamedTuple):

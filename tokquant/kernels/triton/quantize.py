@@ -54,6 +54,8 @@ LAST = tl.constexpr(255)  # bits of that
 BYTES = tl.constexpr(True)
 CANONICAL = tl.constexpr(True)  # [N, D], or
 TOKENS_LAST = tl.constexpr(False)  # [D, N] with N padded to whole groups of 16 elements, or
+SEQUENCES = tl.constexpr(False)  # of their own lengths lie one after another, and for each one what holds many of its tokens
+SEQUENCE_ROWS = tl.constexpr(1)  # of scales between one and the next, but for V per token: attention reads weights
 PAGED = tl.constexpr(False)  # in pages, from any token on
 PAGE = tl.constexpr(128)  # tokens of a page
 PAGE_GROUPS = tl.constexpr(128)  # rows of scales of a page
@@ -65,10 +67,42 @@ VALUE_TYPE = tl.constexpr(tl.int32)  # integers are summed as such
 CODE_SUM = tl.constexpr(False)  # Q: their sum over channels
 TILE_SUMS = tl.constexpr(False)  # V: over each SUM_TOKENS tokens
 SUM_TOKENS = tl.constexpr(64)
-WEIGHTED = tl.constexpr(False)  # V per token: whether any is not zero
+WEIGHTED = tl.constexpr(False)  # V per token: whether all are zero
 WEIGHT_APART = tl.constexpr(False)  # as a tensor of its own,
 WEIGHT_IN_SIGN = tl.constexpr(False)  # or in the sign of the scale: below zero where all codes are
 SCALE_STORED = tl.constexpr(True)  # as it is
+
+
+@triton.jit
+def finish(highest, lowest, kept, Y, scale_at):
+    # extremes to scales and zeros, which are stored where they are `kept`, and returned as codes are taken with them
+    zero = lowest
+    if SYMMETRIC:
+        exact = tl.where(highest == 0.0, 1.0, tl.div_rn(highest, LARGEST))
+    if ASYMMETRIC:
+        # past the largest that its type holds there is no zero
+        zero = tl.where(tl.abs(lowest) > SCALE_LARGEST, float("nan"), lowest)
+        stored_zero = encode_scale(zero)
+        zero = tl.where(zero == zero, stored_zero.to(tl.float32), zero)
+        exact = tl.div_rn(highest - zero, LEVELS)
+        # a zero rounded past the maximum takes the smallest scale
+        exact = tl.where(exact < 0.0, 0.0, exact)
+    scale = round_scale(exact)
+    # from fp8 the interpreter casts a NaN to a number
+    scale = tl.where(scale == scale, encode_scale(scale).to(tl.float32), scale)
+    scale = tl.where(scale < SCALE_SMALLEST, SCALE_SMALLEST, scale)
+    if CHECK_SCALE:
+        holds = kept & (tl.abs(highest) < float("inf"))
+        if SYMMETRIC:
+            lost = holds & (exact < float("inf")) & ~(scale < float("inf"))
+        if ASYMMETRIC:
+            lost = holds & (tl.abs(lowest) < float("inf")) & ~(scale < float("inf"))
+        tl.store(Y.lost, 1, mask=tl.max(tl.max(lost.to(tl.int32), 1), 0) > 0)
+    if SCALE_STORED:
+        tl.store(Y.scale + scale_at, encode_scale(scale), mask=kept)
+    if ASYMMETRIC:
+        tl.store(Y.zero + scale_at, stored_zero, mask=kept)
+    return scale, zero
 
 
 @triton.jit
@@ -79,19 +113,28 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
     home = batch  # whose scales are written
     first = tl.program_id(0) * TOKENS
     place = tl.arange(0, TOKENS)
+    own = n
     if PAGED:
         # tiles are parts of pages: the first may begin before the first new token
         start = tl.load(T.lengths + batch)
         if COUNTED:
             n = tl.load(T.counts + batch)
-        n += start
+        own = n + start
         first += start // TOKENS * TOKENS
-        home = tl.load(T.table + batch * T.row + first // PAGE, mask=first < n, other=0).to(tl.int64)
+        home = tl.load(T.table + batch * T.row + first // PAGE, mask=first < own, other=0).to(tl.int64)
+    if SEQUENCES:
+        start = tl.load(T.starts + batch)
+        own = tl.load(T.starts + batch + 1) - start
+        sequences = tl.num_programs(2)
+        if first >= own:
+            return
     i = first + order_tokens(place, PACKED)
-    here = i < n
+    here = i < own
     if PAGED:
         here = here & (i >= start)
     row = plane * n + i
+    if SEQUENCES:
+        row = head * n + start + i
     column = tl.arange(0, D_TILE)
     held = column < D
     there = here[:, None] & held[None, :]
@@ -99,6 +142,8 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
     x_at = X.data + batch * X.batch + head * X.head
     if PAGED:
         x_at -= start.to(tl.int64) * X.row
+    if SEQUENCES:
+        x_at += start.to(tl.int64) * X.row
     x_at += i.to(tl.int64)[:, None] * X.row + column.to(tl.int64)[None, :] * X.column
     x = tl.load(x_at, mask=there, other=0.0).to(tl.float32)
     y = x
@@ -128,15 +173,19 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
         # [groups of tokens, groups of channels]
         group = (first + order_tokens(tl.arange(0, TOKENS // GROUP_TOKENS) * GROUP_TOKENS, PACKED)) // SCALE_TOKENS
         part = tl.arange(0, D_TILE // GROUP_CHANNELS)
-        kept = (group * SCALE_TOKENS < n)[:, None] & (part < SCALE_COLUMNS)[None, :]
+        kept = (group * SCALE_TOKENS < own)[:, None] & (part < SCALE_COLUMNS)[None, :]
         if PAGED:
             kept = kept & ((group + 1) * SCALE_TOKENS > start)[:, None]
             group = group % PAGE_GROUPS
+        if SEQUENCES:
+            home = 0
+            group += start // SCALE_TOKENS + SEQUENCE_ROWS * batch
         scale_at = home * Y.scale_batch + head * Y.scale_head
         scale_at += group.to(tl.int64)[:, None] * Y.scale_row + part[None, :]
     if EXTREMES:
         if SYMMETRIC:
             highest = group_max_magnitude(y, there, TOKENS, GROUP_TOKENS, D_TILE, GROUP_CHANNELS)
+            lowest = highest  # of which nothing is made
         if ASYMMETRIC:
             highest = group_max(y, there, TOKENS, GROUP_TOKENS, D_TILE, GROUP_CHANNELS)
             lowest = -group_max(-y, there, TOKENS, GROUP_TOKENS, D_TILE, GROUP_CHANNELS)
@@ -145,31 +194,7 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
         if ASYMMETRIC:
             tl.store(Y.zero + scale_at, lowest, mask=kept)
     if SCALE_HERE:
-        if SYMMETRIC:
-            exact = tl.where(highest == 0.0, 1.0, tl.div_rn(highest, LARGEST))
-        if ASYMMETRIC:
-            # past the largest that its type holds there is no zero
-            zero = tl.where(tl.abs(lowest) > SCALE_LARGEST, float("nan"), lowest)
-            stored_zero = encode_scale(zero)
-            zero = tl.where(zero == zero, stored_zero.to(tl.float32), zero)
-            exact = tl.div_rn(highest - zero, LEVELS)
-            # a zero rounded past the maximum takes the smallest scale
-            exact = tl.where(exact < 0.0, 0.0, exact)
-        scale = round_scale(exact)
-        # from fp8 the interpreter casts a NaN to a number
-        scale = tl.where(scale == scale, encode_scale(scale).to(tl.float32), scale)
-        scale = tl.where(scale < SCALE_SMALLEST, SCALE_SMALLEST, scale)
-        if CHECK_SCALE:
-            holds = kept & (tl.abs(highest) < float("inf"))
-            if SYMMETRIC:
-                lost = holds & (exact < float("inf")) & ~(scale < float("inf"))
-            if ASYMMETRIC:
-                lost = holds & (tl.abs(lowest) < float("inf")) & ~(scale < float("inf"))
-            tl.store(Y.lost, 1, mask=tl.max(tl.max(lost.to(tl.int32), 1), 0) > 0)
-        if SCALE_STORED:
-            tl.store(Y.scale + scale_at, encode_scale(scale), mask=kept)
-        if ASYMMETRIC:
-            tl.store(Y.zero + scale_at, stored_zero, mask=kept)
+        scale, zero = finish(highest, lowest, kept, Y, scale_at)
     if SCALE_GIVEN:
         scale = tl.load(Y.scale + scale_at, mask=kept, other=1.0)
         if ASYMMETRIC:
@@ -230,22 +255,32 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
             code_at += (first % PAGE + place)[:, None] * ROW + element[None, :] * COLUMN
             tl.store(code_at, stored, mask=here[:, None] & (element < WIDTH)[None, :])
         if TOKENS_LAST:
-            elements = tl.cdiv(n, 16 * PACKED) * 16
+            elements = tl.cdiv(own, 16 * PACKED) * 16
             element = first // PACKED + tl.arange(0, TOKENS // PACKED)
-            code_at = Y.codes + (plane * D + column)[:, None] * elements + element[None, :]
+            code_row = (plane * D + column) * elements
+            if SEQUENCES:
+                code_row = (head * D + column) * (n // (16 * PACKED) + sequences) * 16 + (start // (16 * PACKED) + batch) * 16
+            code_at = Y.codes + code_row[:, None] + element[None, :]
             tl.store(code_at, tl.trans(stored), mask=held[:, None] & (element < elements)[None, :])
         if CODE_SUM:
             tl.store(Y.code_sum + row, tl.sum(values, 1).to(tl.float32), mask=here)
         if TILE_SUMS:
             tile = first // SUM_TOKENS + tl.arange(0, TOKENS // SUM_TOKENS)
             sums = tl.sum(values.reshape(TOKENS // SUM_TOKENS, SUM_TOKENS, D_TILE), 1)
-            sum_at = Y.code_sum + (plane * tl.cdiv(n, SUM_TOKENS) + tile)[:, None] * D + column[None, :]
-            tl.store(sum_at, sums, mask=(tile * SUM_TOKENS < n)[:, None] & held[None, :])
+            sum_row = plane * tl.cdiv(own, SUM_TOKENS) + tile
+            if SEQUENCES:
+                sum_row = head * (n // SUM_TOKENS + sequences) + start // SUM_TOKENS + batch + tile
+            sum_at = Y.code_sum + sum_row[:, None] * D + column[None, :]
+            tl.store(sum_at, sums, mask=(tile * SUM_TOKENS < own)[:, None] & held[None, :])
         if WEIGHTED:
             something = tl.max((there & (values + HALF != 0)).to(tl.int32), 1)
-        if WEIGHT_APART:
-            tl.store(Y.something + row, something.to(tl.int8), mask=here)
-        if WEIGHT_IN_SIGN:
             # a token that is not a number has codes of zero too, and its scale to say so
             weightless = (something == 0)[:, None] & (scale < float("inf"))
+        if WEIGHT_APART:
+            tl.store(Y.weightless + row[:, None], weightless.to(tl.int8), mask=here[:, None])
+        if WEIGHT_IN_SIGN:
             tl.store(Y.scale + scale_at, encode_scale(tl.where(weightless, -scale, scale)), mask=kept)
+
+
+KERNEL = (finish.fn,)
+"""What the kernel is made of beside itself, where it makes scales."""

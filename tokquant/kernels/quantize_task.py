@@ -1,0 +1,148 @@
+"""What kernels do with an operand, by its scheme, its types and its frame: a task is what a plan is made of."""
+
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+import torch
+
+from tokquant.kernels.products import takes_tokens_last
+from tokquant.kernels.targets import Target
+from tokquant.precisions.base import WHEN_REPLACED
+from tokquant.quantize import check_groups
+from tokquant.schemes import Operand, QuantScheme
+from tokquant.schemes.granularity import WHOLE
+from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
+
+LONGEST = 128
+"""Tokens in a tile, at most. Scales of more tokens take two reads: extremes first, then codes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What kernels do with one operand."""
+
+    spec: Operand
+    head_dim: int
+    dtype: torch.dtype
+    """Of the tensor."""
+    step: Literal["both", "extremes", "codes"]
+    """`both` scales and codes, or the `extremes` of each tile, or `codes` with scales that are given."""
+    offset_tokens: int = 0
+    """Tokens under one offset; 0 where there is none."""
+    balanced: bool = False
+    rotated: bool = False
+    folded: bool = False
+    k_offset: bool = False
+    """Q: its product with K's offset is wanted,"""
+    k_origin: bool = False
+    """with what K's codes of 0 stand for,"""
+    code_sum: bool = False
+    """and the sum of its codes."""
+    companion: bool = False
+    """K less its offset is wanted in its own type."""
+    sum_tokens: int = 0
+    """V: the sums of its codes are wanted, over so many tokens each."""
+    weighted: bool = False
+    """V: and which tokens hold nothing."""
+    tokens_last: bool = False
+    sequences: bool = False
+    """Whether sequences of their own lengths lie one after another, each with its own scales."""
+    page: int = 0
+    """Tokens of a page, where the codes go into pages; V of pages with `tokens_last` has no two tokens in an element."""
+    few: bool = False
+    """Whether there are at most 16 new tokens, so that no program takes more than that."""
+    counted: bool = False
+    """Whether sequences have different numbers of new tokens."""
+    interpreted: bool = False
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # every call looks its plans up
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+
+def lacking(
+    spec: Operand, head_dim: int, target: Target | None = None, *, tokens_last: bool = False, sum_tokens: int = 0
+) -> str | None:
+    """Why no kernel quantizes this operand on `target` (None: the interpreter), so that the definition does, in torch.
+
+    None where a kernel does. V may have to lie with `tokens_last`, and need sums of its codes over so many tokens.
+    """
+    if spec.format.triton_quantize is None:
+        return f"{spec.role}: precision {spec.precision} has no triton_quantize"
+    if head_dim > 256:
+        return f"{spec.role}: head_dim {head_dim} is more than a kernel holds"
+    fp8 = "float8" in spec.format.compute or (spec.scaled and spec.scale_dtype == "fp8_e4m3")
+    if fp8 and target is not None and not target.fp8:
+        return f"{spec.role}: {target.name} has no fp8 of this kind (e4m3fn)"
+    shared, block = 16 * spec.format.packed, _tokens_of(spec)
+    if tokens_last and (1 < block < shared or 0 < sum_tokens < shared):
+        return f"{spec.role}: stored elements mix tokens of {shared}, and its blocks or P's have fewer"
+    return None
+
+
+def in_one_tile(spec: Operand) -> bool:
+    """Whether the tokens of every dynamic scale lie in one tile, so that the tensor is read once."""
+    return spec.scaled and spec.scale == "dynamic" and _tokens_of(spec) <= LONGEST
+
+
+def _tokens_of(spec: Operand) -> int:
+    """Tokens under one scale."""
+    return spec.granularity.cover(WHOLE, spec.granularity.size or 1)[0]
+
+
+def columns_of(task: Task) -> int:
+    """Scales side by side."""
+    return task.spec.granularity.scale_shape((1, 1, 1, task.head_dim))[3]
+
+
+@lru_cache(maxsize=1024)
+def task_of(
+    scheme: QuantScheme,
+    role: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    steps: tuple[tuple[str, Any], ...],
+    target: Target | None,
+    interpreted: bool,
+    sequences: bool = False,
+    k_offset: bool = False,
+    k_origin: bool = False,
+) -> Task | None:
+    """What kernels do with an operand; None where the definition quantizes it: no kernel does, or it is only cast.
+
+    Raises SchemeError where its granularity does not fit head_dim.
+    """
+    spec: Operand = getattr(scheme, role)
+    if spec.scaled:
+        check_groups(spec, head_dim)
+    elif not any(step for _, step in steps):
+        return None
+    tokens_last = role == "v" and takes_tokens_last(scheme, dtype)
+    sum_tokens = min(scheme.key_tile, LONGEST) if role == "v" and needs_code_sums(scheme) else 0
+    if lacking(spec, head_dim, target, tokens_last=tokens_last, sum_tokens=sum_tokens):
+        return None
+    return Task(
+        spec=spec,
+        head_dim=head_dim,
+        dtype=dtype,
+        step="both" if in_one_tile(spec) else "codes",
+        **dict(steps),
+        k_offset=k_offset,
+        k_origin=k_origin,
+        companion=role == "k" and scheme.q.smooth == "block_mean",
+        # the sum of integers is one in any order
+        code_sum=role == "q" and needs_query_sums(scheme) and spec.format.compute == "tl.int8" and place(spec) == "scores",
+        sum_tokens=sum_tokens,
+        weighted=role == "v" and place(spec) == "p",
+        tokens_last=tokens_last,
+        sequences=sequences,
+        interpreted=interpreted,
+    )
+
+
+WHEN_REPLACED.append(task_of.cache_clear)
