@@ -62,7 +62,7 @@ def render(plan: Plan | QuantizePlan, loop: Loop = "portable") -> str:
     body = _living(_source(kernel, plan.name), constants)
     for own in reversed(getattr(module, "KERNEL", ())):
         if re.search(rf"\b{own.__name__}\b", body):
-            body = f"{_living(_text(own), constants)}\n\n{body}"
+            body = f"{_living(_text(_function(own)), constants)}\n\n{body}"
     pieces = [_text(argument) for argument in arguments]
     for part in _used(functions, body):
         pieces.append(f"# {_function(part).__module__}\n{_source(part, _function(part).__name__)}")

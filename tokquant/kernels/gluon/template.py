@@ -384,5 +384,5 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
         )
 
 
-KERNEL = tuple(each.fn for each in (fill, produce, consume))
+KERNEL = (fill, produce, consume)
 """What the kernel is made of beside itself."""

@@ -52,5 +52,5 @@ def scales(E, Y, T, rows, group, groups, TOKENS: tl.constexpr):
     finish(highest, lowest, kept, Y, tl.program_id(0).to(tl.int64) * SCALE_COLUMNS + column)
 
 
-KERNEL = (finish.fn,)
+KERNEL = (finish,)
 """What the kernel is made of beside itself."""

@@ -282,5 +282,5 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
             tl.store(Y.scale + scale_at, encode_scale(tl.where(weightless, -scale, scale)), mask=kept)
 
 
-KERNEL = (finish.fn,)
+KERNEL = (finish,)
 """What the kernel is made of beside itself, where it makes scales."""
