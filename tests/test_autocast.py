@@ -32,6 +32,7 @@ CALLS = {
     "attention of ranges of heads": attention(HEADS, "cpu"),
     "attention of ranges of heads, of the reference": attention(HEADS, "reference"),
     "packed sequences": varlen("int8-fp16", "reference"),
+    "packed sequences in one launch": varlen("int8", "triton"),
     "packed sequences of ranges of heads": varlen(HEADS, "cpu"),
     "dequantized ranges of heads": lambda *given: [x.dequantize() for x in tq.quantize(*given, HEADS)],
     "squared distances": squared_distance,

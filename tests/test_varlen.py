@@ -15,6 +15,7 @@ QUERIES, KEYS = [5, 0, 130, 9], [37, 10, 130, 0]
 SCHEMES = {name: preset(name) for name in preset_names() if preset(name).k.scale == "dynamic"} | {
     "2-bit keys, small blocks, sums of tiles": scheme("int8 block:16", "int2 block:32", "int4 block:64", "uint8 row_block:64"),
     "zeros a channel": scheme("int8", "int8 channel asymmetric mean", "int4 channel_block:64 asymmetric", "int8 row_block:32"),
+    "queries in 16 bits, keys less their mean": scheme("fp16", "int8 mean", "int8 channel", "int8"),
     "one scale for all": scheme("int8 tensor", "int8 tensor mean", "int8 tensor", "uint8"),
 }  # fmt: skip
 FEATURES = {
@@ -115,6 +116,15 @@ def test_all_sequences_are_quantized_at_once(monkeypatch):
     tensors, lengths = packed([3, 5, 7], [3, 5, 7])
     tq.attention_varlen(*tensors, "fp8", **lengths, backend="triton")
     assert len(started) == 9, "extremes, scales and codes of three operands"
+
+
+def test_more_sequences_than_a_launch_of_quantization_takes_are_quantized_one_by_one(monkeypatch):
+    from tokquant.kernels import launch
+
+    tensors, lengths = packed([3, 5, 7], [3, 5, 7])
+    expected = tq.attention_varlen(*tensors, "int8", **lengths, causal=True, backend="triton")
+    monkeypatch.setattr(launch, "MOST", 2)
+    assert torch.equal(tq.attention_varlen(*tensors, "int8", **lengths, causal=True, backend="triton"), expected)
 
 
 def test_a_scale_that_is_static_serves_every_sequence():

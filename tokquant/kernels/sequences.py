@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tokquant.autocast import joined
 from tokquant.calibration.scales import LayerScales
 from tokquant.features import Features
 from tokquant.kernels import launch, order, targets, tuned
@@ -50,7 +51,7 @@ def together(
 
     None where kernels cannot do that, or a type does not hold a value: sequences are to be quantized one by one then.
     """
-    if not _at_once(scheme):
+    if not _at_once(scheme) or len(starts[0]) - 1 > launch.MOST:
         return None
     there = _on(q.device, starts)
     queries, keys = (
@@ -87,6 +88,7 @@ def _at_once(scheme: QuantScheme) -> bool:
         q.smooth == "none"
         and scheme.balance == "none"
         and place(k) != "q"
+        and (k.smooth == "none" or q.scaled or scheme.rotate != "none")  # torch has one offset for all of Q
         and all(each.kind != "tensor" and (each.size or 0) <= LONGEST for each in dynamic)
         and not (needs_code_sums(scheme) and (scheme.key_tile > LONGEST or blocks != scheme.key_tile))
         and not (needs_query_sums(scheme) and place(q) == "operand")
@@ -102,7 +104,7 @@ def _offsets(x: Tensor, starts: Tensor, spec: Spec, scales: LayerScales | None) 
         return None
     nothing = x.new_zeros((1, x.shape[1], 1, x.shape[3]), dtype=sixteen_bit(x.dtype))
     parts = x.split(starts.diff().tolist(), dim=2)
-    return torch.cat([mean_over_tokens(part) if part.shape[2] else nothing for part in parts])
+    return joined([mean_over_tokens(part) if part.shape[2] else nothing for part in parts], dim=0)
 
 
 def one_after_another(parts: Parts, starts: Starts, scheme: QuantScheme) -> Together:

@@ -124,11 +124,11 @@ def of(device: torch.device) -> Target:
         return DEFAULT
     if torch.version.hip is not None:
         return TARGETS["gfx942"]
-    return of_capability(*torch.cuda.get_device_capability(device))
+    return _of_capability(*torch.cuda.get_device_capability(device))
 
 
 @lru_cache(maxsize=16)
-def of_capability(major: int, minor: int) -> Target:
+def _of_capability(major: int, minor: int) -> Target:
     """The target of NVIDIA's GPUs of this compute capability, or the nearest older one that is known."""
     known = [target for target in TARGETS.values() if isinstance(target.arch, int) and target.arch <= 10 * major + minor]
     return known[-1] if known else TARGETS["sm_80"]
