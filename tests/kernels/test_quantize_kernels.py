@@ -15,6 +15,7 @@ from tokquant.calibration.scales import LayerScales
 from tokquant.errors import SchemeError
 from tokquant.kernels import generate, quantize_plan, quantize_task, targets
 from tokquant.kernels import quantize as kernels
+from tokquant.kernels.products import takes_tokens_last
 from tokquant.kernels.triton import quantize as template
 from tokquant.kernels.triton.operands import Coded, Source, Table, Turned
 from tokquant.precisions import PRECISIONS, register
@@ -50,7 +51,7 @@ def test_presets_are_quantized_as_the_definition_says(name, started):
 def test_every_choice_is_quantized_as_the_definition_says(words, granularity, scale, smooth, transforms, p, dtype, shape):
     made = chosen(words, granularity, scale, smooth, transforms, p)
     try:
-        kernels.takes_tokens_last(made, dtype)
+        takes_tokens_last(made, dtype)
     except tq.UnsupportedError:  # an unsigned P on a V of floats
         made = chosen(words, granularity, scale, smooth, transforms, "int8 row_block:16")
     compare(*qkv(*shape, dtype), made)

@@ -275,10 +275,11 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
         if WEIGHTED:
             something = tl.max((there & (values + HALF != 0)).to(tl.int32), 1)
             # a token that is not a number has codes of zero too, and its scale to say so
-            weightless = (something == 0)[:, None] & (scale < float("inf"))
+            weightless = (something == 0) & (scale.reshape(TOKENS) < float("inf"))
         if WEIGHT_APART:
-            tl.store(Y.weightless + row[:, None], weightless.to(tl.int8), mask=here[:, None])
+            tl.store(Y.weightless + row, weightless.to(tl.int8), mask=here)
         if WEIGHT_IN_SIGN:
+            weightless = weightless[:, None]
             tl.store(Y.scale + scale_at, encode_scale(tl.where(weightless, -scale, scale)), mask=kept)
 
 
