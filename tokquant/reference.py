@@ -209,7 +209,7 @@ class _Emulation:
         lse = (r + l.log2() - math.log2(largest)) / LOG2E
         lowered = torch.zeros_like(l)
         if self.q.logit_offset is not None and features.softcap is None:
-            lowered = self.q.logit_offset[:, :, rows] * features.scale
+            lowered = torch.where(l == 0, 0.0, self.q.logit_offset[:, :, rows] * features.scale)
         total = l
         if features.sinks is not None:
             sink = features.sinks.float()[:, None, None] - lowered

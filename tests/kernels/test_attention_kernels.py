@@ -192,6 +192,7 @@ def test_codes_whose_rows_lie_far_apart_are_copied():
 
 def test_rows_with_nothing_to_attend_are_zero_with_lse_minus_infinity():
     q, k, v = torch.randn(1, 1, 200, 64), torch.randn(1, 1, 70, 64), torch.randn(1, 1, 70, 64) + 5
+    q[0, 0, 5:7] = torch.tensor([[torch.inf], [torch.nan]])  # of which nothing is asked
     out, lse = tq.attention(q, k, v, "int8", causal=True, return_lse=True, backend="triton")
     assert torch.equal(out[:, :, :130], torch.zeros(1, 1, 130, 64)) and bool((lse[:, :, :130] == -torch.inf).all())
     assert bool(lse[:, :, 130:].isfinite().all())

@@ -161,6 +161,7 @@ def test_extreme_logits_stay_finite_and_right(name):
 
 def test_rows_with_nothing_to_attend_are_zero_with_lse_minus_infinity():
     q, k, v = torch.randn(1, 1, 200, 48), torch.randn(1, 1, 70, 48), torch.randn(1, 1, 70, 48) + 5
+    q[0, 0, 5:7] = torch.tensor([[torch.inf], [torch.nan]])  # of which nothing is asked
     out, lse = tq.attention(q, k, v, "int8", causal=True, return_lse=True, backend="cpu")
     assert torch.equal(out[:, :, :130], torch.zeros(1, 1, 130, 48)) and bool((lse[:, :, :130] == -torch.inf).all())
     assert bool(lse[:, :, 130:].isfinite().all())

@@ -23,7 +23,7 @@ static void finish(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
         const float l = t.l[i];
         float lowered = 0, total = l;
 #if LOWERED_LOGITS
-        lowered = a.logit_offset[row + i] * a.scale;
+        if (l != 0) lowered = a.logit_offset[row + i] * a.scale;
 #endif
 #if WITH_LSE
         // natural, without sinks; -inf where a row attends to nothing

@@ -320,7 +320,7 @@ def consume(q, ring, Q, K, V, Out, Lse, F, scale, n_q, n_k, head, first, end, CO
         row = head.q_place * n_q + i
         lowered = tl.zeros([BLOCK_M], tl.float32, ROWS)
         if LOWERED_LOGITS:
-            lowered = tl.load(Q.logit_offset + row, mask=here, other=0.0) * scale
+            lowered = tl.where(l == 0.0, 0.0, tl.load(Q.logit_offset + row, mask=here, other=0.0) * scale)
         # natural; -inf where a row attends to nothing
         tl.store(Lse + row, tl.fma(r + tl.log2(l) - LOG2_LARGEST, 0.6931471805599453, lowered), mask=here)
 

@@ -346,7 +346,7 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, step, BLOCK_M: tl.constexpr
     l = tl.sum(l, 1)
     lowered = tl.zeros([BLOCK_M], tl.float32)
     if LOWERED_LOGITS:
-        lowered = tl.load(Q.logit_offset + row, mask=here, other=0.0) * scale
+        lowered = tl.where(l == 0.0, 0.0, tl.load(Q.logit_offset + row, mask=here, other=0.0) * scale)
     inverse_total = 1.0 / tl.where(l == 0.0, 1.0, l)
     o = acc * (inverse_total * OUTPUT_UNIT)[:, None]
     if V_PAIR_OF_TOKEN:

@@ -363,7 +363,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
 
     lowered = tl.zeros([BLOCK_M], tl.float32)
     if LOWERED_LOGITS:
-        lowered = tl.load(Q.logit_offset + row, mask=here, other=0.0) * scale
+        lowered = tl.where(l == 0.0, 0.0, tl.load(Q.logit_offset + row, mask=here, other=0.0) * scale)
     if ALIBI_PAST:
         lowered -= slope * (i - first).to(tl.float32)
     total = l
