@@ -201,22 +201,21 @@ def check_operands(q: object, k: object, v: object, scheme: LayerScheme, scales:
         return None
     if scales is not None:
         raise ScalesError("scales: the tensors are quantized already; give scales to quantize")
-    return operands_of(scheme, q, k, v)
-
-
-def operands_of(scheme: LayerScheme, q: Any, k: Any, v: Any) -> list[Part]:
-    """Operands and scheme of each range of heads; one where a scheme has them all."""
-    if isinstance(scheme, HeadSchemes):
-        if not all(isinstance(x, QuantizedHeads) and len(x.parts) == len(scheme.parts) for x in (q, k, v)):
-            raise ValueError(f"q, k, v: not of {scheme}; attend by the scheme that quantize was given")
-        parts = list(zip(q.parts, k.parts, v.parts, (part for _, part in scheme.parts), strict=True))
-    else:
-        if any(isinstance(x, QuantizedHeads) for x in (q, k, v)):
-            raise ValueError(f"q, k, v: their heads are of other schemes than {scheme.name!r}; attend by those of quantize")
-        parts = [(q, k, v, scheme)]
+    parts = operands_of(scheme, q, k, v)
     for part in parts:
         _check_quantized(*part)
     return parts
+
+
+def operands_of(scheme: LayerScheme, q: Any, k: Any, v: Any) -> list[Part]:
+    """Operands and scheme of each range of heads; one where a scheme has them all. Raises ValueError for those of others."""
+    if isinstance(scheme, HeadSchemes):
+        if not all(isinstance(x, QuantizedHeads) and len(x.parts) == len(scheme.parts) for x in (q, k, v)):
+            raise ValueError(f"q, k, v: not of {scheme}; attend by the scheme that quantize was given")
+        return list(zip(q.parts, k.parts, v.parts, (part for _, part in scheme.parts), strict=True))
+    if any(isinstance(x, QuantizedHeads) for x in (q, k, v)):
+        raise ValueError(f"q, k, v: their heads are of other schemes than {scheme.name!r}; attend by those of quantize")
+    return [(q, k, v, scheme)]
 
 
 def check_backend(backend: object) -> None:

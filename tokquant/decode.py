@@ -57,19 +57,22 @@ def decode(
     if backend not in ("auto", "reference", cache.backend):
         raise ValueError(f"backend: {quote(backend)}; the cache is kept by {cache.backend}: use auto, that, or reference")
     features = features_of(q, q, causal=True, scale=scale, window=window, softcap=softcap, sinks=sinks)
-    given = np.full(b, n_q) if counts is None else whole_numbers("counts", counts, b, n_q)
-    if (beyond := np.nonzero(given > cache.lengths)[0]).size:
-        text = f"q: {given[beyond[0]]} queries for sequence {beyond[0]}, which has {cache.lengths[beyond[0]]} tokens"
-        raise ValueError(f"{text}; append their keys first, or say how many are queries with counts")
+    given = [n_q] * b if counts is None else whole_numbers("counts", counts, b, n_q).tolist()
+    for sequence, (queries, tokens) in enumerate(zip(given, cache.lengths, strict=True)):
+        if queries > tokens:
+            text = f"q: {queries} queries for sequence {sequence}, which has {tokens} tokens"
+            raise ValueError(f"{text}; append their keys first, or say how many are queries with counts")
 
     none = turns = None
-    if (given < n_q).any():
+    if min(given) < n_q:
         # the last query belongs to the last token: turned so that what is none comes first
-        turns = to_device((np.arange(n_q) - (n_q - given[:, None])) % n_q, q.device)
-        none = to_device(np.arange(n_q) < (n_q - given)[:, None], q.device)[:, None]
+        missing = n_q - np.array(given)[:, None]
+        turns = to_device((np.arange(n_q) - missing) % n_q, q.device)
+        none = to_device(np.arange(n_q) < missing, q.device)[:, None]
         q = _turned(q, turns).masked_fill(none[..., None], 0)
     own = cache.backend if backend == "auto" else backend
-    out, lse = _merged(cache.parts(q, replace(features, sinks=None), own, deterministic), q, sinks)
+    of_parts = features if sinks is None else replace(features, sinks=None)
+    out, lse = _merged(cache.parts(q, of_parts, own, deterministic), q, sinks)
     if turns is not None and none is not None:
         out, lse = out.masked_fill(none[..., None], 0.0), lse.masked_fill(none, -torch.inf)
         back = turns.argsort(dim=1)

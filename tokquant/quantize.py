@@ -32,12 +32,10 @@ def frames(
     k_frame = Frame(offset=_offset(k, scheme.k, scales), rotated=rotated)
     if scheme.balance != "none":
         k_frame = replace(k_frame, balance=_balance(q, k_frame, k, scheme.balance, scales))
-    q_offset = mean_over_blocks(q) if scheme.q.smooth == "block_mean" else None
-    return (
-        replace(frame_of_queries(q, k, k_frame), offset=q_offset),
-        k_frame,
-        Frame(offset=_offset(v, scheme.v, scales), rotated=scheme.rotate_v == "hadamard"),
-    )
+    q_frame = frame_of_queries(q, k, k_frame)
+    if scheme.q.smooth == "block_mean":
+        q_frame = replace(q_frame, offset=mean_over_blocks(q))
+    return q_frame, k_frame, Frame(offset=_offset(v, scheme.v, scales), rotated=scheme.rotate_v == "hadamard")
 
 
 def frame_of_queries(q: Tensor, k: Tensor | QuantizedTensor, frame: Frame) -> Frame:

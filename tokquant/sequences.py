@@ -125,10 +125,9 @@ class Sequences:
         Given a scheme and its scales the emulation attends to what the store reads, in place of the store.
         """
         parts = []
-        if self.packed.any():
+        if longest := int(self.packed.max()):
             table, lengths, offset = self.places()
             if by_reading is None:
-                longest = int(self.packed.max())
                 options: dict[str, Any] = dict(offset=offset, longest=longest, deterministic=deterministic)
                 parts.append(self.store.attention(q, table, lengths, features, **options))
             else:
@@ -139,8 +138,10 @@ class Sequences:
 
     def places(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """What a store is told of what is packed: the table, how many tokens, and how many newer ones lie elsewhere."""
-        newer = self.lengths - self.packed - np.minimum(self.lengths, self.windows.sink)
-        offset = self._tensor(newer) if newer.any() else None
+        offset = None
+        if self.windows.slots:
+            newer = self.lengths - self.packed - np.minimum(self.lengths, self.windows.sink)
+            offset = self._tensor(newer) if newer.any() else None
         return self.table.tensor(self.device), self._tensor(self.packed), offset
 
     def _foresee(self) -> None:

@@ -12,6 +12,8 @@ def to_device(x: np.ndarray, device: torch.device) -> Tensor:
 
     Raises UnsupportedError while a CUDA graph is captured, which would read that memory again at each replay.
     """
+    if device.type == "cpu":
+        return torch.from_numpy(x)
     if device.type != "cuda":
         return torch.from_numpy(x).to(device)
     refuse_capture(device, "lengths and places, which are counted on the CPU,")

@@ -5,7 +5,7 @@ factors of K are divided out of Q, a rotation turns both, and V's mean is added 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,16 @@ def _or_one(factor: Tensor) -> Tensor:
     return torch.where((factor == 0) | factor.isinf() | factor.isnan(), 1.0, factor)
 
 
+class Steps(NamedTuple):
+    """What a kernel that takes codes is told of a frame."""
+
+    offset_tokens: int
+    """Under one offset; 0 where there is none."""
+    balanced: bool
+    rotated: bool
+    folded: bool
+
+
 @dataclass(frozen=True)
 class Frame:
     """What was done to a tensor `[B, H, N, D]` before its codes were taken, in this order, and how to undo it."""
@@ -149,10 +159,10 @@ class Frame:
             return offset.expand(-1, -1, n, -1)
         return offset.repeat_interleave(BLOCK_MEAN, dim=2)[:, :, :n]
 
-    def steps(self) -> dict[str, Any]:
-        """What a kernel that takes codes is told of it: how many tokens are under one offset, and what else is done."""
+    def steps(self) -> Steps:
+        """What is done, without the tensors."""
         tokens = 0 if self.offset is None else BLOCK_MEAN if self.offset.shape[2] > 1 else WHOLE
-        return dict(offset_tokens=tokens, balanced=self.balance is not None, rotated=self.rotated, folded=self.fold is not None)
+        return Steps(tokens, self.balance is not None, self.rotated, self.fold is not None)
 
     def tensors(self) -> list[Tensor]:
         """What the frame keeps in memory."""

@@ -1,6 +1,7 @@
 """Generated C++ kernels, against the emulation and against float64 on the same codes."""
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,17 @@ def differs(operands, s, given, monkeypatch):
 def test_kernel_agrees_with_the_emulation_and_with_float64_on_the_same_codes(s, shape, given, monkeypatch):
     operands = tq.quantize(*qkv(*shape), s, backend="cpu")
     assert not differs(operands, s, given, monkeypatch)
+
+
+def test_calls_of_several_threads_do_not_meet():
+    inputs = [qkv(20 + n, 70 + n, 32, 2, batch=1 + n % 2) for n in range(40)]
+
+    def call(operands):
+        return [tq.attention(*operands, "int8", causal=True) for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as threads:
+        for operands, outs in zip(inputs, threads.map(call, inputs), strict=True):
+            assert all(torch.equal(out, call(operands)[0]) for out in outs)
 
 
 @pytest.mark.parametrize("instructions", build.compiler().instructions[1:] if build.available() else [])

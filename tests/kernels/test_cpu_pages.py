@@ -171,6 +171,20 @@ def test_a_cache_on_these_pages_decodes_as_one_in_torch_does(name):
     assert (outs[0] - outs[1]).abs().max() < 0.01
 
 
+def test_steps_of_decoding_go_on_where_pages_moved_and_features_or_instructions_changed(monkeypatch):
+    """What a step keeps for the next is asked of another store, and of one that never kept anything."""
+    ours, theirs = (tq.KVCache("kv-int8", batch=2, kv_heads=1, head_dim=80, backend=name) for name in ("cpu", "reference"))
+    for step, n in enumerate((100, 1, 1, 200, 1, 1, 1)):  # pages are full, and move, in the fourth and the last
+        q, k, v = (torch.randn(2, heads, n, 80).half() for heads in (2, 1, 1))
+        for cache in (ours, theirs):
+            cache.append(k, v)
+        if step == 5:
+            monkeypatch.setenv(build.CHOICE, "portable")
+        for given in ({}, {"window": (50, None)}, {"scale": 0.3}, {"softcap": 5.0}, {}):
+            out, expected = (tq.decode(q[:, :, -1:], cache, **given) for cache in (ours, theirs))
+            assert (out - expected).abs().max() < 0.01, (step, given)
+
+
 @pytest.mark.parametrize("elsewhere", [torch.float64, torch.bfloat16, "meta"], ids=str)
 @pytest.mark.parametrize("name", ["kv-int4", "kv-int4-kivi"])
 def test_a_default_type_or_device_of_torch_changes_nothing(name, elsewhere, tmp_path):
@@ -215,8 +229,9 @@ def test_pages_of_fewer_tokens_than_a_tile_are_refused_and_auto_takes_the_refere
         assert tq.KVCache(s, batch=1, kv_heads=1, head_dim=32).backend == "reference"
     assert caught[0].filename == __file__
     case = filled(SCHEMES["kv-int8"], (20,), d=80, **KIND)
-    with pytest.raises(tq.UnsupportedError, match="mask, bias"):
-        case.attend(Features(scale=1.0, mask=torch.ones(1, 4, 1, 20, dtype=torch.bool)))
+    for given in ({"mask": torch.ones(1, 4, 1, 20, dtype=torch.bool)}, {"sinks": torch.zeros(4)}):
+        with pytest.raises(tq.UnsupportedError, match="mask, bias, sinks"):
+            case.attend(Features(scale=1.0, **given))
 
 
 class WalkOnCpu(Walk):

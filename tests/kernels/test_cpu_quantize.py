@@ -14,14 +14,15 @@ import tokquant as tq
 from tokquant import blocks
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import SchemeError
-from tokquant.kernels.cpu import build, generate, launch, quantize_plan
+from tokquant.kernels.cpu import bound, build, generate, launch, quantize_plan
 from tokquant.kernels.cpu import quantize as kernels
 from tokquant.kernels.cpu.bound import Bound
-from tokquant.kernels.cpu.quantize_plan import Task, lacking
+from tokquant.kernels.cpu.quantize_plan import lacking
 from tokquant.precisions import PRECISIONS, register
 from tokquant.quantize import quantize_operands
 from tokquant.schemes import preset, preset_names
 from tokquant.schemes.scheme import SCALE_TYPES
+from tokquant.transforms import Frame
 
 # a kernel takes most of a second to build: fast tests share them, and leave the rest to the slow run
 slow = pytest.mark.slow
@@ -40,8 +41,10 @@ def differing(q, k, v, made, scales=None):
     expected = launch.packed(quantize_operands(q, k, v, made, scales), made)
     operands = kernels.quantize_operands(q, k, v, made, scales)
     found = [f"{name} of {one}" for one, other in zip(expected, operands, strict=True) for name in differences(one, other)]
-    read = [launch.laid_out(x, made)["q"] for x in (expected[0], operands[0])]
-    return found if same(*read) else [*found, "what attention reads of q"]
+    for place, name in ((0, "q"), (2, "v_scale")):
+        read = [launch.laid_out(x[place], made).get(name) for x in (expected, operands)]
+        found += [] if same(*read) else [f"{name} as attention reads it"]
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +62,7 @@ def spoiled(x):
 def planned(monkeypatch):
     """The tasks that kernels were started for."""
     tasks = []
-    monkeypatch.setattr(kernels, "Bound", lambda task, *rest, **more: (tasks.append(task), Bound(task, *rest, **more))[1])
+    monkeypatch.setattr(kernels, "plan", lambda task, *rest: (tasks.append(task), quantize_plan.plan(task, *rest))[1])
     return tasks
 
 
@@ -247,7 +250,7 @@ def test_a_precision_without_a_fragment_is_quantized_by_torch_for_its_operand_al
         made = scheme("int8", "mine", "int8", "int8 row_block:32")
         assert differing(*qkv(20, 40, 32), made) == []
         assert [task.spec.role for task in planned] == ["q", "v"]
-        assert lacking(Task.of(made.k, made, 32, torch.float32)) == "k: precision mine has no cpp_quantize"
+        assert lacking(replace(task_of("k", "int8"), spec=made.k)) == "k: precision mine has no cpp_quantize"
     finally:
         del PRECISIONS[five.name]
 
@@ -262,6 +265,24 @@ def test_extreme_head_dims_are_quantized(d):
 def test_every_instruction_set_gives_the_same_codes(name, instructions, monkeypatch):
     monkeypatch.setenv(build.CHOICE, instructions)
     assert differing(*qkv(37, 150, 64, 4, 2), preset(name)) == []
+
+
+def test_what_calls_look_up_is_that_of_their_own_shapes_types_and_instructions(monkeypatch):
+    asked = []
+    loading = launch.load
+    monkeypatch.setattr(bound, "load", lambda made: (asked.append(made.instructions), loading(made))[1])
+    made = preset("int8")
+    for shape in ((37, 150, 64, 4, 2), (20, 40, 64, 4, 2), (37, 150, 32, 4, 2), (37, 150, 64, 4, 2)):
+        for dtype in (torch.float32, torch.float16):
+            assert differing(*qkv(*shape, dtype=dtype), made) == [], (shape, dtype)
+    monkeypatch.setenv(build.CHOICE, "portable")
+    assert differing(*qkv(37, 150, 64, 4, 2), made) == []
+    assert set(asked[-3:]) == {"portable"} and asked[:3] == [build.compiler().instructions[0]] * 3
+
+
+def test_a_kernel_takes_what_every_call_says_anew_first():
+    for role in "qkv":
+        assert launch.load(quantize_plan.plan(task_of(role, "int8"), "portable"))[1][: len(bound.OF_CALL)] == bound.OF_CALL
 
 
 def test_codes_do_not_depend_on_the_number_of_threads():
@@ -296,14 +317,15 @@ def check_pages(made, role, d, page=128, n=300):
     spec = getattr(made, role)
     x = qkv(8, n, d, 2, batch=2)[1]
     rotated = role == "k" and made.rotate == "hadamard"
-    task = Task.of(spec, made, d, torch.float32, rotated=rotated)
+    task = quantize_plan.task_of(made, role, d, torch.float32, Frame(rotated=rotated).steps(), paged=True)
     columns = spec.granularity.scale_shape((1, 1, page, d))[3] if spec.scaled else 1
     size = kernels.room(torch.Size((9, 2, page, d)), task).shape
     codes = garbage(*size, dtype=torch.int32)
     scale = garbage(9, 2, page, columns, dtype=SCALE_TYPES[spec.scale_dtype]) if spec.scaled else None
     zero = garbage(9, 2, page, columns, dtype=SCALE_TYPES[spec.scale_dtype]) if spec.scaled and not spec.symmetric else None
     kept = [None if y is None else y.clone() for y in (codes, scale, zero)]
-    append = Bound(task, codes, scale, zero, page=page)
+    given = {"codes": codes, "scale": scale, "zero": zero}
+    append = Bound(quantize_plan.plan(task, build.instructions()), given, page)
     table = torch.tensor([[3, 0, 7], [8, 1, 4]], dtype=torch.int32)
     # the second sequence is 37 tokens ahead
     assert append(x[1:, :, :37], table[1:].contiguous(), torch.zeros(1, dtype=torch.int32))
@@ -333,17 +355,17 @@ def check_pages(made, role, d, page=128, n=300):
 
 
 def test_tokens_that_do_not_fit_a_page_s_type_are_told():
-    task = Task.of(preset("kv-int8").k, preset("kv-int8"), 64, torch.float32)
+    task = task_of("k", "kv-int8")
     codes = kernels.room(torch.Size((1, 1, 16, 64)), task)
-    append = Bound(task, codes, torch.empty(1, 1, 16, 1, dtype=torch.float16), page=16)
+    given = {"codes": codes, "scale": torch.empty(1, 1, 16, 1, dtype=torch.float16)}
+    append = Bound(quantize_plan.plan(task, build.instructions()), given, 16)
     table, first = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
     assert not append(torch.full((1, 1, 1, 64), 1e9), table, first)
     assert append(torch.ones(1, 1, 1, 64), table, first)
 
 
 def task_of(role, name, dtype=torch.float32, **rest):
-    made = preset(name)
-    return Task.of(getattr(made, role), made, 64, dtype, **rest)
+    return replace(quantize_plan.task_of(preset(name), role, 64, dtype, Frame().steps()), **rest)
 
 
 EVERYTHING = dict(offset_tokens=128, balanced=True, rotated=True, folded=True, k_offset=True, k_origin=True, code_sum=True)

@@ -8,13 +8,14 @@ from factories import scheme
 
 import tokquant as tq
 from tokquant.kernels import generate
-from tokquant.kernels.cpu.quantize_plan import Task as CpuTask
+from tokquant.kernels.cpu.quantize_plan import task_of
 from tokquant.kernels.decode_plan import decode_plan
 from tokquant.kernels.plan import plan
 from tokquant.kernels.quantize_plan import QuantizePlan
 from tokquant.kernels.quantize_plan import plan as quantize_plan
 from tokquant.kernels.quantize_task import Task
 from tokquant.precisions.base import PRECISIONS, register
+from tokquant.transforms import Frame
 
 MADE = dict(head_dim=64, dtype=torch.float16)
 PLANS = {
@@ -60,13 +61,15 @@ def test_constants_are_in_a_kernels_key_and_compared_at_no_launch(made):
 
 
 def test_a_task_on_a_cpu_is_made_once_and_anew_for_a_precision_that_was_replaced():
-    made = scheme("int8", "int8", "int8", "int8")
-    task = CpuTask.of(made.k, made, 64, torch.float32)
-    assert CpuTask.of(made.k, made, 64, torch.float32) is task and task.as_bytes
+    given = scheme("int8", "int8", "int8", "int8"), "k", 64, torch.float32, Frame().steps()
+    task = task_of(*given)
+    assert task_of(*given) is task and task.as_bytes
     eight = PRECISIONS["int8"]
     try:
+        register(replace(eight, cpp_quantize=""), replace=True)
+        assert task_of(*given) is None, "the definition's"
         register(replace(eight, compute="tl.float16"), replace=True)
-        assert not CpuTask.of(made.k, made, 64, torch.float32).as_bytes
+        assert not task_of(*given).as_bytes
     finally:
         register(eight, replace=True)
-    assert CpuTask.of(made.k, made, 64, torch.float32).as_bytes
+    assert task_of(*given) == task

@@ -119,7 +119,7 @@ class Pool(Part):
                 head_dim=x.shape[3],
                 dtype=x.dtype,
                 step="both" if spec.scaled and not self.static else "codes",
-                **self._known.frame.steps(),
+                **self._known.frame.steps()._asdict(),
                 weighted=place(spec) == "p",
                 tokens_last=self.tokens_last,
                 page=self.shape[2],

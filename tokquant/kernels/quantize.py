@@ -120,9 +120,8 @@ class Run:
 
     def task(self, role: str, x: Tensor, frame: Frame, *of_keys: bool) -> Task | None:
         """What kernels do with `x`; None where the definition quantizes it."""
-        steps = tuple(frame.steps().items())
         how = (self.target, self.interpreted, self.sequences is not None)
-        return task_of(self.scheme, role, x.shape[3], x.dtype, steps, *how, *of_keys)
+        return task_of(self.scheme, role, x.shape[3], x.dtype, frame.steps(), *how, *of_keys)
 
     def _coded(
         self, x: Tensor, frame: Frame, task: Task, k_offset: Tensor | None = None, k_origin: Tensor | None = None

@@ -226,10 +226,8 @@ def _encode(precision: precisions.Precision, interpreted: bool) -> Any:
 
 
 def _title(task: Task) -> str:
-    steps = ["less an offset"] * (task.offset_tokens > 0) + ["balanced"] * task.balanced + ["rotated"] * task.rotated
-    steps += ["times K's scale"] * task.folded
     made = "extremes of tiles" if task.step == "extremes" else str(task.spec)
     source = f"{task.spec.role} {TRITON_TYPES[task.dtype].removeprefix('tl.')}"
     layout = ["tokens side by side"] * task.tokens_last + [f"into pages of {task.page}"] * (task.page > 0)
     layout += ["of sequences of their own lengths"] * task.sequences
-    return ", ".join([f"{source} to {made}", f"head_dim {task.head_dim}", *steps, *layout])
+    return ", ".join([f"{source} to {made}", f"head_dim {task.head_dim}", *task.words(), *layout])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -13,21 +13,20 @@ from tokquant.quantize import check_groups
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
+from tokquant.transforms import Steps
 
 LONGEST = 128
 """Tokens in a tile, at most. Scales of more tokens take two reads: extremes first, then codes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """What kernels do with one operand."""
+class OperandTask:
+    """What a kernel of any kind does with one operand."""
 
     spec: Operand
     head_dim: int
     dtype: torch.dtype
     """Of the tensor."""
-    step: Literal["both", "extremes", "codes"]
-    """`both` scales and codes, or the `extremes` of each tile, or `codes` with scales that are given."""
     offset_tokens: int = 0
     """Tokens under one offset; 0 where there is none."""
     balanced: bool = False
@@ -39,12 +38,33 @@ class Task:
     """with what K's codes of 0 stand for,"""
     code_sum: bool = False
     """and the sum of its codes."""
+    weighted: bool = False
+    """V: its scales enter P, so it is wanted which tokens hold nothing."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # every call looks its plans up
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def words(self) -> list[str]:
+        """What is done before codes are taken."""
+        steps = ["less an offset"] * (self.offset_tokens > 0) + ["balanced"] * self.balanced + ["rotated"] * self.rotated
+        return steps + ["times K's scale"] * self.folded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(OperandTask):
+    """What Triton's kernels do with one operand."""
+
+    step: Literal["both", "extremes", "codes"]
+    """`both` scales and codes, or the `extremes` of each tile, or `codes` with scales that are given."""
     companion: bool = False
     """K less its offset is wanted in its own type."""
     sum_tokens: int = 0
     """V: the sums of its codes are wanted, over so many tokens each."""
-    weighted: bool = False
-    """V: and which tokens hold nothing."""
     tokens_last: bool = False
     sequences: bool = False
     """Whether sequences of their own lengths lie one after another, each with its own scales."""
@@ -56,13 +76,7 @@ class Task:
     """Whether sequences have different numbers of new tokens."""
     interpreted: bool = False
 
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        # every call looks its plans up
-        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+    __hash__ = OperandTask.__hash__
 
 
 def lacking(
@@ -106,7 +120,7 @@ def task_of(
     role: str,
     head_dim: int,
     dtype: torch.dtype,
-    steps: tuple[tuple[str, Any], ...],
+    steps: Steps,
     target: Target | None,
     interpreted: bool,
     sequences: bool = False,
@@ -120,7 +134,7 @@ def task_of(
     spec: Operand = getattr(scheme, role)
     if spec.scaled:
         check_groups(spec, head_dim)
-    elif not any(step for _, step in steps):
+    elif not any(steps):
         return None
     tokens_last = role == "v" and takes_tokens_last(scheme, dtype)
     sum_tokens = min(scheme.key_tile, LONGEST) if role == "v" and needs_code_sums(scheme) else 0
@@ -131,7 +145,7 @@ def task_of(
         head_dim=head_dim,
         dtype=dtype,
         step="both" if in_one_tile(spec) else "codes",
-        **dict(steps),
+        **steps._asdict(),
         k_offset=k_offset,
         k_origin=k_origin,
         companion=role == "k" and scheme.q.smooth == "block_mean",

@@ -33,16 +33,20 @@ class Granularity:
 
     def cover(self, n: int, d: int) -> tuple[int, int]:
         """Tokens and channels under one scale, for n tokens of d channels. Raises SchemeError for a group that does not fit."""
-        size = self.size or 0
-        if self.kind == "group" and d % size:
-            raise SchemeError(f"a group of {size} channels does not divide head_dim {d}")
-        return {
-            "token": (1, d),
-            "block": (size, d),
-            "channel_block": (size, 1),
-            "group": (1, size),
-            "channel": (n, 1),
-        }.get(self.kind, (n, d))
+        match self.kind, self.size or 0:
+            case "token", _:
+                return 1, d
+            case "block", size:
+                return size, d
+            case "channel_block", size:
+                return size, 1
+            case "group", size:
+                if d % size:
+                    raise SchemeError(f"a group of {size} channels does not divide head_dim {d}")
+                return 1, size
+            case "channel", _:
+                return n, 1
+        return n, d
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
         """Shape of the scales of a tensor `[B, H, N, D]`."""

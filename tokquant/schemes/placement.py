@@ -1,5 +1,6 @@
 """Where the scales of each operand enter the arithmetic. Quantization, emulation and kernels all ask here."""
 
+from functools import lru_cache
 from typing import Literal
 
 from tokquant import precisions
@@ -44,9 +45,10 @@ def needs_code_sums(scheme: QuantScheme) -> bool:
 
 def needs_query_sums(scheme: QuantScheme) -> bool:
     """Whether Q carries the sums of its codes: the zeros of K meet them on the scores."""
-    return place(scheme.k) == "scores" and not scheme.k.symmetric
+    return not scheme.k.symmetric and place(scheme.k) == "scores"
 
 
+@lru_cache(maxsize=1024)  # every call asks
 def as_bytes(scheme: QuantScheme, role: str) -> bool:
     """Whether a CPU multiplies K by Q, or V by P, as bytes. Everything else it multiplies as float32."""
     operand, other = getattr(scheme, role), scheme.q if role == "k" else scheme.p
@@ -56,3 +58,6 @@ def as_bytes(scheme: QuantScheme, role: str) -> bool:
     elif place(scheme.q) == "operand":
         return False
     return place(operand) != "operand" and operand.format.compute == other.format.compute == "tl.int8"
+
+
+precisions.base.WHEN_REPLACED.append(as_bytes.cache_clear)

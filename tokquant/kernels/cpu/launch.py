@@ -2,8 +2,9 @@
 
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from struct import Struct
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,10 +24,12 @@ from tokquant.schemes.placement import as_bytes, place
 from tokquant.tensor import QuantizedTensor, in_blocks, met
 
 Fields = dict[str, Tensor | int | None]
-TYPES = {"int64_t": ctypes.c_int64, "float": ctypes.c_float}
+TYPES = {"int64_t": "q", "float": "f", "*": "P"}
+"""C++ types as `struct` writes them."""
+NUMBERS = (int, float)
 
 READ: WeakKeyDictionary[QuantizedTensor, Tensor] = WeakKeyDictionary()
-"""What products read of Q's codes, where quantization made it with them."""
+"""What products read of Q's codes, or of V's scales with signs, where quantization made it with them."""
 
 _laid_out: WeakKeyDictionary[QuantizedTensor, Fields] = WeakKeyDictionary()
 
@@ -50,54 +53,38 @@ def attention(
         raise UnsupportedError(f"backend: 'cpu' takes tensors in memory, and q is on {q.device}; move them, or use 'triton'")
     (b, heads, n_q, d), n_k = q.shape, k.shape[2]
     made = plan(scheme, head_dim=d, dtype=v.dtype, wanted=Wanted.of(features, return_lse), instructions=build.instructions())
-    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
+    out = torch.empty(q.shape, dtype=torch.float32, device="cpu")
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu") if return_lse else None
+    left, right = features.reach()
     given: dict[str, Any] = dict(
         batch=b, heads=heads, kv_heads=k.shape[1], n_q=n_q, n_k=n_k, threads=torch.get_num_threads(), out=out, lse=lse,
         table=None, pages=0, page=0, lengths=None, newer=None,
-        left=features.reach()[0], right=features.reach()[1], scale=features.scale, softcap=features.softcap,
+        left=left, right=right, scale=features.scale, softcap=features.softcap,
+        **laid_out(q, scheme), **laid_out(k, scheme), **laid_out(v, scheme), **of_features(features),
     )  # fmt: skip
-    for x in (q, k, v):
-        given |= laid_out(x, scheme)
-    given |= of_features(features)
-    Call(made, given)()
+    start(made, given)
     return out.to(q.dtype), lse
 
 
-class Call:
-    """A plan's kernel with tensors and numbers by the names in its text, of which some may change from call to call."""
-
-    def __init__(self, made: CpuPlan, given: dict[str, Any]):
-        self._function, arguments = load(made)
-        self._names = arguments.names
-        self._kept = {name: given[name] for name in self._names}  # what the kernel has pointers to
-        self._arguments = arguments(**{name: _raw(value) for name, value in self._kept.items()})
-
-    def __call__(self, **changed: Any) -> None:
-        for name, value in changed.items():
-            if name in self._names:
-                self._kept[name] = value
-                setattr(self._arguments, name, _raw(value))
-        self._function(ctypes.byref(self._arguments))
-
-
-def _raw(value: Any) -> Any:
-    return value.data_ptr() if isinstance(value, Tensor) else value
+def start(made: CpuPlan, given: Mapping[str, Any]) -> None:
+    """Run a plan's kernel on tensors and numbers by the names in its text, which may be some of those given."""
+    function, names, pack = load(made)
+    # to ask whether something is a tensor takes longer
+    raw = [0 if x is None else x if isinstance(x, NUMBERS) else x.data_ptr() for x in map(given.__getitem__, names)]
+    function(pack(*raw))
 
 
 @lru_cache(maxsize=256)
-def load(made: CpuPlan) -> tuple[Callable[..., None], Any]:
-    """A plan's kernel, and its arguments as the text declares them: a structure, with the `names` of its fields."""
+def load(made: CpuPlan) -> tuple[Callable[[bytes], None], tuple[str, ...], Callable[..., bytes]]:
+    """A plan's kernel, the names of its arguments as the text declares them, and how these lie in memory."""
     text = generate.render(made)
     function = getattr(build.load(made.name, text, made.instructions, made.flags), made.template)
-    function.restype = None
+    function.restype, function.argtypes = None, (ctypes.c_char_p,)
     declared = re.search(r"struct Arguments \{\n(.*?)\n\};", text, re.DOTALL)
     assert declared is not None
-    fields = []
-    for kind, star, name in re.findall(r"^    (?:const )?(\w+)(\*?) (\w+);", declared[1], re.MULTILINE):
-        fields.append((name, ctypes.c_void_p if star else TYPES[kind]))
-    names = frozenset(name for name, _ in fields)
-    return function, type("Arguments", (ctypes.Structure,), {"_fields_": fields, "names": names})
+    fields = re.findall(r"^    (?:const )?(\w+)(\*?) (\w+);", declared[1], re.MULTILINE)
+    layout = Struct("".join(TYPES[star or kind] for kind, star, _ in fields))
+    return function, tuple(name for *_, name in fields), layout.pack
 
 
 def packed(operands: launch.Operands, scheme: QuantScheme) -> launch.Operands:
@@ -122,7 +109,7 @@ def _queries(q: QuantizedTensor, scheme: QuantScheme) -> Fields:
     scaled = q.scale is not None and place(q.spec) == "scores"
     return {
         "q": _read(q, scheme).contiguous(),
-        "q_scale": q.spread(q.scale).expand(*q.shape[:3], 1).contiguous() if scaled else None,  # type: ignore[arg-type]
+        "q_scale": _each(q.spread(q.scale), (*q.shape[:3], 1)) if scaled else None,  # type: ignore[arg-type]
         "q_sum": None if q.code_sum is None else q.code_sum.contiguous(),
         "logit_offset": None if q.logit_offset is None else q.logit_offset.contiguous(),
         "q_mean": q.offset.float() if q.spec.smooth == "block_mean" else None,  # type: ignore[union-attr]
@@ -158,24 +145,36 @@ def _scales(x: QuantizedTensor) -> Fields:
     if x.scale is None:
         return {}
     role, scale = x.spec.role, x.scale
-    if x.log2_weight is not None:
+    if x.log2_weight is not None and x in READ:
+        scale = READ[x]
+    elif x.log2_weight is not None:
         # a token whose codes are all zero says so by its sign
         exact = scale.float()
         scale = torch.where(x.log2_weight == exact.log2(), exact, -exact).to(scale.dtype)
     return of_scales(role, scale.contiguous(), None if x.zero is None else x.zero.contiguous())
 
 
+def steps(x: Tensor) -> tuple[int, int]:
+    """Numbers to the next page or sequence and to the next head; zero where all share one."""
+    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0
+
+
 def of_scales(role: str, scale: Tensor, zero: Tensor | None) -> Fields:
     """Contiguous ones of K or V."""
-    page, head, *_ = launch.steps(scale)
+    page, head = steps(scale)
     return {f"{role}_scale": scale, f"{role}_zero": zero, f"{role}_scale_page": page, f"{role}_scale_head": head}
 
 
 def of_channels(x: QuantizedTensor, each: Tensor) -> Tensor:
     """`[B | 1, H | 1, 1, D | 1] -> [B, H, D]` float32, with D rounded up to whole panels."""
-    each = each.float().expand(*x.shape[:2], 1, x.shape[3])
-    missing = -x.shape[3] % LANES
-    return (torch.nn.functional.pad(each, (0, missing)) if missing else each).contiguous()
+    b, h, _, d = x.shape
+    each = _each(each, (b, h, 1, d))
+    return torch.nn.functional.pad(each, (0, -d % LANES)) if d % LANES else each
+
+
+def _each(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """One float32 for each place of a shape that `x` broadcasts to."""
+    return (x if x.shape == shape else x.expand(shape)).float().contiguous()
 
 
 def of_features(features: Features) -> dict[str, Any]:

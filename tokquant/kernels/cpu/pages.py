@@ -10,12 +10,12 @@ from torch import Tensor
 from tokquant import blocks
 from tokquant.errors import UnsupportedError
 from tokquant.features import Features
-from tokquant.kernels.cpu import build
+from tokquant.kernels.cpu import build, quantize_plan
 from tokquant.kernels.cpu.bound import Bound
-from tokquant.kernels.cpu.launch import Call, laid_out, of_channels, of_features, of_scales
-from tokquant.kernels.cpu.plan import plan
+from tokquant.kernels.cpu.launch import laid_out, of_channels, of_scales, start
+from tokquant.kernels.cpu.plan import CpuPlan, plan
 from tokquant.kernels.cpu.quantize import queries
-from tokquant.kernels.cpu.quantize_plan import Task, lacking
+from tokquant.kernels.cpu.quantize_plan import task_of
 from tokquant.kernels.wanted import Wanted
 from tokquant.pages import Part, Store, growing, indexable, sizes
 from tokquant.quantize import frame_of_queries, in_frame
@@ -38,14 +38,14 @@ class CpuPages(Store["_Panels"]):
                 f"cache.page: {page} tokens are no whole tiles of {scheme.key_tile} keys, which P of scheme {scheme.name!r} "
                 f"has its scales for; use page: {scheme.key_tile} or backend='reference'"
             )
-        self._calls: dict[Any, tuple[Bound, Call]] = {}
+        self._last: dict[Any, tuple[Bound, CpuPlan, dict[str, Any]]] = {}
         """The last kernels that ran, that of Q and that of attention: steps of decoding differ in nothing but tensors."""
 
     def _part(self, spec: Operand, pages: int) -> "_Panels":
         return _Panels(spec, self, pages)
 
     def grow(self, pages: int) -> None:
-        self._calls.clear()
+        self._last.clear()
         super().grow(pages)
 
     def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
@@ -69,36 +69,36 @@ class CpuPages(Store["_Panels"]):
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """As `Store.attention`; results depend neither on threads nor on the batch."""
-        if features.mask is not None or features.bias is not None:
-            raise UnsupportedError("mask, bias: a cache's kernels have none; use window, or tokquant.attention on tensors")
-        (b, heads, n_q, d), kv_heads = q.shape, self._k.shape[1]
-        if n_q == 1 and features.reach()[1] == 0:
-            # nothing is later than the last query
-            features = replace(features, causal=False, window=None if features.window is None else (features.window[0], None))
-        wanted = Wanted.of(features, True)
-        out, lse = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in (q.shape, q.shape[:3]))
-        n_k = int(lengths.max()) if longest is None else longest
+        if not (features.mask is None and features.bias is None and features.sinks is None):
+            raise UnsupportedError(
+                "mask, bias, sinks: kernels of a cache have none; use window, or tokquant.attention on tensors"
+            )
         left, right = features.reach()
+        if q.shape[2] == 1 and right == 0:
+            right = None  # nothing is later than the last query
+        out, lse = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in (q.shape, q.shape[:3]))
+        n_k = int(lengths.max()) if longest is None else longest
         given: dict[str, Any] = dict(
             n_k=n_k, threads=torch.get_num_threads(), out=out, lse=lse, table=table, pages=table.shape[1], lengths=lengths,
-            newer=offset, left=left, right=right, scale=features.scale, softcap=features.softcap, **of_features(features),
+            newer=offset, left=left, right=right, scale=features.scale, softcap=features.softcap,
         )  # fmt: skip
-        asked = (q.shape, wanted, build.instructions())
-        if asked in self._calls:
-            bind, call = self._calls[asked]
+        asked = (q.shape, left is None, right is None, features.softcap is None, build.instructions())
+        if asked in self._last:
+            bind, made, fixed = self._last[asked]
             if bind(q):
-                call(**given)
+                start(made, fixed | given)
                 return out, lse
+        (b, heads, n_q, d), kv_heads = q.shape, self._k.shape[1]
         kq = self._k.any_token(b)
         qq, bound = queries(q, frame_of_queries(q, kq, kq.frame), kq, self.scheme, self.scales)
         fields = laid_out(qq, self.scheme)
-        given |= fields | self._k.fields | self._v.fields | self._v.of_sequences(b)
-        given |= dict(batch=b, heads=heads, kv_heads=kv_heads, n_q=n_q, page=self.page)
-        call = Call(plan(self.scheme, head_dim=d, dtype=q.dtype, wanted=wanted, instructions=asked[2]), given)
-        call()
+        fixed = fields | self._k.fields | self._v.fields | self._v.of_sequences(b)
+        fixed |= dict(batch=b, heads=heads, kv_heads=kv_heads, n_q=n_q, page=self.page)
+        wanted = Wanted(left=left is not None, right=right is not None, softcap=features.softcap is not None, lse=True)
+        made = plan(self.scheme, head_dim=d, dtype=q.dtype, wanted=wanted, instructions=asked[-1])
+        start(made, fixed | given)
         if bound is not None and bound.fills(x for x in fields.values() if isinstance(x, Tensor)):
-            self._calls.clear()
-            self._calls[asked] = bound, call
+            self._last = {asked: (bound, made, fixed)}
         return out, lse
 
 
@@ -149,12 +149,11 @@ class _Panels(Part):
     @cached_property
     def bound(self) -> Bound | None:
         """The kernel that writes tokens here; None where the definition has to quantize them."""
-        task = Task.of(self.spec, self.scheme, self.shape[3], self.dtype, **self.frame.steps())
-        if lacking(task):
+        task = task_of(self.scheme, self.spec.role, self.shape[3], self.dtype, self.frame.steps(), paged=True)
+        if task is None:
             return None
-        scales = self.parts | self.given
-        more = {"offset": self.frame.offset, "balance": self.frame.balance}
-        return Bound(task, self.parts["codes"], scales.get("scale"), scales.get("zero"), page=self.shape[2], more=more)
+        given = {**self.parts, **self.given, "offset": self.frame.offset, "balance": self.frame.balance}
+        return Bound(quantize_plan.plan(task, build.instructions()), given, self.shape[2])
 
     @cached_property
     def fields(self) -> dict[str, Any]:

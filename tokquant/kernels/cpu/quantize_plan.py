@@ -1,6 +1,6 @@
 """What is fixed before a CPU kernel that quantizes is written: from an operand and what is done to it to constants."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
@@ -10,10 +10,13 @@ from tokquant import blocks, precisions
 from tokquant.kernels.cpu.instructions import INSTRUCTIONS
 from tokquant.kernels.cpu.plan import CPP_TYPES, CpuPlan, literal
 from tokquant.kernels.products import FLOAT_NAMES
+from tokquant.kernels.quantize_task import OperandTask
+from tokquant.quantize import check_groups
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.granularity import WHOLE
-from tokquant.schemes.placement import as_bytes, place
+from tokquant.schemes.placement import as_bytes, needs_code_sums, needs_query_sums, place
 from tokquant.schemes.scheme import SCALE_TYPES
+from tokquant.transforms import Steps
 
 LONGEST = 128
 """Tokens of a chunk, at most. The extremes of scales of more tokens are taken first, then codes."""
@@ -21,68 +24,79 @@ SOURCES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloa
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """What one kernel does with one operand."""
+class Task(OperandTask):
+    """What a C++ kernel does with one operand; of V, `code_sum` is wanted for each tile."""
 
-    spec: Operand
-    head_dim: int
-    dtype: torch.dtype
-    """Of the tensor."""
     as_bytes: bool
     """Whether its codes are multiplied as bytes: how K's lie in memory goes by that."""
-    weighted: bool
-    """V: whether its scales enter P."""
     tile: int = 128
     """V: tokens that its panels cover."""
-    offset_tokens: int = 0
-    """Under one offset; 0 where there is none."""
-    balanced: bool = False
-    rotated: bool = False
-    folded: bool = False
-    k_offset: bool = False
-    """Q: its product with K's offset is wanted,"""
-    k_origin: bool = False
-    """with what K's codes of 0 stand for,"""
     met: Literal["", "bytes", "floats"] = ""
-    """Q: as what products read it, where that is not its codes,"""
-    code_sum: bool = False
-    """and the sum of its codes; V: their sums over each tile."""
+    """Q: as what products read it, where that is not its codes."""
 
-    @staticmethod
-    @lru_cache(maxsize=1024)  # every call asks for three
-    def of(spec: Operand, scheme: QuantScheme, head_dim: int, dtype: torch.dtype, **rest: Any) -> "Task":
-        """The task for one operand of a scheme."""
-        if spec.role == "v":
-            rest["tile"] = scheme.key_tile
-        return Task(
-            spec=spec,
-            head_dim=head_dim,
-            dtype=dtype,
-            as_bytes=spec.role != "q" and as_bytes(scheme, spec.role),
-            weighted=place(spec) == "p" and spec.role == "v",
-            **rest,
-        )
-
-    @staticmethod
-    def read_of(scheme: QuantScheme) -> Literal["", "bytes", "floats"]:
-        """As what products read Q, where a kernel makes that with the codes."""
-        q = scheme.q
-        if as_bytes(scheme, "k"):
-            return "bytes" if q.format.kind == "int" and q.format.packed > 1 else ""
-        known = q.format.kind == "int" or bool(q.format.cpp_decode)
-        return "floats" if known and place(q) != "operand" else ""
-
-    def __hash__(self) -> int:
-        return self._hash
+    __hash__ = OperandTask.__hash__
 
     @cached_property
-    def _hash(self) -> int:
-        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+    def stored(self) -> torch.dtype:
+        """The type of stored elements in the canonical layout, which is Q's."""
+        return self.spec.format.of(self.dtype).stored
 
     @cached_property
     def bits(self) -> int:
         """Of a code in memory."""
-        return blocks.bits_of(self.spec.format, self.spec.format.of(self.dtype).stored, self.as_bytes)
+        return blocks.bits_of(self.spec.format, self.stored, self.as_bytes)
+
+
+@lru_cache(maxsize=1024)  # every call asks for three
+def task_of(
+    scheme: QuantScheme,
+    role: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    steps: Steps,
+    *,
+    k_offset: bool = False,
+    k_origin: bool = False,
+    paged: bool = False,
+) -> Task | None:
+    """What a kernel does with an operand; None where the definition quantizes it: no kernel does, or Q stays as it is.
+
+    Raises SchemeError where its granularity does not fit head_dim.
+    """
+    spec: Operand = getattr(scheme, role)
+    if spec.scaled:
+        check_groups(spec, head_dim)
+    elif role == "q" and not any(steps) and spec.format.of(dtype).stored == dtype:
+        return None
+    sums = {
+        # the sum of integers is one in any order
+        "q": needs_query_sums(scheme) and spec.format.kind == "int" and place(spec) == "scores",
+        "k": False,
+        "v": needs_code_sums(scheme) and not paged,
+    }
+    task = Task(
+        spec=spec,
+        head_dim=head_dim,
+        dtype=dtype,
+        as_bytes=role != "q" and as_bytes(scheme, role),
+        weighted=role == "v" and place(spec) == "p",
+        tile=scheme.key_tile if role == "v" else 128,
+        **steps._asdict(),
+        k_offset=k_offset,
+        k_origin=k_origin,
+        met=_met(scheme) if role == "q" else "",
+        code_sum=sums[role],
+    )
+    return None if lacking(task) else task
+
+
+def _met(scheme: QuantScheme) -> Literal["", "bytes", "floats"]:
+    """As what products read Q, where a kernel makes that with the codes."""
+    q = scheme.q
+    if as_bytes(scheme, "k"):
+        return "bytes" if q.format.kind == "int" and q.format.packed > 1 else ""
+    known = q.format.kind == "int" or bool(q.format.cpp_decode)
+    return "floats" if known and place(q) != "operand" else ""
 
 
 def lacking(task: Task) -> str | None:
@@ -105,7 +119,6 @@ def lacking(task: Task) -> str | None:
     return None
 
 
-@lru_cache(maxsize=256)  # every call asks
 def _side_by_side(precision: precisions.Precision) -> bool:
     """Whether codes are packed as kernels write those of Q: the first in the lowest bits, integers counted from the lowest."""
     bits = 8 // precision.packed
@@ -199,11 +212,9 @@ def plan(task: Task, instructions: str) -> CpuPlan:
     )
 
 
-precisions.base.WHEN_REPLACED.extend((Task.of.cache_clear, plan.cache_clear))
+precisions.base.WHEN_REPLACED.extend((task_of.cache_clear, plan.cache_clear))
 
 
 def _title(task: Task) -> str:
-    steps = ["less an offset"] * (task.offset_tokens > 0) + ["balanced"] * task.balanced + ["rotated"] * task.rotated
-    steps += ["times K's scale"] * task.folded
     source = f"{task.spec.role} {FLOAT_NAMES[task.dtype]}"
-    return ", ".join([f"{source} to {task.spec}", f"head_dim {task.head_dim}", *steps])
+    return ", ".join([f"{source} to {task.spec}", f"head_dim {task.head_dim}", *task.words()])
