@@ -8,7 +8,7 @@ from factories import qkv
 
 import tokquant as tq
 from tokquant.evaluation import bench, peers
-from tokquant.evaluation.bench import COPY, FLOATS, INTEGERS, MEMORY, Shape
+from tokquant.evaluation.bench import COPY, MEMORY, PRODUCTS, Shape
 from tokquant.kernels.cpu import build
 
 CPU = torch.device("cpu")
@@ -44,23 +44,24 @@ def test_no_scheme_takes_the_place_of_another_of_its_name():
 
 @needs_compiler
 def test_ratios_rates_and_shares_are_those_of_the_same_medians():
-    table = bench.attention(SHAPE, ["int8", "int8-fp16", "none"], device=CPU, repeats=2)
+    table = bench.attention(SHAPE, ["int8", "int8-fp16", "int8-fp8", "none"], device=CPU, repeats=2)
     found = rows(table)
     assert table.peer == min(("SDPA fp32", "SDPA bf16"), key=lambda name: found[name].ms)
     for row in table.rows:
-        if row.provider in (INTEGERS, FLOATS):
+        if row.provider in PRODUCTS.values():
             assert row.ratio is None and row.share is None
         elif not row.note:
             assert row.ratio == pytest.approx(found[table.peer].ms / row.ms)
             assert row.rate == pytest.approx(SHAPE.operations / row.ms / 1e6) and table.unit == "GOPS"
     assert found["int8, with quantization"].share is found["SDPA fp32"].share is None
-    slower = found["none"].rate / found[FLOATS].rate
-    assert found["none"].share == pytest.approx(slower)
-    if INTEGERS in found:
-        assert found["int8"].share == pytest.approx(found["int8"].rate / found[INTEGERS].rate)
+    integers, bfloats, floats = (found[name].rate if name in found else None for name in PRODUCTS.values())
+    assert found["none"].share == pytest.approx(found["none"].rate / floats)
+    if integers:
+        assert found["int8"].share == pytest.approx(found["int8"].rate / integers)
         # half of its operations at each of two speeds
-        half = found["int8-fp16"].rate / 2
-        assert found["int8-fp16"].share == pytest.approx(half / found[INTEGERS].rate + half / found[FLOATS].rate)
+        for name, speed in (("int8-fp16", floats), ("int8-fp8", bfloats or floats)):
+            half = found[name].rate / 2
+            assert found[name].share == pytest.approx(half / integers + half / speed)
 
 
 def test_quantization_counts_the_bytes_it_reads_and_writes():

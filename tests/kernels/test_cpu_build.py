@@ -14,6 +14,7 @@ import tokquant as tq
 from tokquant.features import Features
 from tokquant.kernels import store
 from tokquant.kernels.cpu import build, launch
+from tokquant.kernels.cpu.instructions import INSTRUCTIONS, of_macros
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 
@@ -169,12 +170,18 @@ def test_auto_is_cpu_on_a_cpu_and_without_a_compiler_the_reference_with_one_noti
 
 def test_a_set_that_is_none_or_not_here_is_refused(monkeypatch):
     monkeypatch.setenv(build.CHOICE, "avx")
-    with pytest.raises(ValueError, match=r"'avx' is not valid; use one of avx512_vnni, .*, portable; did you mean 'avx2'"):
+    with pytest.raises(ValueError, match=r"'avx' is not valid; use one of avx512_bf16, .*, portable; did you mean 'avx2'"):
         build.instructions()
     monkeypatch.setenv(build.CHOICE, "avx2")
     monkeypatch.setattr(build, "compiler", lambda: build.Compiler(("c++",), "", ("portable",)))
     with pytest.raises(tq.UnsupportedError, match="has no avx2; use one of portable"):
         build.instructions()
+
+
+def test_a_processor_without_products_of_bfloat16_has_the_next_set():
+    known = {macro for one in INSTRUCTIONS.values() for macro in one.macros}
+    assert of_macros(known)[:2] == ("avx512_bf16", "avx512_vnni")
+    assert of_macros(known - {"__AVX512BF16__"})[0] == "avx512_vnni"
 
 
 @pytest.fixture

@@ -55,6 +55,13 @@ MUTATIONS = {
     "nibbles in another order": ("kv-int4", ODD, "uint32_t(i * BITS)", "uint32_t((1 - i) * BITS)"),
     "a block of queries left out": ("int8", CAUSAL, "(of_head - 1 - block % of_head) * BLOCK", "(of_head - 1) * BLOCK"),
 }  # fmt: skip
+OF_BFLOAT = {
+    "two channels in another order": ("fp8", ODD, "in_words(number(i), d + 1 < D", "in_words(number(i ^ 2), d + 1 < D"),
+    "two tokens in another order": ("fp8", ODD, "in_words(number(i), number(i + 1))", "in_words(number(i + 1), number(i))"),
+    "a last key of two forgotten": ("fp8", ODD, "(keys + 1) / 2", "keys / 2"),
+}
+if build.available() and build.instructions() == "avx512_bf16":
+    MUTATIONS |= OF_BFLOAT
 # each costs a second to build: every other one is left to the slow run
 CHOSEN = [pytest.param(name, marks=[] if place % 2 == 0 else pytest.mark.slow) for place, name in enumerate(MUTATIONS)]
 

@@ -18,14 +18,15 @@ from tokquant.evaluation import packages, peers
 from tokquant.evaluation.machine import machine
 from tokquant.evaluation.packages import Call
 from tokquant.evaluation.trials import scales_for
+from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu.peak import peaks
+from tokquant.kernels.cpu.plan import products
 from tokquant.kv_cache import KVCache
 from tokquant.schemes import QuantScheme, resolve
-from tokquant.schemes.placement import as_bytes
 from tokquant.timing import SCRATCH_BYTES, interleaved_medians
 
 MEMORY, COPY = "reading memory", "copying memory"
-INTEGERS, FLOATS = "integer products", "float products"
+PRODUCTS = {"integers": "integer products", "bfloats": "bfloat16 products", "floats": "float products"}
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
     named = _named(schemes)
     q, k, v = _tensors(shape, device)
     work, causal = shape.operations, shape.causal
+    on_cpu = choose_backend("auto", device) == "cpu"
     found: Providers = {}
     for name, call in peers.attention(q, k, v, causal).items():
         found[name] = call if isinstance(call, str) else Provider(call, work)
@@ -127,7 +129,7 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
     def coded(name: str, scheme: QuantScheme) -> Providers:
         scales = scales_for(scheme, q, k, v)
         codes = quantize(q, k, v, scheme, scales=scales)
-        units = tuple(INTEGERS if as_bytes(scheme, role) else FLOATS for role in "kv")
+        units = tuple(PRODUCTS[products(scheme, role, q.dtype, build.instructions())] for role in "kv") if on_cpu else ()
         whole = partial(attend, q, k, v, scheme, causal=causal, scales=scales)
         found: Providers = {
             name: Provider(partial(attend, *codes, scheme, causal=causal), work, units),
@@ -136,9 +138,9 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
         return found | ({f"{name}, auto": Provider(whole, work)} if device.type == "cuda" else {})
 
     found |= _of_each(named, coded)
-    if choose_backend("auto", device) == "cpu":
+    if on_cpu:
         for kind, (call, operations) in peaks(torch.get_num_threads()).items():
-            found[INTEGERS if kind == "integers" else FLOATS] = Provider(call, operations, compared=False)
+            found[PRODUCTS[kind]] = Provider(call, operations, compared=False)
     return _timed("attention", shape, "GOPS", found, device, repeats)
 
 

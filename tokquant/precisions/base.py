@@ -142,6 +142,14 @@ class Precision:
         values = self.decode(self.unpack(stored[:, None], self.packed)).unique()
         return values[values.isfinite()]
 
+    @property
+    def in_bfloat(self) -> bool:
+        """Whether bfloat16 holds every number that a code stands for."""
+        if self.bits > 8:
+            return self.stored == torch.bfloat16
+        values = self.values()
+        return torch.equal(values, values.bfloat16().float())
+
     def of(self, dtype: torch.dtype) -> "Precision":
         """What values of tensors of this type are kept in: 16-bit floats without a scale are the tensor's own."""
         own = self.bits == 16 and self.largest is None and dtype != torch.float32

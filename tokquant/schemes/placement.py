@@ -3,6 +3,8 @@
 from functools import lru_cache
 from typing import Literal
 
+import torch
+
 from tokquant import precisions
 from tokquant.schemes.scheme import Operand, QuantScheme
 
@@ -50,7 +52,7 @@ def needs_query_sums(scheme: QuantScheme) -> bool:
 
 @lru_cache(maxsize=1024)  # every call asks
 def as_bytes(scheme: QuantScheme, role: str) -> bool:
-    """Whether a CPU multiplies K by Q, or V by P, as bytes. Everything else it multiplies as float32."""
+    """Whether a CPU multiplies K by Q, or V by P, as bytes. Everything else it multiplies as floats."""
     operand, other = getattr(scheme, role), scheme.q if role == "k" else scheme.p
     if role == "v":
         if other.format.cpp_encode != precisions.get("int8").cpp_encode:
@@ -61,3 +63,14 @@ def as_bytes(scheme: QuantScheme, role: str) -> bool:
 
 
 precisions.base.WHEN_REPLACED.append(as_bytes.cache_clear)
+
+
+def in_bfloat(scheme: QuantScheme, role: str, dtype: torch.dtype) -> bool:
+    """Whether bfloat16 holds every number of K and Q, or of V and P, that a product takes; `dtype` is that of the tensors."""
+
+    def held(x: Operand) -> bool:
+        return dtype == torch.bfloat16 if place(x) == "operand" else x.format.of(dtype).in_bfloat
+
+    if role == "k":
+        return held(scheme.k) and held(scheme.q)
+    return held(scheme.v) and scheme.p.format.of(dtype).in_bfloat

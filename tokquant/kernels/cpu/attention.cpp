@@ -10,6 +10,8 @@
 #define FLOATS 1  // or decoded, as float32
 #define INTEGER_K 1
 #define INTEGER_V 1
+#define BFLOAT_K 0  // or as bfloat16, which holds them all: two in a word
+#define BFLOAT_V 0
 #define K_UNPACKED 0  // whether a tile is unpacked before it is multiplied,
 #define V_UNPACKED 0
 #define K_DECODED 0  // with its scales,
@@ -97,14 +99,23 @@ constexpr int V_PANEL = V_WORDS * LANES;
 #if INTEGER_K
 typedef uint8_t Keys;  // panels as products take them
 #else
+constexpr int K_STEPS = BFLOAT_K ? (D + 1) / 2 : D;  // of products
+#if BFLOAT_K
+typedef uint32_t Keys;
+#else
 typedef float Keys;
+#endif
 #endif
 #if INTEGER_V
 typedef int8_t Values;
 #else
+constexpr int V_STEPS = BFLOAT_V ? TILE / 2 : TILE;
+#if BFLOAT_V
+typedef uint32_t Values;
+#else
 typedef float Values;
 #endif
-
+#endif
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -47,7 +47,15 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
         for (int d = 0; d < D; d++) t.start[i] += (K_LOWEST + FLIPPED) * t.q[i][d];
     }
 #else
+#if BFLOAT_K
+    for (int i = 0; i < rows; i++)
+        for (int d = 0; d < D; d += LANES) store_bfloats(&t.q[i][d / 2], load(a.q + (row + i) * D + d, D - d));
+    const uint32_t* q = t.q[0];
+    constexpr int64_t q_row = WIDE / 2;
+#else
     const float* q = a.q + row * D;
+    constexpr int64_t q_row = D;
+#endif
 #endif
     for (int i = 0; i < BLOCK + LANES; i++) t.m[i] = NOTHING, t.r[i] = t.l[i] = 0;
     std::memset(t.acc, 0, sizeof t.acc);
@@ -127,7 +135,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
                     multiply<K_BITS, R.value, W.value>(c, t.q[g + i], K_DEPTH, k + at * 4 * K_PANEL, 4 * K_PANEL, K_WORDS, k_ahead);
 #else
                     floats c[R.value][W.value] = {};
-                    multiply<R.value, W.value>(c, q + (g + i) * D, D, k + at * D * LANES, D * LANES, D);
+                    multiply<R.value, W.value>(c, q + (g + i) * q_row, q_row, k + at * K_STEPS * LANES, K_STEPS * LANES, K_STEPS);
 #endif
                     for (int r = 0; r < R.value; r++)
                         for (int w = 0; w < W.value; w++) store(&t.s[i + r][(at + w) * LANES], to_floats(c[r][w]));
@@ -257,7 +265,11 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 #if INTEGER_V
                     store_bytes(&t.p[i][j], p);
 #else
+#if BFLOAT_V
+                    store_bfloats(&t.p[i][j / 2], encode_p(p));
+#else
                     store(&t.p[i][j], encode_p(p));
+#endif
 #endif
 #if QUANTIZED_NORMALIZER
                     floats code = encode_p(p);
@@ -307,8 +319,9 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
                     multiply<V_BITS, R.value, W.value>(c, t.p[i], TILE, v + at * 4 * V_PANEL, 4 * V_PANEL, (keys * V_BITS + 31) / 32,
                                                        v_ahead);
 #else
+                    const int steps = BFLOAT_V ? (keys + 1) / 2 : keys;
                     floats c[R.value][W.value] = {};
-                    multiply<R.value, W.value>(c, t.p[i], TILE, v + at * LANES * TILE, LANES * TILE, keys);
+                    multiply<R.value, W.value>(c, t.p[i], V_STEPS, v + at * LANES * V_STEPS, LANES * V_STEPS, steps);
 #endif
                     for (int r = 0; r < R.value; r++)
                         for (int w = 0; w < W.value; w++) {
@@ -318,7 +331,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
                             product *= V_UNIT;
 #endif
 #if !INTEGER_V
-                            product = kept(product, t.p[i + r], v + (at + w) * LANES * TILE, keys);
+                            product = kept(product, t.p[i + r], v + (at + w) * LANES * V_STEPS, steps);
 #endif
 #if V_PER_TILE
                             if (largest[i + r] == NOTHING) continue;

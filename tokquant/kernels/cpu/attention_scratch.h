@@ -12,17 +12,20 @@ struct Scratch {
     alignas(64) int8_t q[BLOCK][K_DEPTH];
     int start[BLOCK];  // of sums: K's codes are counted from the lowest, or as products read them
 #endif
+#if BFLOAT_K
+    alignas(64) uint32_t q[BLOCK][WIDE / 2];
+#endif
 #if INTEGER_V
     alignas(64) uint8_t p[ROWS][TILE];
     int flipped[ROWS];  // what sums begin with, as products read V
 #else
-    alignas(64) float p[ROWS][TILE];
+    alignas(64) Values p[ROWS][V_STEPS];
 #endif
 #if K_UNPACKED
-    alignas(64) float k[TILE * D];
+    alignas(64) Keys k[TILE * K_STEPS];
 #endif
 #if V_UNPACKED
-    alignas(64) float v[WIDE * TILE];
+    alignas(64) Values v[WIDE * V_STEPS];
 #endif
 #if K_SCALED
     alignas(64) float k_scale[TILE];  // of each key, or of all

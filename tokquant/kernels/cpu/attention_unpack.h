@@ -26,10 +26,10 @@ static inline void of_panel(floats (&to)[K_COLUMNS], const float* tile, int pane
 #endif
 
 #if K_UNPACKED
-// a panel of a tile: [words][16] -> [D][16]
+// a panel of a tile: [words][16] -> [D][16], or two channels in a word
 static void unpack_keys(Scratch& t, const uint32_t* tile, int panel, int64_t ahead) {
     const uint32_t* from = tile + panel * K_PANEL;
-    float* to = t.k + panel * D * LANES;
+    Keys* to = t.k + panel * K_STEPS * LANES;
 #if K_DECODED
     floats scale[K_COLUMNS];
     of_panel(scale, t.k_scale, panel);
@@ -41,39 +41,46 @@ static void unpack_keys(Scratch& t, const uint32_t* tile, int panel, int64_t ahe
     for (int w = 0; w < K_WORDS; w++, from += LANES) {
         const words x = load(from);
         __builtin_prefetch((const char*)from + ahead, 0, 2);
-#pragma GCC unroll 16
-        for (int i = 0; i < 32 / K_BITS; i++) {
-            const int d = w * (32 / K_BITS) + i;
-            if (d >= D) break;
+        const auto number = [&](int i) {
             floats y = decode_k(code_of<K_BITS>(x, i));
 #if K_DECODED
-            y *= scale[d * K_COLUMNS / D];
+            const int group = (w * (32 / K_BITS) + i) * K_COLUMNS / D;
+            y *= scale[group];
 #endif
 #if K_DECODED_ZERO
-            y += zero[d * K_COLUMNS / D];
+            y += zero[group];
 #endif
 #if K_DECODED
             y = as_input(y);
 #endif
-            store(to + d * LANES, y);
+            return y;
+        };
+#pragma GCC unroll 16
+        for (int i = 0; i < 32 / K_BITS; i += BFLOAT_K ? 2 : 1) {
+            const int d = w * (32 / K_BITS) + i;
+            if (d >= D) break;
+#if BFLOAT_K
+            put(to + d / 2 * LANES, in_words(number(i), d + 1 < D ? number(i + 1) : all(0)));
+#else
+            store(to + d * LANES, number(i));
+#endif
         }
     }
 }
 #endif
 
 #if V_UNPACKED
-// a panel of a tile: [words][16] -> [TILE][16]
+// a panel of a tile: [words][16] -> [TILE][16], or two tokens in a word
 static void unpack_values(Scratch& t, const uint32_t* tile, int panel, int64_t ahead) {
     const uint32_t* from = tile + panel * V_PANEL;
-    float* to = t.v + panel * TILE * LANES;
+    Values* to = t.v + panel * V_STEPS * LANES;
     for (int w = 0; w < V_WORDS; w++, from += LANES) {
         const words x = load(from);
         __builtin_prefetch((const char*)from + ahead, 0, 2);
-#pragma GCC unroll 16
-        for (int i = 0; i < 32 / V_BITS; i++) {
-            const int token = w * (32 / V_BITS) + i;
+        const auto number = [&](int i) {
             floats y = decode_v(code_of<V_BITS>(x, i));
 #if V_DECODED
+            const int token = w * (32 / V_BITS) + i;
             const int at = token * V_COLUMNS + panel * LANES * V_COLUMNS / D;
             y *= t.v_scale[at];
 #endif
@@ -83,8 +90,15 @@ static void unpack_values(Scratch& t, const uint32_t* tile, int panel, int64_t a
 #if V_DECODED
             y = as_input(y);
 #endif
-            store(to + token * LANES, y);
-        }
+            return y;
+        };
+#pragma GCC unroll 16
+        for (int i = 0; i < 32 / V_BITS; i += BFLOAT_V ? 2 : 1, to += LANES)
+#if BFLOAT_V
+            put(to, in_words(number(i), number(i + 1)));
+#else
+            store(to, number(i));
+#endif
     }
 }
 #endif

@@ -15,6 +15,8 @@ class Instructions:
     """What a compiler defines for a processor that has it."""
     register: int = 16
     """Bytes."""
+    bfloats: bool = False
+    """Whether there is a product of two numbers of bfloat16 a lane."""
 
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -23,6 +25,9 @@ _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"
 _HAS_AVX512 = ("__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__", "__AVX512VNNI__")
 
 INSTRUCTIONS = {
+    "avx512_bf16": Instructions(
+        ("-mavx512bf16", *_AVX512, *_AVX2), ("__AVX512BF16__", *_HAS_AVX512, *_HAS_AVX2), 64, bfloats=True
+    ),
     "avx512_vnni": Instructions((*_AVX512, *_AVX2), (*_HAS_AVX512, *_HAS_AVX2), 64),
     "avx_vnni": Instructions(("-mavxvnni", *_AVX2), ("__AVXVNNI__", *_HAS_AVX2), 32),
     "avx2": Instructions(_AVX2, _HAS_AVX2, 32),

@@ -19,6 +19,23 @@ typedef int32_t ints __attribute__((vector_size(WIDTH)));
 
 // one instruction of products; the sum is an operand of each, or the compiler would take it out of the loop
 static inline floats step(floats sum) { return sum * 0.5f + 0.5f; }
+
+// sums of products of two numbers of bfloat16 a lane
+struct bfloats {
+    floats sum;
+    float operator[](int i) const { return sum[i]; }
+};
+#if defined(__AVX512BF16__)
+constexpr int BFLOATS = 32;
+static inline bfloats step(bfloats x) {
+    const __m512bh one = (__m512bh)_mm512_set1_epi16(0x3f80);
+    return {(floats)_mm512_dpbf16_ps((__m512)x.sum, one, one)};
+}
+#else
+constexpr int BFLOATS = 0;  // there is none
+static inline bfloats step(bfloats x) { return x; }
+#endif
+
 #if defined(__AVX512VNNI__)
 constexpr int PRODUCTS = 64;
 static inline ints step(ints sum) {
@@ -64,8 +81,10 @@ static uint64_t chains(int64_t steps, int threads) {
 extern "C" {
 // multiply-adds of a thread in a step
 int64_t products_of_integers() { return SUMS * PRODUCTS; }
+int64_t products_of_bfloats() { return SUMS * BFLOATS; }
 int64_t products_of_floats() { return SUMS * WIDTH / 4; }
 
 uint64_t multiply_integers(int64_t steps, int threads) { return chains<ints>(steps, threads); }
+uint64_t multiply_bfloats(int64_t steps, int threads) { return chains<bfloats>(steps, threads); }
 uint64_t multiply_floats(int64_t steps, int threads) { return chains<floats>(steps, threads); }
 }

@@ -7,18 +7,20 @@ from pathlib import Path
 
 from tokquant.kernels.cpu import build
 
+KINDS = ("integers", "bfloats", "floats")
+"""Of products, as a plan names them."""
 STEPS = 2**21
 """Some milliseconds."""
 
 
 def peaks(threads: int) -> dict[str, tuple[Callable[[], int], int]]:
-    """`integers` and `floats` -> a call, and the multiplications and additions it does on so many threads, all in registers.
+    """`integers`, `bfloats`, `floats` -> a call, and the multiplications and additions of so many threads, all in registers.
 
-    Integers are missing where the instruction set has no product of their own. Raises UnsupportedError without a compiler.
+    Those that the instruction set has no product of are missing. Raises UnsupportedError without a compiler.
     """
     library = _library(build.instructions())
     found: dict[str, tuple[Callable[[], int], int]] = {}
-    for kind in ("integers", "floats"):
+    for kind in KINDS:
         if products := getattr(library, f"products_of_{kind}")():
             call = partial(getattr(library, f"multiply_{kind}"), STEPS, threads)
             found[kind] = (call, 2 * products * STEPS * threads)
@@ -29,7 +31,7 @@ def peaks(threads: int) -> dict[str, tuple[Callable[[], int], int]]:
 def _library(instructions: str) -> ctypes.CDLL:
     text = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
     library = build.load("peak", text, instructions)
-    for kind in ("integers", "floats"):
+    for kind in KINDS:
         multiply = getattr(library, f"multiply_{kind}")
         multiply.argtypes, multiply.restype = (ctypes.c_int64, ctypes.c_int), ctypes.c_uint64
         getattr(library, f"products_of_{kind}").restype = ctypes.c_int64

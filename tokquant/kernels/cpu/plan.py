@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,7 +13,7 @@ from tokquant.kernels.cpu.instructions import INSTRUCTIONS
 from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.granularity import WHOLE
-from tokquant.schemes.placement import as_bytes, lowers_logits, place
+from tokquant.schemes.placement import as_bytes, in_bfloat, lowers_logits, place
 from tokquant.schemes.scheme import Operand
 
 LARGEST_TILE = 1024
@@ -63,7 +63,8 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
     _refuse(scheme, encoder)
     q, k, v = scheme.q, scheme.k, scheme.v
     at = {role: place(getattr(scheme, role)) for role in "qkv"}
-    integer_k, integer_v = as_bytes(scheme, "k"), as_bytes(scheme, "v")
+    products_k, products_v = (products(scheme, role, dtype, instructions) for role in "kv")
+    integer_k, integer_v = products_k == "integers", products_v == "integers"
     k_bits, v_bits = (blocks.bits_of(x.format, x.format.of(dtype).stored, as_bytes(scheme, x.role)) for x in (k, v))
     k_each = at["k"] == "scores"
     k_tokens, v_tokens = (x.granularity.cover(WHOLE, head_dim)[0] if x.scaled else 1 for x in (k, v))
@@ -79,6 +80,8 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
         "INTEGER_K": integer_k,
         "INTEGER_V": integer_v,
         "Q_SCALED": at["q"] == "scores",
+        "BFLOAT_K": products_k == "bfloats",
+        "BFLOAT_V": products_v == "bfloats",
         "K_UNPACKED": not integer_k and k_bits < 32,
         "V_UNPACKED": not integer_v and v_bits < 32,
         "K_DECODED": at["k"] == "operand",
@@ -159,6 +162,13 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
 
 
 precisions.base.WHEN_REPLACED.append(plan.cache_clear)
+
+
+def products(scheme: QuantScheme, role: str, dtype: torch.dtype, instructions: str) -> Literal["integers", "bfloats", "floats"]:
+    """What K is multiplied as with Q, or V with P."""
+    if as_bytes(scheme, role):
+        return "integers"
+    return "bfloats" if INSTRUCTIONS[instructions].bfloats and in_bfloat(scheme, role, dtype) else "floats"
 
 
 def columns(operand: Operand, head_dim: int) -> int:

@@ -43,15 +43,18 @@ template <int BITS, int R, int W, class A, class B>
 #endif
 
 #if FLOATS
-template <int R, int W>
-[[gnu::noinline]] static void multiply(floats (&c)[R][W], const float* a, int64_t row, const float* b, int64_t panel, int steps) {
+static inline floats dot(floats sum, float a, floats panel) { return sum + a * panel; }
+
+// of floats, or of two numbers of bfloat16 in each word
+template <int R, int W, class T>
+[[gnu::noinline]] static void multiply(floats (&c)[R][W], const T* a, int64_t row, const T* b, int64_t panel, int steps) {
     floats sum[R][W];
     std::memcpy(sum, c, sizeof c);
-    for (const float* end = b + LANES * steps; b < end; a++, b += LANES)
+    for (const T* end = b + LANES * steps; b < end; a++, b += LANES)
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int w = 0; w < W; w++) sum[r][w] += a[r * row] * load(b + w * panel);
+            for (int w = 0; w < W; w++) sum[r][w] = dot(sum[r][w], a[r * row], load(b + w * panel));
     std::memcpy(c, sum, sizeof c);
 }
 #endif
@@ -76,13 +79,16 @@ static inline void in_panels(int panels, F f) {
 }
 
 #if !INTEGER_V
+static inline floats weighed(float, floats v) { return v; }
+
 // a weight of zero takes nothing of V, be it infinite or not a number
-static inline floats kept(floats product, const float* p, const float* v, int keys) {
+template <class T>
+static inline floats kept(floats product, const T* p, const T* v, int steps) {
     floats odd = product - product;  // 0 where finite
     if (sum_of(odd) == 0) return product;
     product = all(0);
-    for (int j = 0; j < keys; j++)
-        if (p[j] != 0) product += p[j] * load(v + LANES * j);
+    for (int j = 0; j < steps; j++)
+        if (p[j] != 0) product = dot(product, p[j], weighed(p[j], load(v + LANES * j)));
     return product;
 }
 #endif
