@@ -112,6 +112,22 @@ def test_a_step_of_decoding_waits_for_nothing(name, seen):
     assert tq.decode(some(2, 8, 1, 64), cache).is_cuda
 
 
+@pytest.mark.parametrize("name", ["kv-int8", "kv-int4"])
+def test_a_step_in_reserved_room_is_launches_alone(name, seen, monkeypatch):
+    cache = tq.KVCache(name, batch=2, kv_heads=2, head_dim=64, device="cuda", capacity=4096)
+    cache.append(some(2, 2, 300, 64), some(2, 2, 300, 64), counts=[300, 17])
+    cache.reserve(1000)
+    new, q = some(2, 2, 1, 64), some(2, 8, 1, 64)
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        for each in (seen.launched, seen.computed, seen.waits):
+            each.clear()
+        cache.append(new, new)
+        tq.decode(q, cache)
+    # K, V, the queries, attention and its merge; lengths, up to what there is room for, and the output's type
+    assert (len(seen.launched), len(seen.computed), seen.waits) == (5, 3, [])
+
+
 def test_sequences_one_after_another_stay_on_the_gpu(seen):
     starts = torch.tensor([0, 100, 100, 356], dtype=torch.int32)
     q, k, v = (some(356, heads, 64) for heads in (4, 2, 2))

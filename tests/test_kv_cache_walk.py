@@ -106,11 +106,15 @@ class Walk:
                 torch.testing.assert_close(out[b, :, :n].double(), expected[0], rtol=self.tolerance, atol=self.tolerance)
                 torch.testing.assert_close(lse[b, :, :n].double(), expected_lse[0].double(), rtol=1e-5, atol=1e-5)
 
+    def pages(self, cache, packed):
+        """What sequences of so many packed tokens hold."""
+        return [-(-tokens // cache.page) for tokens in packed]
+
     def check(self):
         """Codes and windows are those of quantizing all at once, bit for bit, and pages are held as often as counted."""
         for cache, plain in self.pairs:
             assert cache.lengths == [len(own) for own in plain.sequences]
-            assert cache._held.table.held.tolist() == [-(-own.packed // cache.page) for own in plain.sequences]
+            assert cache._held.table.held.tolist() == self.pages(cache, [own.packed for own in plain.sequences])
             for b, own in enumerate(plain.sequences):
                 for found, expected in zip(cache.windows(b), plain.ends(b), strict=True):
                     assert torch.equal(found, expected)
@@ -123,7 +127,8 @@ class Walk:
         for pool in {cache._held.table.pool for cache, _ in self.pairs}:
             tables = [cache._held.table for cache, _ in self.pairs if cache._held.table.pool is pool]
             rows = [row[:held] for table in tables for row, held in zip(table.numbers, table.held, strict=True)]
-            counted = np.bincount(np.concatenate(rows), minlength=len(pool.holders))
+            spare = [] if pool._spare is None else [np.array([pool._spare])]
+            counted = np.bincount(np.concatenate([*rows, *spare]), minlength=len(pool.holders))
             assert counted.tolist() == pool.holders.tolist() and sorted(pool.free) == np.nonzero(counted == 0)[0].tolist()
 
 

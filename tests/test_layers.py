@@ -20,7 +20,7 @@ LAYERS = [
     ("calibration", "export"),
     ("exchange",),
     ("paging", "windows", "pages"),
-    ("sequences", "cache_file"),
+    ("ahead", "sequences", "cache_file"),
     ("kernels",),
     ("io_model",),
     ("tuning",),

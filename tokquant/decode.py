@@ -11,7 +11,7 @@ from tokquant.errors import quote
 from tokquant.inputs import Numbers, check_beside_cache, check_flags, features_of, whole_numbers
 from tokquant.kv_cache import KVCache
 from tokquant.operators import untraced
-from tokquant.transfer import to_device
+from tokquant.transfer import capturing, to_device
 
 
 @untraced("decode")
@@ -58,7 +58,9 @@ def decode(
         raise ValueError(f"backend: {quote(backend)}; the cache is kept by {cache.backend}: use auto, that, or reference")
     features = features_of(q, q, causal=True, scale=scale, window=window, softcap=softcap, sinks=sinks)
     given = [n_q] * b if counts is None else whole_numbers("counts", counts, b, n_q).tolist()
-    for sequence, (queries, tokens) in enumerate(zip(given, cache.lengths, strict=True)):
+    # a graph's replays are told no lengths: queries before the first token attend to nothing there
+    lengths = given if capturing(q.device) else cache.lengths
+    for sequence, (queries, tokens) in enumerate(zip(given, lengths, strict=True)):
         if queries > tokens:
             text = f"q: {queries} queries for sequence {sequence}, which has {tokens} tokens"
             raise ValueError(f"{text}; append their keys first, or say how many are queries with counts")

@@ -117,7 +117,6 @@ class KVCache:
 
         Raises: TypeError, ValueError and RuntimeError for what does not fit; CacheFullError. The cache is then as it was.
         """
-        refuse_capture(self.device, "the lengths of a KVCache, which are counted on the CPU,")
         for name, x in (("k", k), ("v", v)):
             check_beside_cache(name, x, self._shape, self.dtype, self.device)
         if k.shape != v.shape:
@@ -125,6 +124,39 @@ class KVCache:
         if positions is not None:
             self._check_positions(positions)
         self._held.append(k, v, None if counts is None else whole_numbers("counts", counts, k.shape[0], k.shape[2]))
+
+    def reserve(self, tokens: int, *, longest: int | None = None) -> None:
+        """Hold pages for `tokens` more of every sequence, and on a GPU count lengths there: so a CUDA graph can append.
+
+        A graph may then capture `append` of up to a page of tokens for every sequence, without `counts` and `positions`, and
+        `decode` without `counts`. Each replay goes on where the last one ended. Anything else that changes the cache gives the
+        pages back, and so does an eager append of more than they hold: call `reserve` again before the next replay. `lengths`,
+        and what depends on them, wait for the GPU. Keep the cache as long as the graph.
+
+        Args:
+            longest: the most tokens that a sequence will have while what is captured from now on is replayed. Where None, as
+                earlier, or those of the longest sequence and `tokens` more. With another number than earlier, capture again.
+
+        Raises: CacheFullError for more pages than are free, of which the first call takes one for itself; UnsupportedError for
+        a cache without `capacity`, whose pages move as they grow, and for schemes that keep tokens in 16 bits, whose places the
+        CPU counts; ValueError. The cache is then as it was. Tokens of replays without room are lost, and whatever asks for
+        lengths next raises CacheFullError, once.
+        """
+        refuse_capture(self.device, "the pages of a KVCache, which are counted on the CPU,")
+        pool = self._held.table.pool
+        if not pool.fixed:
+            raise UnsupportedError("capacity: None, so pages move as they grow; make the cache with capacity=")
+        if self._held.windows.slots:
+            raise UnsupportedError(
+                f"scheme {self.scheme.name!r}: it keeps tokens in 16 bits, whose places the CPU counts; use a scheme without "
+                "cache.sink, cache.recent and blocks of tokens"
+            )
+        capacity = len(pool.holders) * pool.page
+        tokens = whole_number("tokens", tokens, 1, capacity)
+        most = max(self.lengths) + tokens
+        if longest is not None and whole_number("longest", longest, 1, capacity) < most:
+            raise ValueError(f"longest: {longest}, and a sequence may have {most} tokens")
+        self._held.reserve(tokens, longest)
 
     def truncate(self, lengths: Numbers) -> None:
         """Drop the newest tokens: keep `lengths`, one number or one per sequence.

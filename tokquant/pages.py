@@ -68,6 +68,9 @@ class Store(ABC, Generic[P]):
     Raises UnsupportedError for what a store does not keep.
     """
 
+    replayable = False
+    """Whether a CUDA graph can capture what writes and attends."""
+
     def __init__(
         self,
         scheme: QuantScheme,
@@ -98,6 +101,9 @@ class Store(ABC, Generic[P]):
 
         Where a scheme has blocks, both are multiples of them. Raises ValueError where a scale does not fit.
         """
+
+    def check(self) -> None:
+        """Wait for what was written, and raise ValueError where a scale or a zero did not fit its type, but `write` went on."""
 
     @abstractmethod
     def attention(

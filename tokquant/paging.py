@@ -20,6 +20,14 @@ class Pool:
         self.store, self.page, self.fixed = store, page, fixed
         self.holders = np.zeros(pages, np.int32)
         self.free = list(range(pages))[::-1]
+        self._spare: int | None = None
+
+    @property
+    def spare(self) -> int:
+        """A page for what nobody is to read. Raises CacheFullError where none is free at first."""
+        if self._spare is None:
+            [self._spare] = self.take(1)
+        return self._spare
 
     def take(self, wanted: int) -> list[int]:
         """Free pages, lowest numbers first. Raises CacheFullError, before anything changes, where there are too few."""
@@ -121,7 +129,7 @@ class BlockTable:
         filled: dict[int, int] = {}
         for row, held, n in zip(self.numbers, self.held, tokens.tolist(), strict=True):
             for column, page in enumerate(row[:held].tolist()):
-                filled[page] = max(filled.get(page, 0), min(self.pool.page, n - column * self.pool.page))
+                filled[page] = max(filled.get(page, 0), min(self.pool.page, max(n - column * self.pool.page, 0)))
         return sum(filled.values())
 
     def cut(self, b: int, tokens: int) -> None:

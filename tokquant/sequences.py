@@ -7,13 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokquant.ahead import Ahead
 from tokquant.calibration.scales import LayerScales
+from tokquant.errors import CacheFullError
 from tokquant.features import Features
 from tokquant.pages import Store, attention_by_reading
 from tokquant.paging import BlockTable
 from tokquant.schemes import QuantScheme
 from tokquant.tensor import QuantizedTensor
-from tokquant.transfer import to_device
+from tokquant.transfer import capturing, refuse_capture, to_device
 from tokquant.windows import Windows
 
 
@@ -25,84 +27,132 @@ class Sequences:
 
     def __init__(self, store: Store, table: BlockTable, windows: Windows, device: torch.device):
         self.store, self.table, self.windows, self.device = store, table, windows, device
-        self.lengths, self.packed = (np.zeros(len(table.held), np.int32) for _ in range(2))
+        self._lengths, self._packed = (np.zeros(len(table.held), np.int32) for _ in range(2))
         self._own = self._waits = 0
+        self._ahead: Ahead | None = None
+        self._former: list[Ahead] = []  # what graphs were captured with, and would write to
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence."""
+        self._look()
+        return self._lengths
+
+    @property
+    def packed(self) -> np.ndarray:
+        """Those of them in pages."""
+        self._look()
+        return self._packed
 
     def append(self, k: Tensor, v: Tensor, counts: np.ndarray | None) -> None:
         """Add the first `counts[b]` of these tokens `[B, H_kv, n, D]`, all where None."""
         batch, n = k.shape[0], k.shape[2]
+        if self._ahead is not None and counts is None and self._append_ahead(k, v):
+            return
+        refuse_capture(self.device, "the lengths of a KVCache, which are counted on the CPU where reserve() has left no room,")
+        self._let_go()
         if counts is None and n <= self._own:
-            self.store.write(k, v, self.table.tensor(self.device), self._tensor(self.packed))
+            self.store.write(k, v, self.table.tensor(self.device), self._tensor(self._packed))
             self._own -= n
-            self.lengths += n
-            self.packed += n
+            self._lengths += n
+            self._packed += n
             return
         if counts is None and n == 1 and self._waits:
-            self.windows.push(k, v, self.lengths)
+            self.windows.push(k, v, self._lengths)
             self._waits -= 1
-            self.lengths += 1
+            self._lengths += 1
             return
         given = np.full(batch, n) if counts is None else counts
-        split = self.windows.split(k, v, self.lengths, self.packed, given)
-        with self.table.room(self.packed, split.moved):
+        split = self.windows.split(k, v, self._lengths, self._packed, given)
+        with self.table.room(self._packed, split.moved):
             if most := split.k.shape[2]:
                 moved, rows = split.moved[split.rows], split.rows
-                table, first = self.table.tensor(self.device), self._tensor(self.packed[rows])
+                table, first = self.table.tensor(self.device), self._tensor(self._packed[rows])
                 table = table if len(rows) == batch else table[to_device(rows, self.device)]
                 self.store.write(split.k, split.v, table, first, None if (moved == most).all() else self._tensor(moved))
         self.windows.put(k, v, split.kept)
-        self.lengths += given.astype(np.int32)
-        self.packed += split.moved.astype(np.int32)
+        self._lengths += given.astype(np.int32)
+        self._packed += split.moved.astype(np.int32)
         self._foresee()
+
+    def reserve(self, tokens: int, longest: int | None) -> None:
+        """Hold pages for so many more tokens of each, and where graphs can be captured count on the device.
+
+        Raises ValueError where sequences would be longer than a graph was captured for.
+        """
+        pool, ahead, lengths = self.table.pool, self._ahead, self.lengths
+        if not self.store.replayable:
+            with self.table.room(lengths, np.full(len(lengths), tokens)):
+                pass
+            return self._foresee()
+        spare, most = pool.spare, int(lengths.max()) + tokens
+        columns = max(-(-max(most, longest or 0) // pool.page), int(self.table.held.max()))
+        if ahead is not None and longest is None:
+            if ahead.captured and columns > ahead.columns:
+                text = f"{tokens} more are {most} of a sequence, and a CUDA graph was captured for {ahead.columns * pool.page}"
+                raise ValueError(f"tokens: {text}; give longest= and capture another")
+            columns = max(columns, ahead.columns)
+        with self.table.room(lengths, np.full(len(lengths), tokens)):
+            if ahead is None or ahead.columns != columns:
+                ahead = Ahead(len(lengths), columns, spare, self.store)
+        if self._ahead is not None and self._ahead is not ahead and self._ahead.captured:
+            self._ahead.end()
+            self._former.append(self._ahead)
+        ahead.begin(self.table.numbers, self.table.held, lengths)
+        self._ahead, self._own = ahead, 0  # what comes next goes there
 
     def truncate(self, lengths: np.ndarray) -> None:
         """Keep so many tokens of each; those of a block that is cut go back to 16 bits, as what their codes say."""
+        self._let_go()
         sink, together, page = self.windows.sink, self.windows.unit, self.table.pool.page
-        for b in np.nonzero(lengths < self.lengths)[0].tolist():
+        for b in np.nonzero(lengths < self._lengths)[0].tolist():
             left = max(int(lengths[b]) - sink, 0)
             packed = left // together * together
-            if packed < self.packed[b]:
+            if packed < self._packed[b]:
                 if left > packed:
                     k, v = self.read(b, packed // page * page, packed + together)
                     cut = slice(packed % page, packed % page + left - packed)
                     self.windows.restore(b, packed, k.dequantize()[:, :, cut], v.dequantize()[:, :, cut])
-                self.packed[b] = packed
+                self._packed[b] = packed
                 self.table.cut(b, packed)
-            self.lengths[b] = lengths[b]
+            self._lengths[b] = lengths[b]
         self._foresee()
 
     def forget(self, keep: int) -> np.ndarray:
         """Let go of whole pages of the oldest tokens, but of the `keep` newest; how many tokens of each that were."""
+        self._let_go()
         page = self.table.pool.page
-        pages = np.maximum(self.lengths - min(keep, 2**31 - 1), 0) // page
+        pages = np.maximum(self._lengths - min(keep, 2**31 - 1), 0) // page
         if self.windows.slots:  # whose places are counted from the first token
             pages = np.zeros_like(pages)
         for b in np.nonzero(pages)[0].tolist():
             self.table.forget(b, int(pages[b]))
-        self.lengths -= pages * page
-        self.packed -= pages * page
+        self._lengths -= pages * page
+        self._packed -= pages * page
         if pages.any():
             self._foresee()
         return pages * page
 
     def fork(self, chosen: np.ndarray) -> "Sequences":
         """These sequences once more: pages shared, windows copied."""
+        self._let_go()
         forked = copy.copy(self)
+        forked._ahead, forked._former = None, []
         forked.table, forked.windows = self.table.fork(chosen), self.windows.fork(chosen)
-        forked.lengths, forked.packed = self.lengths[chosen], self.packed[chosen]
+        forked._lengths, forked._packed = self._lengths[chosen], self._packed[chosen]
         self._own = forked._own = forked._waits = 0
         return forked
 
     def fill(self, contents: list[tuple[QuantizedTensor | None, QuantizedTensor | None, Tensor, Tensor]]) -> None:
         """Begin with K and V that are packed (None where nothing is), and those of the windows, of each sequence."""
         packed = np.array([0 if k is None else k.shape[2] for k, *_ in contents], np.int32)
-        with self.table.room(self.packed, packed):
+        with self.table.room(self._packed, packed):
             for b, (k, v, *ends) in enumerate(contents):
                 if k is not None and v is not None:
                     self.store.store(self.table.tensor(self.device)[b], 0, k, v)
                 self.windows.fill(b, int(packed[b]), *ends)
-                self.lengths[b] = packed[b] + ends[0].shape[2]
-        self.packed = packed
+                self._lengths[b] = packed[b] + ends[0].shape[2]
+        self._packed = packed
 
     def read(self, b: int, first: int, end: int) -> tuple[QuantizedTensor, QuantizedTensor]:
         """K and V packed from token `first`, which begins a page, to `end`."""
@@ -124,6 +174,9 @@ class Sequences:
 
         Given a scheme and its scales the emulation attends to what the store reads, in place of the store.
         """
+        ahead = self._ahead
+        if ahead is not None and ahead.active and by_reading is None:
+            return [ahead.attention(q, features, deterministic)]
         parts = []
         if longest := int(self.packed.max()):
             table, lengths, offset = self.places()
@@ -146,10 +199,55 @@ class Sequences:
 
     def _foresee(self) -> None:
         """How many tokens go on as the last one did: every sequence into a page of its own, or into its ring."""
-        self._own, self._waits = self.table.left(self.packed), 0
+        self._own, self._waits = self.table.left(self._packed), 0
         if self.windows.slots:
-            self._waits = self.windows.left(self.lengths, self.packed)
-            self._own = self._own if self.windows.passes(self.lengths) else 0
+            self._waits = self.windows.left(self._lengths, self._packed)
+            self._own = self._own if self.windows.passes(self._lengths) else 0
 
     def _tensor(self, x: np.ndarray) -> Tensor:
         return to_device(x.astype(np.int32, copy=False), self.device)
+
+    def _append_ahead(self, k: Tensor, v: Tensor) -> bool:
+        """Add tokens to the room ahead, if there is any for them."""
+        ahead, n = self._ahead, k.shape[2]
+        if ahead is None or not ahead.active or n > self.table.pool.page:
+            return False
+        if capturing(self.device):
+            ahead.append(k, v)
+            return True
+        if not ahead.fits(n, self.lengths):
+            return False
+        ahead.append(k, v)
+        self._lengths += n
+        self._packed += n
+        return True
+
+    def _look(self) -> None:
+        """Count what replays have appended. Raises CacheFullError, once, where some of it is lost."""
+        for ahead in (*self._former, self._ahead):
+            if ahead is None or not ahead.captured:
+                continue
+            refuse_capture(self.device, "the lengths of a KVCache, which the CPU would be told,")
+            counted, lost = ahead.counted()
+            if ahead.active:
+                self._lengths, self._packed = counted, counted.copy()
+            if lost.size:
+                b = lost[0]
+                raise CacheFullError(
+                    f"replays of a CUDA graph appended more to sequence {b} than was reserved; it has its first "
+                    f"{self._lengths[b]} tokens. Reserve more before so many replays, and again after anything else has "
+                    "changed the cache"
+                )
+            self.store.check()
+
+    def _let_go(self) -> None:
+        """Count what is in the room ahead, and give the rest of it back."""
+        ahead = self._ahead
+        if ahead is None:
+            return
+        self._look()
+        if ahead.active:
+            ahead.end()
+            for b, tokens in enumerate(self._packed.tolist()):
+                self.table.cut(b, tokens)
+            self._foresee()

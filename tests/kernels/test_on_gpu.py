@@ -20,6 +20,42 @@ def normal(*shape, dtype=torch.float16, seed=0):
     return torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
 
 
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("name", ["kv-int8", "kv-int4"])
+def test_a_cuda_graph_appends_and_attends_again_and_again(name, n):
+    sizes = dict(batch=3, kv_heads=4, head_dim=128, device="cuda", capacity=8192)
+    cache, beside = tq.KVCache(name, **sizes), tq.KVCache(name, **sizes)
+    prompt = normal(3, 4, 700, 128)
+    for each in (cache, beside):
+        each.append(prompt, prompt, counts=[700, 1, 127])
+    cache.reserve(41 * n)
+    k, v, q = normal(3, 4, n, 128), normal(3, 4, n, 128, seed=1), normal(3, 16, n, 128)
+
+    def step(into):
+        into.append(k, v)
+        return tq.decode(q, into, window=(500, 0), return_lse=True)
+
+    for each in (cache, beside):  # kernels are compiled, and launches are chosen, before
+        step(each)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(cache)
+    for i in range(40):
+        for x in (k, v, q):
+            x.copy_(normal(*x.shape, seed=2 + i))
+        graph.replay()
+        for made, expected in zip(captured, step(beside), strict=True):
+            torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-3)
+    assert cache.lengths == beside.lengths
+    for b in range(3):
+        for made, expected in zip(cache.codes(b), beside.codes(b), strict=True):
+            assert torch.equal(made.codes, expected.codes) and torch.equal(made.scale, expected.scale)
+    for _ in range(128):  # a page, which no room is more than
+        graph.replay()
+    with pytest.raises(tq.CacheFullError, match="than was reserved"):
+        cache.lengths  # noqa: B018
+
+
 @pytest.fixture
 def much_memory(tmp_path_factory):
     """40 GB, for one test at a time of whatever process."""

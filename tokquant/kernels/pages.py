@@ -17,6 +17,7 @@ from tokquant.kernels.triton.operands import Table
 from tokquant.kernels.wanted import PLAIN, Wanted
 from tokquant.pages import Store
 from tokquant.schemes import Operand
+from tokquant.transfer import capturing
 
 
 class TritonPages(Store[Pool]):
@@ -24,6 +25,8 @@ class TritonPages(Store[Pool]):
 
     Raises SchemeError for a scheme that sees later tokens, UnsupportedError for what no kernel does.
     """
+
+    replayable = True
 
     def _begin(self) -> None:
         if not launch.available(self.device):
@@ -43,15 +46,14 @@ class TritonPages(Store[Pool]):
         return Pool(spec, self, pages, tokens_last=spec.role == "v" and self._tokens_last)
 
     def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
-        """As `Store.write`, but that on a GPU up to 16 tokens raise only once `check` or a larger write looks."""
+        """As `Store.write`, but up to 16 tokens on a GPU, or in a graph, raise only once `check` or a larger write looks."""
         with launch.on(k.device):
             where = Table(table, table.stride(0), first, counts)
             checked = [pool.write(x, where, self._lost) for pool, x in ((self._k, k), (self._v, v))]
-        if any(checked) and (k.device.type != "cuda" or k.shape[2] > FEW):
+        if any(checked) and (k.device.type != "cuda" or k.shape[2] > FEW) and not capturing(k.device):
             self.check()
 
     def check(self) -> None:
-        """Wait for what was written, and raise ValueError where a scale or a zero did not fit its type."""
         if bool(self._lost):
             self._lost.zero_()
             kinds = " and ".join(f"{x.role}'s {x.scale_dtype}" for x in (self.scheme.k, self.scheme.v) if x.scaled)
