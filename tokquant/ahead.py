@@ -22,8 +22,8 @@ class Ahead:
 
     def __init__(self, batch: int, columns: int, spare: int, store: Store):
         self.columns, self._spare, self._store = columns, spare, store
-        self.active = self.captured = False
-        """Whether anything is held, and whether replays may append to it."""
+        self.captured = False
+        """Whether replays may append to it."""
         self._room = np.zeros(batch, np.int64)
         # at most a page of tokens, which begin one behind the room, reaches into two columns
         shapes = (batch, columns + 2), (batch,), (batch,)
@@ -37,7 +37,7 @@ class Ahead:
         table = np.full(self._table.shape, self._spare)
         for row, own, count in zip(table, pages, held, strict=True):
             row[:count] = own[:count]
-        self.active, self._room = bool(held.any()), held * self._store.page
+        self._room = held * self._store.page
         # one token more than there is room for tells that some were lost
         for x, given in ((self._table, table), (self._lengths, lengths), (self._most, self._room + 1)):
             x.copy_(to_device(given.astype(np.int32), x.device))

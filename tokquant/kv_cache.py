@@ -130,8 +130,9 @@ class KVCache:
 
         A graph may then capture `append` of up to a page of tokens for every sequence, without `counts` and `positions`, and
         `decode` without `counts`. Each replay goes on where the last one ended. Anything else that changes the cache gives the
-        pages back, and so does an eager append of more than they hold: call `reserve` again before the next replay. `lengths`,
-        and what depends on them, wait for the GPU. Keep the cache as long as the graph.
+        pages back, and so do `fork` and an append of more than they hold: call `reserve` again before the next replay.
+        `lengths`, and what depends on them, wait for the GPU. Keep the cache as long as the graph. Where there are no CUDA
+        graphs, on a CPU and with backend `reference`, pages are held and nothing else is different.
 
         Args:
             longest: the most tokens that a sequence will have while what is captured from now on is replayed. Where None, as
@@ -155,7 +156,7 @@ class KVCache:
         tokens = whole_number("tokens", tokens, 1, capacity)
         most = max(self.lengths) + tokens
         if longest is not None and whole_number("longest", longest, 1, capacity) < most:
-            raise ValueError(f"longest: {longest}, and a sequence may have {most} tokens")
+            raise ValueError(f"longest: {longest}, and with tokens={tokens} a sequence may have {most}")
         self._held.reserve(tokens, longest)
 
     def truncate(self, lengths: Numbers) -> None:

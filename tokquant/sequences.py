@@ -18,6 +18,12 @@ from tokquant.tensor import QuantizedTensor
 from tokquant.transfer import capturing, refuse_capture, to_device
 from tokquant.windows import Windows
 
+COUNTED = (
+    "the lengths of a KVCache, which are counted on the CPU where reserve() has left no room, for counts, and for more than a "
+    "page of tokens,"
+)
+"""What a CUDA graph cannot capture."""
+
 
 class Sequences:
     """A batch of them: from its oldest token on each is a sink, what is packed in pages, and a ring.
@@ -29,6 +35,8 @@ class Sequences:
         self.store, self.table, self.windows, self.device = store, table, windows, device
         self._lengths, self._packed = (np.zeros(len(table.held), np.int32) for _ in range(2))
         self._own = self._waits = 0
+        self._reserved = False
+        """Whether pages are held for tokens to come."""
         self._ahead: Ahead | None = None
         self._former: list[Ahead] = []  # what graphs were captured with, and would write to
 
@@ -47,16 +55,16 @@ class Sequences:
     def append(self, k: Tensor, v: Tensor, counts: np.ndarray | None) -> None:
         """Add the first `counts[b]` of these tokens `[B, H_kv, n, D]`, all where None."""
         batch, n = k.shape[0], k.shape[2]
-        if self._ahead is not None and counts is None and self._append_ahead(k, v):
+        if counts is None and self._append_ahead(k, v):
             return
-        refuse_capture(self.device, "the lengths of a KVCache, which are counted on the CPU where reserve() has left no room,")
-        self._let_go()
+        refuse_capture(self.device, COUNTED)
         if counts is None and n <= self._own:
             self.store.write(k, v, self.table.tensor(self.device), self._tensor(self._packed))
             self._own -= n
             self._lengths += n
             self._packed += n
             return
+        self._let_go()
         if counts is None and n == 1 and self._waits:
             self.windows.push(k, v, self._lengths)
             self._waits -= 1
@@ -81,25 +89,26 @@ class Sequences:
         Raises ValueError where sequences would be longer than a graph was captured for.
         """
         pool, ahead, lengths = self.table.pool, self._ahead, self.lengths
+        room = self.table.room(lengths, np.full(len(lengths), tokens))
         if not self.store.replayable:
-            with self.table.room(lengths, np.full(len(lengths), tokens)):
-                pass
+            with room:
+                self._reserved = True
             return self._foresee()
-        spare, most = pool.spare, int(lengths.max()) + tokens
+        most = int(lengths.max()) + tokens
         columns = max(-(-max(most, longest or 0) // pool.page), int(self.table.held.max()))
         if ahead is not None and longest is None:
             if ahead.captured and columns > ahead.columns:
-                text = f"{tokens} more are {most} of a sequence, and a CUDA graph was captured for {ahead.columns * pool.page}"
-                raise ValueError(f"tokens: {text}; give longest= and capture another")
+                text = f"{tokens}, so a sequence may have {most}, and a CUDA graph was captured for {ahead.columns * pool.page}"
+                raise ValueError(f"tokens: {text}; truncate or evict it, or give longest= and capture another")
             columns = max(columns, ahead.columns)
-        with self.table.room(lengths, np.full(len(lengths), tokens)):
+        with room:
             if ahead is None or ahead.columns != columns:
-                ahead = Ahead(len(lengths), columns, spare, self.store)
+                ahead = Ahead(len(lengths), columns, pool.spare, self.store)
         if self._ahead is not None and self._ahead is not ahead and self._ahead.captured:
             self._ahead.end()
             self._former.append(self._ahead)
         ahead.begin(self.table.numbers, self.table.held, lengths)
-        self._ahead, self._own = ahead, 0  # what comes next goes there
+        self._ahead, self._own, self._reserved = ahead, 0, True  # what comes next goes there
 
     def truncate(self, lengths: np.ndarray) -> None:
         """Keep so many tokens of each; those of a block that is cut go back to 16 bits, as what their codes say."""
@@ -174,28 +183,29 @@ class Sequences:
 
         Given a scheme and its scales the emulation attends to what the store reads, in place of the store.
         """
-        ahead = self._ahead
-        if ahead is not None and ahead.active and by_reading is None:
-            return [ahead.attention(q, features, deterministic)]
+        if self._ahead is not None and self._reserved and by_reading is None:
+            return [self._ahead.attention(q, features, deterministic)]
+        refuse_capture(self.device, COUNTED)
+        self._look()  # once: each time waits for the device
         parts = []
-        if longest := int(self.packed.max()):
+        if longest := int(self._packed.max()):
             table, lengths, offset = self.places()
             if by_reading is None:
                 options: dict[str, Any] = dict(offset=offset, longest=longest, deterministic=deterministic)
                 parts.append(self.store.attention(q, table, lengths, features, **options))
             else:
                 parts.append(attention_by_reading(self.store, *by_reading, q, table, lengths, features, offset))
-        if self.windows.slots and (self.lengths > self.packed).any():
-            parts.append(self.windows.attention(q, self.lengths, self.packed, features))
+        if self.windows.slots and (self._lengths > self._packed).any():
+            parts.append(self.windows.attention(q, self._lengths, self._packed, features))
         return parts
 
     def places(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """What a store is told of what is packed: the table, how many tokens, and how many newer ones lie elsewhere."""
         offset = None
         if self.windows.slots:
-            newer = self.lengths - self.packed - np.minimum(self.lengths, self.windows.sink)
+            newer = self._lengths - self._packed - np.minimum(self._lengths, self.windows.sink)
             offset = self._tensor(newer) if newer.any() else None
-        return self.table.tensor(self.device), self._tensor(self.packed), offset
+        return self.table.tensor(self.device), self._tensor(self._packed), offset
 
     def _foresee(self) -> None:
         """How many tokens go on as the last one did: every sequence into a page of its own, or into its ring."""
@@ -210,7 +220,7 @@ class Sequences:
     def _append_ahead(self, k: Tensor, v: Tensor) -> bool:
         """Add tokens to the room ahead, if there is any for them."""
         ahead, n = self._ahead, k.shape[2]
-        if ahead is None or not ahead.active or n > self.table.pool.page:
+        if ahead is None or not self._reserved or n > self.table.pool.page:
             return False
         if capturing(self.device):
             ahead.append(k, v)
@@ -224,13 +234,20 @@ class Sequences:
 
     def _look(self) -> None:
         """Count what replays have appended. Raises CacheFullError, once, where some of it is lost."""
-        for ahead in (*self._former, self._ahead):
-            if ahead is None or not ahead.captured:
+        if self._ahead is None:
+            return
+        refuse_capture(self.device, "the lengths of a KVCache, which the CPU would be told,")
+        for ahead in (self._ahead, *self._former):
+            if not ahead.captured:
                 continue
-            refuse_capture(self.device, "the lengths of a KVCache, which the CPU would be told,")
             counted, lost = ahead.counted()
-            if ahead.active:
+            if ahead is self._ahead and self._reserved:
                 self._lengths, self._packed = counted, counted.copy()
+            if lost.size and ahead is not self._ahead:
+                raise CacheFullError(
+                    "a CUDA graph that was captured before reserve() got another longest was replayed, and what it appended is "
+                    "lost; replay one that was captured since"
+                )
             if lost.size:
                 b = lost[0]
                 raise CacheFullError(
@@ -238,16 +255,17 @@ class Sequences:
                     f"{self._lengths[b]} tokens. Reserve more before so many replays, and again after anything else has "
                     "changed the cache"
                 )
+        if self._ahead.captured:
             self.store.check()
 
     def _let_go(self) -> None:
-        """Count what is in the room ahead, and give the rest of it back."""
-        ahead = self._ahead
-        if ahead is None:
-            return
+        """Count what replays have appended, and give back the pages that are held for tokens to come."""
         self._look()
-        if ahead.active:
-            ahead.end()
-            for b, tokens in enumerate(self._packed.tolist()):
-                self.table.cut(b, tokens)
-            self._foresee()
+        if not self._reserved:
+            return
+        if self._ahead is not None:
+            self._ahead.end()
+        for b, tokens in enumerate(self._packed.tolist()):
+            self.table.cut(b, tokens)
+        self._reserved = False
+        self._foresee()
