@@ -83,7 +83,8 @@ def load(made: CpuPlan) -> tuple[Callable[[bytes], None], tuple[str, ...], Calla
     declared = re.search(r"struct Arguments \{\n(.*?)\n\};", text, re.DOTALL)
     assert declared is not None
     fields = re.findall(r"^    (?:const )?(\w+)(\*?) (\w+);", declared[1], re.MULTILINE)
-    layout = Struct("".join(TYPES[star or kind] for kind, star, _ in fields))
+    # "0q": padded to a multiple of 8 bytes, as in C++
+    layout = Struct("".join(TYPES[star or kind] for kind, star, _ in fields) + "0q")
     return function, tuple(name for *_, name in fields), layout.pack
 
 
