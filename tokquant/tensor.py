@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tokquant import blocks
 from tokquant.autocast import joined
-from tokquant.precisions import Precision
 from tokquant.schemes import Granularity, Operand, QuantScheme
 from tokquant.schemes.placement import as_bytes, place
 from tokquant.transforms import Frame
@@ -67,12 +66,7 @@ class QuantizedTensor:
 
     def stored_values(self) -> Tensor:
         """The numbers that the stored codes stand for: float32 `[B, H, N, D]`."""
-        precision = self.spec.format
-        if self.layout == "canonical":
-            return precision.decode(precision.unpack(self.codes, self.shape[3]))
-        if self.layout == "blocks":
-            return self._of_blocks()
-        return precision.decode(_tokens_first(self.codes, precision, self.shape[2]))
+        return self._of_blocks() if self.layout == "blocks" else self.spec.format.decode(_unpacked(self))
 
     @property
     def stored(self) -> torch.dtype:
@@ -229,11 +223,11 @@ def tokens_last(x: QuantizedTensor) -> QuantizedTensor:
 
 
 def in_blocks(x: QuantizedTensor, scheme: QuantScheme) -> QuantizedTensor:
-    """K or V as a CPU's kernels for the scheme read it: canonical codes in panels, of their own bits."""
+    """K or V, of another layout, as a CPU's kernels for the scheme read it: in panels, of their own bits."""
     precision, role = x.spec.format, x.spec.role
     plain = as_bytes(scheme, role)
     bits = blocks.bits_of(precision, x.stored, plain)
-    raw = blocks.patterns(precision.unpack(x.codes, x.shape[3]), precision, bits, plain, role)
+    raw = blocks.patterns(_unpacked(x), precision, bits, plain, role)
     codes = blocks.of_keys(raw, bits) if role == "k" else blocks.of_values(raw, bits, scheme.key_tile)
     return replace(x, codes=codes, layout="blocks", scheme=scheme)
 
@@ -247,12 +241,15 @@ def canonical(x: QuantizedTensor) -> QuantizedTensor:
     return replace(x, codes=precision.pack(codes), layout="canonical")
 
 
-def _tokens_first(codes: Tensor, precision: Precision, n: int) -> Tensor:
-    """Codes `[B, H, N, D]`, one an element, from tokens last."""
+def _unpacked(x: QuantizedTensor) -> Tensor:
+    """Codes `[B, H, N, D]`, one an element, of any layout but `blocks`."""
+    precision, codes = x.spec.format, x.codes
+    if x.layout == "canonical":
+        return precision.unpack(codes, x.shape[3])
     planes = precision.unpack(codes, codes.shape[3] * precision.packed)
     ordered = planes.view(torch.int8).unflatten(3, (-1, 16, precision.packed)).transpose(4, 5).flatten(3)
     ordered = ordered.unflatten(3, (-1, 4, 2, 2)).transpose(4, 5).flatten(3)
-    return ordered.mT[:, :, :n].view(planes.dtype)
+    return ordered.mT[:, :, : x.shape[2]].view(planes.dtype)
 
 
 def met(x: QuantizedTensor) -> Tensor:

@@ -140,10 +140,12 @@ def test_keys_in_panels_take_the_bits_that_the_scheme_says(name, bits):
     assert k.bits_per_value == pytest.approx(bits, abs=1e-3)
 
 
-def test_operands_in_panels_run_on_triton():
-    packed, canonical = (tq.quantize(*qkv(20, 70, 32), "int8", backend=backend) for backend in ("cpu", "triton"))
-    outs = [tq.attention(*x, "int8", backend="triton") for x in (packed, canonical)]
-    assert torch.equal(*outs)
+@pytest.mark.parametrize("name", ["int8", "kv-int4"])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_operands_laid_out_for_another_backend_give_the_same_bits(backend, name):
+    laid_out = [tq.quantize(*qkv(20, 70, 32), name, backend=other) for other in ("cpu", "triton")]
+    assert laid_out[1][2].layout == "tokens_last"
+    assert torch.equal(*(tq.attention(*x, name, backend=backend) for x in laid_out))
 
 
 @pytest.mark.parametrize("a", ["int8", "int4", "int2"])
