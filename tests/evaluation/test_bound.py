@@ -277,6 +277,20 @@ def test_kernels_stay_below_the_same_bound(name, backend):
     assert torch.allclose(of_codes, canonical, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("rotate_v", ["none", "hadamard"])
+@pytest.mark.parametrize(
+    "of_q, of_k, of_v, scale",
+    [(3, 1, 1e-34, None), (3, 1, 1e-36, None), (3, 1, 1e-38, None), (1e-19, 1e-19, 1, 1e37), (1e-2, 1e-36, 1, 1e37),
+     (1, 1e-39, 1, 1e38)],
+)  # fmt: skip
+def test_what_products_of_bfloat16_take_as_zero_is_in_the_bound(of_q, of_k, of_v, scale, rotate_v):
+    made = scheme("fp16", "fp16", "fp16", "fp16", rotate_v=rotate_v)
+    q, k, v = ((size * x).bfloat16() for x, size in zip(qkv(20, 150, 32), (of_q, of_k, of_v), strict=True))
+    exact, _ = oracle(q, k, v, features_of(q, k, scale=scale))
+    error = tq.attention(q, k, v, made, scale=scale, backend="cpu").double() - exact
+    assert (error.abs().amax(dim=-1) <= tq.error_bound(q, k, v, made, scale=scale).total).all()
+
+
 @pytest.mark.parametrize("made, part", [(scheme(q="int8"), "q"), (scheme(k="int4"), "k"), (scheme(v="int4"), "v"),
                                         (scheme(p="int8"), "p")], ids="qkvp")  # fmt: skip
 def test_what_is_not_rounded_takes_no_part(made, part):

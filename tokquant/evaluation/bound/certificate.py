@@ -221,12 +221,13 @@ class _Certificate:
         """What float32 adds before the output is cast."""
         summed = matmul_kept(p, self.terms)
         largest = torch.where(seen & self.terms.isfinite(), self.terms, 0.0).amax(dim=2, keepdim=True)
+        underflow = float32.SMALLEST * largest + float32.FLUSHED * self.k.shape[2]
         if self.v.frame.rotated:
-            summed, largest = (each.norm(dim=-1, keepdim=True) for each in (summed, largest))
+            summed, largest, underflow = (each.norm(dim=-1, keepdim=True) for each in (summed, largest, underflow))
         summed = summed + self.x.v_constant.abs()
         moved = float32.moved(p, drift) + lost / (1 - lost).clamp_min(0)
         sums = float32.sums_of_products(self.scheme, self.k.shape[2]) * summed
-        rounding = moved * _range(self.decoded, seen) + sums + float32.SMALLEST * largest
+        rounding = moved * _range(self.decoded, seen) + sums + underflow
         if self.scheme.p.granularity.kind == "row_block" and place(self.v.spec) not in ("output", "p"):
             # what earlier tiles hold is counted in units up to 2^64 times smaller
             held = largest * 2.0**65 * (self.scheme.p.format.largest or 1.0)

@@ -17,6 +17,12 @@ EXP2 = 2.0**-21
 SMALLEST = 2.0**-100
 """More than all that underflows, beside the largest value."""
 
+FLUSHED = 2.0**-124
+"""More than a product of bfloat16 loses: it takes operands and sums below 2^-126 as zero."""
+
+NORM = 2.0**-50
+"""Added to the norms of Q and K: the rounding of products of so much is more than what those of bfloat16 lose."""
+
 
 def tiles(scheme: QuantScheme, n_k: int) -> int:
     """How often sums are rescaled, at most: against a running maximum a kernel chooses its tiles, of 16 keys or more."""

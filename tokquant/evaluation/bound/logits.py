@@ -45,7 +45,8 @@ def logits(q: QuantizedTensor, k: QuantizedTensor, scheme: QuantScheme, features
     s, of_k, of_q = product(x.logits), product(x.k_error), product(x.q_error)
     lowerings = [None if each is None else scale * each[:, :, rows].double() for each in (x.lowered, *[x.lowered_exactly] * 2)]
     lowered_terms = 0.0 if x.lowered_terms is None else abs(scale) * q.shape[3] * x.lowered_terms[:, :, rows]
-    terms = abs(scale) * (x.norms[0][:, :, rows] @ x.norms[1].mT)
+    q_norm, k_norm = (each + float32.NORM for each in x.norms)
+    terms = abs(scale) * (q_norm[:, :, rows] @ k_norm.mT)
     others = torch.zeros_like(s[..., :1])
     variants = [s, s - of_k, s - of_k - of_q] if x.signed else [s]
     if softcap is not None:

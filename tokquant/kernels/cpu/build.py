@@ -92,12 +92,15 @@ def instructions() -> str:
 
     Raises UnsupportedError for one that they lack, ValueError for one that is none.
     """
-    found = compiler().instructions
+    here = compiler()
+    found = here.instructions
     wanted = os.environ.get(CHOICE)
     if not wanted:
         return found[0]
     if chosen(wanted, CHOICE) not in found:
-        raise UnsupportedError(f"{CHOICE}: this processor has no {wanted}; use one of {', '.join(found)}")
+        raise UnsupportedError(
+            f"{CHOICE}: {' '.join(here.command)} has no {wanted} for this processor; use one of {', '.join(found)}"
+        )
     return wanted
 
 
