@@ -9,7 +9,7 @@ from torch import Tensor
 from tokquant.kernels.cpu.launch import load, steps
 from tokquant.kernels.cpu.plan import CpuPlan
 
-READ = frozenset({"offset", "balance", "fold", "k_offset", "k_origin"})
+AS_FLOATS = frozenset({"offset", "balance", "fold", "k_offset", "k_origin"})
 """What a kernel reads beside the tokens, as contiguous float32."""
 OF_CALL = ("batch", "heads", "n", "threads", "x", "x_batch", "x_head", "x_row", "table", "pages", "page", "first")
 """What every call says anew: the arguments that a kernel's text has first."""
@@ -34,7 +34,7 @@ class Bound:
     def __init__(self, made: CpuPlan, given: Mapping[str, Tensor | None], page: int = 0):
         self._function, names, self._pack = load(made)
         self._lost = ctypes.c_int32(0)
-        kept = {name: x.float().contiguous() if name in READ else x for name, x in given.items() if x is not None}
+        kept = {name: x.float().contiguous() if name in AS_FLOATS else x for name, x in given.items() if x is not None}
         self._kept = kept  # what the kernel has pointers to
         values = {name: x.data_ptr() for name, x in kept.items()}
         values["lost"] = ctypes.addressof(self._lost)
