@@ -188,16 +188,18 @@ def test_a_step_without_room_waits_as_often_as_it_must(monkeypatch):
 
 
 def test_scales_that_do_not_fit_are_told_where_lengths_are(monkeypatch):
-    cache, _ = pair(with_cache("kv-int8", page=16))
+    cache, graph, x = cache_of(dtype=torch.float32), Graph(), torch.randn(2, HEADS, 1, D)
+    cache.append(x, x)
     cache.reserve(4)
-    step = Step(cache, monkeypatch)
-    step.k.fill_(6e4)
-    cache._held.store.check()
-    cache._held.store._lost.fill_(1)
-    step.graph.replay()
+    with graph.capture(monkeypatch):
+        cache.append(x, x)
+    graph.replay()
+    assert cache.lengths == [2, 2]
+    x.fill_(1e8)  # a scale of which is more than float16 holds
+    graph.replay()
     with pytest.raises(ValueError, match="a value that was appended is too large for scale_dtype"):
         cache.lengths  # noqa: B018
-    assert cache.lengths == [41, 10]
+    assert cache.lengths == [3, 3]
 
 
 # ---------------------------------------------------------------------- without a graph

@@ -76,7 +76,7 @@ class Task(OperandTask):
     """Whether sequences have different numbers of new tokens."""
     interpreted: bool = False
 
-    __hash__ = OperandTask.__hash__
+    __hash__ = OperandTask.__hash__  # which a dataclass would replace
 
 
 def lacking(

@@ -29,12 +29,12 @@ class Task(OperandTask):
 
     as_bytes: bool
     """Whether its codes are multiplied as bytes: how K's lie in memory goes by that."""
-    tile: int = 128
+    tile: int
     """V: tokens that its panels cover."""
     met: Literal["", "bytes", "floats"] = ""
     """Q: as what products read it, where that is not its codes."""
 
-    __hash__ = OperandTask.__hash__
+    __hash__ = OperandTask.__hash__  # which a dataclass would replace
 
     @cached_property
     def stored(self) -> torch.dtype:
@@ -80,7 +80,7 @@ def task_of(
         dtype=dtype,
         as_bytes=role != "q" and as_bytes(scheme, role),
         weighted=role == "v" and place(spec) == "p",
-        tile=scheme.key_tile if role == "v" else 128,
+        tile=scheme.key_tile if role == "v" else LONGEST,
         **steps._asdict(),
         k_offset=k_offset,
         k_origin=k_origin,
