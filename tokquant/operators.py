@@ -41,6 +41,14 @@ def tracing() -> bool:
     return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
 
 
+def begin_with(name: str, error: Exception) -> None:
+    """Put a layer's name in front of what an error says, once."""
+    if tracing():  # which can change no error: it is raised uncompiled, or quoted with fullgraph=True
+        torch._dynamo.graph_break(str(error))
+    if not str(error).startswith(name):
+        error.args = (f"{name}: {error}",)
+
+
 def operator(*more: str, tags: Sequence[torch.Tag] = ()) -> Callable[[Function], Function]:
     """Decorate a public function of q, k, v and a scheme: `torch.ops.tokquant.<its name>` stands for it where it is traced, and
     `<its name>_lse` where it is to return the LSE.
@@ -112,9 +120,9 @@ def _flat(
             raise ScalesError(
                 "scales: LayerScales without a scheme; give them one, and they are checked once, when they are made"
             )
-        layer = scales.layer if layer is None else layer
-        rest |= {"layer": scales.layer, "scale_names": list(scales.tensors), "scales": list(scales.tensors.values())}
-    return {"scheme": document(scheme, layer), **rest}
+        rest |= {"scale_names": list(scales.tensors), "scales": list(scales.tensors.values())}
+    named = layer if scales is None else scales.layer
+    return {"scheme": document(scheme, named if layer is None else layer), "layer": named or "", **rest}
 
 
 def _running(function: Callable, lse: bool) -> Callable:
@@ -135,10 +143,14 @@ def _running(function: Callable, lse: bool) -> Callable:
     ) -> Any:
         made = of_document(scheme)
         whole = None
-        if scales is not None:
-            own = made if isinstance(made, QuantScheme) else None  # heads of different schemes take no scales, and say so
-            whole = LayerScales.checked_before(layer, scale_names or [], scales, own)
-        out = function(q, k, v, made, bias=bias_of(bias_kind, bias or []), scales=whole, return_lse=lse, **rest)
+        try:
+            if scales is not None:
+                own = made if isinstance(made, QuantScheme) else None  # heads of different schemes take no scales, and say so
+                whole = LayerScales.checked_before(layer, scale_names or [], scales, own)
+            out = function(q, k, v, made, bias=bias_of(bias_kind, bias or []), scales=whole, return_lse=lse, **rest)
+        except (ValueError, TypeError, RuntimeError) as error:
+            begin_with(layer, error)
+            raise
         return tuple(x.contiguous() for x in out) if lse else out.contiguous()
 
     return run

@@ -1,5 +1,6 @@
 """torch.compile goes through the public functions as one operator, which gives what they give."""
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -116,6 +117,17 @@ def test_a_scheme_in_a_module_is_found_once(written, tmp_path, monkeypatch):
     monkeypatch.undo()
     layer.scheme = "int4"
     assert agree(run(q), tq.attention(q, k, v, "int4", backend="reference")) and counter.frame_count == 2
+
+
+@pytest.mark.parametrize("again", [lambda one: tq.QuantScheme.from_yaml(one.to_yaml()), copy.deepcopy], ids=["read", "copied"])
+def test_layers_whose_schemes_are_read_or_copied_share_a_graph(again):
+    q, k, v = qkv()
+    counter = CompileCounter()
+    run = compiled(lambda q, scheme: tq.attention(q, k, v, scheme, backend="reference"), counter)
+    first = again(MINE)
+    assert agree(run(q, first), run(q, again(first))) and counter.frame_count == 1
+    other = MINE.model_copy(update={"name": "other"}, deep=True)
+    assert agree(run(q, again(other)), run(q, first)) and counter.frame_count == 2 and first.name == "mine"
 
 
 @pytest.mark.parametrize("scheme", [tq.SchemeMap((("*", MINE),)), Path("mine.yaml")], ids=["a map", "a path"])

@@ -361,6 +361,15 @@ def test_errors_of_a_cache_are_raised_from_a_graph():
     assert torch.equal(steps(model, cache, count=1)[0], first[0])
 
 
+def test_a_layer_without_scales_is_named_in_a_graph_too():
+    model, given = decoder(), prompts()
+    some = {name: each for name, each in scales_of(model).items() if "layers.0." in name}
+    use(model, "kv-fp8", scales=tq.Scales("kv-fp8", some), backend="reference")
+    attentions(model, fullgraph=True)
+    with pytest.raises(tq.ScalesError, match=r"model\.layers\.1\.self_attn: scales: .* needs k_scale"):
+        model(**given, use_cache=False)
+
+
 def test_the_operator_is_what_torch_expects_of_one():
     model = use(decoder(), "kv-int8", backend="reference")
     cache, q = cache_of(model), torch.randn(2, 4, 1, 16)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -204,16 +205,20 @@ class QuantScheme(Strict):
         operands = [f"{operand.role} {operand}" for operand in (self.q, self.k, self.v)]
         return ", ".join([*operands, f"p {self.p.precision} {self.p.granularity}"])
 
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> "QuantScheme":
+        # layers that are copies share what torch.compile makes; model_copy, which changes its copy, gives no memo
+        return self if memo is not None else super().__deepcopy__()
+
     # ------------------------------------------------------------------ documents
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> "QuantScheme":
-        """A scheme from the mapping that its YAML document holds. Raises SchemeError."""
+        """A scheme from the mapping that its YAML document holds; of equal ones the same object. Raises SchemeError."""
         if not isinstance(data, Mapping):
             raise SchemeError(f"a scheme is a mapping with q, k, v and p, not {quote(data)}")
         if odd := [key for key in data if not isinstance(key, str)]:
             raise SchemeError(f"the key {quote(odd[0])}; keys are plain words")
-        return cls(**data)
+        return _one(cls(**data))
 
     @classmethod
     def from_yaml(cls, text: str | bytes) -> "QuantScheme":
@@ -249,6 +254,12 @@ class QuantScheme(Strict):
     def bits_per_value(self, head_dim: int = 128) -> dict[str, float]:
         """Bits of memory of code, scale and zero for a value of q, k and v, in a long sequence."""
         return {role: getattr(self, role).bits_per_value(head_dim) for role in "qkv"}
+
+
+@lru_cache(maxsize=256)
+def _one(scheme: QuantScheme) -> QuantScheme:
+    """The first of equal schemes: torch.compile tells them apart by identity."""
+    return scheme
 
 
 def load_document(path: str | os.PathLike, parse: Callable[[Any], T]) -> T:

@@ -10,7 +10,8 @@ from tokquant.autocast import as_torch_takes_them
 from tokquant.errors import UnsupportedError
 from tokquant.integrations.transformers.cache_layer import Appended
 from tokquant.integrations.transformers.masks import Ordered
-from tokquant.integrations.transformers.settings import Setting, begin_with, place_of
+from tokquant.integrations.transformers.settings import Setting, place_of
+from tokquant.operators import begin_with
 from tokquant.schemes import SchemeMap
 
 REFUSED = {
@@ -107,7 +108,7 @@ def _attend(
             scales = None if setting.scales is None else setting.scales.get(name)
             features |= dict(causal=causal, mask=mask, scales=scales, backend=quantizing(setting.backend, query.device))
             # layers that differ in nothing but their names share what is compiled
-            layer = name if isinstance(setting.scheme, SchemeMap) else None
+            layer = name if setting.by_name else None
             out = attention(query, key, value, setting.scheme, layer=layer, **features)  # type: ignore[assignment]
     except (ValueError, TypeError, RuntimeError) as error:
         begin_with(name, error)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from tokquant.inputs import check_no_grad
-from tokquant.integrations.transformers.settings import begin_with
-from tokquant.operators import LIBRARY
+from tokquant.operators import LIBRARY, begin_with
 
 LIBRARY.define(
     "cached_attention(Tensor q, Tensor? k, Tensor? v, Tensor(a!) cache, int index, str name, Tensor? tokens, *, "

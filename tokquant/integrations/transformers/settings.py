@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -13,7 +12,7 @@ from tokquant.attention import Backend, check_backend
 from tokquant.calibration.scales import LayerScales, Scales, needed
 from tokquant.errors import ScalesError
 from tokquant.integrations.layers import check_layers, check_scales_of, scheme_of_layers
-from tokquant.operators import tracing, untraced
+from tokquant.operators import untraced
 from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap, of_layer
 
 ATTRIBUTE = "_tokquant"
@@ -98,14 +97,6 @@ def place_of(module: nn.Module, registered: Setting | None, yields: bool, by_nam
         _name_modules(module)
         found = module.__dict__[ATTRIBUTE]
     return found.name if found else type(module).__name__, setting
-
-
-def begin_with(name: str, error: Exception) -> None:
-    """Put a module's name in front of what an error says, once."""
-    if tracing():  # which can change no error: it is raised uncompiled, or quoted with fullgraph=True
-        torch._dynamo.graph_break(str(error))
-    if not str(error).startswith(name):
-        error.args = (f"{name}: {error}",)
 
 
 @untraced("the search for a module's name, which use(model, ...) spares,")
