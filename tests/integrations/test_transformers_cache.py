@@ -252,6 +252,28 @@ def test_after_a_call_that_ended_between_layers_a_cache_is_not_used_on():
     torch.testing.assert_close(model(**given, past_key_values=cache).logits, exact)
 
 
+@pytest.mark.parametrize("scheme", ["kv-int8", "kv-int4-kivi"])
+def test_a_layer_whose_attention_fails_keeps_nothing_of_the_call(scheme, monkeypatch):
+    model, given = use(decoder("qwen3, normed heads of their own size"), scheme, backend="reference"), prompts("left")
+    step = dict(
+        input_ids=torch.tensor([[5], [6]]), attention_mask=torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)
+    )
+    caches = [cache_of(model, scheme) for _ in range(2)]
+    for call in (given, step):
+        exact = model(**call, past_key_values=caches[0]).logits
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=r"layers\.0\.self_attn: out of memory"):
+            patch.setattr("tokquant.integrations.transformers.cache_layer.decode", raising("out of memory"))
+            model(**call, past_key_values=caches[1])
+        assert torch.equal(model(**call, past_key_values=caches[1]).logits, exact)
+
+
+def raising(text):
+    def raise_it(*_, **__):
+        raise RuntimeError(text)
+
+    return raise_it
+
+
 def test_a_cache_of_other_sequences_or_another_model_says_so():
     model = use(decoder(), "none", backend="reference")
     cache = cache_of(model)
@@ -273,7 +295,7 @@ def test_what_a_cache_cannot_keep_is_refused_at_once():
     with pytest.raises(tq.SchemeError, match="its heads take different schemes"):
         TokquantCache(model, heads)
     with pytest.raises(TypeError, match="model: a str; give a transformers model, or its config"):
-        TokquantCache("llama", "kv-int8")
+        TokquantCache("kv-int8")
     chunked = transformers.Llama4TextConfig(**SIZES, num_local_experts=1, layer_types=["chunked_attention", "full_attention"])
     with pytest.raises(NotImplementedError, match="layer 0 is of type 'chunked_attention'"):
         TokquantCache(chunked, "kv-int8")

@@ -55,6 +55,8 @@ class TokquantCache(Cache):
         capacity: int | None = None,
         backend: Backend = "auto",
     ):
+        if not isinstance(model, PreTrainedModel | PreTrainedConfig):
+            raise TypeError(f"model: a {type(model).__name__}; give a transformers model, or its config")
         setting = _own(model, scales, backend) if scheme is None else Setting(scheme, scales, backend)
         parts = [each for _, each in setting.scheme.layers] if isinstance(setting.scheme, SchemeMap) else [setting.scheme]
         for each in parts:
@@ -67,10 +69,8 @@ class TokquantCache(Cache):
                     f"model: it attends by {config._attn_implementation!r}, which reads no codes; call "
                     "tokquant.integrations.transformers.use(model, scheme), or load it with attn_implementation='tokquant'"
                 )
-        elif isinstance(model, PreTrainedConfig):
-            config = model.get_text_config(decoder=True)
         else:
-            raise TypeError(f"model: a {type(model).__name__}; give a transformers model, or its config")
+            config = model.get_text_config(decoder=True)
         layers: list = []
         for kind, options in zip(*get_layer_types_and_kwargs(config), strict=True):
             if kind in OTHERS:
@@ -111,7 +111,7 @@ class TokquantCache(Cache):
             features: scale, window, softcap and sinks, as for `tokquant.attention`.
 
         Raises ValueError where layers do not hold the same tokens, as after a call that ended between them; else as
-        `TokquantLayer.append` and `tokquant.decode`.
+        `TokquantLayer.append` and `tokquant.decode`. The layer then holds what it held before.
         """
         layer: Any = self.layers[index]
         if new is not None:
@@ -124,7 +124,12 @@ class TokquantCache(Cache):
                 )
             behind, _ = features["window"] or (None, None)
             layer.append(name, *new, self._on_host(tokens), behind)
-        return layer.attend(q, **features)
+        try:
+            return layer.attend(q, **features)
+        except BaseException:
+            if new is not None:
+                layer.crop(-new[0].shape[2])  # else the same call, made again, would append twice
+            raise
 
     def _on_host(self, tokens: Tensor | None) -> np.ndarray | None:
         """`tokens`, fetched once for all layers; None where none is padding."""
