@@ -57,7 +57,7 @@ def test_commands_of_a_page_exit_well(page, tmp_path, monkeypatch, capsys):
 def test_the_kernel_of_the_readme_is_the_generated_one(excerpt):
     name, text = excerpt
     assert text in generate.render(
-        plan(preset(name), head_dim=64, dtype=torch.float16, wanted=Wanted(right=True), tokens_last=True)
+        plan(preset(name), head_dim=128, dtype=torch.float16, wanted=Wanted(right=True), tokens_last=True)
     )
 
 
@@ -99,6 +99,6 @@ def test_tests_that_a_page_names_exist(page):
 
 def test_the_names_that_explain_a_kernel_are_in_it():
     text = (ROOT / "docs" / "kernels.md").read_text().partition("## How to read a kernel")[2].partition("\n## ")[0]
-    kernel = generate.render(plan(preset("int8-fast"), head_dim=64, dtype=torch.float16, wanted=Wanted(right=True)))
+    kernel = generate.render(plan(preset("int8-fast"), head_dim=128, dtype=torch.float16, wanted=Wanted(right=True)))
     names = set(re.findall(r"`([A-Za-z_.]+)`", text)) - {"unit", "row_block", "l"}
     assert len(names) > 20 and not {name for name in names if name not in kernel}

@@ -7,7 +7,6 @@ from importlib import resources
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from tokquant.errors import nearest, quote
@@ -68,12 +67,15 @@ class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
 
 def save(path: str | os.PathLike, layers: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
     """Write Q, K and V of layers `[B, H, N, D]` as an activation file, atomically."""
-    tensors = {
-        # safetensors refuses tensors that share memory, as those of one projection may
-        f"{layer}.{role}": x.clone(memory_format=torch.contiguous_format)
-        for layer, operands in layers.items()
-        for role, x in zip("qkv", operands, strict=True)
-    }
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for layer, operands in layers.items():
+        for role, x in zip("qkv", operands, strict=True):
+            x = x.contiguous()
+            memory = x.untyped_storage().data_ptr()
+            # safetensors refuses tensors that share memory, as those of one projection may
+            tensors[f"{layer}.{role}"] = x.clone() if memory in seen else x
+            seen.add(memory)
     write_atomically(path, safetensors.torch.save(tensors))
 
 

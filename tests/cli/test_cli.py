@@ -259,20 +259,28 @@ def test_schemes_prints_one_and_its_grammar(tokquant):
 
 def test_show_prints_the_text_that_is_launched(tokquant, tmp_path):
     code, out, _ = tokquant("show", "int8", "--causal")
-    assert code == 0 and out == tq.compile("int8", head_dim=64, causal=True).source
-    code, out, _ = tokquant("show", "int8-fp8", "--head-dim", 128, "--json")
+    assert code == 0 and out == tq.compile("int8", head_dim=128, causal=True).source
+    code, out, _ = tokquant("show", "int8-fp8", "--head-dim", 64, "--json")
     report = json.loads(out)
-    assert report["config"]["block_n"] == 128 and "head_dim 128" in report["source"]
+    assert report["config"]["block_n"] == 128 and "head_dim 64" in report["source"]
     words = ("--window", 64, "--softcap", 30, "--mask", "boolean", "--bias", "lowrank", "--bias-rank", 8, "--sinks", "--lse")
     kernel = tq.compile(
-        "int8", head_dim=64, window=True, softcap=True, mask="boolean", bias="lowrank", bias_rank=8, sinks=True, return_lse=True
+        "int8",
+        head_dim=128,
+        window=True,
+        softcap=True,
+        mask="boolean",
+        bias="lowrank",
+        bias_rank=8,
+        sinks=True,
+        return_lse=True,
     )
     assert tokquant("show", "int8", *words)[1] == kernel.source
-    assert tokquant("show", "int8", "--varlen")[1] == tq.compile("int8", head_dim=64, varlen=True).source
-    assert tokquant("show", "--decode")[1] == tq.compile("kv-int8", head_dim=64, decode=True).source
+    assert tokquant("show", "int8", "--varlen")[1] == tq.compile("int8", head_dim=128, varlen=True).source
+    assert tokquant("show", "--decode")[1] == tq.compile("kv-int8", head_dim=128, decode=True).source
     words = ("--decode", "--shared-heads", 4, "--target", "sm_80")
     assert tokquant("show", "kv-int4", *words)[1] == tq.compile(
-        "kv-int4", head_dim=64, decode=True, shared_heads=4, target="sm_80"
+        "kv-int4", head_dim=128, decode=True, shared_heads=4, target="sm_80"
     ).source  # fmt: skip
 
 
@@ -434,6 +442,14 @@ def test_operands_that_share_memory_are_saved(tmp_path):
     found = Activations(tmp_path / "a.safetensors")
     assert torch.equal(torch.stack(found["one"]), qkv) and torch.equal(torch.stack(found["turned"]), qkv.transpose(2, 3))
     assert all(torch.equal(x, qkv[0]) for x in found["same"])
+
+
+def test_operands_with_memory_of_their_own_are_not_copied(tmp_path, monkeypatch):
+    operands = tuple(torch.randn(1, 2, 8, 32) for _ in range(3))
+    monkeypatch.setattr(torch.Tensor, "clone", None)
+    save(tmp_path / "a.safetensors", {"one": operands})
+    monkeypatch.undo()
+    assert all(map(torch.equal, Activations(tmp_path / "a.safetensors")["one"], operands))
 
 
 def test_the_sample_is_small_and_real():

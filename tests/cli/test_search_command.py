@@ -9,7 +9,7 @@ import torch
 from tokquant.activations import sample
 from tokquant.schemes import preset, read
 
-SEARCH = ("search", "--budget", "bits=7.5", "-c", "int8", "-c", "kv-int4", "-c", "int8-fp16")
+SEARCH = ("search", "--budget", "bits=7.5", "-s", "int8", "-s", "kv-int4", "-s", "int8-fp16")
 
 
 def test_search_writes_a_map_that_other_commands_take(tokquant, tmp_path):
@@ -52,7 +52,7 @@ def test_held_out_activations_are_of_the_same_layers(tokquant, tmp_path):
         (("--budget", "bits=8", "-o", "nowhere/map.yaml"), "--output: there is no folder nowhere"),
         (("--budget", "bits=8", "-o", "map.txt"), "--output: map.txt has to end in .yaml"),
         (("--budget", "bits=8", "-o", "."), "--output: . is a folder"),
-        (("--budget", "bits=32", "-c", "int8", "--plot", "front.txt"), "plot: 'front.txt' is not one of .svg"),
+        (("--budget", "bits=32", "-s", "int8", "--plot", "front.txt"), "plot: 'front.txt' is not one of .svg"),
     ],
 )
 def test_what_cannot_be_searched_is_one_message(tokquant, words, message):

@@ -25,10 +25,10 @@ def search(
         str,
         typer.Option("--budget", "-b", help="A cost: bits=8.5, kv_bits=5 or ms=20; or an error: rel_l1=0.01, cosine=0.999 ..."),
     ],
-    candidates: Annotated[
+    schemes: Annotated[
         list[str] | None,
         typer.Option(
-            "--candidate", "-c", help="A preset or YAML file; repeat for more; presets and pairs of K and V, if left out."
+            "--scheme", "-s", help="A preset or YAML file; repeat for more; presets and pairs of K and V, if left out."
         ),
     ] = None,
     input: options.Input = None,
@@ -72,7 +72,7 @@ def search(
     asked: dict[str, Any] = dict(metric=metric, cost=cost, over="worst" if worst else "mean")
     found = search_call(
         options.Layers(input, device),
-        candidates,
+        schemes,
         budget=budget,
         **asked,
         relative_to=relative_to,

@@ -17,7 +17,7 @@ def show(
         str | None, typer.Argument(help="A preset or a YAML file; int8 if left out, or kv-int8 with --decode.")
     ] = None,
     layer: options.Layer = None,
-    head_dim: options.HeadDim = 64,
+    head_dim: options.HeadDim = 128,
     target: options.Target = "sm_90",
     causal: options.Causal = False,
     window: features.Window = None,

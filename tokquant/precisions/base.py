@@ -171,7 +171,8 @@ WHEN_REPLACED: list[Callable[[], None]] = []
 def register(precision: Precision, *, replace: bool = False) -> Precision:
     """Make a precision known by its name to schemes, quantization and kernels.
 
-    Raises ValueError if the name is taken, unless `replace` is True (useful in a notebook).
+    Raises ValueError if the name is taken, unless `replace` is True (useful in a notebook). Codes that were made before, and a
+    KVCache with the kernels that it has, are of the definition that was replaced: quantize again, and make another cache.
     """
     if not isinstance(precision, Precision):
         raise TypeError(f"precision: {quote(precision)}; give a tokquant.Precision")
