@@ -1,6 +1,8 @@
 """Quantization, code for code against a slow one in numpy that follows the rule as it is written."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -486,3 +488,16 @@ def test_what_is_not_finite_stays_in_its_token(kind, precision, value):
     assert a.scale[others].float().equal(b.scale[others].float())
     assert not b.dequantize()[0, 1, 7].isfinite().all()
     assert b.dequantize()[others].equal(a.dequantize()[others])
+
+
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "deep", "pickle"]
+)
+@pytest.mark.parametrize("name", ["fp8", "fireq", "kv-int4-kivi", "int8"])
+def test_operands_are_copied_and_pickled(name, again):
+    operands = quantize(*qkv(), name, backend="reference")
+    same = [again(x) for x in operands]
+    for x, y in zip(operands, same, strict=True):
+        assert x.codes.dtype == y.codes.dtype and (x.scale is None or x.scale.dtype == y.scale.dtype)
+        assert torch.equal(x.dequantize(), y.dequantize())
+    assert torch.equal(attention(*same, name, backend="reference"), attention(*operands, name, backend="reference"))

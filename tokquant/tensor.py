@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,10 @@ def spread(scale: Tensor, granularity: Granularity, n: int, d: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class QuantizedTensor:
-    """Q, K or V as codes and scales. Plain data: `attention` takes it; `dequantize` gives the tensor back as it was."""
+    """Q, K or V as codes and scales. Plain data: `attention` takes it; `dequantize` gives the tensor back as it was.
+
+    It can be copied and pickled; what `torch.save` wrote, `torch.load` reads with `weights_only=False`.
+    """
 
     codes: Tensor
     """`[B, H, N, D / packed]` in the precision's stored type."""
@@ -153,6 +156,16 @@ class QuantizedTensor:
         """Bits of codes, scales and zeros for each value of the tensor."""
         bits = sum(8 * x.numel() * x.element_size() for x in (self.scale, self.zero) if x is not None)
         return (8 * self.codes.numel() * self.codes.element_size() + bits) / self.shape.numel()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's tensors of 8-bit floats are pickled without an error to what cannot be read
+        return {
+            name: (x.view(torch.uint8), x.dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.itemsize == 1 else x
+            for name, x in self.__dict__.items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({name: x[0].view(x[1]) if type(x) is tuple else x for name, x in state.items()})
 
     def __repr__(self) -> str:
         shape = ", ".join(map(str, self.shape))
