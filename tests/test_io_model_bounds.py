@@ -201,7 +201,7 @@ def test_a_standing_compares_with_the_same_attention_in_16_bits():
         (lambda: lower_bounds(words(8, 8), 0), "memory: 0; give bytes of fast memory above 0"),
         (lambda: lower_bounds(words(8, 8), math.inf), "memory: inf"),
         (lambda: lower_bounds(words(8, 8), 64, 0), "processors: 0 is not a whole number from 1"),
-        (lambda: algorithms.side(3), "memory: 3; four squares need"),
+        (lambda: algorithms.side(3), "memory: 3 is not a whole number from 4: four squares need"),
         (lambda: algorithms.flash_words(8, 8, 30), "a query of 8 channels needs 35 words"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tokquant"
 
 LAYERS = [
-    ("autocast", "errors", "files", "tensor_files", "timing", "transfer"),
+    ("autocast", "errors", "files", "tensor_files", "timing", "transfer", "whole_numbers"),
     ("precisions",),
     ("schemes",),
     ("transforms", "folding", "bias", "blocks"),

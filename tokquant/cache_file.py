@@ -12,12 +12,13 @@ from torch import Tensor
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import CacheFileError, quote
 from tokquant.files import write_atomically
-from tokquant.inputs import DTYPE_NAMES, whole_number
+from tokquant.inputs import DTYPE_NAMES
 from tokquant.pages import growing, operand, sizes
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.appending import check_append_only, unit, windows
 from tokquant.tensor import QuantizedTensor
 from tokquant.tensor_files import check_forms, checksum, read_tensors
+from tokquant.whole_numbers import whole_number
 
 FORMAT = "1"
 LARGEST = 2**20

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from tokquant.errors import quote
-from tokquant.inputs import Numbers, check_beside_cache, check_flags, features_of, whole_numbers
+from tokquant.inputs import check_beside_cache, check_flags, features_of
 from tokquant.kv_cache import KVCache
 from tokquant.operators import untraced
 from tokquant.transfer import capturing, to_device
+from tokquant.whole_numbers import Numbers, whole_numbers
 
 
 @untraced("decode")

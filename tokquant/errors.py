@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+import numpy as np
+
 
 class SchemeError(ValueError):
     """A scheme that cannot be read, or that contradicts itself or the tensors it meets.
@@ -38,7 +40,7 @@ def quote(value: object, limit: int = 60) -> str:
     """
     if isinstance(value, str):
         text = repr(value[: limit + 1])
-    elif isinstance(value, int | float | bool | None.__class__):
+    elif isinstance(value, int | float | bool | np.generic | None.__class__):
         text = repr(value) if not isinstance(value, int) or value.bit_length() < 200 else "an integer of many digits"
     elif isinstance(value, tuple | list) and len(value) <= 4:
         text = ", ".join("..." if isinstance(part, tuple | list | dict) else quote(part, 24) for part in value)

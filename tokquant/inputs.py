@@ -3,10 +3,8 @@
 import math
 import numbers
 import operator
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -19,9 +17,6 @@ from tokquant.tensor import Coded
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 """Those types by the names that files have for them."""
-
-Numbers = int | Sequence[int] | Tensor
-"""A whole number for all sequences, or one for each."""
 
 
 def check_tensors(q: object, k: object, v: object) -> None:
@@ -124,46 +119,6 @@ def check_device(given: Any) -> torch.device:
     return device
 
 
-def whole_number(name: str, given: Any, least: int, most: int | None = None) -> int:
-    """A whole number of any type from `least` to `most`, which are at least 0. Raises ValueError."""
-    try:
-        number = -1 if isinstance(given, bool) else operator.index(given)
-    except TypeError:
-        number = -1
-    if number < least or (most is not None and number > most):
-        raise ValueError(f"{name}: {quote(given)} is not a whole number from {least}" + (f" to {most}" if most else ""))
-    return number
-
-
-def whole_numbers(name: str, given: Numbers, size: int, most: int | np.ndarray) -> np.ndarray:
-    """One whole number for each of `size` sequences, from 0 to `most`. Raises ValueError."""
-    numbers = _integers(given)
-    if numbers is None or numbers.shape not in ((), (size,)):
-        raise ValueError(f"{name}: {quote(given)}; give a whole number, or {size}, one for each sequence")
-    numbers, limits = np.broadcast_to(numbers, (size,)).astype(np.int64), np.broadcast_to(most, (size,))
-    if (wrong := np.nonzero((numbers < 0) | (numbers > limits))[0]).size:
-        raise ValueError(f"{name}: {numbers[wrong[0]]} for sequence {wrong[0]}; give 0 to {limits[wrong[0]]}")
-    return numbers
-
-
-def sequence_numbers(given: Numbers, size: int) -> np.ndarray:
-    """Numbers of some of `size` sequences, in any order and as often as one likes. Raises ValueError."""
-    numbers = _integers(given)
-    if numbers is None or numbers.ndim > 1 or not numbers.size:
-        raise ValueError(f"sequences: {quote(given)}; give numbers of sequences, such as [0, 0, 1]")
-    if ((numbers < 0) | (numbers >= size)).any():
-        raise ValueError(f"sequences: {quote(given)}; there are sequences 0 to {size - 1}")
-    return np.atleast_1d(numbers).astype(np.int64)
-
-
-def _integers(given: object) -> np.ndarray | None:
-    try:
-        numbers = np.asarray(given.tolist() if isinstance(given, Tensor) else given)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor without numbers
-        return None
-    return numbers if numbers.dtype.kind in "iu" else None
-
-
 def features_of(
     q: Tensor | Coded,
     k: Tensor | Coded,
@@ -185,7 +140,7 @@ def features_of(
             raise ValueError(f"softcap: {quote(softcap)} is not above zero; leave it out for none")
         softcap = number
     if window is not None:
-        window = _window(window)
+        window = window_of(window)
     if bias is not None and not isinstance(bias, Bias):
         raise TypeError(
             f"bias: a {type(bias).__name__}; give one of tokquant.bias: alibi, key_vector, lowrank, "
@@ -216,7 +171,8 @@ def features_of(
     return Features(scale=scale, causal=causal, window=window, mask=mask, softcap=softcap, sinks=sinks, bias=bias)
 
 
-def _window(window: Any) -> tuple[int | None, int | None]:
+def window_of(window: Any) -> tuple[int | None, int | None]:
+    """A window (left, right) of whole numbers, or None where a side is open. Raises ValueError."""
     try:
         left, right = window
         if isinstance(left, bool) or isinstance(right, bool):

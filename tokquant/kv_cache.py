@@ -15,7 +15,7 @@ from tokquant.cache_file import Content
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import CacheFileError, ScalesError, SchemeError, UnsupportedError, quote
 from tokquant.features import Features
-from tokquant.inputs import DTYPES, Numbers, check_beside_cache, check_device, sequence_numbers, whole_number, whole_numbers
+from tokquant.inputs import DTYPES, check_beside_cache, check_device
 from tokquant.kernels.cpu.pages import CpuPages
 from tokquant.kernels.decode_launch import Call
 from tokquant.kernels.pages import TritonPages
@@ -28,6 +28,7 @@ from tokquant.schemes.appending import check_append_only, unit, windows
 from tokquant.sequences import Sequences
 from tokquant.tensor import QuantizedTensor
 from tokquant.transfer import refuse_capture
+from tokquant.whole_numbers import Numbers, sequence_numbers, whole_number, whole_numbers
 from tokquant.windows import Windows
 
 STORES: dict[str, Any] = {"triton": TritonPages, "cpu": CpuPages, "reference": ReferencePages}

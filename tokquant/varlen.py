@@ -17,6 +17,7 @@ from tokquant.kernels import launch, sequences
 from tokquant.operators import operator
 from tokquant.schemes import HeadSchemes, QuantScheme
 from tokquant.transfer import refuse_capture
+from tokquant.whole_numbers import whole_number
 
 Spans = list[tuple[slice, slice]]
 
@@ -150,8 +151,6 @@ def _starts(name: str, given: object, tokens: int, longest_name: str, longest: i
     if starts[0] != 0 or starts[-1] != tokens or any(end < first for first, end in pairwise(starts)):
         raise ValueError(f"{name}: {quote(starts)} does not rise from 0 to the {tokens} tokens given")
     actual = max(end - first for first, end in pairwise(starts))
-    if longest is not None and (type(longest) is not int or longest < 0):
-        raise TypeError(f"{longest_name}: {quote(longest)} is not a whole number")
-    if longest is not None and longest < actual:
+    if longest is not None and whole_number(longest_name, longest, 0) < actual:
         raise ValueError(f"{longest_name}: {quote(longest)} is less than the longest sequence, {actual}")
     return starts

@@ -189,7 +189,7 @@ def test_what_is_found_is_the_best_of_all_combinations(heads):
         ({"budget": "bits=8", "name": "int8"}, "name: 'int8', of the map or its file, is a candidate's"),
         ({"budget": "bits=8", "cost": "kv_bits"}, "cost: 'kv_bits', and the budget is bits=8; leave cost out"),
         ({"budget": "rmse=8", "metric": "cosine"}, "metric: 'cosine', and the budget is rmse=8; leave metric out"),
-        ({"budget": "bits=8", "rows": 0}, "rows: 0; give a whole number from 1"),
+        ({"budget": "bits=8", "rows": 0}, "rows: 0 is not a whole number from 1, or None for all"),
         ({"budget": "bits=8", "heads": True, "candidates": ["kv-fp8"]}, "heads: candidate 'kv-fp8' is static"),
         ({"budget": "bits=8", "heads": True, "candidates": [WHOLE]}, "heads: candidate 'whole' has a scale per tensor"),
         ({"budget": "bits=8", "activations": {}}, "activations: there are no layers"),

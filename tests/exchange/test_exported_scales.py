@@ -121,7 +121,7 @@ MEAN = HEAD.model_copy(update={"k": HEAD.k.model_copy(update={"smooth": "mean"})
         (made(TENSOR), "sglang", {"model_type": ""}, "model_type: '' is not valid"),
         (made(TENSOR), "sglang", {"model_type": 5}, "model_type: 5 is not valid"),
         (made(TENSOR), "sglang", {}, "model_type: None is not valid; sglang needs that of config.json"),
-        (made(TENSOR), "sglang", {"model_type": "llama", "tp_size": 0}, "tp_size: 0 is not a number of ranks"),
+        (made(TENSOR), "sglang", {"model_type": "llama", "tp_size": 0}, "tp_size: 0 is not a whole number from 1 to 1024"),
         (made(TENSOR, ["a"]), "sglang", {"model_type": "llama"}, "a: sglang counts layers, and this name has not one number"),
         (made(TENSOR, ["a.0", "a.2"]), "sglang", {"model_type": "llama"}, r"every layer from 0 on, once; there are a\.0, a\.2"),
         (made(TENSOR, ["a.0", "b.0"]), "sglang", {"model_type": "llama"}, r"every layer from 0 on, once; there are a\.0, b\.0"),

@@ -74,6 +74,11 @@ def test_a_scheme_says_all_that_is_done_to_an_operand():
     assert str(made) == "q int8 token, k int8 token asymmetric less mean, v fp16 less mean, p int8 unit"
 
 
+def test_what_has_no_name_is_refused_with_the_names():
+    with pytest.raises(TypeError, match=r"QuantScheme: 'int8' is given without a name; it takes name, q, k, v, p, .*, by name"):
+        QuantScheme("int8")
+
+
 @pytest.mark.parametrize(("place", "field"), [("", "name"), ("k", "precision"), ("v", "granularity"), ("cache", "sink")])
 def test_cannot_be_changed(place, field):
     whole = scheme(cache={})

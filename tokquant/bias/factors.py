@@ -9,6 +9,7 @@ from torch import Tensor
 from tokquant.autocast import joined
 from tokquant.bias.kinds import Dense, LowRank, check_floats, check_sixteen_bits, lowrank
 from tokquant.errors import quote
+from tokquant.whole_numbers import whole_number
 
 
 def svd(values: Tensor, energy: float = 0.995, largest_rank: int = 32, dtype: torch.dtype = torch.float16) -> LowRank | Dense:
@@ -31,8 +32,7 @@ def svd(values: Tensor, energy: float = 0.995, largest_rank: int = 32, dtype: to
         raise ValueError(f"values: shape {list(values.shape)}; give [heads, N_q, N_k] or [batch, heads, N_q, N_k]")
     if isinstance(energy, bool) or not isinstance(energy, int | float) or not 0 < energy <= 1:
         raise ValueError(f"energy: {quote(energy)} is no share; give more than 0 and at most 1")
-    if type(largest_rank) is not int or largest_rank < 1:
-        raise ValueError(f"largest_rank: {quote(largest_rank)} is not a whole number from 1")
+    largest_rank = whole_number("largest_rank", largest_rank, 1)
     if not bool(values.isfinite().all()):
         raise ValueError("values: not all finite; give what is masked as mask")
     wide = values if values.dtype == torch.float64 else values.float()

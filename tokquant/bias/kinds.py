@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokquant.autocast import in_their_types
-from tokquant.errors import quote
+from tokquant.whole_numbers import whole_number
 
 Kind = Literal["alibi", "key_vector", "lowrank", "dense"]
 
@@ -179,8 +179,7 @@ def alibi_slopes(heads: int, device: torch.device | str | None = None) -> Tensor
 
     Where heads is no power of two: those of the next lower one, p, then every other one of 2 p, as in the authors' code.
     """
-    if type(heads) is not int or heads < 1:
-        raise ValueError(f"heads: {quote(heads)} is not a whole number from 1")
+    heads = whole_number("heads", heads, 1)
     p = 1 << (heads.bit_length() - 1)
     exponents = [8 * n / p for n in range(1, p + 1)] + [8 * n / (2 * p) for n in range(1, 2 * (heads - p), 2)]
     return torch.tensor([2.0**-x for x in exponents], dtype=torch.float32, device=device)

@@ -1,5 +1,6 @@
 """Calibrator: watch activations, then fix the static parts of a scheme."""
 
+import numbers
 import os
 import sys
 from collections.abc import Iterator
@@ -129,7 +130,7 @@ class Calibrator:
         Later values may exceed what was seen; a margin leaves room for them. Raises ScalesError if there is no layer, or
         for a scale that its type does not hold, naming the layer; ValueError for a margin that is not above zero.
         """
-        if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin <= sys.float_info.max:
+        if isinstance(margin, bool) or not isinstance(margin, numbers.Real) or not 0 < margin <= sys.float_info.max:
             raise ValueError(f"margin: {quote(margin)} is not a number above zero; 1.25 leaves a quarter of room")
         found = {}
         for name, layer in self.layers.items():

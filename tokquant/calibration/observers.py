@@ -1,5 +1,6 @@
 """Observers: from the activations that were seen to the range that codes will cover."""
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -47,7 +48,7 @@ class Ema(Observer):
         return MovingExtremes(heads, channels, self.decay)
 
     def __str__(self) -> str:
-        return f"ema:{self.decay!r}"
+        return f"ema:{float(self.decay)!r}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Percentile(Observer):
         return clipping.percentile(cast(Histogram, seen), operand, change, self.percent)
 
     def __str__(self) -> str:
-        return f"percentile:{self.percent!r}"
+        return f"percentile:{float(self.percent)!r}"
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def parse(observer: object) -> Observer:
 
 
 def _number(value: Any) -> float:
-    return float("nan") if isinstance(value, bool) or not isinstance(value, int | float) else value
+    return float("nan") if isinstance(value, bool) or not isinstance(value, numbers.Real) else float(value)
 
 
 def _check(name: str, value: object, right: bool, words: str) -> None:

@@ -15,10 +15,11 @@ from tokquant.errors import quote
 from tokquant.evaluation.bound import Bound, error_bound
 from tokquant.evaluation.explain import Explanation, explain
 from tokquant.evaluation.peers import ON_CPU, sdpa
-from tokquant.inputs import check_flags, check_tensors, features_of, whole_number
+from tokquant.inputs import check_flags, check_tensors, features_of
 from tokquant.metrics import Errors, errors, head_errors
 from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap, of_layer
 from tokquant.timing import interleaved_medians
+from tokquant.whole_numbers import whole_number
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from tokquant.evaluation import front
 from tokquant.evaluation.front import Front
 from tokquant.evaluation.trials import Activations, Progress, Table, measure, operands
 from tokquant.schemes import HeadSchemes, LayerScheme, QuantScheme, SchemeMap, read
+from tokquant.whole_numbers import whole_number
 
 Metric = Literal["rel_l1", "rmse", "max_abs", "cosine"]
 Cost = Literal["bits", "kv_bits", "ms"]
@@ -112,8 +113,8 @@ def search(
         raise ValueError(f"heads: the {over} {metric} of a layer is not a sum over its heads; use the mean of rel_l1")
     if target is not None and cost != "ms":
         raise ValueError(f"target: {quote(target)} says whose time is predicted, and the cost is {cost}; use cost ms")
-    if rows is not None and (type(rows) is not int or rows < 1):
-        raise ValueError(f"rows: {quote(rows)}; give a whole number from 1, or None for all")
+    if rows is not None:
+        rows = whole_number("rows", rows, 1, instead=", or None for all")
     _check_layers(activations, held_out)
     schemes = _schemes(candidates, activations)
     if heads:

@@ -14,6 +14,7 @@ from tokquant.exchange.compressed_tensors import expressible
 from tokquant.export import check_scales_of_layers
 from tokquant.files import write_atomically
 from tokquant.schemes import QuantScheme
+from tokquant.whole_numbers import whole_number
 
 FORMATS = ("compressed-tensors", "modelopt", "sglang")
 
@@ -77,8 +78,7 @@ def _check_kv_per_tensor(scheme: QuantScheme, format: str) -> None:
 def _sglang(scales: Scales, model_type: str | None, tp_size: int) -> dict[str, Any]:
     if not isinstance(model_type, str) or not model_type:
         raise ValueError(f"model_type: {quote(model_type)} is not valid; sglang needs that of config.json, such as 'llama'")
-    if type(tp_size) is not int or not 1 <= tp_size <= 1024:
-        raise ValueError(f"tp_size: {quote(tp_size)} is not a number of ranks from 1 to 1024")
+    tp_size = whole_number("tp_size", tp_size, 1, 1024)
     factors: dict[int, float] = {}
     for layer, part in scales.items():
         numbers = re.findall(r"\d+", layer)

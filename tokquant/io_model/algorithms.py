@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from tokquant.errors import quote
 from tokquant.io_model.bounds import Problem
+from tokquant.whole_numbers import whole_number
 
 Floats = NDArray[np.float64]
 
@@ -32,9 +33,7 @@ class SlowMemory:
 
 def side(memory: int) -> int:
     """B, the side of SquareTiling's squares, four of which fit `memory` words. Raises ValueError for fewer than four words."""
-    if type(memory) is not int or memory < 4:
-        raise ValueError(f"memory: {quote(memory)}; four squares need a whole number of words from 4")
-    return math.isqrt(memory // 4)
+    return math.isqrt(whole_number("memory", memory, 4, instead=": four squares need a word each") // 4)
 
 
 def square_tiling(q: Floats, k: Floats, v: Floats, memory: int) -> tuple[Floats, int]:

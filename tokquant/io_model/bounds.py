@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokquant.errors import quote
-from tokquant.inputs import whole_number
 from tokquant.io_model.workload import Workload, seen
 from tokquant.kernels.compile import Kernel
+from tokquant.whole_numbers import whole_number
 
 
 @dataclass(frozen=True, kw_only=True)

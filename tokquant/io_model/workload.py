@@ -10,9 +10,10 @@ from torch import Tensor
 from tokquant.bias import Dense
 from tokquant.errors import quote
 from tokquant.features import Features
-from tokquant.inputs import whole_number
+from tokquant.inputs import window_of
 from tokquant.kernels.compile import Kernel
 from tokquant.tensor import QuantizedTensor
+from tokquant.whole_numbers import whole_number
 
 Integers = NDArray[np.int64]
 
@@ -62,9 +63,8 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name in ("batch", "heads", "n_q", "n_k"):
-            whole_number(name, getattr(self, name), 1)
-        if not isinstance(self.window, tuple) or len(self.window) != 2 or any(map(_no_side, self.window)):
-            raise ValueError(f"window: {quote(self.window)} is not (left, right); give whole numbers from 0, or None")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
+        object.__setattr__(self, "window", window_of(self.window))
 
     def reach(self, kernel: Kernel) -> tuple[int | None, int | None]:
         """Keys seen before and after a query's own place. Raises ValueError where kernel and window do not go together."""
@@ -94,10 +94,6 @@ def shared_heads(kernel: Kernel, heads: int) -> int:
 
 def _pairs(x: Tensor | None) -> Pairs:
     return Pairs() if x is None else Pairs(bytes=x.itemsize, rows=x.stride(2) != 0, keys=x.stride(3) != 0)
-
-
-def _no_side(side: object) -> bool:
-    return side is not None and (type(side) is not int or side < 0)
 
 
 def seen(n_q: int, n_k: int, reach: tuple[int | None, int | None]) -> tuple[Integers, Integers]:

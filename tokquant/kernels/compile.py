@@ -8,7 +8,6 @@ from typing import Any, get_args
 import torch
 
 from tokquant.errors import UnsupportedError, quote
-from tokquant.inputs import whole_number
 from tokquant.kernels import generate, launch, targets
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.decode_plan import DecodePlan, decode_plan
@@ -21,6 +20,7 @@ from tokquant.kernels.targets import Target
 from tokquant.kernels.wanted import BiasKind, MaskKind, Wanted
 from tokquant.schemes import QuantScheme, SchemeMap, resolve
 from tokquant.schemes.appending import windows
+from tokquant.whole_numbers import whole_number
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Granularity: how many tokens and how many channels of one head share a scale."""
 
+import operator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -94,10 +95,14 @@ def parse_p(value: object) -> Granularity:
     raise SchemeError(f"no granularity {quote(value)} for P; use unit or {{row_block: n}}")
 
 
-def _power_of_two(kind: str, size: object) -> int:
-    if type(size) is not int or not 16 <= size <= 2**20 or size & (size - 1):
+def _power_of_two(kind: str, size: Any) -> int:
+    try:
+        number = operator.index(size)
+    except TypeError:
+        number = 0
+    if not 16 <= number <= 2**20 or number & (number - 1):
         raise SchemeError(f"{kind} of {quote(size)}: use a power of two from 16 (16, 32, 64, 128 ...)")
-    return size
+    return number
 
 
 def _schema(plain: tuple[str, ...], sized: tuple[str, ...]) -> dict[str, Any]:

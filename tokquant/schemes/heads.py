@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tokquant.errors import SchemeError, quote
 from tokquant.schemes.scheme import QuantScheme
+from tokquant.whole_numbers import whole_number
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,16 @@ class HeadSchemes:
 
     def __post_init__(self):
         object.__setattr__(self, "parts", tuple(self.parts) if isinstance(self.parts, Iterable) else (self.parts,))
+        found = []
         for part in self.parts or [()]:
             heads, scheme = part if isinstance(part, tuple) and len(part) == 2 else (None, None)
-            if type(heads) is not int or heads < 1 or not isinstance(scheme, QuantScheme):
+            try:
+                found.append((whole_number("heads", heads, 1), scheme))
+            except ValueError:
+                scheme = None
+            if not isinstance(scheme, QuantScheme):
                 raise SchemeError([("heads", f"{quote(part)} is no part; give (heads, scheme), such as (6, preset('int8'))")])
+        object.__setattr__(self, "parts", tuple(found))
 
     @property
     def heads(self) -> int:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tokquant.errors import SchemeError, quote
@@ -14,8 +15,13 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
     __slots__ = ("_hash",)  # which copies and pickles leave out
 
-    def __init__(self, /, **data: Any):
+    def __init__(self, /, *unnamed: object, **data: Any):
+        if unnamed:
+            fields = ", ".join(type(self).model_fields)
+            raise TypeError(f"{type(self).__name__}: {quote(unnamed[0])} is given without a name; it takes {fields}, by name")
         for name, value in data.items():
+            if isinstance(value, np.generic):
+                data[name] = value.item()
             if isinstance(value, dict) and (odd := [key for key in value if not isinstance(key, str)]):
                 raise SchemeError([(problems.printable(name), f"the key {quote(odd[0])}; keys are plain words")])
         try:

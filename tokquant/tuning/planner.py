@@ -3,13 +3,14 @@
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from tokquant.errors import first_line, quote
+from tokquant.errors import first_line
 from tokquant.io_model.workload import Workload
 from tokquant.kernels.candidates import Config
 from tokquant.kernels.compile import Kernel
 from tokquant.kernels.plan import Plan
 from tokquant.tuning.schedule import busy
 from tokquant.tuning.work import Step, Work, work
+from tokquant.whole_numbers import whole_number
 
 KEEP = 5
 """Launches of each loop that are timed, if nobody asks for another number."""
@@ -97,8 +98,8 @@ def planned(kernel: Kernel, given: Workload | Step, keep: int | None = KEEP) -> 
 
     Raises as `work`; ValueError for a `keep` that is none.
     """
-    if keep is not None and (type(keep) is not int or keep < 1):
-        raise ValueError(f"keep: {quote(keep)} is not a whole number from 1; give None to time every launch that runs")
+    if keep is not None:
+        keep = whole_number("keep", keep, 1, instead="; give None to time every launch that runs")
     refused: list[Trial] = []
     running: list[tuple[float, Trial]] = []
     for each in kernel.candidates():

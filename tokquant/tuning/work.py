@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tokquant.inputs import whole_number
 from tokquant.io_model.bounds import compulsory, problem
 from tokquant.io_model.traffic import traffic
 from tokquant.io_model.workload import Walk, Workload, shared_heads
 from tokquant.kernels.compile import Kernel
 from tokquant.kernels.decode_launch import Runs, keys_seen
 from tokquant.kernels.order import abreast
+from tokquant.whole_numbers import whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Step:
 
     def __post_init__(self) -> None:
         for name in ("batch", "heads", "queries", "keys"):
-            whole_number(name, getattr(self, name), 1)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
 
 
 def work(kernel: Kernel, given: Workload | Step, split: int | None = None) -> Work:

@@ -11,12 +11,12 @@ from tokquant.attention import Backend, Scheme
 from tokquant.calibration.scales import Scales
 from tokquant.errors import SchemeError, UnsupportedError, quote
 from tokquant.evaluation.logits import Agreement
-from tokquant.inputs import whole_number
 from tokquant.integrations.layers import scheme_of_layers
 from tokquant.integrations.transformers.cache import TokquantCache
 from tokquant.integrations.transformers.recording import check_window
 from tokquant.integrations.transformers.registration import check_model, kept, use
 from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap
+from tokquant.whole_numbers import whole_number
 
 
 @dataclass(frozen=True)
