@@ -120,8 +120,8 @@ WRONG = {
     "another shape": (set_to("0.k.codes", torch.zeros(1, H, 48, 4).byte()), r"'0.k.codes' is \[1, 2, 48, 4\] of torch.uint8"),
     "another type": (set_to("0.k.codes", torch.zeros(1, H, 48, 8).char()), r"\[1, 2, 48, 8\] of torch.int8; .*torch.uint8"),
     "a scale of zero": (set_to("0.k.scale", torch.zeros(1, H, 3, D).half()), "'0.k.scale' holds a scale that is not above"),
-    "a bit of a code": (flipped("0.k.codes", 1), "the codes are not those that were written"),
-    "a bit of a window": (flipped("0.window.v", 16), "the codes are not those that were written"),
+    "a bit of a code": (flipped("0.k.codes", 1), "codes or scheme are not those that were written"),
+    "a bit of a window": (flipped("0.window.v", 16), "codes or scheme are not those that were written"),
     "no scheme": (lambda t, m: m.pop("tokquant.scheme"), "its tokquant.scheme cannot be read"),
     "a broken scheme": (lambda t, m: m.update({"tokquant.scheme": "{"}), "its tokquant.scheme cannot be read"),
     "a scheme that is a list": (lambda t, m: m.update({"tokquant.scheme": "[1]"}), "tokquant.scheme cannot be read: .* is no"),
@@ -132,12 +132,16 @@ WRONG = {
     "a scheme of other codes": (
         lambda t, m: m.update({"tokquant.scheme": json.dumps(preset("kv-int8").model_dump(mode="json"))}), "no state of a",
     ),
+    "a scheme of another rotation": (
+        lambda t, m: m.update({"tokquant.scheme": m["tokquant.scheme"].replace('"rotate": "none"', '"rotate": "hadamard"')}),
+        "codes or scheme are not those that were written",
+    ),
     "no format": (lambda t, m: m.pop("tokquant.cache"), "holds no KV cache; it was not written by KVCache.save"),
     "a newer format": (lambda t, m: m.update({"tokquant.cache": "99"}), "format '99' is not '1'"),
     "no sizes": (lambda t, m: m.pop("tokquant.shape"), "its tokquant.shape cannot be read"),
     "sizes that are a number": (lambda t, m: m.update({"tokquant.shape": "7"}), "tokquant.shape cannot be read: 7 is no"),
     "sizes of something else": (lambda t, m: m.update({"tokquant.shape": "{}"}), "kv_heads: None is not a whole number"),
-    "no checksum": (lambda t, m: m.pop("tokquant.sha256"), "the codes are not those that were written"),
+    "no checksum": (lambda t, m: m.pop("tokquant.sha256"), "codes or scheme are not those that were written"),
     "heads without end": (shaped(kv_heads=10**30), "kv_heads: .* is not a whole number from 1"),
     "half a head": (shaped(kv_heads=0.5), "kv_heads: 0.5 is not a whole number"),
     "other heads": (shaped(kv_heads=3), r"\[1, 2, 48, 8\] of torch.uint8; a cache of these sizes has \[1, 3, 48, 8\]"),
@@ -174,7 +178,7 @@ def test_what_is_wrong_with_a_file_is_named(change, message, path):
         (set_to("scales.v_scale", -torch.ones(2, 1, 1)), r"scales\.v_scale: holds a scale that is not above zero"),
         (set_to("scales.v_scale", torch.full((2, 1, 1), torch.nan)), r"scales\.v_scale: .*not finite"),
         (set_to("scales.k_scale", torch.ones(3, 1, 1)), r"scales\.k_scale: shape \[3, 1, 1\] does not fit"),
-        (flipped("scales.k_scale", 1), "the codes are not those that were written"),
+        (flipped("scales.k_scale", 1), "codes or scheme are not those that were written"),
     ],
     ids=["missing", "negative", "nan", "heads", "a bit"],
 )
@@ -199,7 +203,7 @@ def test_sizes_that_no_memory_holds_are_refused(path):
         tensors.clear()
         tensors |= {f"0.window.{role}": torch.empty(1, 2**20, 0, 2**20, dtype=torch.float16) for role in "kv"}
         shaped(kv_heads=2**20, head_dim=2**20, tokens=[[0, 0]])(tensors, metadata)
-        metadata["tokquant.sha256"] = checksum(tensors)
+        metadata["tokquant.sha256"] = checksum(tensors, metadata["tokquant.scheme"] + metadata["tokquant.shape"])
 
     rewritten(path, change)
     with pytest.raises(tq.CacheFileError, match=r"cache\.safetensors: "):
@@ -230,8 +234,8 @@ def test_a_file_of_scales_is_no_cache(path):
         tq.KVCache.load(path)
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    for path in (tmp_path / "none.safetensors", tmp_path):
+def test_a_missing_file_a_folder_and_a_name_that_is_none_are_named(tmp_path):
+    for path in (tmp_path / "none.safetensors", tmp_path, tmp_path / ("x" * 300)):
         with pytest.raises(tq.CacheFileError, match=str(path)):
             tq.KVCache.load(path)
 

@@ -60,8 +60,8 @@ def write(path: str | os.PathLike, content: Content) -> None:
         "tokquant.cache": FORMAT,
         "tokquant.scheme": json.dumps(content.scheme.model_dump(mode="json"), sort_keys=True),
         "tokquant.shape": json.dumps(shape),
-        "tokquant.sha256": checksum(tensors),
     }
+    metadata["tokquant.sha256"] = _digest(tensors, metadata)
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
@@ -78,9 +78,13 @@ def read(path: str | os.PathLike, device: torch.device) -> Content:
         content = _content(tensors, metadata, device)
     except (ValueError, TypeError, RecursionError) as error:
         raise CacheFileError(f"{path}: {error}") from None
-    if metadata.get("tokquant.sha256") != checksum(tensors):
-        raise CacheFileError(f"{path}: the codes are not those that were written (checksum differs)")
+    if metadata.get("tokquant.sha256") != _digest(tensors, metadata):
+        raise CacheFileError(f"{path}: codes or scheme are not those that were written (checksum differs)")
     return content
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    return checksum(tensors, metadata["tokquant.scheme"] + metadata["tokquant.shape"])
 
 
 def _content(tensors: dict[str, Tensor], metadata: dict[str, str], device: torch.device) -> Content:

@@ -21,9 +21,9 @@ def open_tensors(path: str | os.PathLike, error_type: type[Exception]) -> Any:
     Raises `error_type`, naming the file, where there is no whole one.
     """
     path = Path(path)
-    if path.is_dir():
-        raise error_type(f"{path}: Is a directory")
     try:
+        if path.is_dir():
+            raise error_type(f"{path}: Is a directory")
         return safetensors.safe_open(path, framework="pt")
     except OSError as error:
         raise error_type(f"{path}: {error.strerror or str(error).removesuffix(f': {path}')}") from None
