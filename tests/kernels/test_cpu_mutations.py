@@ -56,8 +56,13 @@ MUTATIONS = {
     "a block of queries left out": ("int8", CAUSAL, "(of_head - 1 - block % of_head) * BLOCK", "(of_head - 1) * BLOCK"),
 }  # fmt: skip
 OF_BFLOAT = {
-    "two channels in another order": ("fp8", ODD, "in_words(number(i), d + 1 < D", "in_words(number(i ^ 2), d + 1 < D"),
-    "two tokens in another order": ("fp8", ODD, "in_words(number(i), number(i + 1))", "in_words(number(i + 1), number(i))"),
+    "two channels in another order": ("fp8", ODD, "{number(i), d + 1 < D", "{number(i ^ 2), d + 1 < D"),
+    "two tokens in another order": (
+        "fp8",
+        ODD,
+        "numbers[2] = {number(i), number(i + 1)}",
+        "numbers[2] = {number(i + 1), number(i)}",
+    ),
     "a last key of two forgotten": ("fp8", ODD, "(keys + 1) / 2", "keys / 2"),
 }
 if build.available() and build.instructions() == "avx512_bf16":

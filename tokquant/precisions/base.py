@@ -95,7 +95,7 @@ class Precision:
     for role p on a CPU."""
     cpp_decode: str = ""
     """C++: an expression for the float32 numbers that the patterns in the low bits of `ints code` stand for. Without it they
-    are looked up in a table of all, more slowly."""
+    are looked up in a table of all in memory, more slowly; tables that registers hold are looked up in any case."""
     cpp_quantize: str = ""
     """C++: an expression for the codes of scaled and clamped `floats x`, in the low bits of `ints`: those of `encode`, or of
     integers the number in two's complement. Without it `encode` quantizes on a CPU."""

@@ -72,6 +72,7 @@ FP4_E2M1 = register(
         unpack=unpack,
         compute="tl.float8e4nv",
         triton_decode=decode_tile,
+        cpp_decode="from_e2m1(code)",
         cpp_quantize="to_e2m1(x)",
         triton_quantize=quantize_tile,
     )

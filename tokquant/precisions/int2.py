@@ -80,6 +80,7 @@ INT2 = register(
         unpack=unpack,
         compute="tl.int8",
         triton_decode=decode_tile,
+        cpp_decode="to_floats(code << 30 >> 30)",
         cpp_quantize="nearest_integers(x)",
         triton_quantize=quantize_tile,
         triton_decode_high=decode_tile_high,

@@ -100,6 +100,7 @@ INT4 = register(
         unpack=unpack,
         compute="tl.int8",
         triton_decode=decode_tile,
+        cpp_decode="to_floats(code << 28 >> 28)",
         cpp_quantize="nearest_integers(x)",
         triton_quantize=quantize_tile,
         triton_decode_ptx=decode_tile_ptx,

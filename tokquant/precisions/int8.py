@@ -41,6 +41,7 @@ INT8 = register(
         compute="tl.int8",
         triton_decode=decode_tile,
         triton_encode=encode_tile,
+        cpp_decode="to_floats(code << 24 >> 24)",
         cpp_encode="static inline floats encode_p(floats p) { return nearest(p); }",
         cpp_quantize="nearest_integers(x)",
         triton_quantize=quantize_tile,

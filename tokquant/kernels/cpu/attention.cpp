@@ -18,6 +18,10 @@
 #define V_DECODED 0
 #define K_DECODED_ZERO 0  // and zeros,
 #define V_DECODED_ZERO 0
+#define K_TABLES 0  // as what codes of a scale stand for, in a table
+#define V_TABLES 0
+#define K_LOOKED_UP 0  // two of 8 bits at a time, as bfloat16
+#define V_LOOKED_UP 0
 #define Q_SCALED 1  // a scale a query
 #define K_SCALED 1  // a scale on the scores:
 #define K_UNIFORM 0  // one for a tile,
@@ -77,10 +81,15 @@ constexpr int REGISTER = 16;  // bytes
 #include "lanes.h"
 #include "portable.h"
 #include "products.h"
+#if K_TABLES || V_TABLES || K_LOOKED_UP || V_LOOKED_UP
+#include "tables.h"
+#endif
 
 static inline floats encode_p(floats p) { return nearest(p); }
 static inline floats decode_k(ints code) { return decoded_half(code); }
 static inline floats decode_v(ints code) { return decoded_half(code); }
+static inline void look_up_k(words (&pairs)[2], words x) { pairs[0] = pairs[1] = x; }
+static inline void look_up_v(words (&pairs)[2], words x) { pairs[0] = pairs[1] = x; }
 static inline floats as_input(floats x) { return rounded_half(x); }
 
 #include "attention_arguments.h"

@@ -73,6 +73,10 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 #if LEFT
     begin = most(begin, most(0, lowest - a.left) / TILE * TILE);
 #endif
+#if K_UNPACKED || V_UNPACKED
+    // where they are all multiplied at once, what is unpacked is read once: always in one place, it stays in the nearest cache
+    const bool alone = rows == ROWS || rows == 4 || rows == 1;
+#endif
     Tile next = begin < end ? tile_at(a, batch, kv_head, begin) : Tile();
     for (int64_t start = begin; start < end; start += TILE) {
         const int there = int(least(TILE, n_k - start));
@@ -84,15 +88,9 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
         spread_scales(a, tile, kv_head, there, t);
 #if K_UNPACKED
         int k_unpacked = 0;  // panels: the first rows that come to them unpack them
-        const Keys* k = t.k;
-#else
-        const Keys* k = (const Keys*)tile.k;
 #endif
 #if V_UNPACKED
         int v_unpacked = 0;
-        const Values* v = t.v;
-#else
-        const Values* v = (const Values*)tile.v;
 #endif
 #if BLOCK_MEANS
         in_panels((least(TILE, end - start) + LANES - 1) / LANES, [&](auto W, int64_t at) {
@@ -126,16 +124,20 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
             in_rows(count, [&](auto R, int i) {
                 in_panels<R.value <= 4 && INTEGER_K && K_BITS == 8 ? 1 : PANELS>(columns, [&](auto W, int64_t at) {
 #if K_UNPACKED
-                    for (; k_unpacked < at + W.value; k_unpacked++) unpack_keys(t, tile.k, k_unpacked, k_ahead);
+                    Keys* panel = t.k + (alone ? 0 : at) * K_STEPS * LANES;
+                    for (; k_unpacked < at + W.value; k_unpacked += K_AT_ONCE)
+                        unpack_keys(panel + (k_unpacked - at) * K_STEPS * LANES, t, tile.k, k_unpacked, there, k_ahead);
+#else
+                    const Keys* panel = (const Keys*)(tile.k + at * K_PANEL);
 #endif
 #if INTEGER_K
                     ints c[R.value][W.value];
                     for (int r = 0; r < R.value; r++)
                         for (int w = 0; w < W.value; w++) c[r][w] = ints{} + t.start[g + i + r];
-                    multiply<K_BITS, R.value, W.value>(c, t.q[g + i], K_DEPTH, k + at * 4 * K_PANEL, 4 * K_PANEL, K_WORDS, k_ahead);
+                    multiply<K_BITS, R.value, W.value>(c, t.q[g + i], K_DEPTH, panel, 4 * K_PANEL, K_WORDS, k_ahead);
 #else
                     floats c[R.value][W.value] = {};
-                    multiply<R.value, W.value>(c, q + (g + i) * q_row, q_row, k + at * K_STEPS * LANES, K_STEPS * LANES, K_STEPS);
+                    multiply<R.value, W.value>(c, q + (g + i) * q_row, q_row, panel, K_STEPS * LANES, K_STEPS);
 #endif
                     for (int r = 0; r < R.value; r++)
                         for (int w = 0; w < W.value; w++) store(&t.s[i + r][(at + w) * LANES], to_floats(c[r][w]));
@@ -310,18 +312,21 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
             in_rows(count, [&](auto R, int i) {
                 in_panels<R.value <= 4 && INTEGER_V && V_BITS == 8 ? 1 : PANELS>(CHANNELS, [&](auto W, int64_t at) {
 #if V_UNPACKED
-                    for (; v_unpacked < at + W.value; v_unpacked++) unpack_values(t, tile.v, v_unpacked, v_ahead);
+                    Values* panel = t.v + (alone ? 0 : at) * V_STEPS * LANES;
+                    for (; v_unpacked < at + W.value; v_unpacked += V_AT_ONCE)
+                        unpack_values(panel + (v_unpacked - at) * V_STEPS * LANES, t, tile.v, v_unpacked, v_ahead);
+#else
+                    const Values* panel = (const Values*)(tile.v + at * V_PANEL);
 #endif
 #if INTEGER_V
                     ints c[R.value][W.value];
                     for (int r = 0; r < R.value; r++)
                         for (int w = 0; w < W.value; w++) c[r][w] = ints{} + (FLIPPED ? t.flipped[i + r] : 0);
-                    multiply<V_BITS, R.value, W.value>(c, t.p[i], TILE, v + at * 4 * V_PANEL, 4 * V_PANEL, (keys * V_BITS + 31) / 32,
-                                                       v_ahead);
+                    multiply<V_BITS, R.value, W.value>(c, t.p[i], TILE, panel, 4 * V_PANEL, (keys * V_BITS + 31) / 32, v_ahead);
 #else
                     const int steps = BFLOAT_V ? (keys + 1) / 2 : keys;
                     floats c[R.value][W.value] = {};
-                    multiply<R.value, W.value>(c, t.p[i], V_STEPS, v + at * LANES * V_STEPS, LANES * V_STEPS, steps);
+                    multiply<R.value, W.value>(c, t.p[i], V_STEPS, panel, LANES * V_STEPS, steps);
 #endif
                     for (int r = 0; r < R.value; r++)
                         for (int w = 0; w < W.value; w++) {
@@ -331,7 +336,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
                             product *= V_UNIT;
 #endif
 #if !INTEGER_V
-                            product = kept(product, t.p[i + r], v + (at + w) * LANES * V_STEPS, steps);
+                            product = kept(product, t.p[i + r], panel + w * LANES * V_STEPS, steps);
 #endif
 #if V_PER_TILE
                             if (largest[i + r] == NOTHING) continue;

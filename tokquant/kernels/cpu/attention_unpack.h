@@ -1,11 +1,22 @@
 // K, V and their scales as they lie in memory -> what products and sums take, a tile at a time.
 
+#if K_UNPACKED || V_UNPACKED
+// the codes from the i-th of each word on, the lowest bits first
+template <int BITS>
+static inline words codes_from(words x, int i) {
+    return BITS == 32 ? x : x >> uint32_t(BITS < 8 ? 8 * (i % 4) + BITS * (i / 4) : BITS * i);
+}
+
 // the i-th code of each word
 template <int BITS>
-static inline ints code_of(words x, int i) {
-    if (BITS == 32) return (ints)x;
-    return (ints)(x >> uint32_t(BITS < 8 ? 8 * (i % 4) + BITS * (i / 4) : BITS * i)) & int((1ll << BITS) - 1);
-}
+static inline ints code_of(words x, int i) { return (ints)codes_from<BITS>(x, i) & int((1ll << BITS) - 1); }
+
+#if K_TABLES || V_TABLES
+// every code, one a lane: what is made of them is a table, and `picked` by the lowest four bits of codes
+template <int BITS>
+static inline ints every_code() { return counted_from(0) & int((1ll << BITS) - 1); }
+#endif
+#endif
 
 // `there` numbers and zeros up to `size`, a multiple of 16
 template <class T>
@@ -14,41 +25,67 @@ static inline void spread(float* to, const T* from, int64_t there, int size) {
 }
 
 #if K_DECODED
-// a tile's scales or zeros of a panel's tokens, for each group of channels
-static inline void of_panel(floats (&to)[K_COLUMNS], const float* tile, int panel) {
-    const int row = panel * LANES / K_SCALE_TOKENS;
-    for (int c = 0; c < K_COLUMNS; c++) {
+constexpr bool K_OF_TOKENS = K_SCALE_TOKENS == 1;  // whether the tokens of a panel have scales of their own
+constexpr int K_GROUPS = K_OF_TOKENS ? K_COLUMNS : 1;
+
+// those scales, or zeros, in a tile, for each group of channels
+static inline void of_panel(floats (&to)[K_GROUPS], const float* tile, int panel) {
+    for (int c = 0; c < K_GROUPS && K_OF_TOKENS; c++) {
         float x[LANES];
-        for (int i = 0; i < LANES; i++) x[i] = tile[(K_SCALE_TOKENS == 1 ? row + i : row) * K_COLUMNS + c];
+        for (int i = 0; i < LANES; i++) x[i] = tile[(panel * LANES + i) * K_COLUMNS + c];
         to[c] = load(x);
     }
+}
+
+// of a channel
+static inline floats of_channel(const floats (&panels)[K_GROUPS], const float* tile, int panel, int d) {
+    const int group = d * K_COLUMNS / D;
+    return K_OF_TOKENS ? panels[group % K_GROUPS] : all(tile[panel * LANES / K_SCALE_TOKENS * K_COLUMNS + group]);
 }
 #endif
 
 #if K_UNPACKED
-// a panel of a tile: [words][16] -> [D][16], or two channels in a word
-static void unpack_keys(Scratch& t, const uint32_t* tile, int panel, int64_t ahead) {
+// panels that are unpacked at once: those for which a table of numbers holds
+constexpr int K_AT_ONCE = K_TABLES ? 2 : 1;
+
+// panels of a tile, of whose tokens some are there: [words][16] -> [D][16], or two channels in a word
+static void unpack_keys(Keys* to, const Scratch& t, const uint32_t* tile, int panel, int there, int64_t ahead) {
     const uint32_t* from = tile + panel * K_PANEL;
-    Keys* to = t.k + panel * K_STEPS * LANES;
+    const int64_t next = (panel + 1) * LANES < there ? K_PANEL : 0;  // behind the last panel is no memory
+    (void)next, (void)t;
 #if K_DECODED
-    floats scale[K_COLUMNS];
+    floats scale[K_GROUPS];
     of_panel(scale, t.k_scale, panel);
 #endif
 #if K_DECODED_ZERO
-    floats zero[K_COLUMNS];
+    floats zero[K_GROUPS];
     of_panel(zero, t.k_zero, panel);
 #endif
     for (int w = 0; w < K_WORDS; w++, from += LANES) {
-        const words x = load(from);
-        __builtin_prefetch((const char*)from + ahead, 0, 2);
+        words x[K_AT_ONCE];
+        for (int p = 0; p < K_AT_ONCE; p++) {
+            x[p] = load(from + p * next);
+            __builtin_prefetch((const char*)(from + p * next) + ahead, 0, 2);
+        }
+#if K_LOOKED_UP
+        words pairs[2];
+        look_up_k(pairs, x[0]);
+#endif
         const auto number = [&](int i) {
-            floats y = decode_k(code_of<K_BITS>(x, i));
+#if K_TABLES
+            floats y = decode_k(every_code<K_BITS>());
+#else
+#if K_LOOKED_UP
+            floats y = as_floats((ints)(i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16u));
+#else
+            floats y = decode_k(code_of<K_BITS>(x[0], i));
+#endif
+#endif
 #if K_DECODED
-            const int group = (w * (32 / K_BITS) + i) * K_COLUMNS / D;
-            y *= scale[group];
+            y *= of_channel(scale, t.k_scale, panel, w * (32 / K_BITS) + i);
 #endif
 #if K_DECODED_ZERO
-            y += zero[group];
+            y += of_channel(zero, t.k_zero, panel, w * (32 / K_BITS) + i);
 #endif
 #if K_DECODED
             y = as_input(y);
@@ -60,9 +97,22 @@ static void unpack_keys(Scratch& t, const uint32_t* tile, int panel, int64_t ahe
             const int d = w * (32 / K_BITS) + i;
             if (d >= D) break;
 #if BFLOAT_K
-            put(to + d / 2 * LANES, in_words(number(i), d + 1 < D ? number(i + 1) : all(0)));
+            const floats numbers[2] = {number(i), d + 1 < D ? number(i + 1) : all(0)};
+#if K_TABLES
+            const words table = tables(numbers[0], numbers[1]);
+            for (int p = 0; p < K_AT_ONCE; p++)
+                put(to + (p * K_STEPS + d / 2) * LANES, picked(table, codes_from<K_BITS>(x[p], i)));
 #else
-            store(to + d * LANES, number(i));
+            put(to + d / 2 * LANES, in_words(numbers[0], numbers[1]));
+#endif
+#else
+            const floats numbers = number(i);
+#if K_TABLES
+            for (int p = 0; p < K_AT_ONCE; p++)
+                store(to + (p * K_STEPS + d) * LANES, picked(numbers, codes_from<K_BITS>(x[p], i)));
+#else
+            store(to + d * LANES, numbers);
+#endif
 #endif
         }
     }
@@ -70,15 +120,33 @@ static void unpack_keys(Scratch& t, const uint32_t* tile, int panel, int64_t ahe
 #endif
 
 #if V_UNPACKED
-// a panel of a tile: [words][16] -> [TILE][16], or two tokens in a word
-static void unpack_values(Scratch& t, const uint32_t* tile, int panel, int64_t ahead) {
+// panels that are unpacked at once: those for which a table of numbers holds
+constexpr int V_AT_ONCE = V_TABLES ? 2 : 1;
+
+// panels of a tile: [words][16] -> [TILE][16], or two tokens in a word
+static void unpack_values(Values* to, const Scratch& t, const uint32_t* tile, int panel, int64_t ahead) {
     const uint32_t* from = tile + panel * V_PANEL;
-    Values* to = t.v + panel * V_STEPS * LANES;
+    (void)t;
     for (int w = 0; w < V_WORDS; w++, from += LANES) {
-        const words x = load(from);
-        __builtin_prefetch((const char*)from + ahead, 0, 2);
+        words x[V_AT_ONCE];
+        for (int p = 0; p < V_AT_ONCE; p++) {
+            x[p] = load(from + p * V_PANEL);
+            __builtin_prefetch((const char*)(from + p * V_PANEL) + ahead, 0, 2);
+        }
+#if V_LOOKED_UP
+        words pairs[2];
+        look_up_v(pairs, x[0]);
+#endif
         const auto number = [&](int i) {
-            floats y = decode_v(code_of<V_BITS>(x, i));
+#if V_TABLES
+            floats y = decode_v(every_code<V_BITS>());
+#else
+#if V_LOOKED_UP
+            floats y = as_floats((ints)(i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16u));
+#else
+            floats y = decode_v(code_of<V_BITS>(x[0], i));
+#endif
+#endif
 #if V_DECODED
             const int token = w * (32 / V_BITS) + i;
             const int at = token * V_COLUMNS + panel * LANES * V_COLUMNS / D;
@@ -93,12 +161,24 @@ static void unpack_values(Scratch& t, const uint32_t* tile, int panel, int64_t a
             return y;
         };
 #pragma GCC unroll 16
-        for (int i = 0; i < 32 / V_BITS; i += BFLOAT_V ? 2 : 1, to += LANES)
+        for (int i = 0; i < 32 / V_BITS; i += BFLOAT_V ? 2 : 1, to += LANES) {
 #if BFLOAT_V
-            put(to, in_words(number(i), number(i + 1)));
+            const floats numbers[2] = {number(i), number(i + 1)};
+#if V_TABLES
+            const words table = tables(numbers[0], numbers[1]);
+            for (int p = 0; p < V_AT_ONCE; p++) put(to + p * V_STEPS * LANES, picked(table, codes_from<V_BITS>(x[p], i)));
 #else
-            store(to, number(i));
+            put(to, in_words(numbers[0], numbers[1]));
 #endif
+#else
+            const floats numbers = number(i);
+#if V_TABLES
+            for (int p = 0; p < V_AT_ONCE; p++) store(to + p * V_STEPS * LANES, picked(numbers, codes_from<V_BITS>(x[p], i)));
+#else
+            store(to, numbers);
+#endif
+#endif
+        }
     }
 }
 #endif

@@ -17,6 +17,8 @@ class Instructions:
     """Bytes."""
     bfloats: bool = False
     """Whether there is a product of two numbers of bfloat16 a lane."""
+    tables: bool = False
+    """Whether lanes choose among the 16 of a register."""
 
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -26,9 +28,9 @@ _HAS_AVX512 = ("__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__", "_
 
 INSTRUCTIONS = {
     "avx512_bf16": Instructions(
-        ("-mavx512bf16", *_AVX512, *_AVX2), ("__AVX512BF16__", *_HAS_AVX512, *_HAS_AVX2), 64, bfloats=True
+        ("-mavx512bf16", *_AVX512, *_AVX2), ("__AVX512BF16__", *_HAS_AVX512, *_HAS_AVX2), 64, bfloats=True, tables=True
     ),
-    "avx512_vnni": Instructions((*_AVX512, *_AVX2), (*_HAS_AVX512, *_HAS_AVX2), 64),
+    "avx512_vnni": Instructions((*_AVX512, *_AVX2), (*_HAS_AVX512, *_HAS_AVX2), 64, tables=True),
     "avx_vnni": Instructions(("-mavxvnni", *_AVX2), ("__AVXVNNI__", *_HAS_AVX2), 32),
     "avx2": Instructions(_AVX2, _HAS_AVX2, 32),
     "neon_i8mm": Instructions(("-march=armv8.2-a+dotprod+i8mm",), ("__ARM_FEATURE_DOTPROD", "__ARM_FEATURE_MATMUL_INT8")),

@@ -149,6 +149,10 @@ static inline floats from_e4m3(ints x) {
     y = where((x & 0x7f) == 0x7f, all(NAN), y);
     return as_floats(as_ints(y) | (x & 0x80) << 24);
 }
+static inline floats from_e2m1(ints x) {
+    const floats y = as_floats((x & 7) << 22) * 0x1p126f;
+    return as_floats(as_ints(y) | (x & 8) << 28);
+}
 
 // 16 numbers from memory, in whatever type they lie there
 struct half { uint16_t bits; };

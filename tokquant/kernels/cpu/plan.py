@@ -73,6 +73,13 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
     rotation = head_dim & -head_dim
     lowered = lowers_logits(scheme)
     natural = wanted.softcap or wanted.mask == "additive" or wanted.bias != "none"
+    tables = INSTRUCTIONS[instructions].tables
+    looked_up_k = tables and not integer_k and _signed(k.format, k_bits)
+    looked_up_v = tables and not integer_v and _signed(v.format, v_bits)
+    # numbers are made for all codes of two panels at once, where a scale holds for both
+    tables_k = tables and at["k"] == "operand" and k_bits <= 4 and k_tokens % (2 * blocks.LANES) == 0
+    v_channels = head_dim // columns(v, head_dim)
+    tables_v = tables and at["v"] == "operand" and v_bits <= 4 and v_channels % (2 * blocks.LANES) == 0
     block = SCRATCH // (4 * head_dim)
     constants: dict[str, Any] = {
         "INTEGERS": integer_k or integer_v,
@@ -88,6 +95,10 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
         "V_DECODED": at["v"] == "operand",
         "K_DECODED_ZERO": at["k"] == "operand" and not k.symmetric,
         "V_DECODED_ZERO": at["v"] == "operand" and not v.symmetric,
+        "K_TABLES": tables_k,
+        "V_TABLES": tables_v,
+        "K_LOOKED_UP": looked_up_k,
+        "V_LOOKED_UP": looked_up_v,
         "K_SCALED": k_each,
         "K_UNIFORM": k_each and uniform,
         "K_EACH": k_each and not uniform,
@@ -152,8 +163,10 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
         fragments=tuple(
             {
                 "encode_p": encoder.cpp_encode,
-                "decode_k": _decoder(k, dtype, k_bits),
-                "decode_v": _decoder(v, dtype, v_bits),
+                "decode_k": _decoder(k, dtype, k_bits, tables),
+                "decode_v": _decoder(v, dtype, v_bits, tables),
+                "look_up_k": _magnitudes("k", k.format) if looked_up_k else "",
+                "look_up_v": _magnitudes("v", v.format) if looked_up_v else "",
                 "as_input": f"static inline floats as_input(floats x) {{ return {ROUNDED[dtype]}; }}",
             }.items()
         ),
@@ -189,25 +202,44 @@ def _refuse(scheme: QuantScheme, encoder: precisions.Precision) -> None:
         )
 
 
-def _decoder(operand: Operand, dtype: torch.dtype, bits: int) -> str:
+def _decoder(operand: Operand, dtype: torch.dtype, bits: int, tables: bool) -> str:
     """C++ that gives the numbers which codes of so many bits stand for, where they are not multiplied as bytes.
 
     Those that are multiplied with scales and zeros count from 0.
     """
-    name = f"decode_{operand.role}"
+    name, precision = f"decode_{operand.role}", operand.format
     if bits == 32:
         return f"static inline floats {name}(ints code) {{ return as_floats(code); }}"
     if bits == 16:
-        decode = "decoded_half" if operand.format.of(dtype).stored == torch.float16 else "from_bfloat"
+        decode = "decoded_half" if precision.of(dtype).stored == torch.float16 else "from_bfloat"
         return f"static inline floats {name}(ints code) {{ return {decode}(code); }}"
-    if operand.format.cpp_decode:
-        return f"static inline floats {name}(ints code) {{ return {operand.format.cpp_decode}; }}"
     counted = not operand.symmetric and place(operand) == "operand"
-    values = blocks.table(operand.format) + (2 ** (operand.format.bits - 1) if counted else 0)
+    half = 2.0 ** (precision.bits - 1) if counted else 0.0
+    if precision.cpp_decode and not (tables and bits <= 4):  # 16 numbers that lie in a register are found at once
+        number = precision.cpp_decode + (f" + {literal(half)}" if half else "")
+        return f"static inline floats {name}(ints code) {{ return {number}; }}"
+    values = blocks.table(precision) + half
     numbers = ", ".join(map(literal, [*values.tolist(), *[0.0] * (16 - len(values))]))
     return (
         f"static const float {name}_values[] = {{{numbers}}};\n"
         f"static inline floats {name}(ints code) {{ return looked_up<{bits}>({name}_values, code); }}"
+    )
+
+
+def _signed(precision: precisions.Precision, bits: int) -> bool:
+    """Whether codes are bytes of a sign and a magnitude, and bfloat16 holds what they stand for."""
+    if bits != 8 or not precision.in_bfloat:
+        return False
+    above, below = blocks.table(precision).chunk(2)
+    return torch.equal(above.nan_to_num(), -below.nan_to_num())
+
+
+def _magnitudes(role: str, precision: precisions.Precision) -> str:
+    """C++ that looks up codes of a sign and a magnitude."""
+    numbers = ", ".join(f"0x{x:x}" for x in blocks.table(precision)[:128].bfloat16().view(torch.uint16).tolist())
+    return (
+        f"static const uint16_t magnitudes_{role}[] = {{{numbers}}};\n"
+        f"static inline void look_up_{role}(words (&pairs)[2], words x) {{ looked_up(pairs, magnitudes_{role}, x); }}"
     )
 
 

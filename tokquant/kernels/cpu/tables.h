@@ -1,0 +1,35 @@
+// What AVX-512 looks up in registers.
+#if K_TABLES || V_TABLES
+// what lanes of a table are, by the lowest four bits of each lane
+static inline floats picked(floats table, words at) { return (floats)_mm512_permutexvar_ps((__m512i)at, (__m512)table); }
+
+#if BFLOAT_K || BFLOAT_V
+// two tables of 16, and the pairs in a word that the bits from 0 to 3 choose in the first, those from 8 to 11 in the second
+static inline words tables(floats first, floats second) {
+    return (words)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+static inline words picked(words tables, words at) {
+    at = (at & 0xfu) | (at << 8u & 0xf0000u) | 0x100000u;
+    return (words)_mm512_permutexvar_epi16((__m512i)at, (__m512i)tables);
+}
+#endif
+#endif
+
+#if K_LOOKED_UP || V_LOOKED_UP
+// bfloat16 numbers of bytes whose highest bit is a sign, by the magnitudes of the others: bytes 0 and 1 of each word, and 2 and 3
+static inline void looked_up(words (&pairs)[2], const uint16_t* magnitudes, words x) {
+    __m512i table[4];
+    for (int i = 0; i < 4; i++) table[i] = _mm512_loadu_si512(magnitudes + 32 * i);
+    // bytes 0, 2, 1 and 3
+    const __m512i low = _mm512_shuffle_epi8((__m512i)x, _mm512_set4_epi32(0x0f0d0e0c, 0x0b090a08, 0x07050604, 0x03010200));
+    const __m512i high = _mm512_srli_epi16(low, 8), sign = _mm512_set1_epi16(int16_t(0x8000));
+    const auto numbers = [&](__m512i at, __m512i signs) {
+        const __m512i small = _mm512_permutex2var_epi16(table[0], at, table[1]);
+        const __m512i large = _mm512_permutex2var_epi16(table[2], at, table[3]);
+        const __m512i y = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(at, _mm512_set1_epi16(0x40)), small, large);
+        return (words)_mm512_or_si512(y, _mm512_and_si512(signs, sign));
+    };
+    pairs[0] = numbers(low, _mm512_slli_epi16(low, 8));
+    pairs[1] = numbers(high, low);
+}
+#endif
