@@ -112,6 +112,17 @@ def test_a_step_of_decoding_waits_for_nothing(name, seen):
     assert tq.decode(some(2, 8, 1, 64), cache).is_cuda
 
 
+def test_a_step_with_16_bit_windows_is_a_launch_more(seen):
+    cache = tq.KVCache("kv-int4-kivi", batch=2, kv_heads=2, head_dim=64, device="cuda")
+    cache.append(some(2, 2, 300, 64), some(2, 2, 300, 64))
+    q = some(2, 8, 1, 64)
+    seen.launched.clear(), seen.computed.clear()
+    tq.decode(q, cache)
+    assert [name.split("_")[0] for name in seen.launched] == ["decode", "attention"]
+    # lengths, how many tokens are newer, and which slots are seen; the output's type
+    assert seen.computed == ["aten::_to_copy"] * 4
+
+
 @pytest.mark.parametrize("name", ["kv-int8", "kv-int4"])
 def test_a_step_in_reserved_room_is_launches_alone(name, seen, monkeypatch):
     cache = tq.KVCache(name, batch=2, kv_heads=2, head_dim=64, device="cuda", capacity=4096)

@@ -19,7 +19,7 @@ LAYERS = [
     ("inputs",),
     ("calibration", "export"),
     ("exchange",),
-    ("paging", "windows", "pages"),
+    ("slots", "windows", "paging", "pages"),
     ("ahead", "sequences", "cache_file"),
     ("kernels",),
     ("io_model",),

@@ -1,7 +1,6 @@
 """The public door for attention to a KV cache: it checks, asks for the parts, and merges them."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -74,27 +73,18 @@ def decode(
         none = to_device(np.arange(n_q) < missing, q.device)[:, None]
         q = _turned(q, turns).masked_fill(none[..., None], 0)
     own = cache.backend if backend == "auto" else backend
-    of_parts = features if sinks is None else replace(features, sinks=None)
-    out, lse = _merged(cache.parts(q, of_parts, own, deterministic), q, sinks)
+    without_sinks = features if sinks is None else replace(features, sinks=None)
+    out, lse = cache.attention(q, without_sinks, own, deterministic)
+    if sinks is not None:
+        # they take their part of the softmax once, and a row that attends to nothing stays so
+        kept = torch.where(lse == -torch.inf, 0.0, torch.sigmoid(lse - sinks.float()[:, None]))
+        out = out * kept[..., None]
     if turns is not None and none is not None:
         out, lse = out.masked_fill(none[..., None], 0.0), lse.masked_fill(none, -torch.inf)
         back = turns.argsort(dim=1)
         out, lse = _turned(out, back), _turned(lse, back)
     out = out.to(q.dtype)
     return (out, lse) if return_lse else out
-
-
-def _merged(parts: list[tuple[Tensor, Tensor]], q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The parts' outputs, each by its share of the softmax; sinks take theirs once."""
-    if not parts:
-        nothing: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
-        return torch.zeros(q.shape, **nothing), torch.full(q.shape[:3], -torch.inf, **nothing)
-    if len(parts) == 1 and sinks is None:
-        return parts[0]
-    lse = torch.stack([each for _, each in parts]).logsumexp(dim=0)
-    total = lse if sinks is None else torch.logaddexp(lse, sinks.float()[:, None])
-    total = torch.where(lse == -torch.inf, 0.0, total)
-    return torch.stack([out * torch.exp(each - total)[..., None] for out, each in parts]).sum(dim=0), lse
 
 
 def _turned(x: Tensor, order: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import os
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ MOST = 2**31 - 1
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a cache: `packed` holds tokens in codes, `slack` is room in pages, `windows` the tokens in 16 bits."""
+    """Bytes of a cache: `packed` holds tokens in codes, `slack` is room in pages, `windows` the slots for tokens in 16 bits."""
 
     packed: int
     slack: int
@@ -101,9 +102,9 @@ class KVCache:
         sizes: dict[str, Any] = dict(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, device=self.device, pages=pages)
         with torch.inference_mode(False):  # what is made in it cannot be written outside of it
             self.backend, store = _store_of(backend, scheme, page=ends.page, scales=scales, **sizes)
-            ends_in_16_bits = Windows(self._shape, ends.sink, ends.recent, unit(scheme), dtype, self.device)
         table = BlockTable(Pool(store, ends.page, pages, fixed=capacity is not None), batch)
-        self._held = Sequences(store, table, ends_in_16_bits, self.device)
+        slots = partial(store.slots, batch, kv_heads, head_dim=head_dim, dtype=dtype, device=self.device)
+        self._held = Sequences(store, table, Windows(ends.sink, ends.recent, unit(scheme), slots), self.device)
 
     # ------------------------------------------------------------------ tokens
 
@@ -243,12 +244,12 @@ class KVCache:
         """Bytes now taken. A page that several sequences hold counts once; their caches share one pool."""
         table, nbytes = self._held.table, self._held.store.nbytes
         packed = nbytes * table.tokens(self._held.packed) // (len(table.pool.holders) * self.page)
-        return Memory(packed=packed, slack=nbytes - packed, windows=self._held.windows.nbytes)
+        return Memory(packed=packed, slack=nbytes - packed, windows=self._held.windows.memory.nbytes)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pages and windows."""
-        return self._held.store.nbytes + self._held.windows.nbytes
+        return self._held.store.nbytes + self._held.windows.memory.nbytes
 
     @property
     def free_pages(self) -> int:
@@ -271,14 +272,14 @@ class KVCache:
 
     # ------------------------------------------------------------------ attention
 
-    def parts(self, q: Tensor, features: Features, backend: str, deterministic: bool = False) -> list[tuple[Tensor, Tensor]]:
-        """Attention to what is packed and to the windows, for `decode` to merge: out and natural LSE of each, float32."""
+    def attention(self, q: Tensor, features: Features, backend: str, deterministic: bool = False) -> tuple[Tensor, Tensor]:
+        """Attention to everything here, for `decode`, which adds sinks: out and natural LSE, float32."""
         by_reading = None if backend == self.backend else (self.scheme, self.scales)
         return self._held.attention(q, features, by_reading, deterministic)
 
     def launch(self, q: Tensor, features: Features) -> Call:
-        """The launch of what `parts` has a kernel do, for `tune_decode`. Raises UnsupportedError where none does, ValueError
-        where nothing is packed."""
+        """The launch of what `attention` has a kernel do on pages, for `tune_decode`. Raises UnsupportedError where none does,
+        ValueError where nothing is packed."""
         if not isinstance(self._held.store, TritonPages):
             raise UnsupportedError(f"cache: kept by {self.backend}, which has nothing to tune; make it on a GPU")
         if not self._held.packed.any():

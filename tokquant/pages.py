@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from tokquant.features import Features
 from tokquant.quantize import frame_of_queries, in_frame, queries, with_sums
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.scheme import SCALE_TYPES
+from tokquant.slots import Slots
 from tokquant.tensor import QuantizedTensor
 from tokquant.transforms import Frame
 
@@ -70,6 +71,8 @@ class Store(ABC, Generic[P]):
 
     replayable = False
     """Whether a CUDA graph can capture what writes and attends."""
+    slots: ClassVar[type[Slots]] = Slots
+    """What keeps tokens in 16 bits beside the pages."""
 
     def __init__(
         self,

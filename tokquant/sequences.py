@@ -14,6 +14,7 @@ from tokquant.features import Features
 from tokquant.pages import Store, attention_by_reading
 from tokquant.paging import BlockTable
 from tokquant.schemes import QuantScheme
+from tokquant.slots import nothing
 from tokquant.tensor import QuantizedTensor
 from tokquant.transfer import capturing, refuse_capture, to_device
 from tokquant.windows import Windows
@@ -178,26 +179,28 @@ class Sequences:
         features: Features,
         by_reading: tuple[QuantScheme, LayerScales | None] | None = None,
         deterministic: bool = False,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Attention to what is packed and to the windows: out and natural LSE of each, float32.
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to what is packed and to the windows: out and natural LSE, float32.
 
         Given a scheme and its scales the emulation attends to what the store reads, in place of the store.
         """
         if self._ahead is not None and self._reserved and by_reading is None:
-            return [self._ahead.attention(q, features, deterministic)]
+            return self._ahead.attention(q, features, deterministic)
         refuse_capture(self.device, COUNTED)
         self._look()  # once: each time waits for the device
-        parts = []
+        found = None
         if longest := int(self._packed.max()):
             table, lengths, offset = self.places()
             if by_reading is None:
                 options: dict[str, Any] = dict(offset=offset, longest=longest, deterministic=deterministic)
-                parts.append(self.store.attention(q, table, lengths, features, **options))
+                found = self.store.attention(q, table, lengths, features, **options)
             else:
-                parts.append(attention_by_reading(self.store, *by_reading, q, table, lengths, features, offset))
+                found = attention_by_reading(self.store, *by_reading, q, table, lengths, features, offset)
         if self.windows.slots and (self._lengths > self._packed).any():
-            parts.append(self.windows.attention(q, self._lengths, self._packed, features))
-        return parts
+            memory, (left, _) = self.windows.memory, features.reach()
+            attends = self.windows.attends(self._lengths, self._packed, q.shape[2], left)
+            found = (memory.attention if by_reading is None else memory.define)(q, attends, features, found)
+        return nothing(q) if found is None else found
 
     def places(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """What a store is told of what is packed: the table, how many tokens, and how many newer ones lie elsewhere."""

@@ -1,7 +1,7 @@
 """The only place that starts a kernel: operands to pointers and strides, the grid, the call."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -141,12 +141,16 @@ def prepare(
     return_lse: bool,
     *,
     deterministic: bool = False,
+    onto: tuple[Tensor, Tensor] | None = None,
 ) -> Call:
-    """The plan, how it is launched, the outputs and every argument."""
+    """The plan, how it is launched, the outputs and every argument.
+
+    Given attention to other keys, output and LSE in float32, the result is merged into it, and masked keys may hold anything.
+    """
     q, k, v = (canonical(x) for x in (q, k, v))
-    wanted = Wanted.of(features, return_lse)
+    wanted = replace(Wanted.of(features, return_lse), beside=onto is not None)
     made = planned((q, k, v), scheme, wanted)
-    out, lse = outputs(q, q.shape, return_lse)
+    out, lse = onto or outputs(q, q.shape, return_lse)
     (b, heads, n_q, _), n_k = q.shape, k.shape[2]
     operands = (operand(x) for x in (q, k, v))
     kv_bytes = k.codes.nbytes + v.codes.nbytes
@@ -158,7 +162,7 @@ def prepare(
         abreast=order.abreast(b * heads, b * k.shape[1], kv_bytes, targets.of(q.device).cache_size) if wanted.right else None,
         out=out,
         lse=lse,
-        dtype=q.dtype,
+        dtype=q.dtype if onto is None else out.dtype,
     )
 
 

@@ -13,6 +13,7 @@ from tokquant.kernels.decode_launch import Call, keys_seen
 from tokquant.kernels.decode_plan import DecodePlan, check_pages, decode_plan, eight_bits
 from tokquant.kernels.pool import FEW, Pool
 from tokquant.kernels.quantize import quantize_queries
+from tokquant.kernels.slots import TritonSlots
 from tokquant.kernels.triton.operands import Table
 from tokquant.kernels.wanted import PLAIN, Wanted
 from tokquant.pages import Store
@@ -27,6 +28,7 @@ class TritonPages(Store[Pool]):
     """
 
     replayable = True
+    slots = TritonSlots
 
     def _begin(self) -> None:
         if not launch.available(self.device):

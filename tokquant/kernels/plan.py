@@ -160,6 +160,7 @@ def plan(
         "NATURAL": natural,
         "SINKS": wanted.sinks,
         "WITH_LSE": wanted.lse,
+        "BESIDE": wanted.beside,
     }
     for role in "qkv":
         operand: Operand = getattr(scheme, role)
@@ -186,6 +187,8 @@ def plan(
     nvidia = target.backend == "cuda" and not interpreted
     how = dict(planes=planes, tokens_last=tokens_last, interpreted=interpreted, nvidia=nvidia)
     filled = holes.fill(scheme, p.of(dtype), types, **how)
+    if wanted.beside:
+        filled["product_v"] = fragments.kept_product
     used = "_".join(getattr(scheme, role).precision for role in "qkvp")
     tiles = tuple(tile for tile in _key_tiles(scheme, wide) if not tokens_last or tile >= 16 * v.format.packed)
     made = Plan(
@@ -283,6 +286,7 @@ def _title(scheme: QuantScheme, head_dim: int, wanted: Wanted) -> str:
         "sinks": "sinks",
         "lse": "LSE",
         "varlen": "sequences of their own lengths",
+        "beside": "other keys beside these",
     }
     features = [word for name, word in words.items() if getattr(wanted, name)]
     features += [f"{wanted.mask} mask"] if wanted.mask != "none" else []

@@ -27,6 +27,9 @@ class Wanted:
     """Whether the batch is sequences of their own lengths, one after another."""
     bias: BiasKind | Literal["past_alibi"] = "none"
     """`past_alibi` where no query sees a key after its own place."""
+    beside: bool = False
+    """Whether there are other keys: output and LSE hold attention to them, which is merged with. What a mask leaves out is then
+    memory that may hold anything, and reaches nothing even where it is not a number."""
     bias_rank: int = 16
     """Columns of low-rank factors."""
 

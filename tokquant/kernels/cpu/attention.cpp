@@ -54,6 +54,7 @@
 #define NATURAL 0  // something has to happen to natural logits
 #define SINKS 0
 #define WITH_LSE 0
+#define BESIDE 0  // output and LSE hold attention to other keys, which is merged with
 #define BLOCK_OF_ONE_HEAD 0  // what is added to logits goes by the head
 constexpr int D = 64;  // head_dim
 #define K_SCALE_TYPE float

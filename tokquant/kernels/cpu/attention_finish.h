@@ -27,7 +27,16 @@ static void finish(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 #endif
 #if WITH_LSE
         // natural, without sinks; -inf where a row attends to nothing
-        a.lse[row + i] = (t.r[i] + std::log2(l) - LOG2_LARGEST) * 0.6931471806f + lowered;
+        float lse = (t.r[i] + std::log2(l) - LOG2_LARGEST) * 0.6931471806f + lowered;
+#endif
+#if BESIDE
+        const float other = a.lse[row + i], top = other > lse ? other : lse, reference = top == NOTHING ? 0 : top;
+        const float weight = std::exp(lse - reference), other_weight = std::exp(other - reference);
+        const float sum = top == NOTHING ? 1 : weight + other_weight;
+        lse = top == NOTHING ? top : top + std::log(sum);
+#endif
+#if WITH_LSE
+        a.lse[row + i] = lse;
 #endif
 #if SINKS
         // a sink takes its part of the softmax and adds nothing
@@ -55,7 +64,11 @@ static void finish(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
             acc[d] += a.v_mean[kv * WIDE + d] * (l / total);
 #endif
             // a row that attends to nothing, whatever its tiles hold
-            out[d] = l == 0 ? 0 : acc[d];
+            acc[d] = l == 0 ? 0 : acc[d];
+#if BESIDE
+            acc[d] = (acc[d] * weight + out[d] * other_weight) / sum;
+#endif
+            out[d] = acc[d];
         }
     }
 }

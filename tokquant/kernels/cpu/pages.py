@@ -16,6 +16,7 @@ from tokquant.kernels.cpu.launch import laid_out, of_channels, of_scales, start
 from tokquant.kernels.cpu.plan import CpuPlan, plan
 from tokquant.kernels.cpu.quantize import queries
 from tokquant.kernels.cpu.quantize_plan import task_of
+from tokquant.kernels.cpu.slots import CpuSlots
 from tokquant.kernels.wanted import Wanted
 from tokquant.pages import Part, Store, growing, indexable, sizes
 from tokquant.quantize import frame_of_queries, in_frame
@@ -26,6 +27,8 @@ from tokquant.tensor import QuantizedTensor, canonical
 
 class CpuPages(Store["_Panels"]):
     """Pages in panels, as `tokquant.blocks` says, each page with panels of its own."""
+
+    slots = CpuSlots
 
     def _begin(self) -> None:
         scheme, page = self.scheme, self.page

@@ -130,6 +130,7 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
         "NATURAL": natural,
         "SINKS": wanted.sinks,
         "WITH_LSE": wanted.lse,
+        "BESIDE": wanted.beside,
         "BLOCK_OF_ONE_HEAD": q.smooth == "block_mean" or wanted.bias == "lowrank",
     }
     constants = {name: int(value) for name, value in constants.items()} | {

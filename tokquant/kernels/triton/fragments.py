@@ -15,6 +15,15 @@ def float_product(a, b):
     return tl.dot(a, b, input_precision="ieee")
 
 
+@triton.jit
+def kept_product(p, v):
+    # a weight of zero takes nothing of what is not finite
+    finite = tl.abs(v.to(tl.float32)) < float("inf")
+    product = tl.dot(p, tl.where(finite, v, 0.0).to(v.dtype), input_precision="ieee")
+    reached = tl.dot((p != 0.0).to(p.dtype), tl.where(finite, 0.0, 1.0).to(v.dtype), input_precision="ieee")
+    return tl.where(reached > 0.0, float("nan"), product)
+
+
 # --------------------------------------------------------------------------- scale_scores: products [M, N] -> t, c
 # The logits are t * c[:, None] with c >= 0: c enters where the row's maximum is subtracted, in one multiply-add, and the
 # maximum itself can be taken of t, which may still be integers.

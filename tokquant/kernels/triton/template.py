@@ -96,6 +96,7 @@ JOINED = tl.constexpr(False)
 MAY_BE_EMPTY = tl.constexpr(False)  # whether scores of floats may all be -inf
 SINKS = tl.constexpr(False)
 WITH_LSE = tl.constexpr(False)
+BESIDE = tl.constexpr(False)  # output and LSE hold attention to other keys, which is merged with
 
 
 @triton.jit
@@ -390,7 +391,18 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     # a row that attends to nothing, whatever its tiles hold
     o = tl.where((l == 0.0)[:, None], 0.0, o)
     out_at = out + i.to(tl.int64)[:, None] * Out.row + column[None, :]
-    tl.store(out_at, o.to(Out.data.dtype.element_ty), mask=here[:, None] & held[None, :])
     if WITH_LSE:
         # natural, without sinks; -inf where a row attends to nothing
-        tl.store(Lse + row, tl.fma(r + tl.log2(l) - LOG2_LARGEST, 0.6931471805599453, lowered), mask=here)
+        lse = tl.fma(r + tl.log2(l) - LOG2_LARGEST, 0.6931471805599453, lowered)
+    if BESIDE:
+        other = tl.load(Lse + row, mask=here, other=float("-inf"))
+        top = tl.maximum(lse, other)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        weight, other_weight = tl.exp(lse - top), tl.exp(other - top)
+        sum = weight + other_weight
+        o = o * weight[:, None] + tl.load(out_at, mask=here[:, None] & held[None, :], other=0.0) * other_weight[:, None]
+        o = o / tl.where(sum == 0.0, 1.0, sum)[:, None]
+        lse = top + tl.log(sum)
+    tl.store(out_at, o.to(Out.data.dtype.element_ty), mask=here[:, None] & held[None, :])
+    if WITH_LSE:
+        tl.store(Lse + row, lse, mask=here)
