@@ -1,4 +1,4 @@
-"""Room that is held ahead of tokens: CUDA graphs append to it and attend, and a cache knows what they did."""
+"""Pages reserved ahead of tokens: CUDA graphs append to them and attend, and a cache knows what they did."""
 
 from weakref import WeakKeyDictionary
 
@@ -10,7 +10,7 @@ from test_kv_cache_walk import SINKS, Walk
 from test_transfer import NothingIsRead
 
 import tokquant as tq
-from tokquant.ahead import Ahead
+from tokquant.ahead import Reservation
 
 HEADS, D = 1, 16
 SMALL = with_cache("kv-int8", page=16)
@@ -178,8 +178,8 @@ def test_a_step_without_room_waits_as_often_as_it_must(monkeypatch):
     Step(cache, monkeypatch)
     for each in (cache, beside):
         each.truncate([20, 5])
-    counted, waits = Ahead.counted, []
-    monkeypatch.setattr(Ahead, "counted", lambda self: waits.append(self) or counted(self))
+    read_lengths, waits = Reservation.read_lengths, []
+    monkeypatch.setattr(Reservation, "read_lengths", lambda self: waits.append(self) or read_lengths(self))
     k, v, q = some(1), some(1), some(1, 4 * HEADS)
     cache.append(k, v), beside.append(k, v)
     assert not waits
@@ -367,7 +367,7 @@ class WalkWithRoom(Walk):
             cache.reserve(tokens, longest=longest)
         except (tq.CacheFullError, tq.UnsupportedError):  # loaded without a capacity
             return
-        graphs, room = self.graphs.setdefault(cache, []), cache._held._ahead._room
+        graphs, room = self.graphs.setdefault(cache, []), cache._held._ahead._capacity
         if len(graphs) < 3:
             x = torch.zeros(cache.batch, 2, self.chance.choice([1, 1, 3]), 16)
             graph = Graph()

@@ -1,4 +1,4 @@
-"""Sequences that grow: how many tokens each has, which of them are packed, and what moves when tokens come and go."""
+"""The growing sequences of a KV cache: their lengths, and how tokens move between 16-bit windows and packed pages."""
 
 import copy
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokquant.ahead import Ahead
+from tokquant.ahead import Reservation
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import CacheFullError
 from tokquant.features import Features
@@ -23,56 +23,62 @@ COUNTED = (
     "the lengths of a KVCache, which are counted on the CPU where reserve() has left no room, for counts, and for more than a "
     "page of tokens,"
 )
-"""What a CUDA graph cannot capture."""
+"""What a CUDA graph cannot capture, for the error message."""
 
 
 class Sequences:
-    """A batch of them: from its oldest token on each is a sink, what is packed in pages, and a ring.
+    """A batch of sequences. Each is, from its oldest token on, a 16-bit sink, tokens packed in pages, and a 16-bit ring.
 
-    Nothing is checked here but for what the store and the allocator refuse, and that leaves no trace.
+    Lengths are counted on the CPU; after `reserve`, on a GPU, by the device, and copied here when they are asked for. Callers
+    have checked the arguments. Where the store or the page allocator raises, nothing has changed.
     """
 
     def __init__(self, store: Store, table: BlockTable, windows: Windows, device: torch.device):
         self.store, self.table, self.windows, self.device = store, table, windows, device
         self._lengths, self._packed = (np.zeros(len(table.held), np.int32) for _ in range(2))
-        self._own = self._waits = 0
+        # tokens that every sequence can take before anything but its lengths changes, into its last page or into its ring
+        self._page_room = self._ring_room = 0
         self._reserved = False
-        """Whether pages are held for tokens to come."""
-        self._ahead: Ahead | None = None
-        self._former: list[Ahead] = []  # what graphs were captured with, and would write to
+        """Whether pages are reserved for tokens to come."""
+        # what graphs are captured with; kept when its pages are given back, as replays still write to its memory
+        self._ahead: Reservation | None = None
+        self._former: list[Reservation] = []  # earlier ones, which graphs captured back then still write to
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sequence."""
+        """Tokens of each sequence `[B]`."""
         self._look()
         return self._lengths
 
     @property
     def packed(self) -> np.ndarray:
-        """Those of them in pages."""
+        """Tokens of each sequence that lie in pages `[B]`."""
         self._look()
         return self._packed
 
     def append(self, k: Tensor, v: Tensor, counts: np.ndarray | None) -> None:
-        """Add the first `counts[b]` of these tokens `[B, H_kv, n, D]`, all where None."""
+        """Append the first `counts[b]` of these tokens `[B, H_kv, n, D]` to sequence b, all n where None.
+
+        The usual steps of decoding come first: into reserved pages, into the last page, into the ring.
+        """
         batch, n = k.shape[0], k.shape[2]
-        if counts is None and self._append_ahead(k, v):
+        if counts is None and self._append_reserved(k, v):
             return
         refuse_capture(self.device, COUNTED)
-        if counts is None and n <= self._own:
+        if counts is None and n <= self._page_room:
             self.store.write(k, v, self.table.tensor(self.device), self._tensor(self._packed))
-            self._own -= n
+            self._page_room -= n
             self._lengths += n
             self._packed += n
             return
-        self._let_go()
-        if counts is None and n == 1 and self._waits:
+        self._release()
+        if counts is None and n == 1 and self._ring_room:
             self.windows.push(k, v, self._lengths)
-            self._waits -= 1
+            self._ring_room -= 1
             self._lengths += 1
             return
-        given = np.full(batch, n) if counts is None else counts
-        split = self.windows.split(k, v, self._lengths, self._packed, given)
+        counts = np.full(batch, n) if counts is None else counts
+        split = self.windows.split(k, v, self._lengths, self._packed, counts)
         with self.table.room(self._packed, split.moved):
             if most := split.k.shape[2]:
                 moved, rows = split.moved[split.rows], split.rows
@@ -80,81 +86,83 @@ class Sequences:
                 table = table if len(rows) == batch else table[to_device(rows, self.device)]
                 self.store.write(split.k, split.v, table, first, None if (moved == most).all() else self._tensor(moved))
         self.windows.put(k, v, split.kept)
-        self._lengths += given.astype(np.int32)
+        self._lengths += counts.astype(np.int32)
         self._packed += split.moved.astype(np.int32)
-        self._foresee()
+        self._count_room()
 
     def reserve(self, tokens: int, longest: int | None) -> None:
-        """Hold pages for so many more tokens of each, and where graphs can be captured count on the device.
+        """Reserve pages for `tokens` more of every sequence; where graphs can be captured, let the device count lengths.
 
-        Raises ValueError where sequences would be longer than a graph was captured for.
+        Raises ValueError where a sequence could outgrow what an earlier graph was captured for.
         """
-        pool, ahead, lengths = self.table.pool, self._ahead, self.lengths
+        pool, reservation, lengths = self.table.pool, self._ahead, self.lengths
         room = self.table.room(lengths, np.full(len(lengths), tokens))
         if not self.store.replayable:
             with room:
                 self._reserved = True
-            return self._foresee()
+            return self._count_room()
         most = int(lengths.max()) + tokens
         columns = max(-(-max(most, longest or 0) // pool.page), int(self.table.held.max()))
-        if ahead is not None and longest is None:
-            if ahead.captured and columns > ahead.columns:
-                text = f"{tokens}, so a sequence may have {most}, and a CUDA graph was captured for {ahead.columns * pool.page}"
+        if reservation is not None and longest is None:
+            if reservation.captured and columns > reservation.columns:
+                captured = reservation.columns * pool.page
+                text = f"{tokens}, so a sequence may have {most}, and a CUDA graph was captured for {captured}"
                 raise ValueError(f"tokens: {text}; truncate or evict it, or give longest= and capture another")
-            columns = max(columns, ahead.columns)
-        with room:
-            if ahead is None or ahead.columns != columns:
-                ahead = Ahead(len(lengths), columns, pool.spare, self.store)
-        if self._ahead is not None and self._ahead is not ahead and self._ahead.captured:
+            columns = max(columns, reservation.columns)
+        with room:  # the spare page may be one too many
+            if reservation is None or reservation.columns != columns:
+                reservation = Reservation(len(lengths), columns, pool.spare, self.store)
+        if self._ahead is not None and self._ahead is not reservation and self._ahead.captured:
             self._ahead.end()
             self._former.append(self._ahead)
-        ahead.begin(self.table.numbers, self.table.held, lengths)
-        self._ahead, self._own, self._reserved = ahead, 0, True  # what comes next goes there
+        reservation.begin(self.table.numbers, self.table.held, lengths)
+        self._ahead, self._page_room, self._reserved = reservation, 0, True  # no room: appends go to the reservation
 
     def truncate(self, lengths: np.ndarray) -> None:
-        """Keep so many tokens of each; those of a block that is cut go back to 16 bits, as what their codes say."""
-        self._let_go()
-        sink, together, page = self.windows.sink, self.windows.unit, self.table.pool.page
+        """Keep the first `lengths[b]` tokens; of a block that is cut, the tokens kept go back to 16 bits, dequantized."""
+        self._release()
+        sink, unit, page = self.windows.sink, self.windows.unit, self.table.pool.page
         for b in np.nonzero(lengths < self._lengths)[0].tolist():
             left = max(int(lengths[b]) - sink, 0)
-            packed = left // together * together
+            packed = left // unit * unit
             if packed < self._packed[b]:
                 if left > packed:
-                    k, v = self.read(b, packed // page * page, packed + together)
+                    k, v = self.read(b, packed // page * page, packed + unit)
                     cut = slice(packed % page, packed % page + left - packed)
                     self.windows.restore(b, packed, k.dequantize()[:, :, cut], v.dequantize()[:, :, cut])
                 self._packed[b] = packed
                 self.table.cut(b, packed)
             self._lengths[b] = lengths[b]
-        self._foresee()
+        self._count_room()
 
     def forget(self, keep: int) -> np.ndarray:
-        """Let go of whole pages of the oldest tokens, but of the `keep` newest; how many tokens of each that were."""
-        self._let_go()
+        """Free whole pages of the oldest tokens, but none of the `keep` newest; return how many tokens of each are gone."""
+        self._release()
         page = self.table.pool.page
         pages = np.maximum(self._lengths - min(keep, 2**31 - 1), 0) // page
-        if self.windows.slots:  # whose places are counted from the first token
+        if self.windows.slots:  # a token's slot depends on its position, counted from the first token
             pages = np.zeros_like(pages)
         for b in np.nonzero(pages)[0].tolist():
             self.table.forget(b, int(pages[b]))
         self._lengths -= pages * page
         self._packed -= pages * page
         if pages.any():
-            self._foresee()
+            self._count_room()
         return pages * page
 
     def fork(self, chosen: np.ndarray) -> "Sequences":
-        """These sequences once more: pages shared, windows copied."""
-        self._let_go()
+        """A copy of the `chosen` sequences: pages are shared, windows copied."""
+        self._release()
         forked = copy.copy(self)
         forked._ahead, forked._former = None, []
         forked.table, forked.windows = self.table.fork(chosen), self.windows.fork(chosen)
         forked._lengths, forked._packed = self._lengths[chosen], self._packed[chosen]
-        self._own = forked._own = forked._waits = 0
+        # no page is exclusive any more
+        self._page_room = forked._page_room = forked._ring_room = 0
         return forked
 
     def fill(self, contents: list[tuple[QuantizedTensor | None, QuantizedTensor | None, Tensor, Tensor]]) -> None:
-        """Begin with K and V that are packed (None where nothing is), and those of the windows, of each sequence."""
+        """Fill empty sequences, each from packed K and V (None where there are none) and 16-bit K and V of its windows."""
         packed = np.array([0 if k is None else k.shape[2] for k, *_ in contents], np.int32)
         with self.table.room(self._packed, packed):
             for b, (k, v, *ends) in enumerate(contents):
@@ -165,12 +173,12 @@ class Sequences:
         self._packed = packed
 
     def read(self, b: int, first: int, end: int) -> tuple[QuantizedTensor, QuantizedTensor]:
-        """K and V packed from token `first`, which begins a page, to `end`."""
-        # a row of the table from any page on is that of a sequence
+        """Packed K and V of sequence b, from token `first`, which begins a page, to `end`."""
+        # to the store, a row of the table from any page on is a sequence
         return self.store.read(self.table.tensor(self.device)[b, first // self.table.pool.page :], end - first)
 
     def ends(self, b: int) -> tuple[Tensor, Tensor]:
-        """K and V in 16 bits: first the sink, then the newest."""
+        """K and V of sequence b in 16 bits: first the sink, then the newest."""
         return self.windows.tokens(b, int(self.lengths[b]), int(self.packed[b]))
 
     def attention(
@@ -203,50 +211,50 @@ class Sequences:
         return nothing(q) if found is None else found
 
     def places(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What a store is told of what is packed: the table, how many tokens, and how many newer ones lie elsewhere."""
+        """Where a store finds the packed tokens: page table, packed lengths, and how many newer tokens lie in the ring."""
         offset = None
         if self.windows.slots:
             newer = self._lengths - self._packed - np.minimum(self._lengths, self.windows.sink)
             offset = self._tensor(newer) if newer.any() else None
         return self.table.tensor(self.device), self._tensor(self._packed), offset
 
-    def _foresee(self) -> None:
-        """How many tokens go on as the last one did: every sequence into a page of its own, or into its ring."""
-        self._own, self._waits = self.table.left(self._packed), 0
+    def _count_room(self) -> None:
+        """Count the tokens that `append` can take without looking again where they go."""
+        self._page_room, self._ring_room = self.table.left(self._packed), 0
         if self.windows.slots:
-            self._waits = self.windows.left(self._lengths, self._packed)
-            self._own = self._own if self.windows.passes(self._lengths) else 0
+            self._ring_room = self.windows.left(self._lengths, self._packed)
+            self._page_room = self._page_room if self.windows.passes(self._lengths) else 0
 
     def _tensor(self, x: np.ndarray) -> Tensor:
         return to_device(x.astype(np.int32, copy=False), self.device)
 
-    def _append_ahead(self, k: Tensor, v: Tensor) -> bool:
-        """Add tokens to the room ahead, if there is any for them."""
-        ahead, n = self._ahead, k.shape[2]
-        if ahead is None or not self._reserved or n > self.table.pool.page:
+    def _append_reserved(self, k: Tensor, v: Tensor) -> bool:
+        """Append to reserved pages whose tokens the device counts; False where there are none, or not enough."""
+        reservation, n = self._ahead, k.shape[2]
+        if reservation is None or not self._reserved or n > self.table.pool.page:
             return False
-        if capturing(self.device):
-            ahead.append(k, v)
+        if capturing(self.device):  # whether replays will fit is not known yet; `_look` finds those that did not
+            reservation.append(k, v)
             return True
-        if not ahead.fits(n, self.lengths):
+        if not reservation.fits(n, self.lengths):
             return False
-        ahead.append(k, v)
+        reservation.append(k, v)
         self._lengths += n
         self._packed += n
         return True
 
     def _look(self) -> None:
-        """Count what replays have appended. Raises CacheFullError, once, where some of it is lost."""
+        """Read back the lengths that replays have changed. Raises CacheFullError, once, where tokens were lost."""
         if self._ahead is None:
             return
         refuse_capture(self.device, "the lengths of a KVCache, which the CPU would be told,")
-        for ahead in (self._ahead, *self._former):
-            if not ahead.captured:
+        for reservation in (self._ahead, *self._former):
+            if not reservation.captured:
                 continue
-            counted, lost = ahead.counted()
-            if ahead is self._ahead and self._reserved:
-                self._lengths, self._packed = counted, counted.copy()
-            if lost.size and ahead is not self._ahead:
+            lengths, lost = reservation.read_lengths()
+            if reservation is self._ahead and self._reserved:
+                self._lengths, self._packed = lengths, lengths.copy()
+            if lost.size and reservation is not self._ahead:
                 raise CacheFullError(
                     "a CUDA graph that was captured before reserve() got another longest was replayed, and what it appended is "
                     "lost; replay one that was captured since"
@@ -261,8 +269,8 @@ class Sequences:
         if self._ahead.captured:
             self.store.check()
 
-    def _let_go(self) -> None:
-        """Count what replays have appended, and give back the pages that are held for tokens to come."""
+    def _release(self) -> None:
+        """Read back the lengths that replays have changed, and free the reserved pages that hold no tokens."""
         self._look()
         if not self._reserved:
             return
@@ -271,4 +279,4 @@ class Sequences:
         for b, tokens in enumerate(self._packed.tolist()):
             self.table.cut(b, tokens)
         self._reserved = False
-        self._foresee()
+        self._count_room()
