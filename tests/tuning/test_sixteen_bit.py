@@ -218,7 +218,7 @@ def test_searches_and_benchmarks_name_a_backend_that_quantizes(asked, on_gpu, mo
     monkeypatch.setattr(trials, "interleaved_medians", lambda functions, *rest: [functions[0]() is None])
     trials._measured_ms(*on_gpu, preset("int8"), {})
     assert asked == ["triton"]
-    monkeypatch.setattr(bench, "_tensors", lambda shape, device: on_gpu)
+    monkeypatch.setattr(bench, "_random_tensors", lambda shape, device: on_gpu)
     monkeypatch.setattr(bench, "quantize", lambda q, k, v, *rest, **given: (q, k, v))
     monkeypatch.setattr(bench.peers, "attention", lambda *call: {})
     monkeypatch.setattr(bench, "_timed", lambda workload, shape, unit, found, *rest: found)

@@ -1,1 +1,1 @@
-"""Judging schemes: what runs attention to see how well it does."""
+"""Measuring schemes: the accuracy and the speed of attention with them."""

@@ -1,4 +1,4 @@
-"""Attention beside its peers: all in turn in one process, so that what slows the machine slows every one of them."""
+"""Benchmarks against other attention. All are timed in turn in one process, so that what slows the machine slows them alike."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ PRODUCTS = {"integers": "integer products", "bfloats": "bfloat16 products", "flo
 
 @dataclass(frozen=True)
 class Shape:
-    """Of q `[batch, heads, queries, head_dim]`, k and v `[batch, kv_heads, tokens, head_dim]`."""
+    """Sizes of a benchmark: q `[batch, heads, queries, head_dim]`, k and v `[batch, kv_heads, tokens, head_dim]`."""
 
     batch: int
     heads: int
@@ -43,7 +43,7 @@ class Shape:
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions of Q K^T and P V, for the pairs that are attended."""
+        """Multiplications and additions of Q K^T and P V, for the pairs that causality leaves."""
         pairs = self.queries * self.tokens
         if self.causal:
             seeing = min(self.queries, self.tokens)
@@ -63,22 +63,22 @@ class Row:
     provider: str
     ms: float | None = None
     ratio: float | None = None
-    """How many times faster than the peer."""
+    """Speedup over the table's peer."""
     rate: float | None = None
-    """In the table's unit."""
+    """Throughput in the table's unit."""
     share: float | None = None
-    """Of what the machine does at most, as measured in the same run."""
+    """Throughput as a share of the machine's own limit, measured in the same run."""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Everything of one shape."""
+    """The results for one shape."""
 
     workload: str
     shape: Shape
     peer: str | None
-    """The fastest of torch's, which ratios are to."""
+    """The fastest of torch's kernels, the baseline of every `ratio`."""
     unit: Literal["GOPS", "GB/s"]
     rows: list[Row]
     machine: dict[str, str]
@@ -86,29 +86,29 @@ class Table:
 
 @dataclass(frozen=True)
 class Provider:
-    """What is timed."""
+    """One call to time, and what its time is set against."""
 
     call: Call
     work: float
-    """Operations, or bytes; 0 where neither says anything."""
+    """Operations or bytes of a call, for its throughput; 0 where throughput means nothing."""
     units: tuple[str, ...] = ()
-    """The measurements of the machine that bound it, each for an equal part of the work."""
+    """Names of the machine's limits that bound this call, each for an equal part of the work."""
     small: Call | None = None
-    """The same with next to nothing to read."""
+    """The same call with hardly any K and V to read; it only warms the code."""
     compared: bool = True
-    """Whether it does what the peer does."""
+    """Whether the call computes what the peer does, so that a speedup makes sense."""
 
 
 Providers = dict[str, Provider | str]
-"""By name; or why there is none."""
+"""Name -> provider, or why there is none."""
 
 
 def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: torch.device, repeats: int = 15) -> Table:
-    """Time attention over whole sequences: schemes on codes and with quantization, torch's, and other packages'.
+    """Time attention over whole sequences: each scheme on codes and with quantization, torch's, and other packages'.
 
     On a GPU also by `backend="auto"`, which may take torch's attention where the shape was tuned (`tokquant.tune`). Tensors are
-    normal: float32 on a CPU, float16 on a GPU. Rates are operations a second; on a CPU also as a share of what its products do
-    in registers.
+    normally distributed: float32 on a CPU, float16 on a GPU. Rates are operations a second; on a CPU also as a share of the
+    peak rate of its products, measured on registers alone.
 
     Args:
         schemes: QuantSchemes, presets' names or paths; static ones are calibrated on the tensors.
@@ -119,7 +119,7 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
     for a shape that does not fit memory.
     """
     named = _named(schemes)
-    q, k, v = _tensors(shape, device)
+    q, k, v = _random_tensors(shape, device)
     work, causal = shape.operations, shape.causal
     on_cpu = choose_backend("auto", device) == "cpu"
     found: Providers = {}
@@ -137,7 +137,7 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
         }
         return found | ({f"{name}, auto": Provider(whole, work)} if device.type == "cuda" else {})
 
-    found |= _of_each(named, coded)
+    found |= _for_each_scheme(named, coded)
     if on_cpu:
         for kind, (call, operations) in peaks(torch.get_num_threads()).items():
             found[PRODUCTS[kind]] = Provider(call, operations, compared=False)
@@ -147,46 +147,46 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
 def decode(
     shape: Shape, schemes: Sequence[QuantScheme | str], *, device: torch.device, repeats: int = 15, cold: bool = True
 ) -> Table:
-    """Time a query, or a few, in codes too, against codes of K and V that are there already, and against a KVCache of them.
+    """Time attention of one query, or a few, to many keys: on codes of Q, K and V, and with a KVCache, which quantizes Q.
 
-    Rates are bytes of K and V a second, all that a QuantizedTensor holds, and as a share of what reading memory does. Where
-    `cold`, memory is read before each call until a CPU's caches hold nothing of K and V, as a model's other layers do, and a
-    call with a few keys brings the code back; else the same call runs untimed before each. The rest is as for `attention`.
+    Rates are bytes of K and V a second, all that a QuantizedTensor holds, also as a share of the bandwidth of reading memory.
+    Where `cold`, memory is read before each call until a CPU's caches hold nothing of K and V, as a model's other layers do,
+    and a call with a few keys brings the code back; else the call itself runs untimed before. The rest is as for `attention`.
     """
     named = _named(schemes)
-    q, k, v = _tensors(shape, device)
-    # causality is nothing to a single query, which is the last
+    q, k, v = _random_tensors(shape, device)
+    # a single query is the last token, and sees every key with or without causality
     causal = shape.causal and shape.queries > 1
-    few = q, k[:, :, :16].contiguous(), v[:, :, :16].contiguous()
-    small = peers.of_torch(*few, causal)
+    few_keys = q, k[:, :, :16].contiguous(), v[:, :, :16].contiguous()
+    small = peers.of_torch(*few_keys, causal)
     found: Providers = {}
     for name, call in peers.decode(q, k, v, causal).items():
-        # int4 of others has four bytes of scale and shift for a token and head
+        # other packages' int4 has four bytes of scale and shift for each token and head
         size = 4 if "fp32" in name else 0.5 + 4 / shape.head_dim if "int4" in name else 2
         read = size * (k.numel() + v.numel())
         found[name] = call if isinstance(call, str) else Provider(call, read, (MEMORY,), small.get(name))  # type: ignore[arg-type]
 
     def coded(name: str, scheme: QuantScheme) -> Providers:
         scales = scales_for(scheme, q, k, v)
-        codes, codes_of_few = (quantize(*x, scheme=scheme, scales=scales) for x in ((q, k, v), few))
-        call, little = (partial(attend, *x, scheme, causal=causal) for x in (codes, codes_of_few))
-        own: Providers = {name: Provider(call, codes[1].nbytes + codes[2].nbytes, (MEMORY,), little)}
-        return own | _cached(name, scheme, scales, q, (k, v), few[1:])
+        codes, few_codes = (quantize(*x, scheme=scheme, scales=scales) for x in ((q, k, v), few_keys))
+        call, warm_up = (partial(attend, *x, scheme, causal=causal) for x in (codes, few_codes))
+        on_codes: Providers = {name: Provider(call, codes[1].nbytes + codes[2].nbytes, (MEMORY,), warm_up)}
+        return on_codes | _with_cache(name, scheme, scales, q, (k, v), few_keys[1:])
 
-    found |= _of_each(named, coded)
+    found |= _for_each_scheme(named, coded)
     memory = torch.ones(SCRATCH_BYTES // 8, dtype=torch.int64, device=device)
     found[MEMORY] = Provider(memory.sum, SCRATCH_BYTES, compared=False)
     return _timed("decode", shape, "GB/s", found, device, repeats, lambda each: _after(memory.sum if cold else each.call, each))
 
 
 def quantization(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: torch.device, repeats: int = 15) -> Table:
-    """Time quantization of Q, K and V beside copying memory, and attention on the codes beside it.
+    """Time quantization of Q, K and V against copying memory, and attention on the codes for comparison.
 
-    Rates are bytes a second, those of Q, K and V and those of their codes once each, and as a share of what copying does. The
-    rest is as for `attention`.
+    Rates are bytes a second, of Q, K, V and their codes once each, also as a share of the bandwidth of a copy. The rest is as
+    for `attention`.
     """
     named = _named(schemes)
-    q, k, v = _tensors(shape, device)
+    q, k, v = _random_tensors(shape, device)
 
     def coded(name: str, scheme: QuantScheme) -> Providers:
         scales = scales_for(scheme, q, k, v)
@@ -197,29 +197,29 @@ def quantization(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: 
             f"{name}, attention": Provider(partial(attend, *codes, scheme, causal=shape.causal), 0),
         }
 
-    found = _of_each(named, coded)
+    found = _for_each_scheme(named, coded)
     here, there = (torch.ones(SCRATCH_BYTES // 2, dtype=torch.uint8, device=device) for _ in range(2))
     found[COPY] = Provider(partial(there.copy_, here), SCRATCH_BYTES)
     return _timed("quantization", shape, "GB/s", found, device, repeats)
 
 
-def _of_each(named: dict[str, QuantScheme], made: Callable[[str, QuantScheme], Providers]) -> Providers:
-    """What is timed of every scheme; one that cannot quantize these tensors says why, and is in nobody's way."""
+def _for_each_scheme(named: dict[str, QuantScheme], providers_of: Callable[[str, QuantScheme], Providers]) -> Providers:
+    """The providers of every scheme. A scheme that cannot quantize these tensors says why, and the others still run."""
     found: Providers = {}
     for name, scheme in named.items():
         try:
-            found |= made(name, scheme)
+            found |= providers_of(name, scheme)
         except Exception as error:  # of the scheme, or whatever Triton's compiler raises
             found[name] = first_line(error)
     return found
 
 
-def _cached(
-    name: str, scheme: QuantScheme, scales: LayerScales | None, q: Tensor, whole: tuple[Tensor, ...], few: tuple[Tensor, ...]
+def _with_cache(
+    name: str, scheme: QuantScheme, scales: LayerScales | None, q: Tensor, kv: tuple[Tensor, ...], few_kv: tuple[Tensor, ...]
 ) -> Providers:
-    """A step of decoding with a KVCache: what Q meets, Q quantized inside, and one more token."""
-    (batch, heads, _, head_dim), caches = whole[0].shape, []
-    for k, v in (whole, few):
+    """A step of decoding with a KVCache in two rows: attention, which quantizes Q, and the append of one token."""
+    (batch, heads, _, head_dim), caches = kv[0].shape, []
+    for k, v in (kv, few_kv):
         try:
             cache = KVCache(
                 scheme, batch=batch, kv_heads=heads, head_dim=head_dim, dtype=q.dtype, device=q.device, scales=scales
@@ -228,17 +228,19 @@ def _cached(
             return {f"{name}, KVCache": first_line(error)}
         cache.append(k, v)
         caches.append(cache)
-    step, little = (partial(decode_cache, q, cache) for cache in caches)
-    grown, token = caches[0].fork(range(batch)), [x[:, :, :1].contiguous() for x in whole]
-    grown.append(*token)  # into a page of its own
+    step, warm_up = (partial(decode_cache, q, cache) for cache in caches)
+    grown, token = caches[0].fork(range(batch)), [x[:, :, :1].contiguous() for x in kv]
+    grown.append(*token)  # untimed: the first append after a fork takes a page that is not shared
     size = caches[0].memory.packed + caches[0].memory.windows
     return {
-        f"{name}, KVCache": Provider(step, size, (MEMORY,), little),
+        f"{name}, KVCache": Provider(step, size, (MEMORY,), warm_up),
         f"{name}, one token appended": Provider(partial(grown.append, *token), 0, compared=False),
     }
 
 
 def _after(first: Call, provider: Provider) -> Call:
+    """What runs untimed before a provider's call: `first`, then the provider's small call."""
+
     def before() -> None:
         first()
         if provider.small is not None:
@@ -256,6 +258,7 @@ def _timed(
     repeats: int,
     before: Callable[[Provider], Call] | None = None,
 ) -> Table:
+    """Time every provider that runs, each after its untimed `before`, and work out speedups and throughputs."""
     failures = {name: each if isinstance(each, str) else _failure(each.call) for name, each in providers.items()}
     running = {name: each for name, each in providers.items() if isinstance(each, Provider) and not failures[name]}
     untimed = [before(each) for each in running.values()] if before else None
@@ -278,7 +281,10 @@ def _timed(
 
 
 def _named(schemes: Sequence[QuantScheme | str]) -> dict[str, QuantScheme]:
-    """Schemes by what they were given as: several files may hold one name. Raises ValueError for two of one name."""
+    """Schemes by name, or by path where one was given, as several files may hold one name.
+
+    Raises ValueError where two differ under one name.
+    """
     if isinstance(schemes, str | QuantScheme):
         raise TypeError(f"schemes: {quote(schemes)} alone; give a list of them")
     named: dict[str, QuantScheme] = {}
@@ -289,7 +295,7 @@ def _named(schemes: Sequence[QuantScheme | str]) -> dict[str, QuantScheme]:
     return named
 
 
-def _tensors(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _random_tensors(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     kind = torch.float32 if device.type == "cpu" else torch.float16
     keys = (shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
@@ -302,13 +308,13 @@ def _tensors(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor
 
 
 def _failure(call: Call) -> str:
-    """What is said where a call fails, or nothing where it runs."""
+    """Why a call fails; empty where it runs."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             call()
         except Exception as error:  # whatever a package, or Triton's compiler, raises
-            # torch's own error is that there is no kernel; why is in its warnings, with headings between them
+            # torch's error only says that no kernel is available; the reasons are in its warnings, among headings
             reasons = (str(each.message).split(" (Triggered")[0] for each in caught)
             return "; ".join(dict.fromkeys([first_line(error), *(each for each in reasons if "because" not in each)]))
     return ""

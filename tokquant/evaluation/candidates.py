@@ -1,6 +1,6 @@
-"""Schemes that a search chooses among: the presets, and every pairing of a few K's with a few V's.
+"""The default candidates of a search: the presets, and every pairing of a few ways to quantize K with a few for V.
 
-What rounding K and rounding V cost hardly depend on each other, so pairs reach what presets, one for each purpose, leave out.
+The errors of K and of V hardly depend on each other, so pairs fill the gaps between presets, each made for one purpose.
 """
 
 from typing import Any
@@ -22,23 +22,23 @@ INT8, INT4 = {"precision": "int8", "smooth": "mean"}, {"precision": "int4", "sym
 FP16 = {"precision": "fp16"}
 
 
-def _levels(precision: str, keys: int) -> dict[str, Any]:
+def _p(precision: str, keys: int) -> dict[str, Any]:
     return {"precision": precision, "granularity": {"row_block": keys}}
 
 
 VALUES: dict[str, dict[str, Any]] = {
-    "int8-32": {"v": {**INT8, "granularity": {"channel_block": 32}}, "p": _levels("uint8", 32)},
-    "int8-64": {"v": {**INT8, "granularity": {"channel_block": 64}}, "p": _levels("uint8", 64)},
-    "int8-128": {"v": {**INT8, "granularity": {"channel_block": 128}}, "p": _levels("uint8", 128)},
+    "int8-32": {"v": {**INT8, "granularity": {"channel_block": 32}}, "p": _p("uint8", 32)},
+    "int8-64": {"v": {**INT8, "granularity": {"channel_block": 64}}, "p": _p("uint8", 64)},
+    "int8-128": {"v": {**INT8, "granularity": {"channel_block": 128}}, "p": _p("uint8", 128)},
     "int8-group": {"v": {"precision": "int8", "granularity": {"group": 32}, "scale_dtype": "fp16"}, "p": FP16},
-    "int4": {"v": INT4, "p": _levels("int8", 128)},
+    "int4": {"v": INT4, "p": _p("int8", 128)},
     "int4-group": {"v": {**INT4, "granularity": {"group": 32}}, "p": FP16},
     "fp16": {"v": FP16, "p": FP16},
 }
 
 
 def default(head_dim: int) -> list[QuantScheme]:
-    """All that quantize, fit heads of this many channels, and need no calibration."""
+    """Every candidate that quantizes, fits heads of this many channels, and needs no calibration."""
     pairs = [
         QuantScheme(name=f"k-{keys}-v-{values}", q={"precision": "int8"}, **KEYS[keys], **VALUES[values])  # type: ignore[arg-type]
         for keys in KEYS
@@ -49,7 +49,7 @@ def default(head_dim: int) -> list[QuantScheme]:
 
 
 def fits(scheme: QuantScheme, head_dim: int) -> bool:
-    """Whether its groups divide this many channels."""
+    """Whether the scheme's groups divide this many channels."""
     try:
         scheme.bits_per_value(head_dim)
     except SchemeError:

@@ -30,26 +30,26 @@ class Comparison:
     backend: str
     errors: Errors
     heads: tuple[Errors, ...]
-    """Those of each head of Q."""
+    """Errors of each head of Q."""
     bits: Mapping[str, float]
     """Bits per value of q, k and v as stored: codes, scales and zeros."""
     ms: float
-    """Attention on codes; the median of interleaved repeats."""
+    """Time of attention on codes; the median of interleaved repeats."""
     quantize_ms: float
-    """Quantization of q, k and v."""
+    """Time of quantizing q, k and v."""
     sdpa_ms: float
     """torch's scaled_dot_product_attention, timed in turn with the scheme: in the tensors' type; on a CPU in the faster of
     float32 and bfloat16, as torch's attention in float16 takes two to four times as long there."""
     row_errors: Tensor
-    """The largest error over the channels of each query, `[B, H_q, N_q]` float64: what a bound bounds."""
+    """The largest error over the channels of each query, `[B, H_q, N_q]` float64: what `bound` bounds."""
     bound: Bound | None = None
-    """What those are certified to stay below, where it was asked for."""
+    """A certified upper bound on `row_errors`; None unless requested."""
     explanation: Explanation | None = None
-    """Where the errors come from, if that was asked for."""
+    """Where the errors come from; None unless requested."""
 
     @property
     def tightness(self) -> Tensor | None:
-        """Error over bound of each query, from 0 to 1."""
+        """Error / bound of each query, from 0 to 1."""
         if self.bound is None:
             return None
         return torch.where(self.row_errors == 0, 0.0, self.row_errors / self.bound.total)

@@ -1,4 +1,4 @@
-"""Where a scheme's error comes from: what Q, K, V and P each add, and the rows that are furthest off."""
+"""Where a scheme's error comes from: an ablation of Q, K, V and P, and the rows with the largest errors."""
 
 import math
 from collections.abc import Mapping
@@ -15,35 +15,37 @@ from tokquant.schemes.placement import place
 from tokquant.tensor import Coded, QuantizedHeads, QuantizedTensor
 
 ROWS = 512
-"""Queries of a sequence that parts are measured on, at most."""
+"""The most queries of a sequence that the ablation runs on."""
 
 WORST = 3
+"""Worst rows that are reported."""
 LARGEST = 3
+"""Largest weights that are reported of each."""
 
 TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
 class WorstRow:
-    """One query of one head whose output is far off, and what is special there."""
+    """One query of one head whose output has a large error, and what is special about it."""
 
     batch: int
     head: int
     token: int
     error: float
-    """sum |o - x| over the mean of sum |o| of the head's rows."""
+    """sum |exact - out| of the row, relative to the mean of sum |exact| over the head's rows."""
     usual_error: float
-    """The mean of that over the head's rows, which is the head's relative L1."""
+    """The mean of `error` over the head's rows, which is the head's relative L1 error."""
     size: float
-    """The row's own sum |o|, over the same mean."""
+    """sum |exact| of the row, relative to its mean over the head's rows."""
     entropy: float
-    """Of the row's weights, in bits; 2^entropy is about how many keys it looks at."""
+    """Entropy of the row's softmax weights, in bits; 2^entropy is about the number of keys it attends to."""
     usual_entropy: float
-    """The mean over the head's rows that parts are measured on."""
+    """The mean of `entropy` over the head's rows that the ablation ran on."""
     weights: tuple[tuple[int, float], ...]
-    """The largest weights: key and share."""
+    """The largest softmax weights: (key, weight)."""
     parts: Mapping[str, float]
-    """As those of `Explanation`, of this row, in the unit of `error`."""
+    """`Explanation.parts` of this row alone, in the unit of `error`."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,12 @@ class Explanation:
     """Where the error of one scheme on one layer comes from."""
 
     parts: Mapping[str, float]
-    """Relative L1 errors. `q`, `k` and `v`: exact attention where this operand alone is as its codes say. `p`: the output
-    against exact attention on the codes of all three, so P's rounding with all that a kernel rounds."""
+    """Relative L1 errors. `q`, `k` and `v`: of exact attention with this operand alone quantized. `p`: of the output against
+    exact attention on the codes of all three, which is P's rounding and every other rounding inside a kernel."""
     rows: int
-    """Queries of each head that the parts were measured on."""
+    """Queries of each head that the ablation ran on."""
     worst: tuple[WorstRow, ...]
-    """The rows that are furthest off, of all; none where nothing is."""
+    """The rows with the largest errors, of all queries; empty where the output is exact."""
 
 
 def explain(
@@ -68,7 +70,7 @@ def explain(
     exact: Tensor,
     features: Features,
 ) -> Explanation:
-    """Explain `out` `[B, H_q, N_q, D]`, what attention on `codes` of q, k and v gave where `exact` is right."""
+    """Explain the error of `out` `[B, H_q, N_q, D]`, attention on `codes` of q, k and v, against the oracle's `exact`."""
     b, heads, n_q = q.shape[:3]
     ablation = _ablation(q, k, v, codes, out, features)
     lost = dict.fromkeys("qkvp", 0.0)
@@ -126,22 +128,22 @@ def _ablation(
 
 
 class _OfRanges:
-    """Ablations of ranges of heads, side by side."""
+    """The ablations of ranges of heads, as if they were one."""
 
     def __init__(self, parts: "list[_Ablation]"):
         self.parts = parts
 
     def rows(self, rows: slice) -> tuple[dict[str, Tensor], Tensor]:
-        """As those of each."""
+        """`_Ablation.rows` of each range, joined along the heads."""
         lost, p = zip(*(part.rows(rows) for part in self.parts), strict=True)
         return {role: torch.cat([each[role] for each in lost], dim=1) for role in lost[0]}, torch.cat(p, dim=1)
 
 
 class _Ablation:
-    """Exact attention, float64, on operands of which some are as their codes say.
+    """Exact attention in float64 where some operands are dequantized and the others are the originals.
 
-    Scores are products of what is left without the offset of K, which softmax does not see, and of Q's block means, which are
-    multiplied in 16 bits: those are further channels of both sides.
+    Offsets are left out of Q and K: a constant offset of K does not change the softmax, and Q's block means, which kernels
+    multiply with K in 16 bits, become further channels of both.
     """
 
     def __init__(
@@ -173,7 +175,7 @@ class _Ablation:
         self.v, self.v_codes = v.double(), vq.dequantize(torch.float64)
 
     def rows(self, rows: slice) -> tuple[dict[str, Tensor], Tensor]:
-        """sum |o - x| `[B, H_q, rows]` that each part adds, and the exact weights `[B, H_q, rows, N_k]`."""
+        """The L1 error `[B, H_q, rows]` that each part adds, and the exact softmax weights `[B, H_q, rows, N_k]`."""
         p = self.weights(self.q, self.k, rows)
         exact = weighted(p, self.v)
         on_codes = weighted(self.weights(self.q_codes, self.k_codes, rows), self.v_codes)
@@ -190,8 +192,8 @@ class _Ablation:
 
 
 def _without_offset(x: QuantizedTensor) -> Tensor:
-    """What the codes stand for, float64, in the original frame but without its offset; K per channel without its origin too,
-    which to the scores is an offset."""
+    """The dequantized values, float64, in the original frame but without its offset. K per channel is also taken without its
+    zero point, which is an offset to the scores."""
     bare = place(x.spec) == "q" and x.scale is not None
     values = x.stored_values().double() * x.spread(x.scale).double() if bare else x.scaled_values(torch.float64)  # type: ignore[arg-type]
     return replace(x.frame, offset=None).undo(values)

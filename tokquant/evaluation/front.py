@@ -1,4 +1,4 @@
-"""Pareto fronts of choices: each unit takes one of its options, and no kept combination is beaten in both cost and error."""
+"""Pareto fronts of combinations, where each unit takes one of its options: none beats a kept one in both cost and error."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 KEPT = 2000
-"""Combinations kept of each merge: those left out lie between kept ones, a two-thousandth of the range of cost apart."""
+"""The most combinations that a merge keeps, evenly spread over the range of costs."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Front:
-    """Combinations in order of rising cost and falling error."""
+    """A Pareto front: combinations in order of rising cost and falling error."""
 
     cost: Floats
     """`[points]`."""
@@ -44,7 +44,7 @@ def of_options(cost: Floats, error: Floats) -> Front:
 
 
 def merged(units: Sequence[Front], join: Callable[[Floats, Floats], Floats]) -> Front:
-    """The front of all combinations: costs add up, errors are joined, `np.add` or `np.maximum`."""
+    """The front of all combinations of the units' options: costs add up, errors are joined by `np.add` or `np.maximum`."""
     whole, *rest = units
     for unit in rest:
         first, second = (x.ravel() for x in np.indices((len(whole), len(unit))))
@@ -57,11 +57,12 @@ def merged(units: Sequence[Front], join: Callable[[Floats, Floats], Floats]) -> 
 
 
 def _pruned(cost: Floats, error: Floats, choice: Callable[[NDArray], NDArray[np.int32]]) -> Front:
+    """The front of these points, of which `choice(kept)` gives the options."""
     order = np.lexsort((error, cost))
     falls = np.r_[True, error[order][1:] < np.minimum.accumulate(error[order])[:-1]] if order.size else []
     kept = order[falls]
     if len(kept) > KEPT:
-        # of points of about one cost, the one of least error, which is the last; and the cheapest
+        # of all points within one step of cost, keep the last, which errs least; and the cheapest point of all
         step = np.floor((cost[kept] - cost[kept[0]]) / (cost[kept[-1]] - cost[kept[0]]) * (KEPT - 1))
         kept = kept[np.r_[True, (step[1:-1] < step[2:]), True]]
     return Front(cost[kept], error[kept], choice(kept))

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 ROWS = 128
-"""Tokens at a time, whose logits are held in float32."""
+"""Tokens per chunk, as a chunk's logits are copied to float32."""
 
 
 @dataclass
 class Agreement:
-    """Sums over the tokens seen so far."""
+    """How well logits agree with exact ones, summed over the tokens added so far."""
 
     tokens: int = 0
     loss: float = 0.0
@@ -43,7 +43,7 @@ class Agreement:
 
     @property
     def exact_perplexity(self) -> float:
-        """That of the exact logits, for the same tokens."""
+        """The perplexity of the exact logits on the same tokens."""
         return _exp(self.exact_loss / self.tokens)
 
     @property
@@ -53,7 +53,7 @@ class Agreement:
 
     @property
     def top1(self) -> float:
-        """Share of tokens for which both hold the same token the most likely."""
+        """Share of tokens for which both predict the same next token."""
         return self.same / self.tokens
 
 

@@ -1,4 +1,4 @@
-"""What something was measured on and with."""
+"""The hardware and software that a measurement was taken with."""
 
 import platform
 from pathlib import Path

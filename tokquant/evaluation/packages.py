@@ -1,4 +1,4 @@
-"""Attention of other packages, as their users call it, where they are installed. Each is a call, or says why there is none."""
+"""Attention of other packages, called as their users would. Each is a call, or a text that says why it cannot run here."""
 
 import importlib
 from collections.abc import Callable
@@ -21,14 +21,14 @@ PACKAGES = ("sageattention", "xformers", "torchao")
 
 
 def versions() -> dict[str, str]:
-    """Of those that are installed, by name."""
+    """Versions of the installed packages, by name."""
     return {name: _version(name) for name in PACKAGES if find_spec(name)}
 
 
 def torchao(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call | str:
-    """torchao's int8 attention on bytes quantized beforehand, one scale a tensor, as its op takes them.
+    """torchao's int8 attention on tensors quantized beforehand, per tensor, as its op requires.
 
-    The op is only in builds with `USE_CPU_KERNELS=1`, is fused only where the processor has AMX, and is causal by a mask.
+    The op is only in builds with `USE_CPU_KERNELS=1`, is fused only where the processor has AMX, and takes causality as a mask.
     """
     if why := lacks("torchao"):
         return why
@@ -49,15 +49,15 @@ def torchao(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call | str:
 
 
 def sageattention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
-    """SageAttention's own choice for this GPU, which quantizes in every call; and its Triton kernel alone, on codes of its own.
+    """SageAttention as it dispatches on this GPU, quantization included; and its Triton kernel alone, on its own codes.
 
-    Both with Q, K and V in fp16. Version 2 has its kernels in a folder `triton` and returns LSE with the output.
+    Both take Q, K and V in fp16. Version 2 has its kernels in a folder `triton` and returns LSE with the output.
     """
     name = "SageAttention"
     if why := lacks("sageattention"):
         return {name: why}
     name += f" {_version('sageattention')}"
-    # the first version subtracts the mean of K from the caller's own
+    # version 1 subtracts the mean of K in place: give it a copy
     q, k, v = q.half(), k.to(torch.float16, copy=True), v.half()
     package = importlib.import_module("sageattention")
     whole = partial(package.sageattn, q, k, v, tensor_layout="HND", is_causal=causal)
@@ -73,7 +73,7 @@ def _sage_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
-    """xformers' own choice for this GPU, in fp16."""
+    """xformers' memory-efficient attention as it dispatches on this GPU, in fp16."""
     name = "xformers"
     if why := lacks("xformers"):
         return {name: why}
@@ -84,7 +84,7 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
 
 
 def split_k(q: Tensor, k: Tensor, v: Tensor) -> Calls:
-    """xformers' split-K decoding over K and V in fp16, and in its int4 with one scale and shift a token and head."""
+    """xformers' split-K decoding with K and V in fp16, and in its int4 with one scale and shift per token and head."""
     name = "xformers"
     if why := lacks("xformers"):
         return {name: why}
@@ -97,8 +97,8 @@ def split_k(q: Tensor, k: Tensor, v: Tensor) -> Calls:
 
 
 def _int4_rows(x: Tensor) -> Tensor:
-    """`[B, H, N, D] -> [B, H, N, 1 + D / 8]` int32 as xformers lays a row out: fp16 scale and shift, then codes of 0 to 15, the
-    first of two in the low half of a byte."""
+    """`[B, H, N, D] -> [B, H, N, 1 + D / 8]` int32, xformers' layout of a row: fp16 scale and shift, then codes of 0 to 15, the
+    first of each two in the low half of a byte."""
     lowest, highest = x.float().aminmax(dim=-1, keepdim=True)
     shift, scale = lowest.half(), ((highest - lowest) / 15).half()
     codes = ((x - shift) / scale).round().clamp(0, 15).to(torch.uint8)
@@ -108,7 +108,7 @@ def _int4_rows(x: Tensor) -> Tensor:
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`[B, H, N, D] -> [B, N, H_kv, H_q / H_kv, D]`, or `[B, N, H, D]` where no heads are shared, as xformers takes them."""
+    """`[B, H, N, D] -> [B, N, H_kv, H_q / H_kv, D]`, or `[B, N, H, D]` without GQA: the layouts that xformers takes."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.shape[2] == k.shape[2]:
         return q, k, v
@@ -118,20 +118,20 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def lacks(package: str) -> str:
-    """Why a package cannot be used, or nothing."""
+    """Why a package cannot be used; empty where it can."""
     if find_spec(package) is None:
         return "not installed"
     try:
         importlib.import_module(package)
-    except Exception as error:  # whatever a package of any age says to this torch
+    except Exception as error:  # a version made for another torch may raise anything
         return f"cannot be imported: {first_line(error)}"
     return ""
 
 
-def or_why(made: Callable[[], T]) -> T | str:
-    """What is made, or why it cannot be: an API of another version, a kernel that this Triton does not compile, no memory."""
+def or_why(make: Callable[[], T]) -> T | str:
+    """What `make` returns, or why it failed: an API of another version, a kernel this Triton cannot compile, no memory."""
     try:
-        return made()
+        return make()
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
 
@@ -139,5 +139,5 @@ def or_why(made: Callable[[], T]) -> T | str:
 def _version(package: str) -> str:
     try:
         return version(package)
-    except PackageNotFoundError:  # from a folder on the path
+    except PackageNotFoundError:  # imported from a folder, without metadata
         return "of unknown version"

@@ -1,4 +1,4 @@
-"""What tokquant is timed beside: torch's attention in each way it can be called, other packages where they are installed."""
+"""The peers that tokquant is benchmarked against: torch's attention, called every way it can be, and other packages."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -21,7 +21,7 @@ KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-"""Torch's on a GPU, which are named one by one so that none falls back to another."""
+"""Torch's kernels on a GPU, chosen by name so that none silently falls back to another."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
@@ -34,40 +34,40 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
-    """The peers of a query, or a few, after many keys."""
+    """The peers of decoding: one query, or a few, and many keys."""
     found = of_torch(q, k, v, causal)
     if q.device.type == "cpu" or causal:
         return found
     return found | flex(q, k, v, causal) | _of_packages({"xformers": packages.split_k}, q, k, v)
 
 
-def _of_packages(wanted: dict[str, Callable[..., Calls]], *given: Any) -> Calls:
-    """What each has for these operands; one that fails is in nobody's way."""
+def _of_packages(makers: dict[str, Callable[..., Calls]], *arguments: Any) -> Calls:
+    """The calls of these packages. A package that fails says why, and the others still run."""
     found: Calls = {}
-    for name, made in wanted.items():
-        calls = packages.or_why(partial(made, *given))
+    for name, make in makers.items():
+        calls = packages.or_why(partial(make, *arguments))
         found |= {name: calls} if isinstance(calls, str) else calls
     return found
 
 
 def of_torch(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
-    """Torch's scaled_dot_product_attention by type, kernel and, where heads share keys, by how they do."""
+    """Torch's scaled_dot_product_attention in every type, with every kernel, and in every form of GQA."""
     found: Calls = {}
     on_cpu = q.device.type == "cpu"
-    for kind in ON_CPU if on_cpu else ON_GPU:
-        of = FLOAT_NAMES[kind]
-        keys, values = k.to(kind), v.to(kind)
-        for form, rows in _forms(q.to(kind), k, causal).items():
+    for dtype in ON_CPU if on_cpu else ON_GPU:
+        type_name = FLOAT_NAMES[dtype]
+        keys, values = k.to(dtype), v.to(dtype)
+        for form, rows in _gqa_forms(q.to(dtype), k, causal).items():
             call = sdpa(rows, keys, values, features_of(q, k, causal=causal))
             if on_cpu:
-                found[f"SDPA {of}{form}"] = call
+                found[f"SDPA {type_name}{form}"] = call
             else:
-                found |= {f"SDPA {name} {of}{form}": partial(_by, kernel, call) for name, kernel in KERNELS.items()}
+                found |= {f"SDPA {name} {type_name}{form}": partial(_by, kernel, call) for name, kernel in KERNELS.items()}
     return found
 
 
-def _forms(q: Tensor, k: Tensor, causal: bool) -> dict[str, Tensor]:
-    """Q as it is, and where heads share keys and nothing is masked, the queries of all that do as those of one."""
+def _gqa_forms(q: Tensor, k: Tensor, causal: bool) -> dict[str, Tensor]:
+    """Q as it is; with GQA and no mask also folded, the heads that share keys laid out as queries of one head."""
     if q.shape[1] == k.shape[1]:
         return {"": q}
     return {" gqa": q} | ({} if causal else {" folded": q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])})
@@ -79,9 +79,9 @@ def _by(kernel: SDPBackend, call: Call) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Callable[[], Tensor]:
-    """torch's attention with the same causality and mask. It has no window, softcap or sinks: there it runs without them.
+    """torch's attention with these features. It has no window, softcap or sinks, and runs without them.
 
-    A bias of whatever kind is a dense mask to it, written out before it is timed: what a user of torch would do.
+    A bias of any kind becomes a dense mask, written out before timing, as a user of torch would do.
     """
     mask, causal = features.mask, features.causal
     n_q, n_k = q.shape[2], k.shape[2]
@@ -101,14 +101,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Callable[[], Te
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
-    """torch's FlexAttention as its users call it: compiled, in fp16, its launches those it chooses by itself."""
+    """torch's FlexAttention as its users call it: compiled, in fp16, with its default launch options."""
     q, k, v = (x.half() for x in (q, k, v))
     n_q, n_k, mask = q.shape[2], k.shape[2], None
 
     def call() -> Tensor:
         nonlocal mask
         attend, make_mask = _flex()
-        if causal and mask is None:  # made once, by whoever calls first, as it is a compiled kernel too
+        if causal and mask is None:  # made in the first call: that compiles a kernel too, and may fail
             mask = make_mask(lambda b, h, i, j: j <= i + (n_k - n_q), None, None, n_q, n_k, device=q.device)
         return attend(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -119,6 +119,6 @@ def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calls:
 def _flex() -> tuple[Callable, Callable]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # whole graphs only: what is not compiled writes all scores out. Every shape and mask has a graph of its own, the fastest
+    # fullgraph: eager FlexAttention would materialize the scores; not dynamic: a graph for each shape is the fastest
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention, fullgraph=True, dynamic=False), torch.compile(create_block_mask, dynamic=False)

@@ -1,4 +1,4 @@
-"""The Pareto front of a search as a picture."""
+"""A plot of the Pareto front of a search."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ FORMATS = (".svg", ".png", ".pdf")
 
 
 def check(path: str | os.PathLike) -> None:
-    """Raise as `draw` would, before there is anything to draw."""
+    """Raise what `draw` would raise, before the work that gives it something to draw."""
     if Path(path).suffix not in FORMATS:
         raise ValueError(f"plot: {quote(Path(path).name)} is not one of {', '.join(FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
@@ -42,12 +42,12 @@ def figure(found: Found) -> "Figure":
     axes = figure.add_subplot()
     costs, errors = zip(*found.front, strict=True)
     axes.step(costs, errors, where="post", label="maps", zorder=1)
-    # there is none where every scheme fits some layers only
+    # empty where no scheme fits every layer
     x, y = np.array(list(found.singles.values())).reshape(-1, 2).T
     axes.scatter(x, y, s=16, color="0.5", label="one scheme for all layers", zorder=2)
     for name, point in found.singles.items():
         if any(cost <= point[0] and error < point[1] for cost, error in found.singles.values()):
-            continue  # names of those that another beats would lie on top of each other
+            continue  # names off the front would overlap
         axes.annotate(name, point, textcoords="offset points", xytext=(3, 3), fontsize=6, color="0.5")
     axes.scatter([found.cost], [found.error], s=70, marker="*", color="tab:red", label=found.map.name, zorder=3)
     axes.set(xlabel=UNITS[found.unit], ylabel=found.metric if found.metric != "cosine" else "1 - cosine", yscale="log")

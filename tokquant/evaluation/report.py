@@ -1,4 +1,4 @@
-"""Schemes side by side over all layers of some activations: the figures that a table, JSON and a page show."""
+"""Comparisons of schemes gathered over the layers of a model: the figures behind a table, JSON and an HTML page."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from tokquant.schemes import QuantScheme, SchemeMap, read
 
 @dataclass(frozen=True)
 class Judged:
-    """One scheme over all layers; figures are means over them."""
+    """One scheme's comparisons over all layers; its figures are means over the layers."""
 
     name: str
     """The scheme's, with a number where another has the same."""
@@ -35,7 +35,7 @@ class Judged:
 
     @property
     def worst_layer(self) -> str:
-        """The layer of the largest relative L1 error; one that is not a number is larger than any."""
+        """The layer with the largest relative L1 error; NaN counts as the largest."""
         return max(self.layers, key=lambda name: _order(self.layers[name].errors.rel_l1))
 
     @property
@@ -45,13 +45,13 @@ class Judged:
 
     @property
     def parts(self) -> dict[str, float] | None:
-        """What q, k, v and p each add to the error, relative L1; None where that was not measured."""
+        """Relative L1 error that q, k, v and p each add; None where it was not measured."""
         found = [each.explanation.parts for each in self.layers.values() if each.explanation is not None]
         return {role: fmean(parts[role] for parts in found) for role in found[0]} if found else None
 
     @property
     def bound(self) -> dict[str, Any] | None:
-        """Certified errors: means over all queries of error, bound and its parts, and how near to it errors come; or None."""
+        """Means over all queries of the error, its certified bound and the bound's parts, and the tightness; None without."""
         certified = [each for each in self.layers.values() if each.bound is not None]
         if not certified:
             return None
@@ -63,12 +63,12 @@ class Judged:
         }
 
     def worst_rows(self, most: int) -> list[tuple[str, WorstRow]]:
-        """The rows that are furthest off, with their layers, the worst first."""
+        """The rows with the largest errors, with their layers, the worst first."""
         rows = [(name, row) for name, each in self.layers.items() if each.explanation for row in each.explanation.worst]
         return sorted(rows, key=lambda found: _order(found[1].error), reverse=True)[:most]
 
     def summary(self) -> dict:
-        """The means, by the names that JSON has them under."""
+        """The means, by their keys in JSON."""
         first = next(iter(self.layers.values()))
         found = {
             "cosine": self.mean(lambda each: each.errors.cosine),
@@ -105,9 +105,9 @@ class Report:
     """Schemes over the same layers."""
 
     input: str
-    """What the activations are called."""
+    """Name of the activations."""
     setting: Mapping[str, str]
-    """What was measured, on what and with what, by name."""
+    """Conditions of the measurement (shape, features, machine, versions), by name."""
     schemes: Sequence[Judged]
 
     @property
@@ -116,7 +116,7 @@ class Report:
         return list(self.schemes[0].layers)
 
     def front(self, cost: Callable[[Judged], float]) -> list[Judged]:
-        """The Pareto front: schemes that none errs less than at no more cost, nor as little at less; the cheapest first."""
+        """The Pareto front of cost and relative L1 error, the cheapest scheme first."""
         sound = [each for each in self.schemes if isfinite(each.rel_l1) and isfinite(cost(each))]
         ordered = sorted(sound, key=lambda each: (cost(each), each.rel_l1))
         front: list[Judged] = []
@@ -131,7 +131,7 @@ class Report:
 
 
 def bits_of_cache(judged: Judged) -> float:
-    """The mean bits per value of k and v, which is what is kept and read over and over."""
+    """Mean bits per value of k and v, the operands that a cache stores and every step reads."""
     return fmean((judged.bits["k"], judged.bits["v"]))
 
 
@@ -141,9 +141,9 @@ def gather(
     schemes: Sequence[QuantScheme | SchemeMap | str],
     layers: Mapping[str, Sequence[Comparison]],
 ) -> Report:
-    """What `compare` gave for each layer with these schemes, as a report.
+    """Gather what `compare` returned for each layer with these schemes into a report.
 
-    Raises ValueError where there is nothing, or another number of comparisons than of schemes; SchemeError.
+    Raises ValueError where there is nothing, or a layer has not one comparison per scheme; SchemeError.
     """
     if not layers or not all(layers.values()):
         raise ValueError("layers: there is nothing to report; give the comparisons of at least one layer and scheme")
@@ -159,4 +159,5 @@ def gather(
 
 
 def _order(error: float) -> float:
+    """A sort key under which NaN is the largest error."""
     return error if error == error else float("inf")

@@ -1,15 +1,15 @@
-"""Queries that stand for all of a long sequence."""
+"""A sample of the queries of a long sequence, where measuring all of them would take too long."""
 
 import numpy as np
 
 RUN = 32
-"""Queries next to each other that are taken where not all are."""
+"""Consecutive queries that are sampled together."""
 
 
 def runs(n: int, wanted: int | None) -> list[slice]:
-    """All of n queries, or about as many as wanted, in runs from the first to the last."""
+    """About `wanted` of n queries, in evenly spaced runs that include the last; all where `wanted` is None."""
     if wanted is None or wanted >= n:
         return [slice(0, n)]
-    long = min(RUN, wanted)
-    starts = np.linspace(n - long, 0, wanted // long).astype(int)
-    return [slice(int(start), int(start) + long) for start in sorted(set(starts))]
+    size = min(RUN, wanted)
+    starts = np.linspace(n - size, 0, wanted // size).astype(int)
+    return [slice(int(start), int(start) + size) for start in sorted(set(starts))]

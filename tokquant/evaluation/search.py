@@ -1,4 +1,4 @@
-"""Search: a scheme for each layer, from what schemes do to real activations and what they cost."""
+"""Mixed-precision search: a scheme for each layer, from measured errors on its activations and from costs."""
 
 import glob
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +23,12 @@ Cost = Literal["bits", "kv_bits", "ms"]
 Over = Literal["mean", "worst"]
 METRICS, COSTS = get_args(Metric), get_args(Cost)
 ROUNDING = 1e-9
-"""Sums of costs that are equal on paper may differ by this."""
+"""Slack of a budget: sums of costs that are mathematically equal may differ by rounding."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One layer of what was found."""
+    """The scheme that was found for one layer, its error and its cost."""
 
     layer: str
     scheme: LayerScheme
@@ -38,21 +38,21 @@ class Choice:
 
 @dataclass(frozen=True)
 class Found:
-    """A scheme map with what it costs and errs, beside all other combinations that nothing beats, and every single scheme."""
+    """The scheme map that a search found, with its error and cost, the whole Pareto front, and single schemes to compare."""
 
     map: SchemeMap
     error: float
     cost: float
     metric: Metric
     unit: Cost
-    """What the cost is in."""
+    """Unit of the cost."""
     layers: list[Choice]
     front: list[tuple[float, float]]
-    """(cost, error), cheapest first."""
+    """(cost, error) of every combination on the Pareto front, cheapest first."""
     singles: dict[str, tuple[float, float]]
-    """(cost, error) of one scheme for all layers, by its name; where it fits all."""
+    """(cost, error) of using one scheme for all layers, by its name, for schemes that fit every layer."""
     held_out: dict[str, float]
-    """Errors on the held-out activations, by name: the map's and those of single schemes."""
+    """Errors of the map and of single schemes on the held-out activations, by name."""
 
 
 def search(
@@ -78,7 +78,7 @@ def search(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Found:
-    """The scheme map that errs least within a cost, or costs least within an error.
+    """Find the scheme map of least error within a budget of cost, or of least cost within a budget of error.
 
     Each layer is judged on its own activations, so the effect of one layer's error on the next is not counted.
 
@@ -154,7 +154,7 @@ def search(
 
 
 def of_schemes(table: Table, over: Over) -> dict[str, tuple[float, float]]:
-    """(cost, error) over all layers of each scheme of a table that fits all, by its name."""
+    """(cost, error) over all layers of each scheme in a table that fits every layer, by its name."""
     error = np.stack([each.sum(axis=0) for each in table.error])
     cost = np.stack([each.sum(axis=0) for each in table.cost]).sum(axis=0)
     joined = error.mean(axis=0) if over == "mean" else error.max(axis=0)
@@ -175,7 +175,7 @@ def _check_layers(activations: object, held_out: object) -> None:
 
 
 def _schemes(candidates: Sequence[QuantScheme | str] | None, activations: Activations) -> list[QuantScheme]:
-    """Each once."""
+    """The candidates, each once; the default ones where None."""
     if candidates is None:
         return families.default(operands(activations, next(iter(activations)))[0].shape[3])
     if isinstance(candidates, str | QuantScheme | SchemeMap) or not candidates:
@@ -190,7 +190,7 @@ def _schemes(candidates: Sequence[QuantScheme | str] | None, activations: Activa
 
 
 def _check_for_heads(schemes: Sequence[QuantScheme]) -> None:
-    """A head is judged beside others of one scheme, and may end in a range with none of them."""
+    """Refuse schemes whose codes of a head depend on the other heads: heads are judged together, and may be split apart."""
     for scheme in schemes:
         whole = any(x.scaled and x.granularity.kind == "tensor" for x in (scheme.q, scheme.k, scheme.v))
         if whole or needed(scheme):
@@ -202,15 +202,15 @@ def _choices(table: Table, picked: np.ndarray) -> Iterator[Choice]:
     """The scheme of each layer, from the option that each of its units takes."""
     at = 0
     for layer, heads, error, cost in zip(table.layers, table.kv_heads, table.error, table.cost, strict=True):
-        own, units = picked[at : at + len(error)], np.arange(len(error))
+        options, units = picked[at : at + len(error)], np.arange(len(error))
         at += len(error)
-        schemes = [table.schemes[option] for option in own]
+        schemes = [table.schemes[option] for option in options]
         scheme = _in_ranges(schemes) if len(schemes) == heads else schemes[0]
-        yield Choice(layer, scheme, float(error[units, own].sum()), float(cost[units, own].sum()))
+        yield Choice(layer, scheme, float(error[units, options].sum()), float(cost[units, options].sum()))
 
 
 def _in_ranges(schemes: list[QuantScheme]) -> LayerScheme:
-    """A scheme for each head, in ranges."""
+    """One scheme per head, as ranges of heads with equal schemes."""
     parts: list[tuple[int, QuantScheme]] = []
     for scheme in schemes:
         if parts and parts[-1][1] == scheme:
@@ -221,6 +221,7 @@ def _in_ranges(schemes: list[QuantScheme]) -> LayerScheme:
 
 
 def _budget(text: object) -> tuple[str, float]:
+    """Name and limit of a budget such as `"bits=8.5"`; a cosine becomes the error 1 - cosine."""
     known = (*METRICS, *COSTS)
     name, _, number = text.partition("=") if isinstance(text, str) else ("", "", "")
     try:
@@ -234,7 +235,7 @@ def _budget(text: object) -> tuple[str, float]:
 
 
 def _units(budget: str, kind: str, metric: str | None, cost: str | None) -> tuple[Metric, Cost]:
-    """What errors are measured by and what costs are in: one of them is the budget's."""
+    """The metric of errors and the unit of costs, one of which is the budget's."""
     for what, given, known in (("metric", metric, METRICS), ("cost", cost, COSTS)):
         if given is not None and given not in known:
             raise ValueError(f"{what}: {quote(given)} is not valid; use {', '.join(known)}{nearest(given, known)}")

@@ -1,4 +1,4 @@
-"""What each scheme does to each layer of real activations, and what it costs there: the table that a search reads."""
+"""Error and cost of every candidate scheme in every layer: the table that a search reads."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ Progress = Callable[[Iterator[str], int], Iterator[str]]
 class Table:
     """Errors and costs of schemes, layer by layer; infinite where a scheme does not fit.
 
-    A layer is one unit, or its heads of K and V are one each: a layer's error and cost are the sums over its units.
+    A unit is what takes one scheme: a layer, or one of its heads of K and V. A layer's error and cost are sums over its units.
     """
 
     layers: list[str]
@@ -45,7 +45,7 @@ class Table:
     error: list[Floats]
     """`[units, schemes]` for each layer."""
     cost: list[Floats]
-    """`[units, schemes]` for each layer; the sum over layers is the whole's."""
+    """`[units, schemes]` for each layer; they add up over layers."""
 
 
 def measure(
@@ -63,33 +63,35 @@ def measure(
 ) -> Table:
     """Error and cost of every scheme in every layer; arguments are those of `tokquant.search`."""
     layers = list(activations)
-    kv_heads, error, price, values = [], [], [], 0
+    kv_heads, errors_of, costs_of, values = [], [], [], 0
     for layer in progress(iter(layers), len(layers)) if progress else layers:
         q, k, v = operands(activations, layer)
         judge = _Judge(q, k, v, rows, heads, metric, features)
-        own = [of_layer(scheme, layer) for scheme in schemes]
-        found = np.stack([judge.error(scheme) for scheme in own], axis=1)
+        layer_schemes = [of_layer(scheme, layer) for scheme in schemes]
+        found = np.stack([judge.error(scheme) for scheme in layer_schemes], axis=1)
         if relative_to is not None:
-            unit = judge.error(of_layer(relative_to, layer)).sum()
-            if not 0 < unit < np.inf:
-                why = "has no error" if unit == 0 else "does not fit, or gives what is no number,"
+            base = judge.error(of_layer(relative_to, layer)).sum()
+            if not 0 < base < np.inf:
+                why = "has no error" if base == 0 else "does not fit, or gives what is no number,"
                 raise ValueError(f"relative_to: {relative_to.name!r} {why} in layer {quote(layer)}; count in another's errors")
-            found = found / unit
+            found = found / base
         if cost != "ms":
-            spent = [_bits(q, k, scheme, cost) for scheme in own]
+            spent = [_bits(q, k, scheme, cost) for scheme in layer_schemes]
             values += k.numel() + v.numel() + (q.numel() if cost == "bits" else 0)
         elif target is None:
-            spent = [_measured_ms(q, k, v, scheme, features) for scheme in own]
+            spent = [_measured_ms(q, k, v, scheme, features) for scheme in layer_schemes]
         else:
-            spent = [_predicted_ms(q, k, scheme, target, judge.features) for scheme in own]
+            spent = [_predicted_ms(q, k, scheme, target, judge.features) for scheme in layer_schemes]
         kv_heads.append(k.shape[1])
-        error.append(found)
-        price.append(np.repeat(np.array(spent)[None] / len(found), len(found), axis=0))
-    return Table(layers, kv_heads, list(schemes), error, price if cost == "ms" else [each / values for each in price])
+        errors_of.append(found)
+        costs_of.append(np.repeat(np.array(spent)[None] / len(found), len(found), axis=0))
+    if cost != "ms":  # bits per value
+        costs_of = [each / values for each in costs_of]
+    return Table(layers, kv_heads, list(schemes), errors_of, costs_of)
 
 
 def operands(activations: Activations, layer: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, K and V of a layer. Raises ValueError or TypeError, naming it, unless they are finite and can be attended."""
+    """Q, K and V of a layer. Raises ValueError or TypeError, naming the layer, unless they are finite and fit each other."""
     given = activations[layer]
     try:
         if not isinstance(given, Sequence) or len(given) != 3:
@@ -105,7 +107,7 @@ def operands(activations: Activations, layer: str) -> tuple[Tensor, Tensor, Tens
 
 
 class _Judge:
-    """The exact output of some queries of a layer, and how far schemes are from it."""
+    """Measures schemes against the exact output of a sample of one layer's queries."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, rows: int | None, heads: bool, metric: str, features: dict[str, Any]):
         self.operands, self.metric = (q, k, v), metric
@@ -115,7 +117,7 @@ class _Judge:
         self.exact, _ = reference.oracle(q, k, v, self.features, self.only)
 
     def error(self, scheme: LayerScheme) -> Floats:
-        """Of each unit; infinite where the scheme does not fit this layer, or gives what is no number."""
+        """The error of each unit; infinite where the scheme does not fit this layer, or its output is not finite."""
         try:
             out = self.output(scheme)
         except ValueError:  # a group that does not divide head_dim, a scale that its type does not hold
@@ -129,7 +131,7 @@ class _Judge:
         return np.where(np.isfinite(found), found, np.inf)
 
     def output(self, scheme: LayerScheme) -> Tensor:
-        """What attention by the scheme gives for these queries, `[B, H_q, rows, D]`."""
+        """Attention with the scheme for the sampled queries, `[B, H_q, rows, D]`."""
         q, k, v = self.operands
         if isinstance(scheme, HeadSchemes):
             check_heads(scheme, k.shape[1], None)
@@ -147,7 +149,7 @@ def _emulated(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: Fe
 
 
 def scales_for(scheme: LayerScheme, q: Tensor, k: Tensor, v: Tensor) -> LayerScales | None:
-    """Scales calibrated on these tensors themselves, where the scheme needs some."""
+    """Scales calibrated on these very tensors; None for a scheme that needs none."""
     if isinstance(scheme, HeadSchemes) or not needed(scheme):
         return None
     calibrator = Calibrator(scheme)
@@ -168,7 +170,7 @@ def _bits(q: Tensor, k: Tensor, scheme: LayerScheme, cost: str) -> float:
 
 
 def _measured_ms(q: Tensor, k: Tensor, v: Tensor, scheme: LayerScheme, features: dict[str, Any]) -> float:
-    """With quantization."""
+    """Milliseconds of attention with quantization, measured."""
     scales = scales_for(scheme, q, k, v)
     own = quantizing("auto", q.device)
     [found] = interleaved_medians([partial(attention, q, k, v, scheme, scales=scales, backend=own, **features)], 3, q.device)
@@ -176,7 +178,7 @@ def _measured_ms(q: Tensor, k: Tensor, v: Tensor, scheme: LayerScheme, features:
 
 
 def _predicted_ms(q: Tensor, k: Tensor, scheme: LayerScheme, target: str, features: Features) -> float:
-    """Of attention on codes: its operations at the rate that kernels with these features should reach on the target."""
+    """Milliseconds of attention on codes: its operations at the rate predicted for such kernels on the target."""
     (b, h, n_q, d), (kv_heads, n_k) = q.shape, k.shape[1:3]
     first, end = seen(n_q, n_k, features.reach())
     operations = 4 * b * h * int(np.maximum(end - first, 0).sum()) * d

@@ -1,4 +1,4 @@
-"""How far quantized attention may be from exact attention, guaranteed."""
+"""Certified error bounds: how far quantized attention can be from exact attention."""
 
 from tokquant.evaluation.bound.certificate import Bound, error_bound
 

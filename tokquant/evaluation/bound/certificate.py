@@ -1,10 +1,10 @@
-"""Certificates: how far the output of quantized attention may be from the exact one, query by query, and why.
+"""Certificates: a bound on the error of quantized attention for every query, as a sum of parts with their causes.
 
 With t the logits of the codes, p = softmax(t), and p0, p1 the exact softmax and that with Q's rounding alone,
 
     exact = sum p0 v  ->  Q's rounding: sum p1 v  ->  K's: sum p v  ->  V's: sum p v~  ->  P's: sum p~ v~  ->  float32
 
-and each arrow moves the output by no more than one of the parts below.
+and each arrow moves the output by at most one of the parts below.
 """
 
 import math
@@ -29,33 +29,33 @@ from tokquant.schemes.placement import place
 from tokquant.tensor import Coded, QuantizedTensor
 
 NEGLIGIBLE = -100.0
-"""The logarithm of a share of a row that float32 does not see."""
+"""Natural logarithm of a share of a row that is too small to change a sum in float32."""
 
 OVERFLOW = 118 / LOG2E
-"""The logarithm of what float32 holds, in units of codes."""
+"""Natural logarithm of the largest sum, in units of P's codes, that surely does not overflow float32."""
 
 FLOAT64 = 1 + 2.0**-30
-"""A bound is computed too: more than float64 loses of it, with logits up to a million."""
+"""Factor that covers the rounding of the bound itself, computed in float64, with logits up to a million."""
 
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """What |attention - exact attention| is at most, the largest over channels: each `[B, H_q, N_q]` float64.
+    """Upper bounds on |attention - exact attention|, the largest over channels: each `[B, H_q, N_q]` float64.
 
     `total` is at most the sum of the parts. A row that attends to nothing has 0; infinity means that nothing is guaranteed.
     """
 
     total: Tensor
     q: Tensor
-    """Of it, what rounding Q did."""
+    """The part of rounding Q."""
     k: Tensor
-    """Rounding K, with Q rounded."""
+    """The part of rounding K, with Q rounded."""
     p: Tensor
-    """Rounding the probabilities, with those lost below the smallest code."""
+    """The part of rounding the probabilities, including those that round to zero."""
     v: Tensor
-    """Rounding V."""
+    """The part of rounding V."""
     rounding: Tensor
-    """Float32 arithmetic in any order, and the output's type."""
+    """The part of float32 arithmetic, in any order of summation, and of rounding to the output's type."""
 
 
 def error_bound(
@@ -101,7 +101,7 @@ def error_bound(
 
 
 def _bound(operands: Part, features: Features, tensors: tuple[Tensor, Tensor, Tensor] | None) -> Bound:
-    """Of heads that take one scheme."""
+    """The bound for heads that share one scheme, from their operands and, if they are known, the original tensors."""
     q, k, v, scheme = operands
     b, heads, n_q = q.shape[:3]
     parts = {each.name: torch.empty(b, heads, n_q, dtype=torch.float64, device=q.device) for each in fields(Bound)}
@@ -114,7 +114,7 @@ def _bound(operands: Part, features: Features, tensors: tuple[Tensor, Tensor, Te
 
 
 class _Certificate:
-    """What the rows share, and the parts of some rows. A sink is one more key, whose value is 0."""
+    """Computes the parts of a bound for some rows at a time. A sink counts as one more key, whose value is 0."""
 
     def __init__(
         self, q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, scheme: QuantScheme, features: Features, x: Known
@@ -124,7 +124,7 @@ class _Certificate:
             each if features.sinks is None else torch.nn.functional.pad(each, (0, 0, 0, 1))
             for each in (x.v, x.decoded_v, x.v_error, x.v_terms)
         )
-        # so that squares do not cancel where values have a mean
+        # centred, so that the variance does not cancel where values have a large mean
         self.centred = self.values - _mean(self.values)
 
     def rows(self, rows: slice) -> dict[str, Tensor]:
@@ -143,18 +143,18 @@ class _Certificate:
         parts = {"q": of_q, "k": of_k, "p": of_p, "v": of_v, "rounding": rounding, "total": of_both + of_p + of_v + rounding}
         nothing = ~t.attended[..., : self.k.shape[2]].any(dim=-1)
         parts = {name: FLOAT64 * part.amax(dim=-1) for name, part in parts.items()}
-        # what is not a number guarantees nothing
+        # a NaN guarantees nothing
         return {name: torch.where(nothing, 0.0, part.nan_to_num(math.inf, posinf=math.inf)) for name, part in parts.items()}
 
     def _of_scores(self, t: Logits, p: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What Q's rounding, K's, and both together move, `[B, H_q, rows, D]`.
+        """Bounds on the change of the output by rounding Q, rounding K, and both together, `[B, H_q, rows, D]`.
 
         For weights p and p' of the same values, |sum (p' - p) v| is at most their total variation times the range of v, and, by
         Cauchy and Schwarz, sqrt(sum (p' - p)^2 / p) times the deviation of v under p.
         """
         spread = _range(self.values, seen)
         square = matmul_kept(p, self.centred.square())
-        # up by what float64 may have cancelled
+        # increased by what cancellation in float64 may have lost
         square = square * (1 + 2.0**-50 * p.shape[-1]) - matmul_kept(p, self.centred).square()
         deviation = square.clamp_min(0).sqrt()
         if self.x.signed:
@@ -168,17 +168,17 @@ class _Certificate:
         return (of_both - of_k).clamp_min(0), of_k, of_both
 
     def _drift(self, t: Logits, p: Tensor) -> tuple[Tensor, Tensor]:
-        """How much the logarithms of weights that count may be off in float32, and the share of P that underflows."""
+        """Error of the logarithms of non-negligible weights in float32, and the share of P that underflows or overflows."""
         rank = t.of_codes if self.x.log2_weight is None else t.of_codes.clone()
         if self.x.log2_weight is not None:
             rank[..., : self.k.shape[2]] += self.x.log2_weight / LOG2E
         highest = rank.amax(dim=-1, keepdim=True)
         rank = rank - highest
         counts = (p.log() + t.drift >= NEGLIGIBLE) | (rank + t.drift >= NEGLIGIBLE)
-        # the reference lies an ulp above the largest: below -1e9 that is more than float32 has powers for
+        # the reference is an ulp above the row's maximum: for maxima below -1e9 an ulp exceeds float32's range of exponents
         lost = torch.where(rank - 2.0**-22 * highest.abs() < -120 / LOG2E, p, 0.0).sum(dim=-1, keepdim=True)
-        # sums are in units of P's reference, which follows a tile 2^64 down: a sink that overflows there leaves nothing of
-        # the keys, and where keys do themselves, as V per token may let them, the output is not a number
+        # sums are in units of P's reference, which may follow a tile down by 2^64: if a sink overflows in them, the keys' share
+        # is lost; if keys do, as is possible with V per token, the output is NaN
         n_k = self.k.shape[2]
         down = -torch.where(t.attended[..., :n_k], rank[..., :n_k], 0.0).amin(dim=-1, keepdim=True)
         floor = down.clamp(max=64 / LOG2E) if self.scheme.p.granularity.kind == "row_block" else 0.0
@@ -189,7 +189,7 @@ class _Certificate:
         return torch.where(counts, t.drift, 0.0), lost
 
     def _of_p(self, t: Logits, p: Tensor, drift: Tensor, out: Tensor, seen: Tensor) -> Tensor:
-        """What rounding of P, and with a quantized normalizer of its sum, moves."""
+        """Bound on the change by rounding P, and by its rounded sum where the normalizer is quantized."""
         scheme, n_k, x = self.scheme, self.k.shape[2], self.x
         log2_p = t.of_codes[..., :n_k] * LOG2E
         if self.x.log2_weight is not None:
@@ -208,17 +208,17 @@ class _Certificate:
         gained = (error if weight is None else error * weight).sum(dim=-1, keepdim=True)
         kept = 1 - gained
         if weight is None:
-            # the largest is never lost
+            # the largest probability never rounds to zero
             kept = torch.maximum(kept, 0.75 * p[..., :n_k].amax(dim=-1, keepdim=True) * torch.exp(-2 * largest))
         moved = matmul_kept(error, (x.times_p - centre).abs()) + gained * (out - x.v_constant - centre).abs()
         moved = torch.where(kept > 0, moved / kept, math.inf)
         if self.v.origin is None or place(self.v.spec) == "output":
-            # a mean of values still
+            # the output is still a weighted mean of values
             moved = torch.minimum(moved, _range(self.decoded, seen))
         return moved
 
     def _of_float32(self, p: Tensor, drift: Tensor, lost: Tensor, out: Tensor, seen: Tensor) -> Tensor:
-        """What float32 adds before the output is cast."""
+        """Bound on the error of float32 arithmetic, before the output is cast."""
         summed = matmul_kept(p, self.terms)
         largest = torch.where(seen & self.terms.isfinite(), self.terms, 0.0).amax(dim=2, keepdim=True)
         underflow = float32.SMALLEST * largest + float32.FLUSHED * self.k.shape[2]
@@ -229,23 +229,23 @@ class _Certificate:
         sums = float32.sums_of_products(self.scheme, self.k.shape[2]) * summed
         rounding = moved * _range(self.decoded, seen) + sums + underflow
         if self.scheme.p.granularity.kind == "row_block" and place(self.v.spec) not in ("output", "p"):
-            # what earlier tiles hold is counted in units up to 2^64 times smaller
+            # the accumulator of earlier tiles may be rescaled to units 2^64 times smaller
             held = largest * 2.0**65 * (self.scheme.p.format.largest or 1.0)
             rounding = torch.where(held < torch.finfo(torch.float32).max, rounding, math.inf)
         return rounding
 
 
 def _moved(p: Tensor, change: Tensor, spread: Tensor, deviation: Tensor) -> Tensor:
-    """The smaller bound for a known change of weights."""
-    # what grew and what shrank are equal, but for what float64 loses of a change beside a weight near 1
+    """The smaller of both bounds of `_of_scores`, for a known change of the weights."""
+    # the sums of gains and of losses are equal, except for rounding of a change beside a weight near 1
     variation = torch.maximum(change.clamp_min(0).sum(dim=-1, keepdim=True), -change.clamp_max(0).sum(dim=-1, keepdim=True))
-    # of what float64 hardly holds nothing is known; no weight and no change is nothing
+    # a change of a weight too small for float64 counts as unbounded; no change counts as none
     share = torch.where(change == 0, 0.0, change.square() / torch.where(p < 1e-290, 0.0, p)).sum(dim=-1, keepdim=True).sqrt()
     return _smaller(variation * spread, share, deviation)
 
 
 def _moved_by(p: Tensor, error: Tensor, spread: Tensor, deviation: Tensor) -> Tensor:
-    """The smaller bound for logits that are off by up to `error`, where total variation is at most tanh of their spread / 4."""
+    """The smaller of both bounds for logits off by up to `error`: the total variation is at most tanh of their spread / 4."""
     variation = torch.tanh(error.amax(dim=-1, keepdim=True) / 2)
     share = (p * torch.expm1(error).square()).sum(dim=-1, keepdim=True).sqrt() / (p * torch.exp(-error)).sum(
         dim=-1, keepdim=True
@@ -260,7 +260,7 @@ def _smaller(by_range: Tensor, share: Tensor, deviation: Tensor) -> Tensor:
 
 
 def _range(values: Tensor, seen: Tensor) -> Tensor:
-    """The largest less the smallest value that some row attends to, `[B, H, 1, D]`; others show elsewhere."""
+    """Range of the finite values that some row attends to, `[B, H, 1, D]`; those that are not finite show in other terms."""
     counted = seen & values.isfinite()
     highest = torch.where(counted, values, -math.inf).amax(dim=2, keepdim=True)
     lowest = torch.where(counted, values, math.inf).amin(dim=2, keepdim=True)

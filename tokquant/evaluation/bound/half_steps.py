@@ -1,4 +1,4 @@
-"""How far a tensor may be from its codes, when nothing but the codes is known."""
+"""How far a tensor can be from the values of its codes, when only the codes are known."""
 
 import math
 
@@ -10,15 +10,15 @@ from tokquant.schemes.placement import place
 from tokquant.tensor import QuantizedTensor
 
 SCALE_ROUNDING = {"fp32": 2.0**-23, "fp16": 2.0**-10, "fp8_e4m3": 1 / 15}
-"""How far the largest value of a group may lie beyond the last code, as a share of it: its scale was rounded."""
+"""How far rounding a scale may leave the largest value of its group beyond the last code, as a share of that code's value."""
 
 
 def half_steps(x: QuantizedTensor) -> Tensor:
-    """Half of each code's step, float64 `[B, H, N, D]`, in the frame that the codes were taken in.
+    """Largest distance of a value from that of its code, float64 `[B, H, N, D]`, in the frame that was quantized.
 
-    The gap to the code's neighbours in the table of its precision, times its scale. A code at the end of its range stands for
-    all that was clipped to it: of dynamic scales that is what rounding them lost, of static ones it is infinite. Raises
-    UnsupportedError for a precision whose codes are too many to list.
+    That is half of the gap to the code's neighbours in the table of its precision, times the scale. A code at the end of the
+    range may also stand for clipped values: with dynamic scales as far as rounding the scale clips, with static ones any.
+    Raises UnsupportedError for a precision with too many codes to list.
     """
     values = decoded(x)
     if x.scale is None:
@@ -29,7 +29,7 @@ def half_steps(x: QuantizedTensor) -> Tensor:
         steps = _of_codes(x)
         if place(x.spec) == "operand":
             steps = steps + rounding_of(values, x.dtype)
-    # division, and float32 in the changes of frame
+    # the rounding of the division by the scale, and of float32 in the change of frame
     steps = steps * (1 + 2.0**-20) + 2.0**-22 * values.abs()
     if x.frame.turns:
         reach = values.norm(dim=-1, keepdim=True)
@@ -61,17 +61,17 @@ def _of_codes(x: QuantizedTensor) -> Tensor:
         steps = torch.full_like(scale, 0.5)
         last, reach = (counted <= 0) | (counted >= precision.levels), precision.levels * scale + zero + 2.0**-9
         if spec.scale_dtype == "fp32":
-            reach = reach - 2.0**-9  # below it the steps of the other types do not shrink any more
+            reach = reach - 2.0**-9  # fp16 and fp8 zeros have a smallest step
     clipped = reach * SCALE_ROUNDING[spec.scale_dtype] if spec.scale == "dynamic" else torch.full_like(reach, math.inf)
     return steps * scale + torch.where(last, clipped, 0.0)
 
 
 def decoded(x: QuantizedTensor) -> Tensor:
-    """What codes stand for in the frame they were taken in, float64: in the input's own type where a product decodes them."""
+    """The values of codes in the frame that was quantized, float64; rounded to the input's type where kernels decode to it."""
     return x.scaled_values().to(x.dtype).double() if place(x.spec) == "operand" else x.scaled_values(torch.float64)
 
 
 def rounding_of(x: Tensor, kind: torch.dtype) -> Tensor:
-    """The most that rounding to a type of floats took from what is now `x`."""
+    """Largest error of a rounding to a floating-point type that resulted in `x`."""
     info = torch.finfo(kind)
     return x.abs() * (info.eps / 2) + info.smallest_normal * info.eps / 2

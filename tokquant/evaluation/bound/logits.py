@@ -1,4 +1,4 @@
-"""Logits of codes and of tensors, and how far those in float32 may be off: natural, for some rows and all keys."""
+"""Natural logits of the codes and of the tensors, and the error of float32 logits, for some rows and all keys."""
 
 import math
 from dataclasses import dataclass
@@ -14,23 +14,26 @@ from tokquant.schemes.placement import as_bytes
 from tokquant.tensor import QuantizedTensor
 
 MASKED = -2.3e38
-"""Floats below it, added to logits, mask."""
+"""Values of an additive mask below this count as masked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Logits:
-    """Each `[B, H_q, rows, N_k]`, float64, with a column more where there is a sink."""
+    """Logits and their errors for some rows, each `[B, H_q, rows, N_k]` float64, with one more column for a sink."""
 
     of_codes: Tensor
     exact: Tensor
-    """Of the tensors, with `of_q` those of rounded queries: the same as `of_codes` where the tensors are not known."""
+    """Logits of the tensors; those of the codes where the tensors are not known."""
     of_q: Tensor
+    """Logits of quantized queries and exact keys; those of the codes where the tensors are not known."""
     q_error: Tensor
-    """What rounding may have added at most, where the tensors are not known."""
+    """Largest change by rounding Q, where the tensors are not known."""
     k_error: Tensor
+    """Largest change by rounding K, where the tensors are not known."""
     drift: Tensor
-    """How far the logarithm of a weight may be off in float32."""
+    """Largest error of the logarithm of a weight in float32."""
     attended: Tensor
+    """Whether the query attends to the key, bool."""
 
 
 def logits(q: QuantizedTensor, k: QuantizedTensor, scheme: QuantScheme, features: Features, x: Known, rows: slice) -> Logits:

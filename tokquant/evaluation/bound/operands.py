@@ -1,4 +1,4 @@
-"""What is known of Q, K and V beside their codes, as float64 matrices whose products are logits and their errors."""
+"""Q, K and V prepared for a certificate: float64 matrices whose products are logits and the errors of logits."""
 
 from dataclasses import dataclass, replace
 
@@ -11,45 +11,49 @@ from tokquant.schemes.placement import place
 from tokquant.tensor import QuantizedTensor
 
 Product = tuple[Tensor, Tensor]
-"""`[B, H_q, N_q, E]` and `[B, H_q, N_k, E]`: a number for each pair, from the rows that are asked for."""
+"""`[B, H_q, N_q, E]` and `[B, H_q, N_k, E]`, factors of a matrix over pairs, which is computed for some rows at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """Operands of one attention. Everything is float64, of Q's heads, and in no unit but that of the tensors given."""
+    """The operands of one attention: float64, with Q's heads, in the units of the original tensors."""
 
     logits: Product
-    """Scores of the codes, before `scale`, without what an offset of K took off a row."""
+    """Scores of the codes, before `scale`, without the contribution of K's offset, which is constant along a row."""
     q_error: Product
+    """Change of the scores by rounding Q; its largest magnitude where not `signed`."""
     k_error: Product
-    """What rounding of Q, and then of K, added to a score; how much it may have added at most where not `signed`."""
+    """Change of the scores by rounding K, with Q rounded; its largest magnitude where not `signed`."""
     signed: bool
     """Whether the tensors are known; else only their codes are."""
     lowered: Tensor | None
-    """What K's offset took off a row `[B, H_q, N_q, 1]`, before `scale`, as a kernel adds it back."""
+    """Contribution of K's offset to the scores of a row `[B, H_q, N_q, 1]`, before `scale`, as a kernel adds it back."""
     lowered_exactly: Tensor | None
+    """The same from the exact queries, where they are known."""
     lowered_terms: Tensor | None
-    """The magnitude of the terms it is summed from."""
+    """Bound on the magnitudes of the terms that `lowered` is summed from."""
     norms: Product
-    """`[B, H_q, N_q, 1]`, `[B, H_q, N_k, 1]`: their product is at least the sum of magnitudes of a score's terms."""
+    """`[B, H_q, N_q, 1]`, `[B, H_q, N_k, 1]`: their product is at least the sum of the magnitudes of a score's terms."""
     v: Tensor
-    """`[B, H_q, N_k, D]`: the tensor, or what its codes stand for."""
+    """`[B, H_q, N_k, D]`: the tensor, or the values of its codes."""
     decoded_v: Tensor
+    """The values of V's codes."""
     v_error: Tensor
-    """|decoded - v|, or half of each step."""
+    """|decoded_v - v|, or its largest value where the tensor is not known."""
     times_p: Tensor
-    """What rounding of P is multiplied with, in the output's frame."""
+    """The factor of P in the output, in the output's frame, by which an error of P is multiplied."""
     v_terms: Tensor
-    """Magnitudes that are summed with P, in the frame of the codes."""
+    """Magnitudes of the factors of P in a kernel's sums, in the frame that was quantized."""
     v_constant: Tensor
-    """What is added to the output for all tokens at once, with the sum of P: `[B, H_q, 1, D]`."""
+    """The part of V that is the same for all tokens, added to the output times the sum of P: `[B, H_q, 1, D]`."""
     log2_weight: Tensor | None
-    """V per token: what P is multiplied by before it is rounded, `[B, H_q, 1, N_k]`."""
+    """V per token: log2 of the weight that P is multiplied by before it is rounded, `[B, H_q, 1, N_k]`."""
     inverse_weight: Tensor | None
+    """V per token: the inverse of that weight."""
 
 
 def known(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, tensors: tuple[Tensor, Tensor, Tensor] | None) -> Known:
-    """What codes, and the tensors they were taken of, say."""
+    """Prepare the operands from their codes and, if they are known, the original tensors."""
     folded = place(k.spec) == "q"
     q_turned = decoded(q)
     k_turned = k.stored_values().double() if folded else decoded(k)
@@ -74,7 +78,7 @@ def known(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, tensors: t
         plain_k = replace(k.frame, offset=None).undo(k_values)
         q_error = (plain_q - exact_q if means is None else plain_q + means - exact_q, centred)
         lost = None if k.companion is None else k.companion.double() - centred
-        # in the tensors' own frame, which rounded factors of a balance undo but nearly, logits less errors are exact
+        # in the tensors' own frame logits minus errors are exact; rounded factors of a balance would cancel only nearly
         left, right = _beside(plain_q, means), _beside(plain_k, None if k.companion is None else k.companion.double())
         k_error = (left, _beside(plain_k - centred, lost))
         if constant is not None:
@@ -111,7 +115,7 @@ def known(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, tensors: t
 
 
 def _constant(k: QuantizedTensor) -> Tensor | None:
-    """What a score lacks for every key alike, as a vector that queries meet `[B, H_kv, 1, D]`."""
+    """The vector subtracted from every key, which lowers all scores of a query alike: `[B, H_kv, 1, D]`; None without."""
     constant = None if k.offset is None else k.offset.double()
     if place(k.spec) == "q" and k.origin is not None:
         origin = replace(k.frame, offset=None).undo(k.origin.double())
@@ -120,7 +124,7 @@ def _constant(k: QuantizedTensor) -> Tensor | None:
 
 
 def _lowered_terms(q: QuantizedTensor, turned: Tensor, k: QuantizedTensor) -> Tensor:
-    """By norms, the sums of magnitudes behind `logit_offset` `[B, H_q, N_q, 1]`: that of K's offset and that of its origin."""
+    """Bound, by norms, on the magnitudes of the terms of `logit_offset`, from K's offset and its origin: `[B, H_q, N_q, 1]`."""
 
     def product(left: Tensor, right: Tensor) -> Tensor:
         return left.norm(dim=-1, keepdim=True) * for_query_heads(right.double().norm(dim=-1, keepdim=True), turned, k)
@@ -134,7 +138,7 @@ def _lowered_terms(q: QuantizedTensor, turned: Tensor, k: QuantizedTensor) -> Te
 
 
 def _with_p(v: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What P's rounding meets, the magnitudes that P sums, and what is added for all tokens at once."""
+    """`times_p`, `v_terms` and `v_constant` of `Known`."""
     where, stored = place(v.spec), v.stored_values().double()
     origin = None if v.origin is None or where == "operand" else v.spread(v.origin).double()
     if where in ("none", "operand"):
@@ -152,7 +156,7 @@ def _with_p(v: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _in_output(steps: Tensor, v: QuantizedTensor) -> Tensor:
-    """Bounds of each channel after V's rotation is undone: sums of magnitudes instead of butterflies."""
+    """Bounds of each channel after V's rotation is undone: butterflies with magnitudes, so sums."""
     if not v.frame.rotated:
         return steps
     order = v.shape[3] & -v.shape[3]

@@ -1,4 +1,4 @@
-"""What rounding of P may take from each probability."""
+"""Bounds on the error of rounding P."""
 
 import math
 
@@ -12,17 +12,18 @@ from tokquant.schemes import QuantScheme
 def rounding_of_p(
     log2_p: Tensor, drift: Tensor, scheme: QuantScheme, dtype: torch.dtype, stacked: bool
 ) -> tuple[Tensor, Tensor]:
-    """How far codes of P may be from P, in units of the codes, and log2 of that unit.
+    """Largest error of P's codes, in units of the codes, and log2 of that unit.
 
     Args:
-        log2_p: base-2 logits with V's weight in them `[..., N]`, -inf where nothing attends.
-        drift: how much the logarithm of a weight may be off before it is rounded, `[..., N]`.
+        log2_p: base-2 logits including V's weight `[..., N]`, -inf where masked.
+        drift: largest error of the logarithm of a weight before rounding, `[..., N]`.
         dtype: of V.
-        stacked: whether a kernel takes 128 from codes and adds it back with the tile's sum of V, in float32.
+        stacked: whether a kernel subtracts 128 from codes and adds it back with the tile's sum of V, in float32.
 
-    Returns: `[..., T, n]` and `[..., T, 1]` of T key tiles. What is rounded to the nearest is off by its distance to it, which
-    changes no faster than what is rounded: so `drift` is added, whichever way a tie goes. Where the unit is not known (against
-    a running maximum, whose tiles a kernel chooses; 2^64 below the row's largest), it is the worst of all up to the row's.
+    Returns: `[..., T, n]` and `[..., T, 1]` of T key tiles. The error of rounding to nearest is the distance to the nearest
+    code, which changes no faster than the value that is rounded: so `drift` is added, whichever way a tie goes. Where the unit
+    is not known (against a running maximum, with tiles that a kernel chooses; or 2^64 below the row's maximum), the error is
+    the worst over all units up to the row's.
     """
     tile, n, largest = scheme.key_tile, log2_p.shape[-1], scheme.p.format.largest or 1.0
     padding = (0, -n % tile)
@@ -45,7 +46,7 @@ def rounding_of_p(
 
 
 def _float_of(precision: Precision, dtype: torch.dtype) -> torch.dtype | None:
-    """The type of floats that P is cast to, None for a code of few bits."""
+    """The floating-point type that P is cast to; None for a precision of few bits."""
     return None if precision.bits < 16 else precision.of(dtype).stored
 
 
