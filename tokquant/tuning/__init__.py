@@ -1,1 +1,1 @@
-"""Which launch of a kernel is fastest: what bytes and machine code say, then what a clock says."""
+"""Autotuning: a model ranks a kernel's launches from their traffic and machine code, then the best are timed."""

@@ -1,4 +1,4 @@
-"""Times the launches that the planner leaves, and keeps the fastest."""
+"""Times the launches that the planner selected, and records the fastest."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,22 +22,22 @@ from tokquant.tuning.planner import Trial, planned
 from tokquant.tuning.work import Step
 
 APART = 0.01
-"""Part of their magnitude by which outputs of equal tiles may differ: sums in another order turn a code of P now and then."""
+"""Relative difference allowed between outputs of launches with equal tiles: another order of a sum may flip a code of P."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning found."""
+    """The result of tuning one kernel for one shape."""
 
     entry: tuned.Entry
     trials: tuple[Trial, ...]
     """In the planner's order, the best prediction first."""
     kept: bool
-    """Whether the entry could be written."""
+    """Whether the entry could be written to the tuning cache."""
 
     @property
     def rank(self) -> int:
-        """The place of the fastest in the planner's order, from 1."""
+        """Rank of the fastest launch in the planner's order, from 1."""
         assert self.entry.rank is not None
         return self.entry.rank
 
@@ -52,14 +52,15 @@ def tune_attention(
     repeats: int,
     tensors: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tuned:
-    """Tune the kernel of this call on its device, and keep the result. Raises UnsupportedError where no candidate runs.
+    """Tune the kernel of this call on its device, and record the result. Raises UnsupportedError where no candidate runs.
 
-    `tensors` are what the operands were quantized from: a call from them is timed beside torch's, where that does the same.
+    Given `tensors`, which the operands were quantized from, quantization and attention together are also timed against torch's
+    attention, where that computes the same.
     """
     q, k, _ = operands
     call = launch.prepare(*operands, scheme, features, return_lse, deterministic=True)
     kernel = Kernel.of(call.plan, scheme, q.shape[3], q.dtype, targets.of(q.device), Wanted.of(features, return_lse))
-    # what is read is what will run, so that it is compiled once
+    # the planner reads the very kernel that is timed afterwards, so that it is compiled once
     kernel = replace(kernel, launched=lambda config: replace(call, config=config).compiled())
     trials = planned(kernel, Workload.of(q, k, features), keep)
     timed = time(call.plan, trials, lambda trial: replace(call, config=trial.config).run, repeats, q.device)
@@ -71,7 +72,7 @@ def tune_attention(
 
 
 def tune_pages(call: decode_launch.Call, *, keep: int | None, repeats: int) -> Tuned:
-    """The same for attention to pages."""
+    """Tune attention to the pages of a cache, and record the result. Raises UnsupportedError where no candidate runs."""
     (b, heads, n_q, d), device = call.q.shape, call.q.device
     kernel = Kernel.of(call.plan, call.scheme, d, call.q.dtype, call.target, call.wanted)
     untuned = call.plan.splits[0]
@@ -85,8 +86,10 @@ def tune_pages(call: decode_launch.Call, *, keep: int | None, repeats: int) -> T
 def _beside(
     tensors: tuple[Tensor, Tensor, Tensor], scheme: QuantScheme, features: Features, best: Trial, repeats: int
 ) -> dict[str, float]:
-    """Times of quantization with the best launch and of torch's attention, by their names in an entry; none where torch's does
-    not do the same, or does not run."""
+    """Times of quantization with the best launch, and of torch's attention, as fields of an entry.
+
+    Empty where torch's attention does not compute the same, or does not run.
+    """
     q, k, v = tensors
     if not sixteen_bit.does(q, k, v, scheme, features):
         return {}
@@ -105,7 +108,7 @@ def _beside(
 
 
 def fastest(kernel: Kernel, trials: Sequence[Trial]) -> Trial:
-    """Of those that were timed. Raises UnsupportedError where none was."""
+    """The fastest of the trials that were timed. Raises UnsupportedError where none was."""
     timed = [trial for trial in trials if trial.ms is not None]
     if not timed:
         raise UnsupportedError(f"tune: no candidate of {kernel!r} runs: {'; '.join(trial.why for trial in trials)}")
@@ -113,7 +116,7 @@ def fastest(kernel: Kernel, trials: Sequence[Trial]) -> Trial:
 
 
 def settle(kernel: Kernel, key: tuned.Key, trials: Sequence[Trial], **beside: float) -> Tuned:
-    """Record the fastest of these, which are in the planner's order, with what was timed beside it."""
+    """Record the fastest of these trials, which are in the planner's order, with the times of `_beside`."""
     best = fastest(kernel, trials)
     entry = tuned.Entry(
         key=key,
@@ -131,10 +134,10 @@ def settle(kernel: Kernel, key: tuned.Key, trials: Sequence[Trial], **beside: fl
 def time(
     plan: Plan, trials: Sequence[Trial], run: Callable[[Trial], Callable[[], Any]], repeats: int, device: torch.device
 ) -> tuple[Trial, ...]:
-    """Time what is left, in turn; `run` makes the launch of a trial, which gives output and LSE.
+    """Time the selected trials, interleaved. `run` makes a trial's launch, which returns output and LSE.
 
-    A launch that gives other numbers than the first of the same tiles and split, which is that without tuning where it is one
-    of them, is not timed: whatever a compiler or a GPU does wrong, tuning does not choose it.
+    A launch whose output differs from that of the first with the same tiles and split (the untuned one, where it is among
+    them) is not timed: where a compiler or a GPU makes an error, tuning must not choose it.
     """
     tried, first = list(trials), dict[tuple[int, int | None], Tensor]()
     for index in sorted(range(len(tried)), key=lambda index: not tried[index].untuned(plan)):
@@ -146,14 +149,14 @@ def time(
         except Exception as error:  # of Triton or of the driver
             tried[index] = replace(trial, why=f"does not run: {first_line(error)[:200]}")
             continue
-        alike = trial.config.block_n, trial.split
-        if alike not in first:
-            first[alike] = out.clone()
-        expected = first[alike]
+        order_of_sums = trial.config.block_n, trial.split
+        if order_of_sums not in first:
+            first[order_of_sums] = out.clone()
+        expected = first[order_of_sums]
         apart = (out.float() - expected.float()).abs().nanmean() / expected.float().abs().nanmean()
         if apart > APART or not torch.equal(out.isnan(), expected.isnan()):
             tried[index] = replace(trial, why=f"other numbers than a launch before it: {apart.item():.1%} apart")
-        out.fill_(torch.nan)  # what the next one does not write is seen
+        out.fill_(torch.nan)  # the next launch may get this memory: what it does not write shows
     left = [index for index, trial in enumerate(tried) if not trial.why]
     medians = interleaved_medians([run(tried[index]) for index in left], repeats, device)
     for index, ms in zip(left, medians, strict=True):

@@ -1,4 +1,4 @@
-"""What a launch has to do: its programs, the scores of each, and the bytes of all."""
+"""The work of a launch, as the planner's model needs it: its programs, the scores that each computes, and the bytes moved."""
 
 from dataclasses import dataclass, replace
 
@@ -15,31 +15,31 @@ from tokquant.whole_numbers import whole_number
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Of one launch under one configuration."""
+    """The work of one launch under one configuration."""
 
     programs: int
     scores: tuple[int, ...]
-    """That each program computes, in whole tiles and in the order they start; from the beginning again where there are more."""
+    """Scores that each program computes, in whole tiles and in grid order; repeated where there are more programs."""
     memory_bytes: float
-    """Inputs and outputs, once: what memory gives and takes where caches keep the rest."""
+    """Bytes of inputs and outputs, each once: the traffic of memory if the L2 cache serves everything else."""
     moved: float
-    """Bytes that all programs ask for, which caches serve."""
+    """Bytes of all loads and stores of all programs: the traffic of the L2 cache."""
     merged: float = 0.0
-    """Bytes that are moved afterwards, where parts are merged."""
+    """Bytes moved after the launch to merge partial results, where the keys are split."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The sizes of a call to `tq.decode`. Raises ValueError where one is none."""
+    """The sizes of a call to `tq.decode`. Raises ValueError for one that is no whole number from 1."""
 
     batch: int = 1
     heads: int
-    """Of Q; those of K and V follow from the kernel."""
+    """Heads of Q; those of K and V follow from the kernel."""
     queries: int = 1
     keys: int
-    """Of the longest sequence; the others count as if they were as long."""
+    """Keys of the longest sequence; the others are counted as if they were as long."""
     left: int | None = None
-    """Keys seen before a query's own place, where there is a window."""
+    """Keys that a window leaves visible before a query's own; None without a window."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "heads", "queries", "keys"):
@@ -47,9 +47,9 @@ class Step:
 
 
 def work(kernel: Kernel, given: Workload | Step, split: int | None = None) -> Work:
-    """Of attention at a workload, or of a kernel that reads pages at a step of decoding, its keys split so.
+    """The work of attention at a workload, or of a step of decoding from pages, its keys split by `split`.
 
-    Raises ValueError where kernel and sizes do not go together.
+    Raises ValueError where kernel and sizes do not fit.
     """
     return _of_attention(kernel, given) if isinstance(given, Workload) else _of_pages(kernel, given, split)
 
@@ -82,12 +82,12 @@ def _of_pages(kernel: Kernel, step: Step, split: int | None) -> Work:
     of_run = runs.keys // block_n
     bits = kernel.scheme.bits_per_value(kernel.head_dim)
     codes = kv_heads * seen * kernel.head_dim * (bits["k"] + bits["v"]) / 8
-    # output and LSE of a run in float32
+    # bytes of the partial output and LSE of a run, in float32
     part = 4 * step.batch * step.heads * step.queries * (kernel.head_dim + 1)
-    in_order = [max(0, min(of_run, tiles - of_run * run)) for run in range(runs.count) for _ in range(blocks)]
+    tiles_in_order = [max(0, min(of_run, tiles - of_run * run)) for run in range(runs.count) for _ in range(blocks)]
     return Work(
-        programs=kv_heads * len(in_order),
-        scores=tuple(block_m * block_n * each for each in in_order),
+        programs=kv_heads * len(tiles_in_order),
+        scores=tuple(block_m * block_n * each for each in tiles_in_order),
         memory_bytes=codes,
         moved=codes * blocks + part * runs.count,
         merged=part * (runs.count + 1) if runs.count > 1 else 0.0,
