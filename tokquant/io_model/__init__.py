@@ -1,4 +1,4 @@
-"""What attention moves: the exact bytes of a kernel's loads and stores, and what no algorithm can do without.
+"""The I/O of attention: the exact bytes of a kernel's loads and stores, and lower bounds for every algorithm.
 
 The bounds are those of Saha and Ye, "The I/O Complexity of Attention, or How Optimal is Flash Attention?" (arXiv 2402.07443),
 with constants, and with operands of different widths.

@@ -1,4 +1,4 @@
-"""Algorithms to hold the bounds against: what they move, and the one for small memories carried out."""
+"""Upper bounds: what known algorithms move, and an implementation of the one for small memories."""
 
 import math
 
@@ -13,14 +13,14 @@ Floats = NDArray[np.float64]
 
 
 class SlowMemory:
-    """A matrix in slow memory, and the words that went to and fro."""
+    """A matrix in slow memory that counts the words read and written."""
 
     def __init__(self, values: Floats):
         self.values = values
         self.words = 0
 
     def read(self, *place: slice) -> Floats:
-        """A part of it, in fast memory."""
+        """Copy a part to fast memory."""
         part = self.values[place].copy()
         self.words += part.size
         return part
@@ -37,11 +37,11 @@ def side(memory: int) -> int:
 
 
 def square_tiling(q: Floats, k: Floats, v: Floats, memory: int) -> tuple[Floats, int]:
-    """Algorithm 1 of Saha and Ye, SquareTilingAttention: exp(Q K^T) V over its row sums, and the words it moved.
+    """Run Algorithm 1 of Saha and Ye, SquareTilingAttention: exp(Q K^T) V over its row sums, and the words it moved.
 
-    Squares of B = sqrt(M / 4) in place of flash attention's long tiles: Q K^T goes to slow memory and comes back, which pays
-    where M is well below d^2. A reference for the theory, in float64, that keeps the scores `[N, N]` as the paper's does; as
-    there, they are neither scaled nor lowered by their maximum, so that large ones overflow.
+    It works on squares of side B = sqrt(M / 4) instead of flash attention's long tiles: Q K^T is written to slow memory and
+    read back, which pays where M is well below d^2. A reference for the theory, in float64: as in the paper, the scores
+    `[N, N]` are kept whole, not scaled, and not lowered by their maximum, so large ones overflow.
 
     Args:
         q, k, v: `[N, d]`.
@@ -73,16 +73,16 @@ def square_tiling(q: Floats, k: Floats, v: Floats, memory: int) -> tuple[Floats,
 
 
 def square_tiling_words(n: int, head_dim: int, memory: int) -> int:
-    """What `square_tiling` moves: 4 N^2 d / B + N^2 + N d + 2 N words where B divides N and d."""
+    """Words that `square_tiling` moves: 4 N^2 d / B + N^2 + N d + 2 N where B divides N and d."""
     b = side(memory)
     return 3 * n * head_dim * -(-n // b) + n**2 * -(-head_dim // b) + n**2 + n * head_dim + 2 * n
 
 
 def flash_words(n: int, head_dim: int, memory: int) -> int:
-    """Words that flash attention moves at best, one block of queries after another: 2 N d, and K and V once for each block.
+    """Words that flash attention moves with the largest blocks of queries that fit: 2 N d, and K and V once for each block.
 
-    A block holds, for each query, the query, its output, a score, a maximum and a sum, and beside them a key and its value.
-    Raises ValueError where no query fits.
+    Fast memory holds, for each query of a block, the query, its output, a score, a maximum and a sum; and one key and value.
+    Raises ValueError where not even one query fits.
     """
     rows = (memory - 2 * head_dim) // (2 * head_dim + 3)
     if rows < 1:
@@ -91,23 +91,23 @@ def flash_words(n: int, head_dim: int, memory: int) -> int:
 
 
 def flash_bytes(of: Problem, memory: float) -> float:
-    """The same in bytes, for operands and sums of any widths; infinite where no query fits.
+    """`flash_words` in bytes, for operands and sums of any widths; infinite where not even one query fits.
 
-    A block reads as many keys as its queries see, without their last tile's rest.
+    A block reads just the keys that its queries see, not whole tiles of them.
     """
     d = of.head_dim
     rows = math.floor((memory - d * (of.k + of.v)) / (d * (of.q + of.sums) + 3 * of.sums))
     if rows < 1:
         return math.inf
-    own = of.queries * d * of.q + of.outputs * (d * of.o + of.lse)
-    # never fewer than once
-    return own + max(of.scores / rows, of.keys) * d * (of.k + of.v)
+    q_and_out = of.queries * d * of.q + of.outputs * (d * of.o + of.lse)
+    # K and V are read at least once
+    return q_and_out + max(of.scores / rows, of.keys) * d * (of.k + of.v)
 
 
 def square_tiling_bytes(of: Problem, memory: float) -> float:
-    """SquareTiling in bytes, with squares as wide as sums; what only fills squares in part is not counted."""
+    """Bytes that SquareTiling moves with squares of elements as wide as sums, without rounding up to whole squares."""
     d, b = of.head_dim, math.sqrt(memory / 4 / of.sums)
-    # each at least once
+    # each operand is read at least once
     queries, keys, passes = max(of.scores / b, of.queries), max(of.scores / b, of.keys), max(d / b, 1)
     read = queries * d * of.q + keys * d * (of.k + of.v) + of.scores * passes * of.sums
     return read + of.scores * of.sums + of.outputs * (d * of.o + of.lse + 2 * of.sums)

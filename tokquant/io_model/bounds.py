@@ -1,11 +1,11 @@
 """Lower bounds on the bytes that attention moves, for operands of any widths and a fast memory of any size.
 
-Saha and Ye (arXiv 2402.07443) prove Theta(min(N^2 d / sqrt(M), N^2 d^2 / M)) words for a fast memory of M words. Here are
-the constants that their proofs give, in bytes: words of Q, K and sums weigh what they take. Each bound holds alone, and may be
-0: where all that is computed fits fast memory, nothing but inputs and outputs need move.
+Saha and Ye (arXiv 2402.07443) prove Theta(min(N^2 d / sqrt(M), N^2 d^2 / M)) words for a fast memory of M words. The bounds
+here have the constants of their proofs, and count bytes: each of Q, K and sums has a width of its own. Each bound holds alone,
+and may be 0: where the whole computation fits fast memory, only inputs and outputs need to move.
 
-`processors` have a fast memory of their own each; the bytes are those that all of them move. What is computed is what the
-kernels here compute, so masks that a kernel is given at a call do not make it less.
+Each of `processors` has a fast memory of its own; the bytes are those that all of them move. Every score that the kernels here
+compute counts, so a mask that is passed to a call does not lower the bounds.
 """
 
 import math
@@ -21,16 +21,16 @@ from tokquant.whole_numbers import whole_number
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is computed, over all heads: counts of what no algorithm can leave out, and bytes of an element."""
+    """An attention to bound: counts, over all heads, of what every algorithm has to compute, and bytes of an element."""
 
     scores: int
     """Pairs of a query and a key that causality and the window leave."""
     queries: int
-    """That see a key, in all heads of Q."""
+    """Queries that see a key, in all heads of Q."""
     keys: int
-    """That a query sees, in all heads of K."""
+    """Keys that a query sees, in all heads of K."""
     outputs: int
-    """Rows that are written."""
+    """Rows of the output."""
     head_dim: int
     q: float
     k: float
@@ -49,7 +49,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Each bound in bytes, and which of them says most."""
+    """The lower bounds in bytes, and which is the greatest."""
 
     compulsory: float
     pebble: float
@@ -57,39 +57,38 @@ class Bounds:
 
     @property
     def active(self) -> str:
-        """The name of the greatest."""
+        """The name of the greatest bound."""
         return max(vars(self), key=lambda name: vars(self)[name])
 
     @property
     def greatest(self) -> float:
-        """Bytes that no algorithm of this kind moves less than."""
+        """The bytes that every algorithm of this kind moves at least."""
         return max(vars(self).values())
 
 
 def problem(kernel: Kernel, workload: Workload) -> Problem:
-    """What a kernel computes at this workload, its operands as wide as their codes. Raises ValueError as `traffic` does."""
+    """The problem that a kernel solves at a workload, with operands as wide as their codes. Raises ValueError as `traffic`."""
     n_q, n_k = workload.n_q, workload.n_k
     first, end = seen(n_q, n_k, workload.reach(kernel))
     sees = end > first
-    # reach moves by a key from one query to the next, so what is seen has no gaps
+    # from one query to the next the visible range moves by one key, so their union has no gaps
     keys = int(end[sees].max() - first[sees].min()) if sees.any() else 0
     heads = workload.batch * workload.heads
-    own = kernel.dtype.itemsize
-    kept = {role: getattr(kernel.scheme, role).format.of(kernel.dtype) for role in "qkv"}
+    formats = {role: getattr(kernel.scheme, role).format.of(kernel.dtype) for role in "qkv"}
     return Problem(
         scores=heads * int(np.maximum(end - first, 0).sum()),
         queries=heads * int(sees.sum()),
         keys=workload.batch * workload.kv_heads(kernel) * keys,
         outputs=heads * n_q,
         head_dim=kernel.head_dim,
-        **{role: precision.stored.itemsize / precision.packed for role, precision in kept.items()},
-        o=own,
+        **{role: precision.stored.itemsize / precision.packed for role, precision in formats.items()},
+        o=kernel.dtype.itemsize,
         lse=4 * kernel.wanted.lse,
     )
 
 
 def lower_bounds(of: Problem, memory: float, processors: int = 1) -> Bounds:
-    """All bounds for fast memories of so many bytes. Raises ValueError for sizes that are none."""
+    """All bounds, for processors with `memory` bytes of fast memory each. Raises ValueError for sizes that are not positive."""
     if not memory > 0 or not math.isfinite(memory):
         raise ValueError(f"memory: {quote(memory)}; give bytes of fast memory above 0")
     whole_number("processors", processors, 1)
@@ -97,16 +96,16 @@ def lower_bounds(of: Problem, memory: float, processors: int = 1) -> Bounds:
 
 
 def compulsory(of: Problem) -> float:
-    """Every code that some score or output depends on is read once, every output written once, whatever the fast memory.
+    """Bytes of inputs and outputs: every code that an output depends on is read once, every output written once.
 
-    Scales, zeros, sums and means come on top.
+    Holds for a fast memory of any size. Scales, zeros, sums and means are not counted.
     """
     d = of.head_dim
     return of.queries * d * of.q + of.keys * d * (of.k + of.v) + of.outputs * (d * of.o + of.lse)
 
 
 def pebble(of: Problem, memory: float, processors: int = 1) -> float:
-    """Scores as sums of products, each term multiplied (no fast matrix multiplication): a pebble game with weighted words.
+    """A pebble game with weighted words: holds for scores computed as sums of products, not by fast matrix multiplication.
 
     Cut a run into parts, each as long as it moves no more than M bytes: what a part computes depends on at most 2 M bytes,
     held or read, and leaves at most 2 M. With I queries and J keys among the former, I d w_q + J d w_k <= 2 M, so that at most
@@ -125,11 +124,12 @@ def pebble(of: Problem, memory: float, processors: int = 1) -> float:
 
 
 def small_memory(of: Problem, memory: float, processors: int = 1) -> float:
-    """Who computes attention has computed Q K^T but for writing the scores: what that takes, less the writes (Theorem 3.7).
+    """The bound of a matrix product: attention computes Q K^T, except that it need not write the scores (Theorem 3.7).
 
     For the product, the bound of Smith, Lowery, Langou and van de Geijn (arXiv 1702.02017), in weighted words: while 2 M bytes
     are read at most 3 M are at hand, and a elements of Q meet b of K in c sums in at most sqrt(a b c) products (Loomis and
-    Whitney), which are most where each of the three takes M bytes. It falls as 1 / sqrt(M), and says most below d^2 words.
+    Whitney), which is largest where each of the three takes M bytes. It falls as 1 / sqrt(M), and is the greatest below d^2
+    words.
     """
     at_hand = math.sqrt(memory**3 / (of.q * of.k * of.sums))
     phases = of.scores * of.head_dim / at_hand
@@ -137,12 +137,12 @@ def small_memory(of: Problem, memory: float, processors: int = 1) -> float:
 
 
 def communication(n: int, head_dim: int, memory: float, values: float) -> float:
-    """In words, for one head: *any* algorithm that gives exact scores, fast matrix multiplication included (their Theorem 4.8).
+    """A bound in words, for one head, on *any* algorithm with exact scores, fast matrix multiplication included (Theorem 4.8).
 
-    min(N^2 d^2 / (8 M), N^2 / 8) - M: who knows Q and who knows K can only learn the scores from what passes between them, and
-    in a run that is what is read, written and held. Elements are of a field of `values`, which the proof needs to be more than
-    N: codes of 8 bits and less are too few, and 0 is returned. Never more than `pebble` in words of one width, which assumes
-    more.
+    min(N^2 d^2 / (8 M), N^2 / 8) - M, from communication complexity: one party knows Q and one knows K, so the scores can only
+    come from what passes between them, which in a run is what is read, written and held. The proof needs elements from a field
+    of `values` > N elements: codes of 8 bits and less are too few, and 0 is returned. It assumes less than `pebble`, and is
+    never greater in words of one width.
     """
     if values <= n:
         return 0.0

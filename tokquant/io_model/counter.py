@@ -1,4 +1,4 @@
-"""Counts what launches move: every load and store of them in Triton's interpreter, byte by byte."""
+"""Counts the bytes that launches move, by intercepting every load and store in Triton's interpreter."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,12 +23,12 @@ class Launch:
 
     kernel: str
     traffic: Traffic
-    """By its arguments: tensors, and fields of named tuples of tensors."""
+    """Its bytes by argument: tensors, and fields of named tuples of tensors."""
 
 
 @contextmanager
 def counting() -> Iterator[list[Launch]]:
-    """Every launch of a Triton kernel while the context is open, with the bytes that it loads and stores. Results are as ever.
+    """Record every launch of a Triton kernel in this block, with the bytes that it loads and stores. Results do not change.
 
     Raises UnsupportedError where the interpreter is off. A launch raises ValueError where two of its tensors share memory.
     """

@@ -1,4 +1,4 @@
-"""Bytes against fast memory, as a picture: the bounds, the algorithms, and where a kernel's launches lie."""
+"""A plot of bytes moved against fast memory: the bounds, known algorithms, and a kernel's launches."""
 
 import os
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ LINES = {
 
 
 def draw(found: Standing, launches: Sequence[tuple[Kernel, Traffic]], path: str | os.PathLike) -> None:
-    """Write bounds, algorithms and launches to an .svg, .png or .pdf file. One processor with one fast memory, of any size.
+    """Plot bounds, algorithms and launches to an .svg, .png or .pdf file, for one processor with one fast memory of any size.
 
-    A launch lies at what its tiles hold: queries, sums and scores, and a tile of keys and values.
+    A launch is placed at the bytes that its tiles hold: queries, sums and scores, and a tile of keys and values.
 
     Raises ValueError for another kind of file, UnsupportedError where matplotlib is not installed.
     """

@@ -1,4 +1,4 @@
-"""Where a kernel stands: what it moves beside the bounds, and beside the same attention in 16 bits."""
+"""Compares what a kernel moves with the lower bounds, and with the same attention in 16 bits."""
 
 from dataclasses import dataclass
 
@@ -15,39 +15,39 @@ SIXTEEN_BIT = QuantScheme(name="sixteen-bit", **{role: {"precision": "fp16"} for
 
 @dataclass(frozen=True)
 class Standing:
-    """A kernel at a workload, on its target."""
+    """The traffic of a kernel at a workload on its target, with the bounds and the 16-bit kernel to compare it to."""
 
     kernel: Kernel
     problem: Problem
     traffic: Traffic
     sixteen_bit: Traffic
-    """Of the kernel for 16-bit Q, K, V and P, launched as it is without tuning."""
+    """Traffic of the kernel for 16-bit Q, K, V and P, in its untuned launch."""
     memory: float
-    """Bytes of fast memory that a multiprocessor is taken to have."""
+    """Bytes of fast memory per multiprocessor that the bounds assume."""
     bounds: Bounds
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions of both products, of scores that causality and the window leave."""
+        """Multiplications and additions of both products, for the scores that causality and the window leave."""
         return 4 * self.problem.scores * self.problem.head_dim
 
     @property
     def intensity(self) -> float:
-        """Operations a byte that is moved."""
+        """Arithmetic intensity: operations per byte moved."""
         return self.operations / self.traffic.total
 
     @property
     def sixteen_bit_intensity(self) -> float:
-        """The same of the 16-bit kernel."""
+        """Arithmetic intensity of the 16-bit kernel."""
         return self.operations / self.sixteen_bit.total
 
     @property
     def above_bound(self) -> float:
-        """Times the greatest lower bound."""
+        """Bytes moved, as a multiple of the greatest lower bound."""
         return self.traffic.total / self.bounds.greatest
 
     def milliseconds(self, moved: float) -> float:
-        """For so many bytes at the bandwidth of the target's memory, by its datasheet: a prediction, not a measurement."""
+        """Time to move these bytes at the memory bandwidth of the target's datasheet: a prediction, not a measurement."""
         return moved / self.kernel.target.terabytes / 1e9
 
 
@@ -58,7 +58,7 @@ def standing(kernel: Kernel, workload: Workload, memory: float | None = None) ->
         memory: bytes of fast memory of each multiprocessor; all of its registers, shared and tensor memory where None.
     """
     target = kernel.target
-    other = kernel_of(
+    sixteen_bit = kernel_of(
         SIXTEEN_BIT,
         kernel.wanted,
         head_dim=kernel.head_dim,
@@ -72,16 +72,16 @@ def standing(kernel: Kernel, workload: Workload, memory: float | None = None) ->
         kernel,
         what,
         traffic(kernel, workload),
-        traffic(other, workload),
+        traffic(sixteen_bit, workload),
         memory,
         lower_bounds(what, memory, target.multiprocessors),
     )
 
 
 def launches(kernel: Kernel, workload: Workload) -> list[tuple[Kernel, Traffic]]:
-    """Every launch that tuning may choose and what it moves, the one that moves least first.
+    """Every launch that tuning may choose with its traffic, the least traffic first.
 
-    Fewest bytes is not fastest: `tokquant.tuning.planner` puts launches in order by time. Raises as `traffic`.
+    The fewest bytes are not the fastest launch: `tokquant.tuning.planner` predicts times. Raises as `traffic`.
     """
     found = [(each, traffic(each, workload)) for each in kernel.candidates()]
     return sorted(found, key=lambda one: one[1].total)

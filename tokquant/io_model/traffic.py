@@ -1,4 +1,4 @@
-"""The bytes that a launch moves between kernel and memory, exactly: every load and store of the template, nothing run."""
+"""The exact bytes that a launch loads and stores, from the sizes alone: a model of every load and store of the template."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,24 +33,24 @@ KINDS = {
     "F.mask": "mask",
     "F.sinks": "sinks",
 }
-"""What each tensor counts as; where all operands have it, by its field alone."""
+"""Kind of each tensor, by its name; by its field alone where that does not depend on the operand."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes moved, either way. Several lanes of one load at one address move it once; masked lanes move nothing."""
+    """Bytes loaded and stored. Lanes of one load that share an address move it once; masked lanes move nothing."""
 
     tensors: Mapping[str, int]
-    """By the kernel's own names: of attention `Q.codes`, `K.scale`, `F.mask`, `Out.data`, `Lse` ..."""
+    """Bytes of each tensor, by its name in the kernel: for attention `Q.codes`, `K.scale`, `F.mask`, `Out.data`, `Lse` ..."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Bytes of all tensors."""
         return sum(self.tensors.values())
 
     @property
     def kinds(self) -> dict[str, int]:
-        """By what they are, of attention: codes of q, k, v; o, lse, scales, zeros, means, sums, weights, bias, mask, sinks."""
+        """Bytes by kind: codes of q, k and v; o, lse, scales, zeros, means, sums, weights, bias, mask, sinks."""
         found: dict[str, int] = {}
         for name, moved in self.tensors.items():
             kind = KINDS.get(name) or KINDS.get(name.partition(".")[2], name)
@@ -60,13 +60,13 @@ class Traffic:
 
 
 def traffic(kernel: Kernel, workload: Workload) -> Traffic:
-    """What a launch of the kernel under its `config` moves: keys and values once for each block of queries of each head.
+    """Bytes that a launch of the kernel under its `config` moves: keys and values once for each block of queries of each head.
 
-    Equal, tensor by tensor, to what `counting` finds in Triton's interpreter. Caches are not in it: what a level between the
-    kernel and memory keeps is moved as often as the kernel asks for it.
+    Equal, tensor by tensor, to what `counting` finds in Triton's interpreter. Caches are not modelled: a load counts each time
+    it is issued, wherever it is served from.
 
-    Raises ValueError where kernel and workload do not go together, UnsupportedError for kernels of sequences of their own
-    lengths (count each by itself) and of pages.
+    Raises ValueError where kernel and workload do not fit, UnsupportedError for kernels of sequences of different lengths
+    (count each by itself) and of pages.
     """
     if isinstance(kernel.plan, DecodePlan) or kernel.wanted.varlen:
         raise UnsupportedError(
@@ -81,7 +81,7 @@ def traffic(kernel: Kernel, workload: Workload) -> Traffic:
 
 
 def _constants(plan: Plan) -> dict[str, Any]:
-    """The plan's constants but for types."""
+    """The plan's constants as Python values; names of types stay text."""
     words = {"True": True, "False": False}
     return {name: words.get(text, int(text) if text.isdigit() else text) for name, text in plan.constants}
 
@@ -102,7 +102,7 @@ def _widths(kernel: Kernel, workload: Workload) -> dict[str, int]:
 
 
 def _elements(c: dict[str, Any], walk: Walk, workload: Workload) -> Iterator[tuple[str, int]]:
-    """Each load and store of the template, in its order: the tensor, and its elements over all blocks of one head."""
+    """Each load and store of the template, in its order: the tensor, and the elements moved over all blocks of one head."""
     d, blocks, tiles, rows, keys = c["D"], len(walk.rows), int(walk.tiles.sum()), int(walk.rows.sum()), int(walk.keys.sum())
 
     def pairs(given: Pairs) -> int:
@@ -124,7 +124,7 @@ def _elements(c: dict[str, Any], walk: Walk, workload: Workload) -> Iterator[tup
     if c["LOWRANK"]:
         yield "F.bias", rows * c["RANK"]
 
-    # each tile of keys
+    # loads of each tile of keys
     yield "K.codes", keys * -(-d // c["K_PACKED"])
     k_scales = walk.key_groups(c["K_GROUP"])
     if c["K_SCALED"]:
@@ -151,7 +151,7 @@ def _elements(c: dict[str, Any], walk: Walk, workload: Workload) -> Iterator[tup
         yield "V.log2_weight", keys
         yield "V.inverse_weight", keys
     if c["TOKENS_LAST"]:
-        # stored in whole groups, and read so
+        # stored and read in whole groups of tokens
         stored = -(-walk.n_k // c["V_TOKENS"]) * c["V_TOKENS"]
         yield "V.codes", int(walk.keys_of(stored).sum()) // c["V_STACKED"] * d
     if c["TOKENS_FIRST"]:
@@ -171,7 +171,7 @@ def _elements(c: dict[str, Any], walk: Walk, workload: Workload) -> Iterator[tup
     if c["V_TOKEN_ZERO"]:
         yield "V.zero", keys
 
-    # and once a block
+    # loads and stores of each block of queries, after the loop
     if c["LOWERED_LOGITS"]:
         yield "Q.logit_offset", rows
     if c["SINKS"]:

@@ -1,4 +1,4 @@
-"""What a kernel is given, as far as it decides what moves: sizes, reach, and how wide masks and biases are."""
+"""The inputs of a kernel that decide its traffic: sizes, the visible range of keys, and the widths of masks and biases."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,36 +20,36 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """A mask, or a dense bias: a value for each pair of a query and a key."""
+    """A mask or a dense bias: a value for each pair of a query and a key, which may be broadcast."""
 
     bytes: int | None = None
-    """Of a value; 1 where it is boolean and 4 where not, if None."""
+    """Bytes of a value; where None, 1 if it is boolean and 4 if not."""
     rows: bool = True
-    """Whether it differs from query to query,"""
+    """Whether values differ between queries, instead of being broadcast."""
     keys: bool = True
-    """and from key to key; broadcast values are read once a tile."""
+    """Whether values differ between keys; broadcast ones are read once per tile."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The sizes of a call to `tq.attention`. Raises ValueError where one is none."""
+    """The sizes of a call to `tq.attention`. Raises ValueError for one that is no whole number from 1."""
 
     batch: int = 1
     heads: int
-    """Of Q; those of K and V follow from the kernel."""
+    """Heads of Q; those of K and V follow from the kernel."""
     n_q: int
     n_k: int
     window: tuple[int | None, int | None] = (None, None)
     """(left, right), as `tq.attention` takes it. Where the kernel has a right bound and none is given, it is causal: 0."""
     mask: Pairs = Pairs()
     bias: Pairs = Pairs()
-    """Of a dense bias."""
+    """Of a dense bias; others have no values for pairs."""
     sink_bytes: int = 4
 
     @classmethod
     def of(cls, q: QuantizedTensor, k: QuantizedTensor, features: Features) -> "Workload":
-        """That of a call: its sizes, its reach, and how wide its mask, its dense bias and its sinks are."""
-        given = features.bias.values if isinstance(features.bias, Dense) else None
+        """The workload of a call with these codes and features."""
+        bias = features.bias.values if isinstance(features.bias, Dense) else None
         return cls(
             batch=q.shape[0],
             heads=q.shape[1],
@@ -57,7 +57,7 @@ class Workload:
             n_k=k.shape[2],
             window=features.reach(),
             mask=_pairs(features.mask),
-            bias=_pairs(given),
+            bias=_pairs(bias),
             sink_bytes=4 if features.sinks is None else features.sinks.itemsize,
         )
 
@@ -67,7 +67,7 @@ class Workload:
         object.__setattr__(self, "window", window_of(self.window))
 
     def reach(self, kernel: Kernel) -> tuple[int | None, int | None]:
-        """Keys seen before and after a query's own place. Raises ValueError where kernel and window do not go together."""
+        """Keys visible before and after a query's own (None: all). Raises ValueError where kernel and window do not fit."""
         left, right = self.window
         if right is None and kernel.wanted.right:
             right = 0
@@ -80,12 +80,12 @@ class Workload:
         return left, right
 
     def kv_heads(self, kernel: Kernel) -> int:
-        """Heads of K and V. Raises ValueError where the kernel's sharing does not divide those of Q."""
+        """Heads of K and V. Raises ValueError where the kernel's GQA group does not divide the heads of Q."""
         return self.heads // shared_heads(kernel, self.heads)
 
 
 def shared_heads(kernel: Kernel, heads: int) -> int:
-    """Heads of Q that share one of K and V in a kernel. Raises ValueError where that does not divide so many heads."""
+    """Heads of Q that share one of K and V in a kernel. Raises ValueError where that does not divide `heads`."""
     shared = int(dict(kernel.plan.constants)["SHARED_HEADS"])
     if heads % shared:
         raise ValueError(f"heads: {heads} is no multiple of the {shared} that share one of K and V in this kernel")
@@ -97,7 +97,7 @@ def _pairs(x: Tensor | None) -> Pairs:
 
 
 def seen(n_q: int, n_k: int, reach: tuple[int | None, int | None]) -> tuple[Integers, Integers]:
-    """The first key that each query sees, and one past its last; the latter is not above the first where it sees none."""
+    """The range of keys that each query sees: `[first, end)`, int64 `[n_q]` each; empty where end <= first."""
     place = np.arange(n_q, dtype=np.int64) + (n_k - n_q)
     left, right = reach
     first = np.zeros_like(place) if left is None else np.clip(place - left, 0, n_k)
@@ -107,20 +107,21 @@ def seen(n_q: int, n_k: int, reach: tuple[int | None, int | None]) -> tuple[Inte
 
 @dataclass(frozen=True)
 class Walk:
-    """How the programs of one head go over its keys: a number for each block of queries."""
+    """The tiles of keys that the programs of one head visit; each array has an entry per block of queries."""
 
     block_m: int
     block_n: int
     n_k: int
     rows: Integers
-    """Queries, of which the last block may have fewer."""
+    """Queries of the block; the last block may have fewer."""
     begin: Integers
-    """Where the first tile of keys lies."""
+    """First key of the first tile."""
     tiles: Integers
+    """Tiles visited."""
 
     @classmethod
     def of(cls, kernel: Kernel, workload: Workload) -> "Walk":
-        """As the kernel's own loops have it: from the tile of the first key that some query of a block sees to the last's."""
+        """The tiles of the kernel's loops: from that of the first key that a query of the block sees to that of the last."""
         block_m, block_n = kernel.config.block_m, kernel.config.block_n
         n_q, n_k = workload.n_q, workload.n_k
         left, right = workload.reach(kernel)
@@ -135,19 +136,19 @@ class Walk:
 
     @cached_property
     def keys(self) -> Integers:
-        """Keys in those tiles."""
+        """Keys in the visited tiles."""
         return self.keys_of(self.n_k)
 
     def keys_of(self, n: int) -> Integers:
-        """The same, where keys go on to n, within the last tile."""
+        """Keys in the visited tiles if there are n in all, `n_k` or padded up to the end of the last tile."""
         return np.minimum(self.begin + self.tiles * self.block_n, n) - np.minimum(self.begin, n)
 
     def row_groups(self, tokens: int) -> int:
-        """Groups of so many queries, a power of two, that the blocks touch: once for each block."""
+        """Values that the blocks load where `tokens` queries (a power of two) share one: once per group and block."""
         return int((-(-self.rows // tokens)).sum())
 
     def key_groups(self, tokens: int) -> int:
-        """Groups of so many keys, a power of two, that the tiles touch: once for each tile."""
+        """Values that the tiles load where `tokens` keys (a power of two) share one: once per group and tile."""
         if tokens >= self.block_n:
             return int(self.tiles.sum())
         return int((-(-self.keys // tokens)).sum())
