@@ -1,1 +1,1 @@
-"""Calibration: from activations to static scales."""
+"""Calibration: static scales from observed activations."""

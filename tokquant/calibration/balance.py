@@ -1,4 +1,4 @@
-"""What static factors of balance are made of: the largest magnitudes that were seen, which merge by a maximum."""
+"""Statistics for static factors of balance: the largest magnitudes observed, which merge by a maximum."""
 
 import math
 
@@ -11,17 +11,17 @@ from tokquant.schemes.balance import ChannelBalance, RopePairBalance
 from tokquant.transforms import channel_factors, pair_norms, query_maxima, rope_pair_factors
 
 DIRECTIONS = 16
-"""In which the extent of a pair of channels is kept: the largest distance from any point is then known to within 2 %."""
+"""Directions in which the extent of a pair of channels is recorded: enough for its largest distance from any point to 2 %."""
 
 
 class Maxima(Statistics):
-    """Of K less the offset that its frame takes off, and of Q, of one layer: `[H_kv, 1, D]` and the like, float32.
+    """Maxima of one layer's Q and K, K without the offset that its frame subtracts: `[H_kv, 1, D]` and the like, float32.
 
     Args:
-        rule: what the factors are made by.
-        moves: whether K has a calibrated offset, which is known only at the end. Extremes of a channel move with it. The
-            largest norm of a pair does not, but how far its points reach in a direction does: so many directions are kept
-            instead, and the norm taken is at least the true one and at most 2 % more.
+        rule: the rule that makes the factors.
+        moves: whether K has a calibrated offset, which is known only at the end. The extremes of a channel can be shifted by it
+            then. The largest norm of a pair cannot, but the extent of its points in a direction can: so extents in `DIRECTIONS`
+            directions are recorded, and give a norm from the true one to 2 % more.
         heads, channels: of K.
 
     Raises SchemeError where the rule does not fit the head.
@@ -63,7 +63,7 @@ class Maxima(Statistics):
         self._add({name: value.amax(dim=0).cpu() for name, value in found.items()})
 
     def merge(self, other: "Maxima") -> None:
-        """Add what another saw of as many heads and channels."""
+        """Add another's maxima, of as many heads and channels."""
         self._add(other.largest)
 
     def factors(self, offset: Tensor | None) -> Tensor:
@@ -85,10 +85,11 @@ class Maxima(Statistics):
 
 
 def angles() -> list[float]:
+    """The recorded directions, in radians."""
     return [2 * math.pi * i / DIRECTIONS for i in range(DIRECTIONS)]
 
 
 def towards(x: Tensor, angle: float) -> Tensor:
-    """How far each pair of channels (f, f + D/2) lies in a direction: `[..., D] -> [..., D/2]`."""
+    """Each pair of channels (f, f + D/2), as a point in the plane, projected on a direction: `[..., D] -> [..., D/2]`."""
     first, second = x.float().chunk(2, dim=-1)
     return math.cos(angle) * first + math.sin(angle) * second

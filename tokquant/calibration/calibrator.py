@@ -1,4 +1,4 @@
-"""Calibrator: watch activations, then fix the static parts of a scheme."""
+"""Calibrator: observes activations, and computes the static scales, offsets and factors of a scheme from them."""
 
 import numbers
 import os
@@ -23,7 +23,7 @@ from tokquant.transforms import Frame, sixteen_bit
 
 
 class Calibrator:
-    """Gathers statistics of Q, K and V layer by layer and turns them into scales.
+    """Collects statistics of Q, K and V layer by layer and turns them into scales.
 
     Args:
         scheme: with at least one static part; a QuantScheme, a SchemeMap, a preset's name or a path. Layers of a map that
@@ -46,7 +46,7 @@ class Calibrator:
             _check_balance(each)
         self.layers: dict[str, Layer] = {}
         self.sources: dict[str, str] = {}
-        """What the data came from, a name for each digest: for callers to record, so that nothing counts twice."""
+        """Sources of the data, names by digest: callers may record them here, so that `merge` can refuse to count one twice."""
 
     def observe(self, name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Add a batch of layer `name`: q `[B, H_q, N_q, D]`, k and v `[B, H_kv, N_k, D]`, any lengths.
@@ -62,11 +62,11 @@ class Calibrator:
             for role, x in zip("qkv", operands, strict=True):
                 if not bool(x.isfinite().all()):
                     raise ValueError(f"{name}.{role}: holds a value that is not finite")
-            own = static(self.scheme, name)
-            if own is None:
+            scheme = static(self.scheme, name)
+            if scheme is None:
                 return
             shapes = {role: (x.shape[1], x.shape[3]) for role, x in zip("qkv", operands, strict=True)}
-            layer = self.layers.get(name) or Layer.empty(own, self.observer, shapes, k.dtype)
+            layer = self.layers.get(name) or Layer.empty(scheme, self.observer, shapes, k.dtype)
             for role, shape in shapes.items():
                 if shape != layer.shapes[role]:
                     earlier = list(layer.shapes[role])
@@ -91,9 +91,9 @@ class Calibrator:
             yield
 
     def merge(self, other: "Calibrator") -> None:
-        """Add what another calibrator of the same scheme and observer saw, as if this one had seen it, after its own.
+        """Add the statistics of another calibrator of the same scheme and observer, as if its batches had come after these.
 
-        Raises ValueError, and nothing changes, if scheme, observer or shapes differ, or both saw one source.
+        Raises ValueError, and nothing changes, if scheme, observer or shapes differ, or both have seen the same source.
         """
         if not isinstance(other, Calibrator):
             raise TypeError(f"merge: {quote(other)}; give another Calibrator")
@@ -113,21 +113,21 @@ class Calibrator:
         self.sources |= other.sources
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write all that was seen, atomically, so that `load` can continue from here."""
+        """Write all statistics, atomically, so that `load` can continue from here."""
         state.write(path, state.State(self.scheme, self.observer, self.layers, self.sources))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Calibrator":
-        """A calibrator as it was saved. Raises ScalesError naming the file and what is wrong with it."""
+        """Read a saved calibrator. Raises ScalesError naming the file and what is wrong with it."""
         read = state.read(path)
         calibrator = cls(read.scheme, read.observer)
         calibrator.layers, calibrator.sources = read.layers, read.sources
         return calibrator
 
     def scales(self, margin: float = 1.0) -> Scales:
-        """The scales of every layer seen, their ranges `margin` times as wide as the observer found them.
+        """The scales of every layer observed, for ranges `margin` times as wide as the observer's.
 
-        Later values may exceed what was seen; a margin leaves room for them. Raises ScalesError if there is no layer, or
+        Later values may exceed those observed; a margin leaves room for them. Raises ScalesError if there is no layer, or
         for a scale that its type does not hold, naming the layer; ValueError for a margin that is not above zero.
         """
         if isinstance(margin, bool) or not isinstance(margin, numbers.Real) or not 0 < margin <= sys.float_info.max:
@@ -144,6 +144,7 @@ class Calibrator:
         return f"Calibrator({self.scheme.name!r}, '{self.observer}', {len(self.layers)} layers)"
 
     def _layer(self, layer: Layer, margin: float) -> dict[str, Tensor]:
+        """The tensors of one layer's scales; K before Q, whose range may depend on K's scale and factors."""
         tensors: dict[str, Tensor] = {}
         for operand in (layer.scheme.k, layer.scheme.q, layer.scheme.v):
             role = operand.role
@@ -158,7 +159,7 @@ class Calibrator:
         return tensors
 
     def _change(self, operand: Operand, layer: Layer, found: dict[str, Tensor]) -> Change:
-        """What K's and V's offsets, static factors of balance, and K's scale in Q make of what was seen."""
+        """How offsets, static factors of balance, and K's scale where it goes into Q, change the operand's observed values."""
         role, shape = operand.role, layer.shapes[operand.role]
         shift, factor = (torch.full(shape, value, dtype=torch.float32, device="cpu") for value in (0, 1))
         if operand.smooth == "static":
@@ -174,12 +175,15 @@ class Calibrator:
 
 
 def _of_heads(x: Tensor, heads: int) -> Tensor:
-    """`[H_kv, 1, D] -> [heads, D]` float32: what belongs to a head of K, for each head that shares it."""
+    """`[H_kv, 1, D] -> [heads, D]` float32: a head of K's values, repeated for every head that shares it."""
     return x.float().squeeze(1).repeat_interleave(heads // x.shape[0], dim=0)
 
 
 def _check_balance(scheme: QuantScheme) -> None:
-    """Values of a channel can be multiplied by its factor once that is known; what a rotation adds up cannot."""
+    """Refuse static scales of Q or K whose observed ranges could not be corrected once offsets and factors are known.
+
+    A channel's range can be multiplied by its factor afterwards; that of a sum of channels, as a rotation makes, cannot.
+    """
     fixed = [role for role in "qk" if getattr(scheme, role).scale == "static"]
     if not fixed or scheme.balance == "none":
         return

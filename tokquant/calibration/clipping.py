@@ -1,4 +1,4 @@
-"""Where to clip: percentiles, and the range whose codes lose least."""
+"""Clipping ranges from histograms: percentiles, and the range with the least squared error."""
 
 import torch
 from torch import Tensor
@@ -9,18 +9,18 @@ from tokquant.quantize import asymmetric_scale, codes_of, symmetric_scale
 from tokquant.schemes import Operand
 
 CELLS = 512
-"""Cells in which the values under a scale are told apart, each time that a range is narrowed."""
+"""Cells of the histogram under a scale; each round that narrows the range makes it anew."""
 STEP = 2**0.5
 COARSE = [STEP**-i for i in range(11)]
 FINE = [1 - i / 24 for i in range(13)]
 SHARES = (COARSE, COARSE, FINE)
-"""Shares of a range that are tried in each round: down to 1/32 and then again, and last in steps of 4 %."""
+"""Shares of the range that each round tries: twice down to 1/32, then in steps of 4 %."""
 
 
 def percentile(seen: Histogram, operand: Operand, change: Change, percent: float) -> tuple[Tensor, Tensor]:
-    """The range that `percent` of the values under each scale lie in, in the shape of the scales.
+    """The range that holds `percent` of the values under each scale, in the shape of the scales.
 
-    Symmetric, it is that of magnitudes; asymmetric, each end leaves out half of the rest.
+    A symmetric range is a percentile of magnitudes; an asymmetric one clips half of the rest at each end.
     """
     widest = low, high = _widest(seen, operand, change)
     for _ in range(2):
@@ -34,17 +34,17 @@ def percentile(seen: Histogram, operand: Operand, change: Change, percent: float
         else:
             upper, lower = (_reached(x, (percent + 100) / 2).reshape(high.shape) for x in (counts, counts.flip(1)))
             found = low * lower + high * (1 - lower), high * upper + low * (1 - upper)
-        # once more among narrower cells; one beyond, as the last has what lies outside
+        # the second round has narrower cells; with some margin, as the outermost cells also count what lies beyond them
         low = torch.maximum(found[0] - 2 * cell, widest[0])
         high = torch.minimum(found[1] + 2 * cell, widest[1])
     return found
 
 
 def least_error(seen: Histogram, operand: Operand, change: Change) -> tuple[Tensor, Tensor]:
-    """The range whose codes have the least expected squared error under each scale, in the shape of the scales.
+    """The range with the least expected squared error under each scale, in the shape of the scales.
 
-    Codes are those of the operand's precision, and scales as they are stored. A range is pulled in towards 0, or asymmetric
-    towards the mean: both ends together, then each alone.
+    The error is that of the operand's precision, with scales rounded as they are stored. A grid search pulls the ends of the
+    range in towards 0, or, asymmetric, towards the mean: both ends together, then each alone.
     """
     widest = low, high = _widest(seen, operand, change)
     for number, shares in enumerate(SHARES):
@@ -52,8 +52,8 @@ def least_error(seen: Histogram, operand: Operand, change: Change) -> tuple[Tens
         centre = torch.zeros_like(low)
         if not operand.symmetric:
             centre = ((counts * means).sum(dim=1) / counts.sum(dim=1)).float().reshape(low.shape).clamp(low, high)
-        # two values stand for those of a cell, by their mean and deviation: of 8 bits, means alone lie at one distance from the
-        # codes of the range that the cells divide, which flatters it
+        # a cell is represented by two values, mean -+ deviation: with 8 bits the means alone would all lie equally far from the
+        # codes of the current range, whose grid the cells divide, and its error would look too small
         values = torch.cat([means - deviations, means + deviations], dim=1).float()
         counts = torch.cat([counts, counts], dim=1).float()
         for ends in ((1, 1),) if operand.symmetric else ((1, 1), (0, 1), (1, 0)):
@@ -64,14 +64,14 @@ def least_error(seen: Histogram, operand: Operand, change: Change) -> tuple[Tens
                 low, high = (torch.where(error < best, new, old) for new, old in zip(tried, (low, high), strict=True))
                 best = torch.minimum(error, best)
         if number + 1 < len(SHARES):
-            # once more among narrower cells, from the next wider range
+            # the next round starts one step wider, with narrower cells
             low, high = _pulled(low, high, centre, STEP, (1, 1))
             low, high = torch.maximum(low, widest[0]), torch.minimum(high, widest[1])
     return low, high
 
 
 def _widest(seen: Histogram, operand: Operand, change: Change) -> tuple[Tensor, Tensor]:
-    """The range of all values under each scale. Raises ValueError for values that `change` makes larger than float32 holds."""
+    """The range of all values under each scale. Raises ValueError where `change` makes one overflow float32."""
     low, high = seen.widest(operand.granularity.kind, change, operand.symmetric)
     if not bool((low.isfinite() & high.isfinite()).all()):
         raise ValueError(f"{operand.role}_scale: holds a value that is not finite")
@@ -79,7 +79,7 @@ def _widest(seen: Histogram, operand: Operand, change: Change) -> tuple[Tensor, 
 
 
 def _reached(counts: Tensor, percent: float) -> Tensor:
-    """The share of the cells `[G, n]`, the last one in part, that hold `percent` of the values: `[G, 1]`."""
+    """The fraction of the cells `[G, n]`, from the first on, that holds `percent` of the values, interpolated: `[G, 1]`."""
     total = counts.cumsum(dim=1)
     wanted = total[:, -1:] * (percent / 100)
     cell = torch.searchsorted(total, wanted)
@@ -88,14 +88,14 @@ def _reached(counts: Tensor, percent: float) -> Tensor:
 
 
 def _pulled(low: Tensor, high: Tensor, centre: Tensor, share: float, ends: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The range with a share of the way from the centre to those of its ends that are 1."""
+    """The range with each end that is 1 in `ends` moved to `share` of its distance from the centre."""
     pulled = (centre + (end - centre) * share for end in (low, high))
     first, second = (new if moves else old for new, old, moves in zip(pulled, (low, high), ends, strict=True))
     return first, second
 
 
 def _error(counts: Tensor, values: Tensor, low: Tensor, high: Tensor, operand: Operand) -> Tensor:
-    """The sum of squared errors of values `[G, n]`, so many of each, when they are coded in these ranges: `[G]`, float64."""
+    """Sum of squared errors of quantizing values `[G, n]`, each `counts` times, in these ranges: `[G]`, float64."""
     low, high = low.reshape(-1, 1), high.reshape(-1, 1)
     if operand.symmetric:
         scale, zero = symmetric_scale(high, operand).float(), None

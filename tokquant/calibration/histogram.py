@@ -1,4 +1,4 @@
-"""A histogram of each channel whose bins follow from its extremes alone, so that merging two gives that of all values."""
+"""Histograms of channels whose bins depend on a channel's extremes alone, so that merging two is exact."""
 
 import torch
 from torch import Tensor
@@ -7,20 +7,20 @@ from tokquant.calibration.statistics import Change, Extremes, batch_extremes
 
 LOG2_BINS = 9
 BINS = 2**LOG2_BINS
-"""Bins of a channel: at least half of them lie between its extremes."""
+"""Bins of a channel; the range between its extremes takes up at least half of them."""
 CHUNK = 2**22
-"""Values that are binned at once."""
+"""Values binned per pass, which bounds temporary memory."""
 POINTS = 4
-"""Values that stand for those in a bin, evenly spread over it."""
+"""Evenly spread points that represent the values of a bin."""
 MOST = 2**31 - 1
-"""Values a channel may have; a count is an int32."""
+"""The most values per channel: counts are int32."""
 
 
 class Histogram(Extremes):
     """Counts of values in bins `[i 2^e, (i + 1) 2^e)`, int32 `[H, D, 512]`, from the bin of the channel's minimum on.
 
-    e is the least at which 512 bins reach its maximum. So bins are a function of the extremes; a wider range only joins pairs
-    of them, and neither order nor grouping of what is seen changes a count.
+    e is the least exponent at which 512 bins reach the channel's maximum. So the bins are a function of the extremes: a wider
+    range only joins pairs of bins, and neither the order nor the grouping of batches changes a count.
     """
 
     KEPT = ("low", "high", "bins")
@@ -62,12 +62,12 @@ class Histogram(Extremes):
         return low, high
 
     def cells(self, low: Tensor, high: Tensor, change: Change, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """How many values of each scale lie in `size` equal cells from low to high, means and deviations: `[G, size]` float64.
+        """Counts, means and standard deviations in `size` equal cells from low to high, under each scale: `[G, size]` float64.
 
-        `low` and `high` are in the shape of the scales. The first and the last cell have what lies beyond them too.
+        `low` and `high` are in the shape of the scales. The first and the last cell also count the values beyond them.
         """
         h, d, groups = *self.low.shape, low.numel()
-        # in float64, where no range is too wide or too narrow
+        # float64: in float32 the width of an extreme range would overflow or vanish
         low, high = low.double(), high.double()
         width = torch.where(high > low, (high - low) / size, 1.0)
         start, width = (x.expand(h, 1, d).reshape(h, d, 1) for x in (low, width))
@@ -90,9 +90,9 @@ class Histogram(Extremes):
 
 
 def window(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of the first bin and the exponent of the bins' width, int64 `[H, D]`, for channels of these extremes."""
+    """Number of the first bin and exponent of the bins' width, int64 `[H, D]` each, for channels with these extremes."""
     low, high = low.double(), high.double()
-    # a width below 2^-22 of the magnitude would tell apart more than float32 does
+    # bins narrower than 2^-22 of the magnitude would resolve more than float32 does
     exponent = torch.maximum(_exponent(high - low) - LOG2_BINS, _exponent(torch.maximum(low.abs(), high.abs())) - 22)
     exponent = exponent.clamp(-126, 125)
     first, last = (_bin(x, exponent) for x in (low, high))
@@ -101,7 +101,7 @@ def window(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def counted(x: Tensor, first: Tensor, exponent: Tensor) -> Tensor:
-    """Counts of `[B, H, N, D]` in the bins of each channel: int32 `[H, D, BINS]`, on the CPU."""
+    """Histogram of `[B, H, N, D]` in the bins of each channel: int32 `[H, D, BINS]`, on the CPU."""
     h, d = first.shape
     channel = torch.arange(h * d, device="cpu").reshape(h, d) * BINS
     power, start = (each.to(x.device)[:, None] for each in (power_of_two(-exponent), (channel - first).int()))
@@ -110,13 +110,13 @@ def counted(x: Tensor, first: Tensor, exponent: Tensor) -> Tensor:
 
 
 def joined(bins: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Tensor:
-    """The counts in the bins of a window that holds the old one."""
+    """The same counts in the bins of a new window that contains the old one."""
     if all(torch.equal(a, b) for a, b in zip(old, new, strict=True)):
         return bins
     (first, exponent), (new_first, new_exponent) = old, new
     place = torch.arange(BINS, device="cpu") + first[..., None]
     place = (place >> (new_exponent - exponent).clamp(max=40)[..., None]) - new_first[..., None]
-    # beyond the window there are only empty bins
+    # old bins that fall outside of the new window are empty
     return torch.zeros_like(bins).scatter_add_(2, place.clamp(0, BINS - 1), bins)
 
 
@@ -130,5 +130,5 @@ def _bin(x: Tensor, exponent: Tensor) -> Tensor:
 
 
 def _exponent(x: Tensor) -> Tensor:
-    """The least e with |x| < 2^e; of 0, lower than any other's."""
+    """The least e with |x| < 2^e; for 0 an e below all others."""
     return torch.where(x == 0, -1000, torch.frexp(x).exponent.long())

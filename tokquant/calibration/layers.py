@@ -1,4 +1,4 @@
-"""What is remembered of a layer: for each tensor of its scales, the statistics that it will come from."""
+"""The calibration statistics of one layer: for each tensor of its scales, the statistics that it is computed from."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,18 +21,19 @@ Shapes = dict[str, tuple[int, int]]
 
 @dataclass
 class Layer:
-    """Statistics of one layer, by the names of the tensors in `LayerScales` (a zero comes with its scale)."""
+    """The statistics of one layer."""
 
     scheme: QuantScheme
     shapes: Shapes
     dtype: torch.dtype
     parts: dict[str, Any]
+    """Statistics by the name of the tensor in `LayerScales` that they are for; a zero shares those of its scale."""
     tokens: dict[str, int]
-    """How many each operand had, over all batches."""
+    """Tokens of q, k and v observed, over all batches."""
 
     @classmethod
     def empty(cls, scheme: QuantScheme, observer: Observer, shapes: Shapes, dtype: torch.dtype) -> "Layer":
-        """A layer that has seen nothing."""
+        """A layer without observations."""
         parts: dict[str, Any] = {}
         for operand in (scheme.q, scheme.k, scheme.v):
             if operand.smooth == "static":
@@ -44,42 +45,42 @@ class Layer:
         return cls(scheme, shapes, dtype, parts, dict.fromkeys("qkv", 0))
 
     def observe(self, operands: Operands) -> None:
-        """Add a batch, in the frame its codes will be taken in.
+        """Add a batch. Ranges are observed in the frame that is quantized, as far as it is known before calibration ends.
 
         Raises ValueError, and nothing of the batch counts, where a transform makes a value that is not finite.
         """
         tokens = {role: x.shape[0] * x.shape[2] for role, x in zip("qkv", operands, strict=True)}
         self._check_room(tokens)
-        seen = dict(zip("qkv", operands, strict=True))
+        tensors = dict(zip("qkv", operands, strict=True))
         framed = dict(zip("qkv", frames(*operands, without_static_parts(self.scheme)), strict=True))
-        given: dict[str, Any] = {}
+        observed: dict[str, Any] = {}
         for name in self.parts:
             role, _, kind = name.partition("_")
-            # calibrated offsets and factors are known only at the end; they are linear, so what was seen can be changed by them
-            given[name] = framed[role].apply(seen[role]) if kind == "scale" else seen[role]
+            # calibrated offsets and factors are known only at the end; they are linear, so statistics can be corrected then
+            observed[name] = framed[role].apply(tensors[role]) if kind == "scale" else tensors[role]
             if kind == "balance":
-                given[name] = seen["q"], Frame(offset=framed["k"].offset).apply(seen["k"])
-            if kind == "scale" and framed[role].turns and not bool(given[name].isfinite().all()):
+                observed[name] = tensors["q"], Frame(offset=framed["k"].offset).apply(tensors["k"])
+            if kind == "scale" and framed[role].turns and not bool(observed[name].isfinite().all()):
                 raise ValueError(f"{role}: holds a value that is not finite once it is balanced or rotated")
         for name, part in self.parts.items():
-            part.observe(given[name])
+            part.observe(observed[name])
         self._count(tokens)
 
     def check_mergeable(self, other: "Layer", name: str) -> None:
-        """Raise ValueError if the other saw other heads or channels, or too much."""
+        """Raise ValueError if the other has other heads or channels, or more tokens than can be added."""
         for role, shape in self.shapes.items():
             if other.shapes[role] != shape:
                 raise ValueError(f"merge: {name}.{role}: heads and channels {list(other.shapes[role])} are not {list(shape)}")
         self._check_room(other.tokens)
 
     def merge(self, other: "Layer") -> None:
-        """Add what another saw."""
+        """Add another's statistics, which `check_mergeable` has accepted."""
         for name, part in self.parts.items():
             part.merge(other.parts[name])
         self._count(other.tokens)
 
     def mean(self, role: str) -> Tensor:
-        """`[H, D]` float32."""
+        """Mean over all tokens of the operand, `[H, D]` float32."""
         return (self.parts[f"{role}_offset"].sum / self.tokens[role]).float()
 
     def _check_room(self, tokens: dict[str, int]) -> None:
@@ -93,7 +94,7 @@ class Layer:
 
 
 def without_static_parts(scheme: QuantScheme) -> QuantScheme:
-    """The scheme as it is before its offsets and its factors of balance are known."""
+    """The scheme without static offsets and factors of balance, which are not known during calibration."""
     changed: dict[str, object] = {
         role: getattr(scheme, role).model_copy(update={"smooth": "none"})
         for role in "kv"

@@ -1,4 +1,4 @@
-"""Observers: from the activations that were seen to the range that codes will cover."""
+"""Observers: how the range of a static scale is chosen from the activations."""
 
 import numbers
 from collections.abc import Callable
@@ -16,20 +16,20 @@ from tokquant.schemes import Operand
 
 @dataclass(frozen=True)
 class Observer:
-    """How a static scale is chosen: what is remembered for it, and the range `(low, high)` that its codes will cover."""
+    """How a static scale is chosen: the statistics it needs, and the range `(low, high)` that its codes will cover."""
 
     def statistics(self, heads: int, channels: int) -> Extremes:
-        """What is remembered of an operand, nothing seen yet."""
+        """Empty statistics of an operand."""
         return Extremes(heads, channels)
 
     def range(self, seen: Extremes, operand: Operand, change: Change) -> tuple[Tensor, Tensor]:
-        """In the shape of the operand's scales without the batch; of a symmetric one the larger magnitude counts."""
+        """The range under each scale, in the operand's scale shape without the batch; symmetric codes use its magnitude."""
         return seen.extremes(operand.granularity.kind, change)
 
 
 @dataclass(frozen=True)
 class Amax(Observer):
-    """All that was ever seen."""
+    """The range of all values: nothing is clipped."""
 
     def __str__(self) -> str:
         return "amax"
@@ -37,7 +37,7 @@ class Amax(Observer):
 
 @dataclass(frozen=True)
 class Ema(Observer):
-    """The extremes of batches, averaged over a moving window of about `1 / (1 - decay)` of them."""
+    """An exponential moving average of the batches' extremes, over about `1 / (1 - decay)` batches."""
 
     decay: float = 0.99
 
@@ -53,7 +53,7 @@ class Ema(Observer):
 
 @dataclass(frozen=True)
 class Percentile(Observer):
-    """What `percent` of all values lie in; the rest is clipped."""
+    """The range that holds `percent` of all values; the rest is clipped."""
 
     percent: float = 99.9
 
@@ -72,7 +72,7 @@ class Percentile(Observer):
 
 @dataclass(frozen=True)
 class Mse(Observer):
-    """The range whose codes, in the operand's own precision, have the least expected squared error."""
+    """The range with the least expected squared error in the operand's own precision."""
 
     def statistics(self, heads: int, channels: int) -> Extremes:
         return Histogram(heads, channels)

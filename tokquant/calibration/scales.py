@@ -1,4 +1,4 @@
-"""Calibrated scales: what a scheme with static parts needs for each layer."""
+"""Calibrated scales: the static scales, zeros, offsets and factors that a scheme needs for each layer."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,14 +43,14 @@ class LayerScales:
     layer: str
     tensors: Mapping[str, Tensor]
     scheme: QuantScheme | None = None
-    """The scheme they are checked against when they are made; a preset's name, a path or a map is that of this layer."""
+    """The scheme that the tensors are checked against at construction; a preset's name, a path and a map are accepted too."""
     _copies: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """On other devices: each copy waits for a GPU, once."""
+    """Cached copies on other devices, as each copy waits for a GPU."""
 
     def __post_init__(self):
         if not isinstance(self.tensors, Mapping):
             raise TypeError(f"tensors: {quote(self.tensors)}; give a mapping of names to tensors, such as {{'k_scale': ...}}")
-        object.__setattr__(self, "tensors", dict(self.tensors))  # that were checked stay what they were
+        object.__setattr__(self, "tensors", dict(self.tensors))  # a copy: the checked tensors cannot be exchanged later
         if self.scheme is not None:
             object.__setattr__(self, "scheme", resolve(self.scheme, self.layer))
             self.check(self.scheme)
@@ -59,7 +59,7 @@ class LayerScales:
     def checked_before(
         cls, layer: str, names: Sequence[str], tensors: Sequence[Tensor], scheme: QuantScheme | None
     ) -> "LayerScales":
-        """Scales whose values were checked before. They are not read again, which would wait for a GPU.
+        """Scales whose values were checked before and are not read again, as that would wait for a GPU.
 
         Raises ScalesError for other names or shapes than `scheme` needs.
         """
@@ -104,19 +104,19 @@ class LayerScales:
                 raise ScalesError(f"{self.layer}.{name}: shape {list(value.shape)} is not {_shape(name, spec)}{of}")
 
     def scale(self, spec: Operand, x: Tensor) -> Tensor:
-        """The scale of an operand `[B, H, N, D]`, with a batch dimension, where the operand is."""
+        """The scale of an operand `x` `[B, H, N, D]`, with a batch dimension and on the operand's device."""
         value = self._fitted(f"{spec.role}_scale", spec.granularity.scale_shape(tuple(x.shape)), x)
         return value.to(SCALE_TYPES[spec.scale_dtype])
 
     def zero(self, spec: Operand, x: Tensor) -> Tensor | None:
-        """Its zero, or None where it is symmetric."""
+        """The zero of an operand, as `scale`; None where it is symmetric."""
         if spec.symmetric:
             return None
         value = self._fitted(f"{spec.role}_zero", spec.granularity.scale_shape(tuple(x.shape)), x)
         return value.to(SCALE_TYPES[spec.scale_dtype])
 
     def offset(self, spec: Operand, x: Tensor) -> Tensor:
-        """Its offset `[B, H, 1, D]`."""
+        """The offset `[B, H, 1, D]` of an operand `[B, H, N, D]`."""
         b, h, _, d = x.shape
         return self._fitted(f"{spec.role}_offset", (b, h, 1, d), x)
 
@@ -195,7 +195,7 @@ class Scales(Mapping[str, LayerScales]):
         return len(self._layers)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, by full name: `model.layers.0.self_attn.k_scale`."""
+        """The tensors of all layers, by full name: `model.layers.0.self_attn.k_scale`."""
         return {f"{layer}.{name}": value for layer, part in self.items() for name, value in part.tensors.items()}
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""A calibration to and from safetensors, so that it can be gone on with."""
+"""Saves the state of a calibration to safetensors and loads it, so that it can be continued."""
 
 import hashlib
 import json
@@ -22,12 +22,12 @@ from tokquant.tensor_files import check_forms, checksum, read_tensors
 
 FORMAT = "1"
 LARGEST = 2**20
-"""Heads times channels that a file may claim."""
+"""The most heads times channels that a file may declare."""
 
 
 @dataclass(frozen=True)
 class State:
-    """All that a calibrator knows."""
+    """The whole state of a calibrator."""
 
     scheme: QuantScheme | SchemeMap
     observer: observers.Observer
@@ -100,7 +100,7 @@ def _state(tensors: dict[str, Tensor], document: str) -> State:
 
 
 def _tensors(layers: dict[str, Layer]) -> dict[str, Tensor]:
-    """All that layers remember, by name."""
+    """The statistics of all layers, by their names in a file: `<layer>.<part>.<tensor>`."""
     return {
         f"{name}.{part}.{kept}": value
         for name, layer in layers.items()
@@ -110,7 +110,7 @@ def _tensors(layers: dict[str, Layer]) -> dict[str, Tensor]:
 
 
 def _layer(name: str, given: Any, scheme: QuantScheme | SchemeMap, observer: observers.Observer) -> Layer:
-    """An empty layer as it is described. Raises ValueError."""
+    """An empty layer from its description in a file. Raises ValueError."""
     shapes, tokens = (given.get(key) if isinstance(given, dict) else None for key in ("shapes", "tokens"))
     if (
         not isinstance(shapes, dict)
@@ -126,10 +126,10 @@ def _layer(name: str, given: Any, scheme: QuantScheme | SchemeMap, observer: obs
             raise ValueError(f"layer {quote(name)}: {quote(pair)} is no pair of heads and channels of {role}")
         if pair[0] * pair[1] > LARGEST:
             raise ValueError(f"layer {quote(name)}: {quote(pair)}, heads and channels of {role}, is more than {LARGEST}")
-    own = static(scheme, name)
-    if own is None:
+    layer_scheme = static(scheme, name)
+    if layer_scheme is None:
         raise ValueError(f"layer {quote(name)} needs no scales of scheme {scheme.name!r}")
-    layer = Layer.empty(own, observer, {role: tuple(shapes[role]) for role in "qkv"}, DTYPE_NAMES[given["dtype"]])
+    layer = Layer.empty(layer_scheme, observer, {role: tuple(shapes[role]) for role in "qkv"}, DTYPE_NAMES[given["dtype"]])
     layer.tokens = tokens
     return layer
 

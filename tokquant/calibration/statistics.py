@@ -1,4 +1,4 @@
-"""What is remembered of the activations that were seen, in a size that does not grow with them."""
+"""Statistics of activations, in memory that does not grow with their number."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,39 +12,39 @@ REDUCED = {"tensor": (0, 2), "head": (2,), "channel": ()}
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of values once all of them are seen: `(x + shift) * factor`, float32 `[H, D]` each, factors above zero."""
+    """A correction of observed values, known after calibration: `(x + shift) * factor`, float32 `[H, D]`, factors > 0."""
 
     shift: Tensor
     factor: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Of values `[H, D]` or `[H, D, n]`."""
+        """Apply to values `[H, D]` or `[H, D, n]`."""
         shape = (*self.shift.shape, *[1] * (x.ndim - 2))
         return (x + self.shift.reshape(shape)) * self.factor.reshape(shape)
 
 
 def groups(low: Tensor, high: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Extremes of channels `[H, D]` -> those under each scale, in its shape: `[H, 1, D]`, `[H, 1, 1]` or `[1, 1, 1]`."""
+    """Reduce extremes of channels `[H, D]` to those under each scale: `[H, 1, D]`, `[H, 1, 1]` or `[1, 1, 1]` by `kind`."""
     low, high, dim = low[:, None], high[:, None], REDUCED[kind]
     return (low.amin(dim, keepdim=True), high.amax(dim, keepdim=True)) if dim else (low, high)
 
 
 class Statistics:
-    """Of the values of one operand of one layer; on the CPU. Each kind says how it observes and merges."""
+    """Statistics of one operand of one layer, on the CPU. Subclasses add `observe` and `merge`."""
 
     KEPT: ClassVar[tuple[str, ...]]
-    """The attributes that are all it remembers, tensors."""
+    """Names of the attributes, tensors, that are its whole state."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """All it remembers, by name."""
+        """The whole state, by name."""
         return {name: getattr(self, name) for name in self.KEPT}
 
     def put(self, name: str, value: Tensor) -> None:
-        """Take one of them from a file."""
+        """Set one tensor of the state, as read from a file."""
         setattr(self, name, value)
 
     def check(self, tokens: int) -> None:
-        """Raise ValueError unless what was put in from a file is what so many tokens may leave."""
+        """Raise ValueError unless the state, as read from a file, could come from this many tokens."""
 
 
 class Mean(Statistics):
@@ -60,7 +60,7 @@ class Mean(Statistics):
         self.sum += x.sum(dim=(0, 2), dtype=torch.float64).cpu()
 
     def merge(self, other: "Mean") -> None:
-        """Add what another saw."""
+        """Add another's sums."""
         self.sum += other.sum
 
     def check(self, tokens: int) -> None:
@@ -69,7 +69,7 @@ class Mean(Statistics):
 
 
 class Extremes(Statistics):
-    """The least and the largest value of each channel, float32 `[H, D]`."""
+    """The minimum and the maximum of each channel, float32 `[H, D]`."""
 
     KEPT: ClassVar[tuple[str, ...]] = ("low", "high")
 
@@ -82,14 +82,14 @@ class Extremes(Statistics):
         self._widen(*batch_extremes(x))
 
     def merge(self, other: "Extremes") -> None:
-        """Add what another saw."""
+        """Widen by another's extremes."""
         self._widen(other.low, other.high)
 
     def _widen(self, low: Tensor, high: Tensor) -> None:
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
 
     def extremes(self, kind: str, change: Change) -> tuple[Tensor, Tensor]:
-        """Under each scale of that granularity, in its shape, float32."""
+        """The range under each scale of the granularity `kind`, in the scales' shape, float32."""
         return groups(change(self.low), change(self.high), kind)
 
     def check(self, tokens: int) -> None:
@@ -98,10 +98,10 @@ class Extremes(Statistics):
 
 
 class MovingExtremes(Extremes):
-    """Averages of the extremes of batches, the latest weighing most: `m <- decay * m + (1 - decay) * x`, float64 `[H, D]`.
+    """Exponential moving averages of the batches' extremes: `m <- decay * m + (1 - decay) * x`, float64 `[H, D]`.
 
-    After n batches of this linear recurrence from 0 the weights add up to `1 - decay^n`, which is divided out (Adam's bias
-    correction, arXiv 1412.6980). So the batches of another come after these by `m <- decay^n_other * m + m_other`.
+    After n batches from 0 the weights add up to `1 - decay^n`, which is divided out (Adam's bias correction, arXiv 1412.6980).
+    As the recurrence is linear, another's batches are appended by `m <- decay^n_other * m + m_other`.
     """
 
     KEPT = ("low", "high", "batches")
@@ -114,19 +114,19 @@ class MovingExtremes(Extremes):
     def observe(self, x: Tensor) -> None:
         """Add a batch, float32 `[B, H, N, D]`."""
         low, high = ((1 - self.decay) * extreme.double() for extreme in batch_extremes(x))
-        self._then(low, high, 1)
+        self._append(low, high, 1)
 
     def merge(self, other: Extremes) -> None:
-        """Add what another saw, as if its batches had come after these."""
+        """Add another's batches, as if they had come after these."""
         assert isinstance(other, MovingExtremes)
-        self._then(other.low, other.high, int(other.batches))
+        self._append(other.low, other.high, int(other.batches))
 
-    def _then(self, low: Tensor, high: Tensor, batches: int) -> None:
+    def _append(self, low: Tensor, high: Tensor, batches: int) -> None:
         kept = self.decay**batches
         self.low, self.high, self.batches = kept * self.low + low, kept * self.high + high, self.batches + batches
 
     def extremes(self, kind: str, change: Change) -> tuple[Tensor, Tensor]:
-        """Under each scale, from the averages of its channels."""
+        """The range under each scale, from the averages of its channels."""
         weight = 1 - self.decay ** int(self.batches)
         return groups(change((self.low / weight).float()), change((self.high / weight).float()), kind)
 
@@ -137,5 +137,5 @@ class MovingExtremes(Extremes):
 
 
 def batch_extremes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest value of each channel of `[B, H, N, D]`, on the CPU."""
+    """The minimum and the maximum of each channel of `[B, H, N, D]`, on the CPU."""
     return x.amin(dim=(0, 2)).cpu(), x.amax(dim=(0, 2)).cpu()

@@ -1,4 +1,4 @@
-"""Seeing the attention of any torch model: which module runs, and what it gives to torch's attention."""
+"""Intercepts the attention of any torch model: which module calls torch's attention, and with which tensors."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +16,7 @@ OF_MODULE = torch.nn.functional.multi_head_attention_forward
 
 
 class Watcher(TorchFunctionMode):
-    """Gives name, q, k and v of each attention that runs inside a module of `model` to `observe`."""
+    """Calls `observe` with the name, q, k and v of each attention that a module of `model` runs."""
 
     def __init__(self, model: nn.Module, observe: Callable[[str, Tensor, Tensor, Tensor], None]):
         super().__init__()
@@ -24,7 +24,7 @@ class Watcher(TorchFunctionMode):
             raise TypeError(f"model: a {type(model).__name__}; give a torch.nn.Module, or q, k and v to observe()")
         self.model, self.observe = model, observe
         self.running: list[list] = []
-        """Of the modules that run, the innermost last: its name, and how often it has attended."""
+        """Stack of the modules that are running, the innermost last: [name, attention calls so far]."""
         self.seen = self.ran = False
 
     @contextmanager
@@ -74,7 +74,7 @@ class Watcher(TorchFunctionMode):
             self.running.pop()
 
         yield module.register_forward_pre_hook(enter)
-        # also where the module raises and its caller goes on
+        # always_call: also where the module raises and its caller goes on
         yield module.register_forward_hook(leave, always_call=True)
 
 
@@ -83,10 +83,10 @@ def _operands(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> 
 
 
 def without_dispatch(function: Callable, **changed: Any) -> FunctionType:
-    """A function of torch as it is where no mode watches, with some of the names that it looks up changed; nothing of torch is.
+    """A copy of a function of torch that is not dispatched to modes, with some of its globals `changed`. Torch is left alone.
 
-    A mode is off while torch runs a function that it was asked about. Run like this, and with the mode on, what it calls is
-    seen, and not the function itself, again and again.
+    Torch turns a mode off while the mode handles a function. Calling this copy with the mode on again lets the mode see what
+    the function calls, without being handed the function itself again and again.
     """
     assert isinstance(function, FunctionType)
     names = {**function.__globals__, "has_torch_function": lambda _: False, **changed}
