@@ -1,4 +1,4 @@
-"""Schemes: what a user declares, in Python or YAML."""
+"""Schemes: the user's declaration of how attention is quantized, in Python or YAML."""
 
 from tokquant.schemes.granularity import Granularity
 from tokquant.schemes.heads import HeadSchemes, LayerScheme

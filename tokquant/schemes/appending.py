@@ -1,16 +1,16 @@
-"""Which schemes can grow: those whose codes of a token do not depend on tokens that come later."""
+"""Which schemes suit a KV cache: those where a token's codes do not depend on later tokens."""
 
 from tokquant.errors import SchemeError
 from tokquant.schemes.scheme import Cache, QuantScheme
 
 
 def windows(scheme: QuantScheme) -> Cache:
-    """The scheme's 16-bit windows and page; where it has none, no windows and pages of 128 tokens."""
+    """The scheme's `cache`: its 16-bit windows and page size; by default no windows and pages of 128 tokens."""
     return scheme.cache or Cache()
 
 
 def unit(scheme: QuantScheme) -> int:
-    """Tokens that can only be packed together: those under one scale of K or of V."""
+    """The number of tokens that are packed at a time: those that share a scale of K or of V."""
     sizes = (
         operand.granularity.size or 1
         for operand in (scheme.k, scheme.v)

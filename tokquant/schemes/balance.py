@@ -1,4 +1,7 @@
-"""Balance: factors of K's channels, divided out of Q's, that make both easier to quantize. Softmax does not see them."""
+"""Balance: K's channels are multiplied by factors, and Q's divided by them, to make both easier to quantize.
+
+Q K^T does not change.
+"""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,7 +14,7 @@ Largest = Annotated[float, Field(ge=1e-4, le=1e4)]
 
 
 class Balance(Strict):
-    """What both rules have: `dynamic` factors are each sequence's own, `static` ones are calibrated (`k_balance`)."""
+    """The base of both rules: `dynamic` factors are computed for each sequence, `static` ones are calibrated (`k_balance`)."""
 
     kind: ClassVar[str] = ""
     scale: Literal["dynamic", "static"] = "dynamic"
@@ -33,11 +36,11 @@ class ChannelBalance(Balance):
 
 
 class RopePairBalance(Balance):
-    """FireQ's rule (arXiv 2505.20839, 3.3): the two channels that RoPE turns together (f, f + D/2) take one factor, which
-    makes `alpha` of the pair's largest norm.
+    """FireQ's rule (arXiv 2505.20839, 3.3): the two channels that RoPE rotates together (f, f + D/2) share one factor, which
+    scales the pair's largest norm to `alpha`.
 
-    The `top_k` channels of each head of K with the largest magnitudes, and their partners, take factors of their own instead,
-    which make `beta` of those.
+    The `top_k` channels of each head of K with the largest magnitudes, and their partners, have factors of their own instead,
+    which scale their largest magnitudes to `beta`.
     """
 
     kind = "rope_pairs"

@@ -1,4 +1,4 @@
-"""Reading a YAML document that may come from anywhere.
+"""A restricted YAML reader for untrusted documents.
 
 Only mappings, lists and plain scalars of YAML 1.2: no aliases, tags, merge or duplicate keys, and bounded in size and depth,
 so that a document means what it looks like and costs what its length suggests.
@@ -32,7 +32,7 @@ def read(text: str | bytes) -> Any:
     except SchemeError:
         raise
     except (ValueError, OverflowError) as error:
-        # the scanner's own, for escapes and versions beyond what Python's numbers and characters hold
+        # the scanner raises these for escapes and versions beyond Python's characters and numbers
         raise SchemeError(f"not YAML: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

@@ -11,12 +11,12 @@ from tokquant.errors import SchemeError, nearest, quote
 PLAIN = ("token", "tensor", "head", "channel")
 SIZED = ("block", "channel_block", "group")
 WHOLE = 2**30
-"""Tokens of a group that every token is in."""
+"""Stands for the whole sequence, as tokens under one scale."""
 
 
 @dataclass(frozen=True)
 class Granularity:
-    """`kind` is one of `token tensor head channel block channel_block group`; the last three have a `size`.
+    """Which values share a scale: `kind` is one of the table's, of which the last three have a `size`.
 
     | kind          | one scale for                          | shape of the scales of `[B, H, N, D]` |
     |---------------|----------------------------------------|---------------------------------------|
@@ -33,7 +33,7 @@ class Granularity:
     size: int | None = None
 
     def cover(self, n: int, d: int) -> tuple[int, int]:
-        """Tokens and channels under one scale, for n tokens of d channels. Raises SchemeError for a group that does not fit."""
+        """Tokens and channels under one scale, for n tokens of d channels. Raises SchemeError where groups do not fit."""
         match self.kind, self.size or 0:
             case "token", _:
                 return 1, d
@@ -66,7 +66,7 @@ class Granularity:
 
 
 def parse(value: object) -> Granularity:
-    """A granularity from what was written. Raises SchemeError."""
+    """The granularity that was written in a scheme. Raises SchemeError."""
     if isinstance(value, Granularity):
         value = value.written()
     if isinstance(value, str) and value in PLAIN:

@@ -1,4 +1,4 @@
-"""Layers whose heads take different schemes."""
+"""Schemes for ranges of a layer's heads."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from tokquant.whole_numbers import whole_number
 
 @dataclass(frozen=True)
 class HeadSchemes:
-    """A layer whose heads have different schemes: each part has the heads of K and V that follow those of the part before.
+    """The schemes of a layer whose heads do not all have the same one: consecutive ranges of heads of K and V.
 
-    Queries take the scheme of the head of K and V that they share. Raises SchemeError for invalid parts.
+    A head of Q has the scheme of its head of K and V. Raises SchemeError for invalid parts.
     """
 
     parts: tuple[tuple[int, QuantScheme], ...]
-    """(heads, scheme): how many heads of K and V, in order."""
+    """(heads of K and V, scheme) of each range, in order."""
 
     def __post_init__(self):
         object.__setattr__(self, "parts", tuple(self.parts) if isinstance(self.parts, Iterable) else (self.parts,))
@@ -33,7 +33,7 @@ class HeadSchemes:
 
     @property
     def heads(self) -> int:
-        """Of K and V."""
+        """Heads of K and V in all ranges."""
         return sum(heads for heads, _ in self.parts)
 
     @property
@@ -42,7 +42,7 @@ class HeadSchemes:
         return " + ".join(dict.fromkeys(scheme.name for _, scheme in self.parts))
 
     def slices(self) -> Iterator[tuple[slice, QuantScheme]]:
-        """The heads of K and V of each part."""
+        """Each range of heads of K and V with its scheme."""
         start = 0
         for heads, scheme in self.parts:
             yield slice(start, start + heads), scheme
@@ -56,5 +56,5 @@ LayerScheme = QuantScheme | HeadSchemes
 
 
 def parts_of(scheme: LayerScheme) -> Iterable[tuple[int | None, QuantScheme]]:
-    """(heads, scheme) of each part of a layer; None where one scheme has them all."""
+    """(heads, scheme) of each range of a layer; heads is None where one scheme has them all."""
     return scheme.parts if isinstance(scheme, HeadSchemes) else ((None, scheme),)

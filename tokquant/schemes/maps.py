@@ -1,4 +1,4 @@
-"""Scheme maps: which scheme each layer of a model takes, and their YAML documents."""
+"""Scheme maps: a scheme for each layer of a model, and their YAML documents."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class SchemeMap:
-    """Schemes of layers: the first pattern that a layer's name matches decides, `*`, `?` and `[0-5]` as in a shell.
+    """A scheme for each layer: that of the first pattern that its name matches, with `*`, `?` and `[0-5]` as in a shell.
 
     Raises SchemeError for a map without layers, and for an invalid pattern, scheme or name.
     """
@@ -58,12 +58,12 @@ class SchemeMap:
         )
 
     def only(self) -> LayerScheme | None:
-        """The scheme that every layer takes, if there is just one."""
+        """The scheme of every layer, if all have the same; else None."""
         first = self.layers[0][1]
         return first if all(scheme == first for _, scheme in self.layers) else None
 
     def schemes(self) -> list[QuantScheme]:
-        """Every scheme in it, once."""
+        """Every distinct scheme of the map."""
         found = (part for _, scheme in self.layers for _, part in parts_of(scheme))
         return list({(scheme.name, scheme.digest()): scheme for scheme in found}.values())
 
@@ -127,12 +127,13 @@ class SchemeMap:
         write_atomically(path, self.to_yaml().encode())
 
     def digest(self) -> str:
-        """Twelve hexadecimal digits that name what the map does; names do not enter."""
+        """A hash of what the map does, twelve hexadecimal digits; names do not enter."""
         data = [[pattern, [[n, part.digest()] for n, part in parts_of(scheme)]] for pattern, scheme in self.layers]
         return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]
 
 
 def _entry(value: object, place: str, own: Mapping[str, QuantScheme]) -> LayerScheme:
+    """The scheme of a layer as a document has it; `own` are the schemes under the document's `schemes`."""
     if not isinstance(value, dict) or "heads" not in value:
         return _inline(value, place, own=own)
     ranges = value["heads"]
@@ -153,7 +154,7 @@ def _entry(value: object, place: str, own: Mapping[str, QuantScheme]) -> LayerSc
 def _inline(
     value: object, place: str, defaults: Mapping[str, Any] | None = None, own: Mapping[str, QuantScheme] | None = None
 ) -> QuantScheme:
-    """A scheme by its name, or written out."""
+    """One scheme as a document has it: a name, or written out."""
     own = own or {}
     try:
         if isinstance(value, str):
@@ -186,7 +187,7 @@ def _is_preset(scheme: QuantScheme) -> bool:
 
 
 def _distinct_names(schemes: list[QuantScheme]) -> dict[tuple[str, str], str]:
-    """A name for each scheme: its own, with its digest where another has it too, or a preset that it is not."""
+    """A unique name for each scheme: its own, followed by its digest where another scheme or a preset has that name."""
     taken: set[str] = set()
     names = {}
     for scheme in sorted(schemes, key=lambda scheme: not _is_preset(scheme)):

@@ -1,4 +1,4 @@
-"""Where the scales of each operand enter the arithmetic. Quantization, emulation and kernels all ask here."""
+"""Where the scales of each operand enter the arithmetic: decided here alone, for quantization, emulation and kernels."""
 
 from functools import lru_cache
 from typing import Literal
@@ -35,24 +35,24 @@ def place(operand: Operand) -> Place:
 
 
 def lowers_logits(scheme: QuantScheme) -> bool:
-    """Whether K lacks an offset c, so that softcap, sinks and LSE need q . c back."""
+    """Whether logits lack q . c, as K is quantized without an offset c: softcap, sinks and LSE need it added back."""
     return scheme.k.smooth != "none" or (place(scheme.k) == "q" and not scheme.k.symmetric)
 
 
 def needs_code_sums(scheme: QuantScheme) -> bool:
-    """Whether V carries the sums of its codes: an unsigned P on a signed unit needs them."""
+    """Whether V carries the sums of its codes, to correct for an unsigned P that is shifted to fit signed integers."""
     integers = scheme.v.format.compute == "tl.int8" and place(scheme.v) != "operand"
     return scheme.p.format.code_zero != 0 and integers
 
 
 def needs_query_sums(scheme: QuantScheme) -> bool:
-    """Whether Q carries the sums of its codes: the zeros of K meet them on the scores."""
+    """Whether Q carries the sums of its codes, which multiply K's zeros in the scores."""
     return not scheme.k.symmetric and place(scheme.k) == "scores"
 
 
 @lru_cache(maxsize=1024)  # every call asks
 def as_bytes(scheme: QuantScheme, role: str) -> bool:
-    """Whether a CPU multiplies K by Q, or V by P, as bytes. Everything else it multiplies as floats."""
+    """Whether the CPU's kernels multiply K by Q (role "k"), or V by P ("v"), as int8; otherwise as floats."""
     operand, other = getattr(scheme, role), scheme.q if role == "k" else scheme.p
     if role == "v":
         if other.format.cpp_encode != precisions.get("int8").cpp_encode:
@@ -66,7 +66,7 @@ precisions.base.WHEN_REPLACED.append(as_bytes.cache_clear)
 
 
 def in_bfloat(scheme: QuantScheme, role: str, dtype: torch.dtype) -> bool:
-    """Whether bfloat16 holds every number of K and Q, or of V and P, that a product takes; `dtype` is that of the tensors."""
+    """Whether bfloat16 holds every operand of a product, K and Q or V and P, exactly; `dtype` is that of the tensors."""
 
     def held(x: Operand) -> bool:
         return dtype == torch.bfloat16 if place(x) == "operand" else x.format.of(dtype).in_bfloat

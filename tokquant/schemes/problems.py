@@ -1,4 +1,4 @@
-"""Pydantic's findings as sentences: where it is, what was written, and what would be accepted."""
+"""Turns pydantic's errors into sentences: where the problem is, what was written, and what would be accepted."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from tokquant.errors import SchemeError, nearest, quote
 
 
 def explain(model: type[BaseModel], error: ValidationError) -> list[tuple[str, str]]:
-    """Each of pydantic's findings as a place and a sentence that quotes what was written."""
+    """Each of pydantic's errors as (place, sentence that quotes what was written)."""
     problems = []
     for finding in error.errors(include_url=False):
         place = ".".join(printable(part) for part in finding["loc"])

@@ -1,4 +1,4 @@
-"""From what users write where a scheme is taken, to the scheme of a layer."""
+"""Resolves a `scheme` argument (an object, a preset's name or a path) to a scheme, a map, or the scheme of a layer."""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from tokquant.schemes.scheme import QuantScheme, load_document
 
 
 def read(scheme: object) -> QuantScheme | SchemeMap:
-    """What users write where a scheme is taken: a QuantScheme, a SchemeMap, a preset's name, or a YAML file of either's path.
+    """The scheme or map that a `scheme` argument means: one of these itself, a preset's name, or the path of a YAML file.
 
     Raises SchemeError.
     """
@@ -32,13 +32,14 @@ def load(path: str | os.PathLike) -> QuantScheme | SchemeMap:
 
 
 def of_data(data: Any) -> QuantScheme | SchemeMap:
-    """What a document holds, or `to_data` gave: a scheme, or a map where there are layers. Raises SchemeError."""
+    """The scheme of a document or of `to_data`, or the map if it has `layers` or `schemes`. Raises SchemeError."""
     is_map = isinstance(data, Mapping) and not {"layers", "schemes"}.isdisjoint(data)
     return SchemeMap.from_data(data) if is_map else QuantScheme.from_data(data)
 
 
 def of_layer(scheme: object, layer: str | None = None) -> LayerScheme:
-    """What users write, for one layer; a map needs the layer's name unless all take one scheme. Raises SchemeError."""
+    """The scheme that a `scheme` argument means for one layer. Raises SchemeError, also for a map of several schemes without
+    `layer`."""
     if isinstance(scheme, HeadSchemes):
         return scheme
     found = read(scheme)
@@ -53,7 +54,7 @@ def of_layer(scheme: object, layer: str | None = None) -> LayerScheme:
 
 
 def resolve(scheme: object, layer: str | None = None) -> QuantScheme:
-    """As `of_layer`, where one scheme serves all heads. Raises SchemeError."""
+    """As `of_layer`, where all heads must have one scheme. Raises SchemeError."""
     found = of_layer(scheme, layer)
     if isinstance(found, HeadSchemes):
         names = ", ".join(part.name for _, part in found.parts)

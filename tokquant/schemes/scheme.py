@@ -1,4 +1,4 @@
-"""What a user declares: for each of Q, K, V and P a precision and a granularity, and what is done before."""
+"""QuantScheme, the user's declaration: a precision and a granularity for each of Q, K, V and P, and the transforms before."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ SCALE_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "fp8_e4m3": torch.f
 
 
 class PrecisionOf:
-    """A string that names a precision registered for an operand; the JSON schema lists those of the moment it is asked for."""
+    """Annotates a string that names a precision registered for an operand. The JSON schema lists those registered by then."""
 
     def __init__(self, role: str):
         self.role = role
@@ -42,7 +42,7 @@ class PrecisionOf:
 
 
 class Operand(Strict):
-    """One of Q, K, V: what all three have."""
+    """How Q, K or V is quantized; the base of all three."""
 
     role: ClassVar[str] = ""
     precision: str
@@ -102,7 +102,10 @@ class Operand(Strict):
 
 
 class Queries(Operand):
-    """Q. `smooth: block_mean` subtracts the mean over 128 queries and adds its product with K back (SageAttention 2)."""
+    """How Q is quantized.
+
+    `smooth: block_mean` subtracts the mean over 128 queries and adds its product with K back (SageAttention 2).
+    """
 
     role = "q"
     precision: Annotated[str, PrecisionOf("q")]
@@ -110,7 +113,7 @@ class Queries(Operand):
 
 
 class Keys(Operand):
-    """K. `smooth: mean` subtracts the mean over tokens, `static` a calibrated offset; softmax does not see it."""
+    """How K is quantized. `smooth: mean` subtracts the mean over tokens, `static` a calibrated offset; softmax is the same."""
 
     role = "k"
     precision: Annotated[str, PrecisionOf("k")]
@@ -118,7 +121,7 @@ class Keys(Operand):
 
 
 class Values(Operand):
-    """V. `smooth` as for K; it is added back to the output."""
+    """How V is quantized. `smooth` as for K; it is added back to the output."""
 
     role = "v"
     precision: Annotated[str, PrecisionOf("v")]
@@ -126,7 +129,7 @@ class Values(Operand):
 
 
 class Probabilities(Strict):
-    """P. `unit` scales by 1/R against the running maximum, `{row_block: n}` against the row's maximum in n keys."""
+    """How P is quantized. `unit` scales by 1/R against a row's running maximum, `{row_block: n}` against that in n keys."""
 
     precision: Annotated[str, PrecisionOf("p")]
     granularity: PGranularity = Field(default="unit", validate_default=True)
@@ -138,7 +141,7 @@ class Probabilities(Strict):
 
 
 class Cache(Strict):
-    """A KV cache: tokens kept in 16 bits at its beginning (`sink`) and end (`recent`), and tokens a page."""
+    """How a KV cache keeps tokens: in 16 bits at the beginning (`sink`) and the end (`recent`), and `page` tokens per page."""
 
     sink: Annotated[int, Field(ge=0, le=2**20)] = 0
     recent: Annotated[int, Field(ge=0, le=2**20)] = 0
@@ -155,7 +158,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
 class QuantScheme(Strict):
-    """How attention is quantized. Immutable; equal schemes are interchangeable.
+    """How attention is quantized: the operands, and the transforms before. Immutable; equal schemes are interchangeable.
 
     Raises SchemeError, quoting what was written and what would be accepted.
     """
@@ -173,9 +176,9 @@ class QuantScheme(Strict):
 
     @property
     def key_tile(self) -> int:
-        """Keys in the tile that the numbers refer to: n of `row_block`, or at most 128 against a running maximum.
+        """Keys of the tile that the results are defined with: n of `row_block`, or at most 128 against a running maximum.
 
-        Only `unit` leaves a kernel free to take another one; the result then differs within P's rounding.
+        A kernel may use another tile with `unit` alone; its results then differ within P's rounding.
         """
         if self.p.granularity.size:
             return self.p.granularity.size
@@ -231,7 +234,7 @@ class QuantScheme(Strict):
         return load_document(path, cls.from_data)
 
     def schemes(self) -> "list[QuantScheme]":
-        """Itself: of a SchemeMap, all that are in it."""
+        """A list of itself, as SchemeMap has a list of its schemes."""
         return [self]
 
     def to_data(self) -> dict[str, Any]:
@@ -247,12 +250,12 @@ class QuantScheme(Strict):
         write_atomically(path, self.to_yaml().encode())
 
     def digest(self) -> str:
-        """Twelve hexadecimal digits that name what the scheme does; its `name` does not enter."""
+        """A hash of what the scheme does, twelve hexadecimal digits; its `name` does not enter."""
         data = self.model_dump(mode="json", exclude={"name"})
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
     def bits_per_value(self, head_dim: int = 128) -> dict[str, float]:
-        """Bits of memory of code, scale and zero for a value of q, k and v, in a long sequence."""
+        """Bits of memory per value of q, k and v, for codes, scales and zeros, in a long sequence."""
         return {role: getattr(self, role).bits_per_value(head_dim) for role in "qkv"}
 
 
@@ -263,7 +266,7 @@ def _one(scheme: QuantScheme) -> QuantScheme:
 
 
 def load_document(path: str | os.PathLike, parse: Callable[[Any], T]) -> T:
-    """What `parse` makes of what a YAML file holds, with the file's name where it has none.
+    """Read a YAML file and `parse` its data, named after the file where it has no name.
 
     Raises SchemeError that names the file, also where it cannot be read.
     """
@@ -275,19 +278,19 @@ def load_document(path: str | os.PathLike, parse: Callable[[Any], T]) -> T:
     except OSError as error:
         raise SchemeError(f"{path}: {error.strerror}") from None
     except ValueError as error:
-        if not isinstance(error, SchemeError):  # a path that no file system takes
+        if not isinstance(error, SchemeError):  # a path that no file system accepts, with a null byte
             raise SchemeError(f"{quote(str(path), 200)}: {error}") from None
         raise SchemeError([(f"{path}: {place}" if place else str(path), text) for place, text in error.problems]) from None
 
 
 def name_of(path: Path) -> str:
-    """What a scheme without a name is called: its file's name, in the letters that names have."""
+    """The name of a scheme without one: its file's name, with other characters than names may have replaced."""
     stem = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in path.stem.lower())
     return stem.lstrip("._-")[:64] or "custom"
 
 
 def write_yaml(data: Mapping[str, Any]) -> str:
-    """A YAML document: a line for each key, and for each entry of a mapping of mappings."""
+    """A YAML document with a line for each key, and for each entry of `schemes` and `layers`."""
     return yaml.dump(_lines(data), Dumper=_Dumper, sort_keys=False, width=1000)
 
 

@@ -1,4 +1,4 @@
-"""The base of what a user declares: models that are frozen and refuse what they do not know."""
+"""The base of the pydantic models that users declare: frozen, and strict about keys and types."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from tokquant.schemes import problems
 
 
 class Strict(BaseModel):
-    """A frozen model that refuses what it does not know, with a SchemeError that quotes it."""
+    """A frozen model that refuses unknown keys and wrong types, with a SchemeError that quotes them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-    __slots__ = ("_hash",)  # which copies and pickles leave out
+    __slots__ = ("_hash",)  # a slot is left out of copies and pickles
 
     def __init__(self, /, *unnamed: object, **data: Any):
         if unnamed:
@@ -30,7 +30,7 @@ class Strict(BaseModel):
             raise SchemeError(problems.explain(type(self), error)) from None
 
     def __hash__(self) -> int:
-        # every call looks plans up by its scheme
+        # cached, as every call looks plans up by its scheme
         known: int | None = getattr(self, "_hash", None)
         if known is None:
             known = hash((type(self), *self.__dict__.values()))
