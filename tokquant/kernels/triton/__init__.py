@@ -1,1 +1,1 @@
-"""Kernels in Triton: the template, which runs as it stands, and the fragments that fill its holes."""
+"""Templates of the Triton kernels, each of which also runs as it is, and the fragments that fill their holes."""

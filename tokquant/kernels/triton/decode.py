@@ -1,7 +1,7 @@
-"""Attention to keys and values in pages, its holes filled for int8 per token: a kernel that runs, and the text of every other.
+"""The template of decoding kernels: attention to paged keys and values, its holes filled for int8 per token; runs as it is.
 
-One program takes some queries of the heads that share a head of K and V, as rows of one tile, and a run of keys; `merge` puts
-the runs together. The arithmetic is that of `template`, and so are the names.
+One program takes queries of the heads that share a head of K and V, as rows of one tile, and a run of keys; `merge` merges the
+runs. Arithmetic and names are those of `template`.
 """
 
 from tokquant.kernels.triton.fragments import as_they_are as lay_k
@@ -32,11 +32,11 @@ D_TILE = tl.constexpr(64)  # the next power of two
 PADDED = tl.constexpr(False)  # D_TILE > D
 PAGE = tl.constexpr(128)  # tokens
 SHARED_HEADS = tl.constexpr(1)  # heads of Q to one of K and V
-LANES = tl.constexpr(32)  # sums over keys that are kept apart until the end
+LANES = tl.constexpr(32)  # partial sums over keys, added up after the loop
 Q_PACKED = tl.constexpr(1)  # codes in a stored element
 K_PACKED = tl.constexpr(1)
 V_PACKED = tl.constexpr(1)
-K_PLANES = tl.constexpr(1)  # channels come as the elements hold them: first one of each, then another
+K_PLANES = tl.constexpr(1)  # channels are decoded in planes: the first of every stored element, then the second ...
 V_PLANES = tl.constexpr(1)
 K_WIDTH = tl.constexpr(64)  # elements of a token
 V_WIDTH = tl.constexpr(64)
@@ -52,45 +52,45 @@ K_SIDE = tl.constexpr(1)  # elements of a row of scales and zeros, and of a head
 V_SIDE = tl.constexpr(1)
 K_SIDES = tl.constexpr(128)
 V_SIDES = tl.constexpr(128)
-K_COLUMNS = tl.constexpr(1)  # scales side by side, before the zeros
+K_COLUMNS = tl.constexpr(1)  # scales of a row, which its zeros follow
 V_COLUMNS = tl.constexpr(1)
-Q_TYPE = tl.constexpr(tl.int8)  # what the two products take
+Q_TYPE = tl.constexpr(tl.int8)  # types of the products' operands
 K_TYPE = tl.constexpr(tl.int8)
 P_TYPE = tl.constexpr(tl.int8)
 V_TYPE = tl.constexpr(tl.int8)
-Q_VIA = tl.constexpr(tl.int8)  # the type on the way there: integers reach fp8 by fp16
+Q_VIA = tl.constexpr(tl.int8)  # the type in between: integers are converted to fp8 by way of fp16
 K_VIA = tl.constexpr(tl.int8)
 V_VIA = tl.constexpr(tl.int8)
-K_UNIT = tl.constexpr(1.0)  # what a decoded 1 stands for
+K_UNIT = tl.constexpr(1.0)  # the value of a decoded 1
 V_UNIT = tl.constexpr(1.0)
-OUTPUT_UNIT = tl.constexpr(1.0)  # where that is left to the end
+OUTPUT_UNIT = tl.constexpr(1.0)  # V's, if it is applied to the output
 K_HALF = tl.constexpr(0)  # a stored code of 0 is this many steps above an asymmetric operand's zero
 V_HALF = tl.constexpr(0)
-LOG2_LARGEST = tl.constexpr(6.988684686772166)  # of P's largest code: P is kept in units of its codes
-LOGIT_BASE = tl.constexpr(1.4426950408889634)  # log2(e), or 1 where something has to happen to natural logits
-FIRST_PHASE = tl.constexpr(1)  # 0 where whole tiles come after others
-OWN_TYPE = tl.constexpr(tl.float16)  # the tensors' own, which decoded values are rounded to
+LOG2_LARGEST = tl.constexpr(6.988684686772166)  # log2 of P's largest code: P is computed in units of its codes
+LOGIT_BASE = tl.constexpr(1.4426950408889634)  # log2(e), or 1 where a feature needs natural logits
+FIRST_PHASE = tl.constexpr(1)  # 0 where masked tiles precede the full ones
+OWN_TYPE = tl.constexpr(tl.float16)  # the tensors' type, which decoded values are rounded to
 Q_SCALED = tl.constexpr(True)
-Q_DECODED = tl.constexpr(False)  # the scale varies along what the product contracts
+Q_DECODED = tl.constexpr(False)  # scales vary along the contracted dimension: apply them before the product
 Q_IN_PLANES = tl.constexpr(False)
-K_HAS_SCALE = tl.constexpr(True)  # whether there are scales at all
+K_HAS_SCALE = tl.constexpr(True)  # whether it has scales that the kernel reads
 V_HAS_SCALE = tl.constexpr(True)
 K_ZERO = tl.constexpr(False)
-K_STATIC = tl.constexpr(False)  # where K's scale enters: one for all keys, into Q's,
-K_SIDE_OF_TILE = tl.constexpr(False)  # one for a tile's keys,
-K_SIDE_OF_TOKEN = tl.constexpr(True)  # one for each,
-K_PAIR_OF_TOKEN = tl.constexpr(False)  # or a scale and a zero for each
-K_DECODED = tl.constexpr(False)  # or, as it varies along what the product contracts, before the product
+K_STATIC = tl.constexpr(False)  # K has one scale for all keys, applied with Q's,
+K_SIDE_OF_TILE = tl.constexpr(False)  # one for the keys of a tile,
+K_SIDE_OF_TOKEN = tl.constexpr(True)  # one per key,
+K_PAIR_OF_TOKEN = tl.constexpr(False)  # or a scale and a zero per key;
+K_DECODED = tl.constexpr(False)  # or they vary along the contracted dimension, and are applied before the product
 V_DECODED = tl.constexpr(False)
-K_STEP = tl.constexpr(32)  # tokens of a tile under one scale there
+K_STEP = tl.constexpr(32)  # decoded: tokens of a tile under one scale
 V_STEP = tl.constexpr(1)
-K_PARTS = tl.constexpr(64)  # scales side by side, where there are D_TILE channels
+K_PARTS = tl.constexpr(64)  # decoded: scales of D_TILE channels
 V_PARTS = tl.constexpr(2)
 K_BY_CHANNEL = tl.constexpr(False)
 V_BY_CHANNEL = tl.constexpr(False)
 K_ZERO_DECODED = tl.constexpr(False)
 V_ZERO_DECODED = tl.constexpr(False)
-V_SIDE_OF_TOKEN = tl.constexpr(True)  # where V's scale enters: P, alone
+V_SIDE_OF_TOKEN = tl.constexpr(True)  # V's scale is applied to P, alone
 V_PAIR_OF_TOKEN = tl.constexpr(False)  # or with a zero,
 V_PER_TOKEN = tl.constexpr(True)
 V_PER_TILE = tl.constexpr(False)  # each tile's product,
@@ -98,24 +98,24 @@ V_ON_OUTPUT = tl.constexpr(False)  # or the output
 V_TILE_ZERO = tl.constexpr(False)
 V_OUTPUT_ZERO = tl.constexpr(False)
 V_PER_CHANNEL = tl.constexpr(0)  # 1 where V has a scale per channel
-V_CLEARED = tl.constexpr(False)  # whether what lies beyond the last key could be no number
+V_CLEARED = tl.constexpr(False)  # whether memory beyond the last key may decode to NaN or inf
 V_IN_PLANES = tl.constexpr(False)
 V_ROTATED = tl.constexpr(False)
-V_STAGES = tl.constexpr(0)  # of the butterflies that undo it
+V_STAGES = tl.constexpr(0)  # butterfly stages that undo the rotation
 V_NORM = tl.constexpr(1.0)
 V_MEAN = tl.constexpr(False)
 UNSIGNED_P = tl.constexpr(False)
-CODE_ZERO = tl.constexpr(0)  # what unsigned codes of P are lowered by
+CODE_ZERO = tl.constexpr(0)  # subtracted from unsigned codes of P, to fit signed integers
 CLEAR_CHANNELS = tl.constexpr(False)
-NEWER = tl.constexpr(False)  # whether there are newer keys than those in pages
+NEWER = tl.constexpr(False)  # whether newer keys are kept outside of the pages
 LEFT = tl.constexpr(False)
 RIGHT = tl.constexpr(False)
 SOFTCAP = tl.constexpr(False)
-LOWERED_SOFTCAP = tl.constexpr(False)  # K lacks an offset, which the softcap must see,
-LOWERED_LOGITS = tl.constexpr(False)  # or else the LSE
+LOWERED_SOFTCAP = tl.constexpr(False)  # K is stored without an offset, which is added back before the softcap,
+LOWERED_LOGITS = tl.constexpr(False)  # or to the LSE
 JOINED = tl.constexpr(False)
-MAY_BE_EMPTY = tl.constexpr(False)  # whether scores of floats may all be -inf
-ONE_RUN = tl.constexpr(True)  # of keys, so that nothing is merged
+MAY_BE_EMPTY = tl.constexpr(False)  # whether all scores of a row may be -inf, as floats can be
+ONE_RUN = tl.constexpr(True)  # one program takes all keys, so there is nothing to merge
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, step, BLOCK_M: tl.constexpr
     if NEWER:
         ahead += tl.load(T.newer + batch)
 
-    # keys [begin, end) of this run are seen by some of these queries, and tiles in [whole, edge) by all: those need no mask
+    # keys [begin, end) of this run are visible to some of these queries; tiles in [whole, edge) to all, so they need no mask
     begin = split * run
     if LEFT:
         # the first run begins where the window of the first query does, at a multiple of `step`
@@ -165,7 +165,7 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, step, BLOCK_M: tl.constexpr
         tl.store(Lse + result, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=here)
         return
 
-    # [BLOCK_M, D] queries, and their scale with the softmax's
+    # [BLOCK_M, D] queries, and their scale times the softmax's
     k_channel = column % (D_TILE // K_PLANES) * K_PLANES + column // (D_TILE // K_PLANES)
     q_column = tl.arange(0, D_TILE // Q_PACKED)
     if Q_IN_PLANES:
@@ -182,7 +182,7 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, step, BLOCK_M: tl.constexpr
         q_scales = load_tile(q_scale_at[:, None] + q_part, here, k_channel < D, True).to(tl.float32)
         q = (q.to(tl.float32) * q_scales).to(OWN_TYPE)
     if CLEAR_CHANNELS:
-        # K may be anything beyond D
+        # beyond D a tile of K may hold anything
         q = tl.where((k_channel < D)[None, :], q, 0.0)
     q = q.to(Q_TYPE)
     if K_ZERO:
@@ -212,14 +212,14 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, step, BLOCK_M: tl.constexpr
     if V_BY_CHANNEL:
         v_part = v_channel
 
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the row's maximum so far
-    r = tl.zeros([BLOCK_M], tl.float32)  # what P, l and acc are relative to
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the row's running maximum
+    r = tl.zeros([BLOCK_M], tl.float32)  # the reference that P, l and acc are scaled to
     l = tl.zeros([BLOCK_M, LANES], tl.float32)
     acc = tl.zeros([BLOCK_M, D_TILE], tl.float32)
     if V_PAIR_OF_TOKEN:
         zeros = tl.zeros([BLOCK_M, LANES], tl.float32)
     for phase in tl.static_range(FIRST_PHASE, 3):
-        # 0: from the window's left edge; 1: whole tiles; 2: to the right edge
+        # 0: masked tiles at the window's left edge; 1: full tiles; 2: masked tiles at the right edge
         low = begin
         high = tl.minimum(whole, end)
         if phase == 1:
@@ -257,14 +257,14 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, step, BLOCK_M: tl.constexpr
             if K_PAIR_OF_TOKEN:
                 k_side_at = tokens_at(k_sides + page * K.sides_page, start, n, PAGE, K_GROUP, K_SIDE)
                 k_scale, k_zero = tl.split(tl.load(k_side_at[:, None] + pair[None, :]).to(tl.float32))
-                # the zero of the stored codes
+                # k_zero + K_HALF * k_scale is the value of a stored code of 0
                 s = s.to(tl.float32) * k_scale[None, :] + q_sum[:, None] * (k_zero + K_HALF * k_scale)[None, :]
             if SOFTCAP:
                 s = s.to(tl.float32) * c[:, None]
                 if LOWERED_SOFTCAP:
                     s += (tl.load(Q.logit_offset + row, mask=here, other=0.0) * scale)[:, None]
                 s = F.softcap * tanh(s / F.softcap)
-                # log2(e) comes last, where the row's maximum is subtracted
+                # log2(e) is applied where the row's maximum is subtracted
                 c = tl.full([BLOCK_M], 1.4426950408889634, tl.float32)
             if V_SIDE_OF_TOKEN:
                 v_side_at = tokens_at(v_sides + page * V.sides_page, start, n, PAGE, V_GROUP, V_SIDE)
@@ -275,7 +275,7 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, step, BLOCK_M: tl.constexpr
                 if phase != 1:
                     v_zero = tl.where(inside, v_zero, 0.0)
             if V_PER_TOKEN:
-                # V's scale joins the exponent, so that P is rounded with its weight; l takes the weight out again
+                # V's scale joins the exponent, so that P is rounded with its weight; the weight is taken out of l again
                 if phase != 1:
                     v_scale = tl.where(inside, v_scale, 1.0)
                 log2_weight = tl.where(v_scale < 0.0, -32.0, log2_scale(tl.abs(v_scale)))
@@ -294,10 +294,10 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, step, BLOCK_M: tl.constexpr
             largest = tl.max(s, 1).to(tl.float32) * c
             m = tl.maximum(m, largest)
             reference = row_reference(largest, m)
-            # up by an ulp, so that no rounding gives a code beyond the largest
+            # up by an ulp, so that rounding never gives a code above the largest
             reference += tl.abs(reference) * 1.1920928955078125e-07
             if phase != 1 or MAY_BE_EMPTY or JOINED:
-                # a tile with nothing in it moves nothing
+                # a fully masked tile leaves the reference as it is
                 reference = tl.where(largest == float("-inf"), r, reference)
             alpha = tl.exp2(tl.minimum(r - reference, 65.0))
             r = reference
@@ -331,7 +331,7 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, step, BLOCK_M: tl.constexpr
             v = v.to(V_TYPE)
             pv = product_v(order_p(codes.to(P_TYPE), BLOCK_M, BLOCK_N), v).to(tl.float32)
             if UNSIGNED_P:
-                # what the product of codes that fit a signed unit lacks
+                # unsigned codes of P were shifted to fit signed integers: add what the product lacks
                 pv += (tl.sum(v.to(tl.int32), 0) * CODE_ZERO).to(tl.float32)[None, :]
             if V_PER_TILE:
                 v_block = tl.cast(start, tl.int32) % PAGE // V_GROUP
@@ -365,7 +365,7 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, step, BLOCK_M: tl.constexpr
     if V_MEAN:
         mean = tl.load(V.offset + kv_head * D + column, mask=held, other=0.0).to(tl.float32)
         o += (l * inverse_total)[:, None] * mean[None, :]
-    # a row that attends to nothing, whatever its tiles hold
+    # 0 for a row that attends to nothing, even if V is not finite
     o = tl.where((l == 0.0)[:, None], 0.0, o)
     tl.store(out_at, o, mask=here[:, None] & held[None, :])
     # natural; -inf where a row attends to nothing

@@ -1,25 +1,25 @@
-"""Scales of more tokens than a tile of quantization has, made of the extremes of its tiles."""
+"""The kernel for scales of more tokens than a tile has: it reduces the extremes of tiles to scales and zeros."""
 
 from tokquant.kernels.triton.parts import group_max, group_max_magnitude
 from tokquant.kernels.triton.quantize import finish
 from tokquant.precisions.base import tl, triton
 
-SEQUENCES = tl.constexpr(False)  # of their own lengths lie one after another
+SEQUENCES = tl.constexpr(False)  # of different lengths, packed one after another
 SYMMETRIC = tl.constexpr(True)
 ASYMMETRIC = tl.constexpr(False)
-SCALE_COLUMNS = tl.constexpr(64)  # scales side by side
+SCALE_COLUMNS = tl.constexpr(64)  # scales of a group of tokens, one for each group of channels
 COLUMNS_TILE = tl.constexpr(64)  # the next power of two
-ROWS = tl.constexpr(32)  # tiles that are read at once
+ROWS = tl.constexpr(32)  # tiles read per iteration
 
 
 @triton.jit
 def scales(E, Y, T, rows, group, groups, TOKENS: tl.constexpr):
-    # E [planes, rows, SCALE_COLUMNS], Y [planes, groups, SCALE_COLUMNS]; a scale is of `group` rows
+    # E [planes, rows, SCALE_COLUMNS], Y [planes, groups, SCALE_COLUMNS]; a scale covers `group` rows, one row for each tile
     plane = (tl.program_id(0) // groups).to(tl.int64)
     first = tl.program_id(0) % groups * group
     end = rows
     if SEQUENCES:
-        # a group is a sequence, whose rows are of so many TOKENS each
+        # a group is a sequence; each of its rows is a tile of TOKENS
         sequence = tl.program_id(0) % groups
         start = tl.load(T.starts + sequence)
         first = start // TOKENS + sequence
@@ -45,7 +45,7 @@ def scales(E, Y, T, rows, group, groups, TOKENS: tl.constexpr):
     kept = column < SCALE_COLUMNS
     if SYMMETRIC:
         highest = group_max_magnitude(top, kept, ROWS, ROWS, COLUMNS_TILE, 1)
-        lowest = highest  # of which nothing is made
+        lowest = highest  # unused
     if ASYMMETRIC:
         highest = group_max(top, kept, ROWS, ROWS, COLUMNS_TILE, 1)
         lowest = -group_max(-bottom, kept, ROWS, ROWS, COLUMNS_TILE, 1)
@@ -53,4 +53,4 @@ def scales(E, Y, T, rows, group, groups, TOKENS: tl.constexpr):
 
 
 KERNEL = (finish,)
-"""What the kernel is made of beside itself."""
+"""Functions that are part of the kernel."""

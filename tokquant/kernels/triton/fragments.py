@@ -1,4 +1,4 @@
-"""What fills the template's holes. Each calls nothing but `tl`, so it can be read, tested and copied alone."""
+"""Fragments for the holes of attention templates. Each calls nothing but `tl`, so it can be read, tested and copied alone."""
 
 from tokquant.precisions.base import tl, triton
 
@@ -25,13 +25,13 @@ def kept_product(p, v):
 
 
 # --------------------------------------------------------------------------- scale_scores: products [M, N] -> t, c
-# The logits are t * c[:, None] with c >= 0: c enters where the row's maximum is subtracted, in one multiply-add, and the
+# The logits are t * c[:, None] with c >= 0: c is applied where the row's maximum is subtracted, in one multiply-add, and the
 # maximum itself can be taken of t, which may still be integers.
 
 
 @triton.jit
 def scale_by_query(s, q_scale, k_scale, stride, start, j, n_k, GROUP, EDGE: tl.constexpr):
-    # K has no scale of its own here: it is 16 bit, decoded, or its scale per channel lies in Q
+    # K has no scale to apply here: it is 16-bit or decoded, or its scale per channel is part of Q
     return s, q_scale
 
 
@@ -47,11 +47,11 @@ def scale_by_key(s, q_scale, k_scale, stride, start, j, n_k, GROUP, EDGE: tl.con
 
 @triton.jit
 def scale_by_tile(s, q_scale, k_scale, stride, start, j, n_k, GROUP, EDGE: tl.constexpr):
-    # one scale of K covers the whole tile: it costs nothing an element
+    # one scale of K covers the whole tile: no work per element
     return s, q_scale * tl.load(k_scale + (start // GROUP) * stride).to(tl.float32)
 
 
-# --------------------------------------------------------------------------- lay_q, lay_k, lay_v: what a stored element holds
+# --------------------------------------------------------------------------- lay_q, lay_k, lay_v: the order of unpacked codes
 # A precision decodes a tile [A, B] to [A, B] or, where several codes share an element, to [A, B, P].
 
 
@@ -68,26 +68,26 @@ def side_by_side(values):
 
 @triton.jit
 def side_by_side_ptx(values):
-    # the same, and then no instruction: a reshape just before a product of 8 bits Triton moves into shared memory, where wgmma
-    # has no layout for it ("Illegal shared layout")
+    # side_by_side followed by empty inline PTX: Triton would move a reshape just before an 8-bit product into shared memory,
+    # where wgmma has no layout for it ("Illegal shared layout")
     tile = values.reshape(values.shape[0], values.shape[1] * values.shape[2])
     return tl.inline_asm_elementwise("", "=r,0", [tile], dtype=tile.dtype, is_pure=True, pack=4)
 
 
 @triton.jit
 def in_planes(values):
-    # [A, B, P] -> [A, P B]: first of every element, then second ...; in no thread does anything move
+    # [A, B, P] -> [A, P B]: the first code of every element, then the second ...; no data moves between threads
     return values.permute(0, 2, 1).reshape(values.shape[0], values.shape[1] * values.shape[2])
 
 
 @triton.jit
 def tokens_in_planes(values):
-    # [A, B, P] -> [A P, B]: an element holds tokens 16 apart
+    # [A, B, P] -> [A P, B]: the codes of an element are of tokens 16 apart
     planes = values.reshape(values.shape[0] // 16, 16, values.shape[1], values.shape[2]).permute(0, 3, 1, 2)
     return planes.reshape(values.shape[0] * values.shape[2], values.shape[1])
 
 
-# --------------------------------------------------------------------------- address_v, order_p: how V lies in memory
+# --------------------------------------------------------------------------- address_v, order_p: the layout of V
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def in_order(codes, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def in_groups(codes, M: tl.constexpr, N: tl.constexpr):
-    # V's tokens are permuted in groups of 16 so that P, permuted alike, is already where the next product wants it
+    # V's tokens are permuted in groups of 16, so that P, permuted alike, already has the register layout of the next product
     return codes.reshape(M, N // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, N)
 
 
@@ -118,13 +118,13 @@ def in_groups(codes, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def exact(p, codes):
-    # P before it is rounded
+    # P before rounding
     return p
 
 
 @triton.jit
 def nearest_integers(p, codes):
-    # what the integer codes of P stand for, without a conversion; a NaN stays one
+    # the integers that P is rounded to, without a conversion; keeps NaN
     return (p + 12582912.0) - 12582912.0
 
 
@@ -133,7 +133,7 @@ def rounded(p, codes):
     return codes.to(tl.float32)
 
 
-# --------------------------------------------------------------------------- row_reference: what P is scaled against
+# --------------------------------------------------------------------------- row_reference: the maximum that P is scaled to
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def running_maximum(largest, m):
 
 @triton.jit
 def tile_maximum(largest, m):
-    # row_block: the row's maximum in this tile, at most 2^64 below the one so far so that nothing overflows
+    # row_block: the row's maximum in this tile, but at most 2^64 below the running one, so that nothing overflows
     return tl.maximum(largest, m - 64)
 
 
@@ -158,7 +158,7 @@ def by_cast(x, TYPE: tl.constexpr):
 
 @triton.jit
 def to_float16_ptx(x, TYPE: tl.constexpr):
-    # from int8: a byte under the exponent of 2^10 is that much more, and no conversion; 128 more, so that it has no sign
+    # int8 without a conversion: x + 128, which has no sign, as the low byte of a float16 mantissa is 1024 + 128 + x
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 t, k;
@@ -177,7 +177,7 @@ def to_float16_ptx(x, TYPE: tl.constexpr):
     )
 
 
-# --------------------------------------------------------------------------- log2_scale: of V's scales per token, in decoding
+# --------------------------------------------------------------------------- log2_scale: log2 of V's scales per token
 
 
 @triton.jit
@@ -187,22 +187,22 @@ def log2_of_normal(x):
 
 @triton.jit
 def log2_of_normal_ptx(x):
-    # a scale is never subnormal, so nothing need be done for those
+    # scales are never subnormal, so flushing those to zero is safe, and faster
     return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
-# --------------------------------------------------------------------------- page_of, tokens_at: where a tile's tokens lie
+# --------------------------------------------------------------------------- page_of, tokens_at: addresses of a tile's tokens
 
 
 @triton.jit
 def one_page(table, start, j, n_k, PAGE: tl.constexpr, EDGE: tl.constexpr):
-    # a tile lies in one page
+    # all tokens of a tile are in one page
     return tl.load(table + start // PAGE).to(tl.int64)
 
 
 @triton.jit
 def many_pages(table, start, j, n_k, PAGE: tl.constexpr, EDGE: tl.constexpr):
-    # a tile spans pages, so that every token has its own; V's tokens change places in groups of 16
+    # a tile spans pages: look up a page for every token; V's tokens are permuted in groups of 16
     if EDGE:
         page = tl.load(table + j // PAGE, mask=j // 16 * 16 < n_k, other=0)
     else:
@@ -212,8 +212,8 @@ def many_pages(table, start, j, n_k, PAGE: tl.constexpr, EDGE: tl.constexpr):
 
 @triton.jit
 def within_page(page_at, start, n, PAGE: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr):
-    # what each GROUP tokens from `start` on have in a page, STEP apart: of a pointer's parts all but the sum is loop-invariant;
-    # Triton 3.6 must be told that tiles begin at whole vectors, or it copies V byte by byte
+    # pointers, within a page, to values that GROUP tokens share, STEP apart; all but the sum with `first` is loop-invariant.
+    # Without the hint of alignment Triton 3.6 copies V byte by byte
     first = tl.multiple_of(tl.cast(start, tl.int32) % PAGE, 16)
     return page_at + first // GROUP * STEP + n // GROUP * STEP
 
@@ -234,6 +234,6 @@ def of_channels(scale, N: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, CHA
 
 @triton.jit
 def of_groups(scale, N: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, PLANES: tl.constexpr):
-    # scales [N, D / g], where the tile has first one channel of every stored element, then another
+    # scales [N, D / g] for a tile whose channels are in planes: the first of every stored element, then the second ...
     wide = tl.broadcast_to(scale[:, None, :, None], (N, PLANES, D // CHANNELS, CHANNELS // PLANES))
     return wide.reshape(N, D)

@@ -1,4 +1,4 @@
-"""Attention over runs of keys, put together by their LSE."""
+"""The kernel that merges attention over runs of keys, weighted by their LSE."""
 
 from tokquant.precisions.base import tl, triton
 
@@ -21,7 +21,7 @@ def merge(Parts, Lses, Out, Lse, runs, rows, D: tl.constexpr, D_TILE: tl.constex
         lse = tl.load(Lses + part * rows + row, mask=part < runs, other=float("-inf"))
         weight = tl.exp(lse - reference)
         total += tl.sum(weight, 0)
-        # a run that has nothing for this row is not read
+        # partial outputs of runs without keys for this row were never written
         has = (weight > 0.0)[:, None] & held[None, :]
         o = tl.load(Parts + (part * rows + row)[:, None] * D + column[None, :], mask=has, other=0.0)
         acc += tl.sum(o * weight[:, None], 0)

@@ -1,7 +1,7 @@
-"""Quantization with its holes filled for int8 per token: a kernel that runs, and the text of every other.
+"""The template of quantization kernels, its holes filled for int8 per token; runs as it is.
 
-One program takes a tile of tokens of one head. Its numbers are those of `tokquant.quantize`, bit for bit: quotients are those
-of IEEE division, and launches keep the compiler from contracting a multiplication and an addition, which torch rounds apart.
+One program takes a tile of tokens of one head. Results are bitwise those of `tokquant.quantize`: divisions are IEEE's, and
+launches disable FMA contraction, as torch rounds a product before it adds.
 """
 
 from tokquant.kernels.triton.parts import group_max, group_max_magnitude, hadamard
@@ -18,77 +18,77 @@ D = tl.constexpr(64)  # head_dim
 D_TILE = tl.constexpr(64)  # the next power of two
 OFFSET = tl.constexpr(False)
 OFFSET_TOKENS = tl.constexpr(2**30)  # tokens under one offset
-COMPANION = tl.constexpr(False)  # K less its offset, in its own type
+COMPANION = tl.constexpr(False)  # also write K minus its offset, in its own type
 BALANCED = tl.constexpr(False)
 ROTATED = tl.constexpr(False)
-STAGES = tl.constexpr(0)  # of the butterflies
+STAGES = tl.constexpr(0)  # butterfly stages
 NORM = tl.constexpr(1.0)
 FOLDED = tl.constexpr(False)  # K's scale per channel is multiplied into Q
-LOGITS = tl.constexpr(False)  # what Q's logits lack:
+LOGITS = tl.constexpr(False)  # also write what Q's logits lack:
 K_OFFSET = tl.constexpr(False)  # q times the offset of K,
-K_ORIGIN = tl.constexpr(False)  # and times what K's codes of 0 stand for, per channel
-EXTREMES = tl.constexpr(True)  # of the groups of the tile
-ONLY_EXTREMES = tl.constexpr(False)  # a scale covers more than a tile: its extremes come first, then the codes
-SCALE_HERE = tl.constexpr(True)  # the scale is made of these extremes
+K_ORIGIN = tl.constexpr(False)  # and times the values of K's codes of 0, per channel
+EXTREMES = tl.constexpr(True)  # compute the extremes of each group of the tile
+ONLY_EXTREMES = tl.constexpr(False)  # first pass for a scale that covers more than a tile
+SCALE_HERE = tl.constexpr(True)  # the scale is computed from these extremes,
 SCALE_GIVEN = tl.constexpr(False)  # or loaded
 CODES = tl.constexpr(True)
 SCALED = tl.constexpr(True)
-STATIC = tl.constexpr(False)  # scales are not of these values, which may be far beyond them
+STATIC = tl.constexpr(False)  # scales are calibrated, so values may be far out of range
 SYMMETRIC = tl.constexpr(True)
 ASYMMETRIC = tl.constexpr(False)
-GROUP_TOKENS = tl.constexpr(1)  # of the tile's tokens under one scale
+GROUP_TOKENS = tl.constexpr(1)  # tokens of the tile under one scale
 GROUP_CHANNELS = tl.constexpr(64)
-SCALE_TOKENS = tl.constexpr(1)  # of the whole sequence's tokens
-SCALE_COLUMNS = tl.constexpr(1)  # scales side by side
+SCALE_TOKENS = tl.constexpr(1)  # tokens of the sequence under one scale
+SCALE_COLUMNS = tl.constexpr(1)  # scales of a token, one for each group of channels
 LARGEST = tl.constexpr(127.0)  # R
 LEVELS = tl.constexpr(255.0)  # steps of an asymmetric operand
 HALF = tl.constexpr(0)  # a stored code of 0 is this many steps above an asymmetric operand's zero
 SCALE_SMALLEST = tl.constexpr(1.1754943508222875e-38)  # normal number of its type
 SCALE_LARGEST = tl.constexpr(3.4028234663852886e38)
-CHECK_SCALE = tl.constexpr(False)  # whether its type holds it
-CHECK_FP16 = tl.constexpr(False)  # whether fp16 holds the values
+CHECK_SCALE = tl.constexpr(False)  # flag scales that overflow their type
+CHECK_FP16 = tl.constexpr(False)  # flag values that overflow fp16
 PACKED = tl.constexpr(1)  # codes in a stored element
 WIDTH = tl.constexpr(64)  # stored elements of a token
-RAGGED = tl.constexpr(False)  # the last one of a token is not full
-LAST = tl.constexpr(255)  # bits of that
+RAGGED = tl.constexpr(False)  # the last stored element of a token is not full
+LAST = tl.constexpr(255)  # mask of its bits
 BYTES = tl.constexpr(True)
-CANONICAL = tl.constexpr(True)  # [N, D], or
-TOKENS_LAST = tl.constexpr(False)  # [D, N] with N padded to whole groups of 16 elements, or
-SEQUENCES = tl.constexpr(False)  # of their own lengths lie one after another, and for each one what holds many of its tokens
-SEQUENCE_ROWS = tl.constexpr(1)  # of scales between one and the next, but for V per token: attention reads weights
-PAGED = tl.constexpr(False)  # in pages, from any token on
+CANONICAL = tl.constexpr(True)  # codes are [N, D],
+TOKENS_LAST = tl.constexpr(False)  # or [D, N] with N padded to whole groups of 16 elements,
+SEQUENCES = tl.constexpr(False)  # (tokens are sequences of different lengths, packed one after another)
+SEQUENCE_ROWS = tl.constexpr(1)  # (rows of scales added per sequence; 0 for V per token, where attention reads weights)
+PAGED = tl.constexpr(False)  # or in pages, from any token on
 PAGE = tl.constexpr(128)  # tokens of a page
 PAGE_GROUPS = tl.constexpr(128)  # rows of scales of a page
 COUNTED = tl.constexpr(False)  # whether sequences append different numbers of tokens
 ROW = tl.constexpr(64)  # elements of a page from one token to the next,
 COLUMN = tl.constexpr(1)  # and from one element of a token to the next
-VALUES = tl.constexpr(False)  # of the stored codes, for
-VALUE_TYPE = tl.constexpr(tl.int32)  # integers are summed as such
-CODE_SUM = tl.constexpr(False)  # Q: their sum over channels
-TILE_SUMS = tl.constexpr(False)  # V: over each SUM_TOKENS tokens
+VALUES = tl.constexpr(False)  # decode the stored codes, for what follows
+VALUE_TYPE = tl.constexpr(tl.int32)  # the type that they are summed in
+CODE_SUM = tl.constexpr(False)  # Q: sum them over channels
+TILE_SUMS = tl.constexpr(False)  # V: sum them over each SUM_TOKENS tokens
 SUM_TOKENS = tl.constexpr(64)
-WEIGHTED = tl.constexpr(False)  # V per token: whether all are zero
-WEIGHT_APART = tl.constexpr(False)  # as a tensor of its own,
-WEIGHT_IN_SIGN = tl.constexpr(False)  # or in the sign of the scale: below zero where all codes are
-SCALE_STORED = tl.constexpr(True)  # as it is
+WEIGHTED = tl.constexpr(False)  # V per token: mark tokens that are all zero,
+WEIGHT_APART = tl.constexpr(False)  # in a tensor of their own,
+WEIGHT_IN_SIGN = tl.constexpr(False)  # or by a negative scale
+SCALE_STORED = tl.constexpr(True)  # store the scale unchanged
 
 
 @triton.jit
 def finish(highest, lowest, kept, Y, scale_at):
-    # extremes to scales and zeros, which are stored where they are `kept`, and returned as codes are taken with them
+    # extremes to scales and zeros, stored where `kept`; returns them as rounded to their types, for the codes
     zero = lowest
     if SYMMETRIC:
         exact = tl.where(highest == 0.0, 1.0, tl.div_rn(highest, LARGEST))
     if ASYMMETRIC:
-        # past the largest that its type holds there is no zero
+        # a zero that overflows its type becomes NaN
         zero = tl.where(tl.abs(lowest) > SCALE_LARGEST, float("nan"), lowest)
         stored_zero = encode_scale(zero)
         zero = tl.where(zero == zero, stored_zero.to(tl.float32), zero)
         exact = tl.div_rn(highest - zero, LEVELS)
-        # a zero rounded past the maximum takes the smallest scale
+        # if the zero was rounded above the maximum, the scale becomes the smallest
         exact = tl.where(exact < 0.0, 0.0, exact)
     scale = round_scale(exact)
-    # from fp8 the interpreter casts a NaN to a number
+    # the interpreter casts an fp8 NaN to a number
     scale = tl.where(scale == scale, encode_scale(scale).to(tl.float32), scale)
     scale = tl.where(scale < SCALE_SMALLEST, SCALE_SMALLEST, scale)
     if CHECK_SCALE:
@@ -110,12 +110,12 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
     batch = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     plane = batch * tl.num_programs(1) + head
-    home = batch  # whose scales are written
+    home = batch  # batch index, or page, that scales and codes are stored at
     first = tl.program_id(0) * TOKENS
     place = tl.arange(0, TOKENS)
     own = n
     if PAGED:
-        # tiles are parts of pages: the first may begin before the first new token
+        # tiles are aligned within pages, so the first may begin before the first new token
         start = tl.load(T.lengths + batch)
         if COUNTED:
             n = tl.load(T.counts + batch)
@@ -185,7 +185,7 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
     if EXTREMES:
         if SYMMETRIC:
             highest = group_max_magnitude(y, there, TOKENS, GROUP_TOKENS, D_TILE, GROUP_CHANNELS)
-            lowest = highest  # of which nothing is made
+            lowest = highest  # unused
         if ASYMMETRIC:
             highest = group_max(y, there, TOKENS, GROUP_TOKENS, D_TILE, GROUP_CHANNELS)
             lowest = -group_max(-y, there, TOKENS, GROUP_TOKENS, D_TILE, GROUP_CHANNELS)
@@ -202,9 +202,9 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
 
     if CODES:
         if SCALED:
-            # y / scale to the last bit without a division an element: a product with the reciprocal, and once what that lacks
-            # (Brisebarre, Muller and Raina 2004). Units keep what it lacks from being subnormal where |y / scale| is 2^-40 or
-            # more; y and the reciprocal have their signs turned, so that a zero keeps its own
+            # y / scale, correctly rounded, without a division per element: multiply by the reciprocal, then correct once by the
+            # remainder (Brisebarre, Muller and Raina 2004). `unit` keeps the remainder from being subnormal where |y / scale|
+            # is 2^-40 or more; y and the reciprocal are negated, so that a zero keeps its sign
             y = y.reshape(TOKENS // GROUP_TOKENS, GROUP_TOKENS, D_TILE // GROUP_CHANNELS, GROUP_CHANNELS)
             unit = tl.where(scale > 4.6e18, 5.421010862427522e-20, tl.where(scale < 2.2e-19, 1.8446744073709552e19, 1.0))
             if ASYMMETRIC:
@@ -213,10 +213,10 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
             divisor = scale * unit
             inverse = tl.broadcast_to(tl.div_rn(-1.0, divisor)[:, None, :, None], y.shape)
             if STATIC:
-                # so that nothing overflows; a NaN stays one
+                # prevents overflow; keeps NaN
                 reach = (divisor * 1099511627776.0)[:, None, :, None]
                 y = tl.clamp(y, -reach, reach, propagate_nan=tl.PropagateNan.ALL)
-            # by an infinite scale a number is zero
+            # a finite number divided by an infinite scale is zero
             divisor = tl.broadcast_to(tl.where(divisor < float("inf"), divisor, 0.0)[:, None, :, None], y.shape)
             quotient = y * inverse
             y = fused(fused(quotient, divisor, y), inverse, quotient)
@@ -224,14 +224,14 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
                 y = tl.clamp(y, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
             if ASYMMETRIC:
                 y = tl.clamp(y, 0.0, LEVELS, propagate_nan=tl.PropagateNan.ALL)
-                # the nearest integer, half to even, before the half goes off, which could round
+                # round to the nearest integer, half to even, before HALF is subtracted, which could round too
                 y = (y + 12582912.0) - 12582912.0 - HALF
             y = y.reshape(TOKENS, D_TILE)
         if CHECK_FP16:
             lost = there & (tl.abs(y) < float("inf")) & (tl.abs(y) >= 65520.0)
             tl.store(Y.lost, 1, mask=tl.max(tl.max(lost.to(tl.int32), 1), 0) > 0)
         if TOKENS_LAST:
-            # [elements, D, tokens of an element]; beyond N lies the code of zero
+            # [elements, D, tokens of an element]; padded with the code of zero
             y = tl.where(here[:, None], y, 0.0).reshape(TOKENS // PACKED, PACKED, D_TILE)
             y = tl.permute(y, 0, 2, 1).reshape(TOKENS // PACKED, D_TILE * PACKED)
         stored = encode(y)
@@ -274,7 +274,7 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
             tl.store(sum_at, sums, mask=(tile * SUM_TOKENS < own)[:, None] & held[None, :])
         if WEIGHTED:
             something = tl.max((there & (values + HALF != 0)).to(tl.int32), 1)
-            # a token that is not a number has codes of zero too, and its scale to say so
+            # a token with NaN has codes of zero too, but its scale is not finite
             weightless = (something == 0) & (scale.reshape(TOKENS) < float("inf"))
         if WEIGHT_APART:
             tl.store(Y.weightless + row, weightless.to(tl.int8), mask=here)
@@ -284,4 +284,4 @@ def quantize(X, F, Y, T, n, TOKENS: tl.constexpr):
 
 
 KERNEL = (finish,)
-"""What the kernel is made of beside itself, where it makes scales."""
+"""Functions that are part of the kernel, where it computes scales."""

@@ -1,8 +1,8 @@
-"""What fills the holes of the quantization template beside a precision's own fragments. Each calls nothing but `tl`."""
+"""Fragments for the holes of the quantization template, besides those of the precisions. Each calls nothing but `tl`."""
 
 from tokquant.precisions.base import tl, triton
 
-# --------------------------------------------------------------------------- order_tokens: which token stands at a place
+# --------------------------------------------------------------------------- order_tokens: the token stored at a place
 
 
 @triton.jit
@@ -12,8 +12,8 @@ def in_order(place, PACKED: tl.constexpr):
 
 @triton.jit
 def in_groups(place, PACKED: tl.constexpr):
-    # the order of `tensor.tokens_last`: columns 0 1 and 8 9 of a group of 16, then 2 3 and 10 11 ...; where an element holds
-    # several, one of each of as many groups
+    # the order of `tensor.tokens_last`: tokens 0 1 and 8 9 of a group of 16, then 2 3 and 10 11 ...; an element that holds
+    # several tokens has one from each of as many groups
     column = place // PACKED
     column = ((column & 2) << 2) | ((column & 12) >> 1) | (column & 1)
     return place // (16 * PACKED) * (16 * PACKED) + place % PACKED * 16 + column
@@ -21,29 +21,29 @@ def in_groups(place, PACKED: tl.constexpr):
 
 @triton.jit
 def in_groups_of_16(place, PACKED: tl.constexpr):
-    # the same where an element holds channels of one token
+    # as in_groups, but an element holds channels of one token
     column = place % 16
     return place // 16 * 16 + (((column & 2) << 2) | ((column & 12) >> 1) | (column & 1))
 
 
-# --------------------------------------------------------------------------- round_scale: before it is cast to scale_dtype
+# --------------------------------------------------------------------------- round_scale: before the cast to scale_dtype
 
 
 @triton.jit
 def nearest(x):
-    # as the cast does it
+    # the cast itself rounds to nearest
     return x
 
 
 @triton.jit
 def within_e4m3(x):
-    # some casts saturate; past the largest there is no scale
+    # some casts saturate; a scale that overflows must not
     return tl.where(x <= 448.0, x, float("nan"))
 
 
 @triton.jit
 def up_to_e4m3(x):
-    # the next number of the format: a scale rounded down by up to 1/16 would clip eight of the 127 levels
+    # round up in e4m3: a scale rounded down by up to 1/16 would clip eight of the 127 levels
     normal = ((x.to(tl.int32, bitcast=True) + 0xFFFFF) & -0x100000).to(tl.float32, bitcast=True)
     subnormal = (x + 24576.0) - 24576.0
     subnormal = tl.where(subnormal < x, subnormal + 0.001953125, subnormal)
@@ -60,8 +60,8 @@ def fused(a, b, c):
 
 @triton.jit
 def fused_interpreted(a, b, c):
-    # the interpreter of Triton 3.6 rounds twice. In float64 the product is exact; the sum is rounded to odd, so that float32,
-    # of fewer than half its bits, is rounded to as if once
+    # tl.fma rounds twice in the interpreter of Triton 3.6. In float64 the product is exact, and the sum is rounded to odd:
+    # rounding that to float32, which has fewer than half the bits, is as good as rounding once
     product = a.to(tl.float64) * b.to(tl.float64)
     total = product + c.to(tl.float64)
     part = total - product

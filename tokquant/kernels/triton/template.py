@@ -1,4 +1,4 @@
-"""Flash attention with its holes filled for int8: a kernel that runs, and the text of every other."""
+"""The template of attention kernels: flash attention with its holes filled for int8, which runs as it is."""
 
 from tokquant.kernels.triton.fragments import as_they_are as lay_k
 from tokquant.kernels.triton.fragments import as_they_are as lay_q
@@ -24,42 +24,42 @@ SHARED_HEADS = tl.constexpr(1)  # heads of Q to one of K and V
 Q_PACKED = tl.constexpr(1)  # codes in a stored element
 K_PACKED = tl.constexpr(1)
 V_PACKED = tl.constexpr(1)
-V_TOKENS = tl.constexpr(1)  # V holds whole groups of so many
-TOKENS_FIRST = tl.constexpr(True)  # V lies as it came,
-TOKENS_LAST = tl.constexpr(False)  # or with the tokens of a channel side by side
+V_TOKENS = tl.constexpr(1)  # V's tokens are padded to a multiple of this
+TOKENS_FIRST = tl.constexpr(True)  # V is [N, D],
+TOKENS_LAST = tl.constexpr(False)  # or [D, N]
 V_STACKED = tl.constexpr(1)  # tokens in a stored element of V
-PLANES = tl.constexpr(False)  # channels of Q and K meet in the order of K's planes
+PLANES = tl.constexpr(False)  # Q is loaded with its channels in the order of K's planes
 Q_GROUP = tl.constexpr(1)  # tokens under one scale
 K_GROUP = tl.constexpr(1)
 V_GROUP = tl.constexpr(1)
 Q_CHANNELS = tl.constexpr(64)  # channels under one scale
 K_CHANNELS = tl.constexpr(64)
 V_CHANNELS = tl.constexpr(64)
-Q_TYPE = tl.constexpr(tl.int8)  # what the two products take
+Q_TYPE = tl.constexpr(tl.int8)  # types of the products' operands
 K_TYPE = tl.constexpr(tl.int8)
 P_TYPE = tl.constexpr(tl.int8)
 V_TYPE = tl.constexpr(tl.int8)
-Q_VIA = tl.constexpr(tl.int8)  # the type on the way there: integers reach fp8 by fp16
+Q_VIA = tl.constexpr(tl.int8)  # the type in between: integers are converted to fp8 by way of fp16
 K_VIA = tl.constexpr(tl.int8)
 V_VIA = tl.constexpr(tl.int8)
 K_HALF = tl.constexpr(0)  # a stored code of 0 is this many steps above an asymmetric operand's zero
 V_HALF = tl.constexpr(0)
-LOG2_LARGEST = tl.constexpr(6.988684686772166)  # of P's largest code: P is kept in units of its codes
-LOGIT_BASE = tl.constexpr(1.4426950408889634)  # log2(e), or 1 where something has to happen to natural logits
-FIRST_PHASE = tl.constexpr(1)  # 0 where whole tiles come after others
-Q_HAS_SCALE = tl.constexpr(True)  # whether there are scales at all
+LOG2_LARGEST = tl.constexpr(6.988684686772166)  # log2 of P's largest code: P is computed in units of its codes
+LOGIT_BASE = tl.constexpr(1.4426950408889634)  # log2(e), or 1 where a feature needs natural logits
+FIRST_PHASE = tl.constexpr(1)  # 0 where masked tiles precede the full ones
+Q_HAS_SCALE = tl.constexpr(True)  # whether it has scales that the kernel reads
 K_HAS_SCALE = tl.constexpr(True)
 V_HAS_SCALE = tl.constexpr(True)
 Q_SCALED = tl.constexpr(True)
 K_SCALED = tl.constexpr(True)
-OWN_TYPE = tl.constexpr(tl.float16)  # the tensors' own, which decoded values are rounded to
-Q_DECODED = tl.constexpr(False)  # the scale varies along what the product contracts
+OWN_TYPE = tl.constexpr(tl.float16)  # the tensors' type, which decoded values are rounded to
+Q_DECODED = tl.constexpr(False)  # scales vary along the contracted dimension: apply them before the product
 K_DECODED = tl.constexpr(False)
 V_DECODED = tl.constexpr(False)
 K_ZERO = tl.constexpr(False)
 K_ZERO_DECODED = tl.constexpr(False)
 V_ZERO_DECODED = tl.constexpr(False)
-V_PER_TOKEN = tl.constexpr(False)  # where V's scale enters: P,
+V_PER_TOKEN = tl.constexpr(False)  # V's scale is applied to P,
 V_PER_TILE = tl.constexpr(False)  # each tile's product,
 V_ON_OUTPUT = tl.constexpr(True)  # or the output
 V_TOKEN_ZERO = tl.constexpr(False)
@@ -67,24 +67,24 @@ V_TILE_ZERO = tl.constexpr(False)
 V_OUTPUT_ZERO = tl.constexpr(False)
 V_COLUMN = tl.constexpr(0)  # 1 where V has a scale per channel
 V_ROTATED = tl.constexpr(False)
-V_STAGES = tl.constexpr(0)  # of the butterflies that undo it
+V_STAGES = tl.constexpr(0)  # butterfly stages that undo the rotation
 V_NORM = tl.constexpr(1.0)
 V_MEAN = tl.constexpr(False)
 BLOCK_MEANS = tl.constexpr(False)  # of Q, over 128 queries
 UNSIGNED_P = tl.constexpr(False)
 CLEAR_TAIL = tl.constexpr(False)
 CLEAR_CHANNELS = tl.constexpr(False)
-VARLEN = tl.constexpr(False)  # sequences of their own lengths, one after another
-LEFT = tl.constexpr(False)  # whether a query's reach is bounded
-RIGHT = tl.constexpr(False)
+VARLEN = tl.constexpr(False)  # sequences of different lengths, packed one after another
+LEFT = tl.constexpr(False)  # whether the keys that a query sees are bounded before it,
+RIGHT = tl.constexpr(False)  # and after it, as by causality
 SOFTCAP = tl.constexpr(False)
-LOWERED_SOFTCAP = tl.constexpr(False)  # K has lost an offset c; logits are lower by scale * q . c
+LOWERED_SOFTCAP = tl.constexpr(False)  # K is stored without an offset c, so logits are lower by scale * q . c
 LOWERED_LOGITS = tl.constexpr(False)
 ADDITIVE_MASK = tl.constexpr(False)
 BOOLEAN_MASK = tl.constexpr(False)
 ALIBI = tl.constexpr(False)
-ALIBI_BOTH = tl.constexpr(False)  # keys on both sides of a query,
-ALIBI_PAST = tl.constexpr(False)  # or none after it
+ALIBI_BOTH = tl.constexpr(False)  # queries see keys on both sides,
+ALIBI_PAST = tl.constexpr(False)  # or none after their own
 KEY_VECTOR = tl.constexpr(False)
 LOWRANK = tl.constexpr(False)
 RANK = tl.constexpr(16)
@@ -93,7 +93,7 @@ RANK_PADDED = tl.constexpr(False)
 DENSE_BIAS = tl.constexpr(False)
 NATURAL = tl.constexpr(False)
 JOINED = tl.constexpr(False)
-MAY_BE_EMPTY = tl.constexpr(False)  # whether scores of floats may all be -inf
+MAY_BE_EMPTY = tl.constexpr(False)  # whether all scores of a row may be -inf, as floats can be
 SINKS = tl.constexpr(False)
 WITH_LSE = tl.constexpr(False)
 BESIDE = tl.constexpr(False)  # output and LSE hold attention to other keys, which is merged with
@@ -105,7 +105,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     head = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
     if RIGHT:
-        # the last queries see most keys: they come first, of some heads of all sequences side by side, and what is short last
+        # the longest programs start first, to end together: the last queries, which see most keys, of a group of heads
         place = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
         batch = (place // heads).to(tl.int64)
         head = (place % heads).to(tl.int64)
@@ -116,7 +116,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     column = tl.arange(0, D_TILE)
     held = column < D
 
-    # where this head begins in what has a row for each token, a row for each scale, and so on
+    # where this head begins in each tensor
     query = batch * heads + head
     kv = batch * (heads // SHARED_HEADS) + kv_head
     row = query * n_q + i
@@ -136,7 +136,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     if UNSIGNED_P:
         v_tile = kv * tl.cdiv(n_k, BLOCK_N)
     if VARLEN:
-        # sequences lie one after another; what holds n tokens begins at a whole n, and at least one further for each before it
+        # sequences are packed; values that n tokens share begin at k_start // n + batch, so that those of two never overlap
         sequences = tl.num_programs(2)
         if RIGHT:
             sequences = tl.num_programs(0) * tl.num_programs(2) // heads
@@ -167,10 +167,10 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
             return
     here = i < n_q
 
-    # [BLOCK_M, D] queries, and their scale with the softmax's
+    # [BLOCK_M, D] queries, and their scale times the softmax's
     q_column = tl.arange(0, D_TILE // Q_PACKED)
     if PLANES:
-        # K's channels come as its elements hold them: first of each, then second ...
+        # K is decoded in planes: the first channel of every stored element, then the second ...
         q_column = column % (D_TILE // K_PACKED) * K_PACKED + column // (D_TILE // K_PACKED)
     q_at = q_codes + i.to(tl.int64)[:, None] * Q.row + q_column[None, :]
     q = lay_q(decode_q(load_tile(q_at, here, q_column * Q_PACKED < D, True))).to(Q_VIA)
@@ -181,7 +181,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
         q_scale_at = q_group + (i // Q_GROUP)[:, None] * Q.scale_row + (column // Q_CHANNELS)[None, :]
         q = (q.to(tl.float32) * load_tile(Q.scale + q_scale_at, here, held, True).to(tl.float32)).to(OWN_TYPE)
     if CLEAR_CHANNELS:
-        # K may be anything beyond D
+        # beyond D a tile of K may hold anything
         q = tl.where(held[None, :], q, 0.0)
     q = q.to(Q_TYPE)
     if K_ZERO:
@@ -211,7 +211,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     k_column = tl.arange(0, D_TILE // K_PACKED)
     v_column = tl.arange(0, D_TILE // V_PACKED)
 
-    # keys [begin, end) are seen by some of these queries, and tiles in [whole, edge) by all: those need no mask
+    # keys [begin, end) are visible to some of these queries; tiles in [whole, edge) to all, so they need no mask
     begin = 0
     end = n_k
     whole = 0
@@ -224,14 +224,14 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
         begin = tl.maximum(first + n_k - n_q - F.left, 0) // BLOCK_N * BLOCK_N
         whole = tl.cdiv(tl.maximum(first + BLOCK_M - 1 + n_k - n_q - F.left, 0), BLOCK_N) * BLOCK_N
 
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the row's maximum so far
-    r = tl.zeros([BLOCK_M], tl.float32)  # what P, l and acc are relative to
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the row's running maximum
+    r = tl.zeros([BLOCK_M], tl.float32)  # the reference that P, l and acc are scaled to
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_TILE], tl.float32)
     if V_TOKEN_ZERO:
         zeros = tl.zeros([BLOCK_M], tl.float32)
     for phase in tl.static_range(FIRST_PHASE, 3):
-        # 0: from the window's left edge; 1: whole tiles; 2: to the right edge
+        # 0: masked tiles at the window's left edge; 1: full tiles; 2: masked tiles at the right edge
         low = begin
         high = tl.minimum(whole, end)
         if phase == 1:
@@ -255,7 +255,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
             s = product_k(q, tl.trans(k.to(K_TYPE)))
             s, c = scale_scores(s, q_scale, k_scale_at, K.scale_row, start, j, n_k, K_GROUP, phase != 1)
             if JOINED:
-                # something is added to the logits, or selects among them
+                # logits are added to, or masked: apply c now
                 s = s.to(tl.float32) * c[:, None]
                 c = tl.full([BLOCK_M], 1.0, tl.float32)
             if K_ZERO:
@@ -270,12 +270,12 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
             if SOFTCAP:
                 s = F.softcap * tanh(s / F.softcap)
             if ALIBI:
-                # keys counted from the block's first query
+                # positions of keys relative to the block's first query
                 ahead = consecutive(start - (first + n_k - n_q), BLOCK_N)
             if ALIBI_BOTH:
                 s -= slope * tl.abs((i - first).to(tl.float32)[:, None] - ahead[None, :])
             if ALIBI_PAST:
-                # a query's distance from the first is one for all its keys, and comes last
+                # a query's own position is constant along its row, and is applied after the loop
                 s += (slope * ahead)[None, :]
             if KEY_VECTOR:
                 s += load_row(key_bias + j, inside, phase != 1)[None, :]
@@ -295,10 +295,10 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
                 mask = load_pairs(mask_at, F.mask_row, F.mask_column, i, j, first, start, here, inside)
                 s += mask.to(tl.float32)
             if NATURAL:
-                # log2(e) comes last, where the row's maximum is subtracted
+                # log2(e) is applied where the row's maximum is subtracted
                 c = tl.full([BLOCK_M], 1.4426950408889634, tl.float32)
             if V_PER_TOKEN:
-                # V's scale joins the exponent, so that P is rounded with its weight; l takes the weight out again
+                # V's scale joins the exponent, so that P is rounded with its weight; the weight is taken out of l again
                 s = s * c[:, None] + load_row(V.log2_weight + key + j, inside, phase != 1)[None, :]
                 c = tl.full([BLOCK_M], 1.0, tl.float32)
             if phase != 1:
@@ -317,10 +317,10 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
             largest = tl.max(s, 1).to(tl.float32) * c
             m = tl.maximum(m, largest)
             reference = row_reference(largest, m)
-            # up by an ulp, so that no rounding gives a code beyond the largest
+            # up by an ulp, so that rounding never gives a code above the largest
             reference += tl.abs(reference) * 1.1920928955078125e-07
             if phase != 1 or MAY_BE_EMPTY or JOINED:
-                # a tile with nothing in it moves nothing
+                # a fully masked tile leaves the reference as it is
                 reference = tl.where(largest == float("-inf"), r, reference)
             alpha = tl.exp2(tl.minimum(r - reference, 65.0))
             r = reference
@@ -343,7 +343,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
                     v += load_tile(V.zero + at, inside, held, True).to(tl.float32)
                 v = v.to(OWN_TYPE)
             if CLEAR_TAIL:
-                # an unsigned code beyond n_k is not zero now, so V must be, which packed zero bits are not
+                # shifted codes of P are not zero beyond n_k, so V must be, and packed zero bits do not decode to zero
                 v = tl.where((j < n_v)[:, None], v, 0)
             pv = product_v(order_p(codes.to(P_TYPE), BLOCK_M, BLOCK_N), v.to(V_TYPE)).to(tl.float32)
             if V_PER_TILE:
@@ -351,7 +351,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
                 v_scale = tl.load(V.scale + at, mask=held, other=0.0).to(tl.float32)
                 pv *= v_scale[None, :]
             if UNSIGNED_P:
-                # what the product of codes that fit a signed unit lacks
+                # unsigned codes of P were shifted to fit signed integers: add what the product lacks
                 correction_at = V.correction + (v_tile + start // BLOCK_N) * D
                 pv += tl.load(correction_at + column, mask=held, other=0.0)[None, :]
             if V_TILE_ZERO:
@@ -369,7 +369,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
         lowered -= slope * (i - first).to(tl.float32)
     total = l
     if SINKS:
-        # a sink takes its part of the softmax and adds nothing
+        # a sink takes part in the softmax's sum and adds nothing to the output
         sink = tl.load(F.sinks + head).to(tl.float32) - lowered
         total += tl.exp2(sink * 1.4426950408889634 - r + LOG2_LARGEST)
     inverse_total = 1.0 / tl.where(l == 0.0, 1.0, total)
@@ -388,7 +388,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     if V_MEAN:
         mean = tl.load(V.offset + kv * D + column, mask=held, other=0.0).to(tl.float32)
         o += (l * inverse_total)[:, None] * mean[None, :]
-    # a row that attends to nothing, whatever its tiles hold
+    # 0 for a row that attends to nothing, even if V is not finite
     o = tl.where((l == 0.0)[:, None], 0.0, o)
     out_at = out + i.to(tl.int64)[:, None] * Out.row + column[None, :]
     if WITH_LSE:
