@@ -111,8 +111,8 @@ def test_all_sequences_are_quantized_at_once(monkeypatch):
     from tokquant.kernels import quantize
 
     started = []
-    start = quantize._start
-    monkeypatch.setattr(quantize, "_start", lambda plan, *rest: (started.append(plan.name), start(plan, *rest)))
+    launch = quantize._launch
+    monkeypatch.setattr(quantize, "_launch", lambda plan, *rest: (started.append(plan.name), launch(plan, *rest)))
     tensors, lengths = packed([3, 5, 7], [3, 5, 7])
     tq.attention_varlen(*tensors, "fp8", **lengths, backend="triton")
     assert len(started) == 9, "extremes, scales and codes of three operands"

@@ -32,7 +32,7 @@ def compiled(name, monkeypatch, d=128, dtype=torch.float16):
             if torch.is_tensor(each):
                 each.zero_()
 
-    monkeypatch.setattr(kernels, "_start", start)
+    monkeypatch.setattr(kernels, "_launch", start)
     kernels.quantize_operands(*qkv(256, 256, d, heads=4, kv_heads=2, batch=2, dtype=dtype), preset(name))
     return [(plan, kernel) for plan, kernel in made if not isinstance(plan, ScalesPlan)]
 

@@ -34,7 +34,9 @@ def compare(q, k, v, made, scales=None):
 def started(monkeypatch):
     """The plans of the kernels that were launched."""
     plans = []
-    monkeypatch.setattr(kernels, "_start", lambda plan, *rest, start=kernels._start: (plans.append(plan), start(plan, *rest)))
+    monkeypatch.setattr(
+        kernels, "_launch", lambda plan, *rest, launch=kernels._launch: (plans.append(plan), launch(plan, *rest))
+    )
     return plans
 
 

@@ -1,1 +1,1 @@
-"""From a scheme to a running kernel: plan (decides), generate (writes), launch (runs), compile (for any GPU, without one)."""
+"""From a scheme to a running kernel: `plan` decides, `generate` writes, `launch` runs, `compile` compiles without a GPU."""

@@ -1,4 +1,4 @@
-"""How a kernel may be launched: every configuration that is worth trying, the one taken without tuning first."""
+"""The launch configurations that tuning may choose among; the first is the untuned one."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -10,30 +10,33 @@ Loop = Literal["portable", "hopper"]
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is launched."""
+    """A launch configuration."""
 
     block_m: int
+    """Queries of a tile."""
     block_n: int
+    """Keys of a tile."""
     num_warps: int
-    """Of a block."""
+    """Warps of a block, of all roles."""
     num_stages: int
+    """Depth of the software pipeline."""
     loop: Loop = "portable"
     """Which main loop: the one that runs everywhere, or that of `hopper.py`."""
 
     @property
     def roles(self) -> int:
-        """How many parts of a block go ways of their own: in the loop for Hopper two that compute beside one that copies."""
+        """Warp-specialized parts of a block: in the loop for Hopper up to two that compute and one that copies."""
         return 3 if self.loop == "hopper" and self.block_m == 128 else 1
 
     def tiles(self) -> dict[str, int]:
-        """What a kernel is given behind its arguments, by name."""
+        """The kernel's constexpr arguments, which follow the others, by name."""
         tiles = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
-        # Triton's compiler knows of stages; in Gluon they are the kernel's own
+        # Triton's compiler makes the stages; a Gluon kernel makes them itself
         return tiles if self.loop == "portable" else tiles | {"STAGES": self.num_stages}
 
     def options(self) -> dict[str, Any]:
-        """What Triton's compiler is told. Of several roles it knows the first; the kernel adds the others."""
-        # whether a multiplication and an addition contract must not depend on Triton's default, which is about to change
+        """Options of Triton's compiler. It is given the warps of the first role; the kernel itself starts the others."""
+        # explicit, as results must not depend on Triton's default for contracting a multiplication and an addition
         return {"num_warps": self.num_warps // self.roles, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
     def __str__(self) -> str:
@@ -42,7 +45,7 @@ class Config:
 
 
 Table = tuple[tuple[int, int, int], ...]
-"""Queries, warps and stages."""
+"""Launches as (block_m, num_warps, num_stages)."""
 
 WIDE: Table = ((32, 8, 1), (32, 4, 1), (32, 4, 2), (16, 4, 1), (64, 8, 1))
 MASKED = ((64, 8, 1), (64, 4, 1), (32, 4, 1))
@@ -65,16 +68,16 @@ def candidates(
     bytes_of_tokens: tuple[int, int],
     target: Target,
 ) -> tuple[Config, ...]:
-    """Configurations for tiles of `head_dim` channels, a power of two.
+    """Configurations for tiles of `head_dim` channels, a power of two, that should fit shared memory.
 
     Args:
-        key_tiles: the tiles of keys that leave the numbers what they are, the first preferred.
+        key_tiles: values of block_n that do not change results, the preferred one first.
         wide: whether a product is float32, whose tiles fill shared memory.
-        masked: whether something is read for each pair, with as many pointers in a tile as scores.
-        biased: whether there is a bias of another kind, or means to add, for which four warps have no registers left.
-        bytes_of_tokens: of shared memory, for a query and for a key with its value.
-        crowded: whether keys have so many values of their own (scale, zero, weight) that these fill registers.
+        masked: whether a mask or bias is read for each pair, with a tile of pointers as large as that of scores.
+        biased: whether there is a bias of another kind, or means to add, for which four warps lack registers.
+        crowded: whether each key has so many values (scale, zero, weight) that these fill registers.
         decoded: whether keys or values are decoded to 16 bits before their product.
+        bytes_of_tokens: bytes of shared memory for a query, and for a key with its value.
     """
     table: Table
     if wide:
@@ -92,13 +95,13 @@ def candidates(
     every = [Config(block_m, block_n, warps, stages) for block_n in key_tiles for block_m, warps, stages in table]
 
     def shared_bytes(config: Config) -> int:
-        # wgmma and tcgen05 keep all stages beside the one in use, and so does Triton 3.6 of what is decoded on NVIDIA
-        whole = target.name in ("sm_90", "sm_100") or (decoded and target.backend == "cuda")
-        stages = config.num_stages if whole else max(1, config.num_stages - 1)
+        # wgmma and tcgen05 need a buffer more than the stages in flight; so does Triton 3.6 for decoded operands on NVIDIA
+        every_stage = target.name in ("sm_90", "sm_100") or (decoded and target.backend == "cuda")
+        stages = config.num_stages if every_stage else max(1, config.num_stages - 1)
         return config.block_m * bytes_of_tokens[0] + stages * config.block_n * bytes_of_tokens[1]
 
-    # an estimate from above; a kilobyte is the block's own
+    # an upper estimate; the system reserves a kilobyte of each block
     fitting = [config for config in every if shared_bytes(config) <= target.shared_bytes - 1024]
-    # one stage takes less than estimated, as nothing waits in shared memory for its turn
-    alone = dict.fromkeys(replace(config, num_stages=1) for config in sorted(every, key=shared_bytes))
-    return tuple(fitting or list(alone)[:3])
+    # else without a pipeline, which takes less than estimated, as no tile is buffered in shared memory
+    single_stage = dict.fromkeys(replace(config, num_stages=1) for config in sorted(every, key=shared_bytes))
+    return tuple(fitting or list(single_stage)[:3])

@@ -36,12 +36,12 @@ class Kernel:
     dtype: torch.dtype
     wanted: Wanted
     launched: Callable[[Config], Any] | None = None
-    """Compiles a launch of it that is at hand, with the tensors' own strides; where there is none, one like those of whole
-    tensors is compiled."""
+    """Compiles the kernel for a launch on actual tensors, specialized on their strides. None: compile for aligned, contiguous
+    tensors."""
 
     @classmethod
     def of(cls, plan: Plan, scheme: QuantScheme, head_dim: int, dtype: torch.dtype, target: Target, wanted: Wanted) -> "Kernel":
-        """The kernel of a plan, launched as it is without tuning."""
+        """The kernel of a plan, with the untuned configuration."""
         return cls(generate.render(plan), plan.config, target, plan, scheme, head_dim, dtype, wanted)
 
     def __repr__(self) -> str:
@@ -53,7 +53,7 @@ class Kernel:
 
     @cached_property
     def _candidates(self) -> "tuple[Kernel, ...]":
-        # kept, as what is read of them is
+        # cached, as each of them caches its compiled code and its resources
         return tuple(
             replace(self, config=config, source=generate.render(self.plan, config.loop)) for config in self.plan.candidates
         )
@@ -67,7 +67,7 @@ class Kernel:
 
     @property
     def asm(self) -> dict[str, Any]:
-        """What each stage of the compiler made: `ttir ttgir llir ptx cubin`, or `amdgcn hsaco` for AMD."""
+        """The output of each stage of the compiler: `ttir ttgir llir ptx cubin`, or `amdgcn hsaco` for AMD."""
         return self.compiled.asm
 
     @cached_property
@@ -77,12 +77,12 @@ class Kernel:
 
     @property
     def prediction(self) -> Prediction:
-        """What the main loop should take, by a model. Raises as `asm`."""
+        """Predicted time of the main loop, by a roofline model. Raises as `asm`."""
         return predict(self.resources, self.plan, self.head_dim, self.target, self.config.loop)
 
     @property
     def bandwidth(self) -> Bandwidth:
-        """How fast a decoding kernel should read keys and values, by a model. Raises as `asm`, ValueError for another."""
+        """Predicted bandwidth of a decoding kernel. Raises as `asm`, and ValueError for a kernel that does not read pages."""
         if not isinstance(self.plan, DecodePlan):
             raise ValueError("bandwidth: this kernel does not read pages; compile it with decode=True")
         return bandwidth(self.resources, self.scheme, self.config, self.head_dim, self.target)
@@ -157,7 +157,7 @@ def compile(
                 "kernel that tokquant.decode launches with sinks as without"
             )
         wanted = replace(wanted, right=True, lse=True)
-        of_pages = decode_plan(
+        paged = decode_plan(
             scheme,
             head_dim=head_dim,
             dtype=dtype,
@@ -167,7 +167,7 @@ def compile(
             rows=shared_heads,
             target=chosen,
         )
-        return Kernel.of(of_pages, scheme, head_dim, dtype, chosen, wanted)
+        return Kernel.of(paged, scheme, head_dim, dtype, chosen, wanted)
     return kernel_of(scheme, wanted, head_dim=head_dim, dtype=dtype, shared_heads=shared_heads, target=chosen)
 
 
@@ -196,7 +196,7 @@ def _compile(kernel: Kernel) -> Any:
                 constexprs[path] = None
                 parts[index] = "constexpr"
             elif part.startswith("*") or part in ("i64", "i32"):
-                # as at a launch on tensors of even strides; without it loads are scalar
+                # as Triton finds at a launch on aligned tensors; without it loads are scalar
                 attributes[path] = [["tt.divisibility", 16]]
         signature[name] = type(value)(*parts) if isinstance(value, tuple) else parts[0]
     for name, number in kernel.config.tiles().items():

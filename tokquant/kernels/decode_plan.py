@@ -1,4 +1,4 @@
-"""Decides what a decoding kernel is made of: the attention kernel's plan, for keys and values that lie in pages."""
+"""The plan of a decoding kernel: the attention kernel's plan, changed for keys and values that lie in pages."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,15 +21,15 @@ from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import place
 
 LANES = 32
-"""Sums over keys that no two threads share, of four warps side by side."""
+"""Partial sums over keys that no two threads share: one per thread of a row, of four warps side by side."""
 
 Table = tuple[tuple[int, int], ...]
-"""Warps and stages."""
+"""Launches as (num_warps, num_stages)."""
 
 INTEGERS: Table = ((2, 3), (4, 3), (2, 2), (4, 2))
-"""Where at most 16 rows meet integers: the fewer warps, the fewer read the same and wait for one another's maxima."""
+"""For at most 16 rows and integer products: with few warps, few load the same data and wait for each other's maxima."""
 FLOATS: Table = ((4, 3), (4, 2), (8, 3), (2, 2))
-"""Operands in 16 bits, or more rows, fill the registers of two warps."""
+"""For operands in 16 bits, or more rows, which overfill the registers of two warps."""
 MANY_ROWS: Table = ((4, 2), (4, 3), (8, 2), (4, 1))
 
 
@@ -38,7 +38,7 @@ class DecodePlan(Plan):
     """The plan of a kernel that attends to pages."""
 
     splits: ClassVar[tuple[int | None, ...]] = (4, 1, 2, 8)
-    """Programs for each multiprocessor that keys are split for; the first without tuning."""
+    """Ways to split keys, as programs per multiprocessor; the first is the untuned one."""
 
 
 def check_pages(scheme: QuantScheme, page: int) -> None:
@@ -71,9 +71,9 @@ def decode_plan(
     """The plan of a kernel for pages of `page` tokens; LSE is always returned.
 
     Args:
-        rows: queries times the heads of Q that share one of K and V.
-        one_run: whether a program goes over all keys, so that nothing is merged.
-        newer: whether there are keys elsewhere that follow those in pages.
+        rows: queries times the heads of Q that share one of K and V: rows of a program's tile.
+        one_run: whether one program visits all keys, so that there are no partial results to merge.
+        newer: whether newer keys are kept outside of the pages.
 
     Raises UnsupportedError for what no such kernel does.
     """
@@ -95,8 +95,8 @@ def decode_plan(
     together = k.format.packed if q.format.packed in (1, k.format.packed) else 1
     tokens_last = eight_bits(base)
     k_unit, v_unit = _unit(k, base.products[1]), _unit(v, base.products[3])
-    alone = at["k"] == "scores" and k.symmetric and k.scale == "dynamic"
-    of_tile = alone and k.granularity.cover(WHOLE, 1)[0] % tile == 0 and tile <= page
+    only_scales = at["k"] == "scores" and k.symmetric and k.scale == "dynamic"
+    one_per_tile = only_scales and k.granularity.cover(WHOLE, 1)[0] % tile == 0 and tile <= page
     made: dict[str, Any] = {
         "PAGE": page,
         "LANES": LANES,
@@ -113,8 +113,8 @@ def decode_plan(
         "V_UNIT": v_unit,
         "OUTPUT_UNIT": 1.0 if at["v"] == "tile" else v_unit,
         "K_STATIC": at["k"] == "scores" and k.symmetric and k.scale == "static",
-        "K_SIDE_OF_TILE": of_tile,
-        "K_SIDE_OF_TOKEN": alone and not of_tile,
+        "K_SIDE_OF_TILE": one_per_tile,
+        "K_SIDE_OF_TOKEN": only_scales and not one_per_tile,
         "K_PAIR_OF_TOKEN": at["k"] == "scores" and not k.symmetric,
         "V_SIDE_OF_TOKEN": at["v"] == "p" and v.symmetric,
         "V_PAIR_OF_TOKEN": at["v"] == "p" and not v.symmetric,
@@ -176,12 +176,12 @@ precisions.base.WHEN_REPLACED.append(decode_plan.cache_clear)
 
 
 def eight_bits(plan: Plan) -> bool:
-    """Whether P V is a product of 8 bits, for which V's tokens lie side by side."""
+    """Whether P V is an 8-bit product, for which V is stored with its tokens side by side."""
     return plan.products[3] in EIGHT
 
 
 def sides_shape(operand: Operand, head_dim: int, page: int) -> tuple[int, int, int]:
-    """Of the scales of a head in a page: rows, 1 or 2 where there are zeros too, and scales side by side."""
+    """Shape of the scales and zeros of a head in a page: (rows, 2 with zeros or else 1, scales of a row)."""
     if not operand.scaled:
         return (0, 1, 0)
     rows, columns = operand.granularity.scale_shape((1, 1, page, head_dim))[2:]
@@ -189,16 +189,16 @@ def sides_shape(operand: Operand, head_dim: int, page: int) -> tuple[int, int, i
 
 
 def _key_tile(scheme: QuantScheme, page: int) -> int:
-    """Keys of a tile: fixed by row_block, and else no more than a page has, or than registers hold of decoded ones."""
+    """Keys of a tile: fixed by row_block; else at most a page, and at most what registers hold of decoded keys."""
     if scheme.p.granularity.size:
         return scheme.key_tile
-    # P without a scale does not care for the tile
+    # with a P without scale the tile does not change results
     decoded = "operand" in (place(scheme.k), place(scheme.v)) and scheme.p.format.largest is None
     return min(scheme.key_tile, max(32, page), 64 if decoded else 128)
 
 
 def _unit(operand: Operand, product: str) -> float:
-    """What a 1 of the decoded tile stands for."""
+    """The value of a 1 in the decoded tile: less than 1 where codes are decoded into the high bits of a byte."""
     high = operand.format.triton_decode_high is not None and product == "tl.int8"
     return 2.0 ** (operand.format.bits - 8) if high else 1.0
 
@@ -220,7 +220,7 @@ def _lay(planes: int) -> Any:
 
 
 def _candidates(base: Plan, rows: int, tile: int, padded: int, target: targets.Target) -> tuple[Config, ...]:
-    """Launches whose tiles fit shared memory by an estimate from above, which leaves out that packed codes are smaller."""
+    """Launches whose tiles fit shared memory by an upper estimate, which counts packed codes as if they were unpacked."""
     bytes_of_key = padded * sum(BYTES[base.products[index]] for index in (1, 3))
     integers = base.products[1] == base.products[3] == "tl.int8" and padded <= 128 and rows <= 16
     table = MANY_ROWS if rows > 32 else INTEGERS if integers else FLOATS

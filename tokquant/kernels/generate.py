@@ -1,7 +1,7 @@
-"""Write a plan's kernel: the template and its fragments, copied as they stand, into one file that needs only Triton.
+"""Generates a plan's kernel: the template and its fragments, copied verbatim into one file that needs only Triton.
 
-Two edits are made. A fragment takes the name of the hole it fills, and a branch whose constant is false is left out, as is the
-`if` of one whose constant is true.
+There are two edits: a fragment is renamed to the hole that it fills, and `if CONSTANT:` is resolved, as the body without the
+`if` where the constant is true, and as nothing where it is false.
 """
 
 import ast
@@ -45,7 +45,7 @@ PARTS = (
     parts.sum_in_lanes,
 )
 
-# of each kind of plan: the module of its template, the kernel, and the arguments it takes
+# for each kind of plan: the module of its template, the kernel, and the named tuples among its arguments
 TEMPLATES = {
     Plan: (template, template.attention, (operands.Operand, operands.Rows, operands.Features)),
     DecodePlan: (decode, decode.decode, (operands.Operand, operands.Pages, operands.Table, operands.Features)),
@@ -56,13 +56,13 @@ TEMPLATES = {
 
 @lru_cache(maxsize=256)
 def render(plan: Plan | QuantizePlan, loop: Loop = "portable") -> str:
-    """The text of the plan's kernel, with that main loop."""
+    """The source of the plan's kernel with this main loop."""
     module, kernel, arguments, language, functions = _template(plan, loop)
     constants = dict(plan.constants)
-    body = _living(_source(kernel, plan.name), constants)
-    for own in reversed(getattr(module, "KERNEL", ())):
-        if re.search(rf"\b{own.__name__}\b", body):
-            body = f"{_living(_text(_function(own)), constants)}\n\n{body}"
+    body = _without_dead_branches(_source(kernel, plan.name), constants)
+    for piece in reversed(getattr(module, "KERNEL", ())):
+        if re.search(rf"\b{piece.__name__}\b", body):
+            body = f"{_without_dead_branches(_text(_function(piece)), constants)}\n\n{body}"
     pieces = [_text(argument) for argument in arguments]
     for part in _used(functions, body):
         pieces.append(f"# {_function(part).__module__}\n{_source(part, _function(part).__name__)}")
@@ -82,33 +82,33 @@ def render(plan: Plan | QuantizePlan, loop: Loop = "portable") -> str:
 
 @lru_cache(maxsize=256)
 def load(plan: Plan | QuantizePlan, loop: Loop = "portable") -> Any:
-    """The plan's kernel as a function, compiled from text in memory.
+    """The plan's kernel as a function, executed from source in memory.
 
-    A copy lies in the cache folder for people, debuggers and profilers to read. It is never run.
+    A copy in the cache folder is there for people, debuggers and profilers to read. It is never run.
     """
     text, name = render(plan, loop), name_of(plan, loop)
     path = store.keep(Path("kernels") / f"{name}.py", text)
-    # Triton and tracebacks ask linecache for the source; without a modification time it is not looked for on disk
+    # Triton and tracebacks ask linecache for the source; with no modification time it never looks at the file
     linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
     module = types.ModuleType(name)
     module.__file__ = str(path)
     exec(compile(text, str(path), "exec"), module.__dict__)
     kernel = getattr(module, plan.name)
     if hasattr(kernel, "used_global_vals"):
-        # nobody changes the constants of this module; Triton would compare each with what it was at every launch
-        _ = kernel.cache_key  # which they are part of
+        # at every launch Triton would check that no global constant has changed, and none of this module can
+        _ = kernel.cache_key  # computed first, as it depends on them
         kernel.used_global_vals.clear()
     return kernel
 
 
 @lru_cache(maxsize=256)
 def name_of(plan: Plan | QuantizePlan, loop: Loop = "portable") -> str:
-    """The kernel's name and a hash of its text: kernels of one name are one kernel."""
+    """The kernel's name with a hash of its source: equal names mean equal kernels."""
     return f"{plan.name}_{hashlib.sha256(render(plan, loop).encode()).hexdigest()[:12]}"
 
 
 def _launch(plan: Plan | QuantizePlan, loop: Loop) -> str:
-    """What is to be known to launch the kernel by hand."""
+    """The part of the docstring that says how to launch the kernel by hand."""
     if isinstance(plan, QuantizePlan):
         return ""
     if isinstance(plan, DecodePlan):
@@ -133,17 +133,17 @@ def _launch(plan: Plan | QuantizePlan, loop: Loop) -> str:
 
 
 def _template(plan: Plan | QuantizePlan, loop: Loop) -> tuple[types.ModuleType, Any, tuple[type, ...], str, tuple[Any, ...]]:
-    """Module, kernel and arguments; what the text begins with, and the functions that it may call."""
+    """Module, kernel, arguments, import lines, and the functions that the kernel may call."""
     if loop == "portable":
         return *TEMPLATES[type(plan)], TRITON, PARTS
     assert isinstance(plan, Plan) and any(config.loop == loop for config in plan.candidates), f"{plan!r} has no {loop} loop"
-    from tokquant.kernels.gluon import template as hopper  # which not every Triton can import
+    from tokquant.kernels.gluon import template as hopper  # here, as not every Triton has Gluon
 
     return hopper, hopper.attention, (*TEMPLATES[Plan][2], hopper.Head, hopper.Ring), hopper.LANGUAGE, hopper.PARTS
 
 
 def _used(functions: tuple[Any, ...], text: str) -> list[Any]:
-    """Those of these functions that a text calls, or that one of them calls that stands further down."""
+    """The functions that a text calls, directly or through each other; each may only call those before it."""
     used: list[Any] = []
     for function in reversed(functions):
         if _names(_function(function).__name__, text):
@@ -173,8 +173,8 @@ def _constant_comments(module: types.ModuleType) -> dict[str, str]:
     return {m[1]: m[2] for m in re.finditer(r"(?m)^(\w+) = tl\.constexpr\([^#\n]*\)(  #.*)$", _text(module))}
 
 
-def _living(text: str, constants: dict[str, str]) -> str:
-    """`text` without its dead `if CONSTANT:` branches; living ones lose their `if` and one indent. Whole lines only."""
+def _without_dead_branches(text: str, constants: dict[str, str]) -> str:
+    """`text` with every `if CONSTANT:` resolved: dead bodies are removed, live ones lose the `if` and one indent."""
     lines = text.splitlines(keepends=True)
     for node in ast.walk(ast.parse(text)):
         if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id in constants):

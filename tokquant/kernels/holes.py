@@ -1,4 +1,4 @@
-"""Which fragment fills each hole of the attention kernel."""
+"""Chooses the fragment that fills each hole of the attention kernel's template."""
 
 from typing import Any
 
@@ -21,13 +21,13 @@ def fill(
     interpreted: bool,
     nvidia: bool,
 ) -> dict[str, Any]:
-    """Fragments by their holes.
+    """The fragment of each hole, by the hole's name.
 
     Args:
-        encoder: what P is coded by.
-        types: that products take.
-        planes: whether Q and K meet as `meet_in_planes` says.
-        nvidia: whether inline PTX may stand in for other fragments.
+        encoder: the precision that P is encoded in.
+        types: types of the operands in their products, by role.
+        planes: whether Q and K are multiplied in the order that `meet_in_planes` describes.
+        nvidia: whether fragments may be inline PTX.
     """
     q, k, v = scheme.q.format, scheme.k.format, scheme.v.format
     return {
@@ -49,8 +49,10 @@ def fill(
 
 
 def meet_in_planes(scheme: QuantScheme, padded: bool) -> bool:
-    """Whether Q and K meet with their channels in the order that K's elements hold them: a sum does not care for order, and
-    packed K then needs no shuffle. Q is loaded in that order, or packed alike."""
+    """Whether Q K^T is computed with channels in the order in which K's packed elements hold them, so that K needs no shuffle.
+
+    The sum does not depend on the order. Q is loaded in that order, or packed in the same way.
+    """
     q, k = scheme.q.format, scheme.k.format
     if k.packed == 1 or "operand" in (place(scheme.q), place(scheme.k)):
         return False
@@ -58,13 +60,13 @@ def meet_in_planes(scheme: QuantScheme, padded: bool) -> bool:
 
 
 def zero_bits_are_zero(precision: Precision) -> bool:
-    """Whether an element of no bits stands for zeros."""
+    """Whether a stored element of all zero bits decodes to zeros."""
     nothing = torch.zeros(1, dtype=precision.stored, device="cpu")
     return not precision.decode(precision.unpack(nothing, precision.packed)).any()
 
 
 def one_scale_a_tile(scheme: QuantScheme) -> bool:
-    """Whether a tile of keys has no more than one scale a head."""
+    """Whether all keys of a tile share one scale."""
     return scheme.k.granularity.cover(WHOLE, 1)[0] % scheme.key_tile == 0
 
 
@@ -83,7 +85,7 @@ def lay_v(precision: Precision, product: str, tokens_last: bool, nvidia: bool) -
         return fragments.as_they_are
     if tokens_last:
         return fragments.tokens_in_planes
-    # what is multiplied as it was decoded, bytes by bytes
+    # multiplied as 8-bit values, just as they are decoded
     as_bytes = product == precision.compute and (product == "tl.int8" or product.startswith("tl.float8"))
     return fragments.side_by_side_ptx if nvidia and as_bytes else fragments.side_by_side
 

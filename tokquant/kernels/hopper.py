@@ -1,4 +1,4 @@
-"""The main loop for Hopper: which kernels may have it, and how it may be launched. Only tuning chooses it."""
+"""The main loop for Hopper: which kernels support it, and its launch configurations. Used only where tuning chose it."""
 
 from functools import cache
 from typing import TYPE_CHECKING
@@ -14,32 +14,35 @@ if TYPE_CHECKING:
 
 SIXTEEN = ("tl.float16", "tl.bfloat16")
 AS_STORED = tuple(each.decode_tile for each in (int8, fp8_e4m3, fp8_e5m2, fp16, bf16))
-"""What decodes codes that tensor cores multiply as they lie in memory."""
+"""The decoders that do nothing: tensor cores multiply such codes as they are stored."""
 
 ABSENT = (
     "PADDED", "K_ZERO", "V_TOKEN_ZERO", "V_TILE_ZERO", "V_OUTPUT_ZERO", "V_ROTATED", "BLOCK_MEANS", "CLEAR_TAIL", "VARLEN",
     "LEFT", "SOFTCAP", "ADDITIVE_MASK", "BOOLEAN_MASK", "ALIBI", "KEY_VECTOR", "LOWRANK", "DENSE_BIAS", "SINKS",
 )  # fmt: skip
-"""What this loop lacks, by the constants of a plan."""
+"""Features that this loop lacks, as constants of a plan."""
 
 
 def takes(plan: "Plan", scheme: QuantScheme) -> bool:
-    """Whether the loop does what a plan asks for: Q and K in 8 bits; P and V in 8, with V's tokens side by side, or in the
-    tensors' own 16; head_dim 64 or 128; and nothing done to scores but a causal mask."""
+    """Whether the loop supports a plan.
+
+    It takes Q and K in 8 bits; P and V in 8 bits with V's tokens side by side, or in the tensors' own 16-bit type; head_dim 64
+    or 128; and no feature that changes scores but a causal mask.
+    """
     constants, holes = dict(plan.constants), dict(plan.holes)
     return (
         constants["D"] in ("64", "128")
         and all(kind in EIGHT for kind in plan.products[: 4 if constants["TOKENS_LAST"] == "True" else 2])
         and (
             constants["TOKENS_LAST"] == "True"
-            # what has fewer bits would be decoded first
+            # fewer bits would have to be decoded first
             or (scheme.v.format.bits == 16 and plan.products[3] == constants["OWN_TYPE"] in SIXTEEN)
         )
         and all(holes[f"decode_{role}"] in AS_STORED for role in "qkv")
         and all(constants[name] == "False" for name in ABSENT)
-        # P is summed before it is rounded to a float
+        # this loop sums P before it is rounded to a float, and `fragments.rounded` after
         and holes["count"] in (fragments.exact, fragments.nearest_integers)
-        # what each tile has of its own is copied in words of 32 bits
+        # per-tile scales are copied in words of 32 bits
         and not (constants["K_PER_KEY"] == "True" and scheme.k.scale_dtype != "fp32")
         and not (constants["V_PER_TILE"] == "True" and scheme.v.scale_dtype != "fp32")
     )
@@ -47,7 +50,7 @@ def takes(plan: "Plan", scheme: QuantScheme) -> bool:
 
 @cache
 def available() -> bool:
-    """Whether this Triton has what the loop is written in."""
+    """Whether this Triton has Gluon as the loop needs it."""
     try:
         from tokquant.kernels.gluon import template  # noqa: F401
     except (ImportError, AttributeError):
@@ -56,8 +59,11 @@ def available() -> bool:
 
 
 def candidates(key_tiles: tuple[int, ...]) -> tuple[Config, ...]:
-    """Four warps for 64 queries, of which two blocks fit a multiprocessor, or eight for 128 and four that copy; in the tile of
-    keys that a kernel has without tuning, if registers hold its scores."""
+    """Launch configurations, with the untuned tile of keys if registers hold its scores.
+
+    Either 64 queries and four warps, and two blocks fit a multiprocessor; or 128 queries, eight warps that compute and four
+    that copy.
+    """
     launches = [(block_m, warps, stages) for block_m, warps in ((64, 4), (128, 12)) for stages in (2, 3)]
     return tuple(
         Config(m, tile, warps, stages, "hopper") for tile in key_tiles[:1] if tile in (64, 128) for m, warps, stages in launches

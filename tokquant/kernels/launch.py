@@ -1,4 +1,4 @@
-"""The only place that starts a kernel: operands to pointers and strides, the grid, the call."""
+"""Launches attention kernels: turns operands into pointers and strides, computes the grid, and calls the kernel."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from tokquant.tensor import QuantizedTensor, canonical, tokens_last
 Operands = tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]
 
 MOST = 65535
-"""Programs of a launch in its second and its third dimension."""
+"""The largest second and third dimension of a grid."""
 
 
 def interpreted() -> bool:
@@ -42,7 +42,7 @@ def available(device: torch.device) -> bool:
 
 
 def on(device: torch.device) -> AbstractContextManager:
-    """A context in which launches are on this device."""
+    """A context in which kernels are launched on this device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -57,7 +57,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention on codes by the scheme's kernel: out `[B, H_q, N_q, D]` in q's type, LSE `[B, H_q, N_q]` float32 or None.
 
-    `deterministic` leaves out what tuning has learned, which depends on the batch and on what lies in the cache folder.
+    `deterministic` ignores tuning, which depends on the batch and on the contents of the cache folder.
 
     Raises UnsupportedError for what no kernel does.
     """
@@ -80,47 +80,46 @@ def check(device: torch.device, features: Features) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """A kernel's launch, but for the launch."""
+    """A prepared launch: the kernel, its configuration and all its arguments."""
 
     plan: Plan
     config: Config
     operands: tuple[Any, ...]
-    """The kernel's arguments but for its tiles."""
+    """The kernel's arguments without the constexpr ones."""
     shape: tuple[int, int, int]
     """Batch, heads, and queries of the longest sequence."""
     abreast: int | None
-    """Heads that start side by side, as `order.abreast` says; None where nothing bounds a query's reach to the right, and heads
-    follow one another."""
+    """Heads per group of the grid, from `order.abreast`; None without a right bound, where heads follow one another."""
     out: Tensor
     lse: Tensor | None
     dtype: torch.dtype
-    """Of the result."""
+    """Type of the returned output; `out` may be wider."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Heads side by side, blocks of queries, and how often other heads follow; else blocks, heads, and batch.
+        """(heads of a group, blocks of queries, groups of heads) with a right bound; else (blocks of queries, heads, batch).
 
-        Raises UnsupportedError for more than a launch takes.
+        Raises UnsupportedError where a dimension exceeds the limits of a launch.
         """
-        (b, heads, n_q), tall = self.shape, self.config.block_m
-        blocks = -(-n_q // tall)
+        (b, heads, n_q), block_m = self.shape, self.config.block_m
+        blocks = -(-n_q // block_m)
         if self.abreast is None:
             return grid("q", blocks, heads, b)
-        turns = b * heads // self.abreast
-        if max(blocks, turns) > MOST:
+        groups = b * heads // self.abreast
+        if max(blocks, groups) > MOST:
             raise UnsupportedError(
-                f"q: batch {b}, {heads} heads and {n_q} queries; a launch takes at most {MOST} blocks of {tall} queries, and "
-                f"{MOST} times the {self.abreast} heads that start side by side, so split the call"
+                f"q: batch {b}, {heads} heads and {n_q} queries; a launch takes at most {MOST} blocks of {block_m} queries, "
+                f"and {MOST} times the {self.abreast} heads that start side by side, so split the call"
             )
-        return (self.abreast, blocks, turns)
+        return (self.abreast, blocks, groups)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """All of the kernel's arguments."""
+        """All of the kernel's arguments, in order."""
         return (*self.operands, *self.config.tiles().values())
 
     def compiled(self) -> Any:
-        """Triton's compiled kernel, which this launch is of; it is not started."""
+        """Triton's compiled kernel for these arguments, without launching it."""
         kernel, device = generate.load(self.plan, self.config.loop), self.out.device
         with on(device):
             return kernel.warmup(*self.arguments, grid=self.grid, **self.config.options())
@@ -143,7 +142,7 @@ def prepare(
     deterministic: bool = False,
     onto: tuple[Tensor, Tensor] | None = None,
 ) -> Call:
-    """The plan, how it is launched, the outputs and every argument.
+    """Prepare a launch: choose plan and configuration, allocate the outputs, and lay out the arguments.
 
     Given attention to other keys, output and LSE in float32, the result is merged into it, and masked keys may hold anything.
     """
@@ -167,7 +166,7 @@ def prepare(
 
 
 def grid(name: str, blocks: int, heads: int, batch: int) -> tuple[int, int, int]:
-    """Blocks of tokens, heads and batch of an operand. Raises UnsupportedError for more than a launch takes."""
+    """The grid (blocks of tokens, heads, batch) of an operand. Raises UnsupportedError where it exceeds a launch's limits."""
     if max(batch, heads) > MOST:
         raise UnsupportedError(
             f"{name}: batch {batch} and {heads} heads; a launch takes at most {MOST} of each, so split the call"
@@ -176,7 +175,7 @@ def grid(name: str, blocks: int, heads: int, batch: int) -> tuple[int, int, int]
 
 
 def planned(operands: Operands, scheme: QuantScheme, wanted: Wanted, *, portable: bool = False) -> Plan:
-    """The plan for operands as they lie in memory. Raises UnsupportedError for what no kernel does where they are."""
+    """The plan for operands with their layouts, on their device. Raises UnsupportedError where no kernel can run."""
     q, k, v = operands
     made = plan(
         scheme,
@@ -194,7 +193,7 @@ def planned(operands: Operands, scheme: QuantScheme, wanted: Wanted, *, portable
 
 
 def check_products(plan: Plan) -> None:
-    """Raise UnsupportedError for what Triton's interpreter does wrong, where it runs kernels."""
+    """Raise UnsupportedError for products that Triton's interpreter computes wrongly, if kernels run in it."""
     if "tl.bfloat16" in plan.products and interpreted():
         raise UnsupportedError(
             "dtype: Triton's interpreter multiplies bf16 wrongly; use float16 or float32, or backend='reference'"
@@ -203,26 +202,26 @@ def check_products(plan: Plan) -> None:
 
 def aligned(codes: Tensor) -> bool:
     """Whether rows of codes begin at multiples of 16 bytes."""
-    few = 16 // codes.itemsize
-    return codes.data_ptr() % 16 == 0 and not any([step % few for step in steps(codes)[:-1]])
+    elements = 16 // codes.itemsize
+    return codes.data_ptr() % 16 == 0 and not any([step % elements for step in steps(codes)[:-1]])
 
 
 def outputs(q: QuantizedTensor, shape: tuple[int, ...], return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Memory for the output `[B, H, N, D]` and, if wanted, the LSE `[B, H, N]`."""
-    # the interpreter cuts floats to bf16 instead of rounding them
-    written = torch.float32 if interpreted() and q.dtype == torch.bfloat16 else q.dtype
-    out = torch.empty(shape, dtype=written, device=q.device)
+    # the interpreter truncates floats to bf16 instead of rounding them
+    dtype = torch.float32 if interpreted() and q.dtype == torch.bfloat16 else q.dtype
+    out = torch.empty(shape, dtype=dtype, device=q.device)
     return out, torch.empty(shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
 
 
 def packed(operands: Operands, scheme: QuantScheme) -> Operands:
-    """Quantized operands as kernels want them to lie in memory."""
+    """Quantized operands in the memory layouts that kernels take."""
     q, k, v = operands
     return (q, k, tokens_last(v)) if takes_tokens_last(scheme, v.dtype) else operands
 
 
 def arguments_of(features: Features) -> Arguments:
-    """What a kernel is given of them at a call."""
+    """The kernel's argument `F`: the values of a call's features."""
     left, right = features.reach()
     mask, sinks = features.mask, features.sinks
     steps = (None,) * 4 if mask is None else mask.stride()
@@ -233,7 +232,7 @@ def arguments_of(features: Features) -> Arguments:
 
 
 def _bias(bias: Bias | None) -> dict[str, Any]:
-    """The fields of a kernel's features that hold the bias."""
+    """The fields of the argument `F` that hold a bias."""
     match bias:
         case Alibi():
             return {"bias": bias.slopes.contiguous()}
@@ -242,7 +241,7 @@ def _bias(bias: Bias | None) -> dict[str, Any]:
         case LowRank():
             q, k = _rows(bias.q_factors), _rows(bias.k_factors)
             if interpreted() and q.dtype == torch.bfloat16:
-                q, k = q.float(), k.float()  # whose bf16 products are wrong
+                q, k = q.float(), k.float()  # the interpreter computes bf16 products wrongly
             return _strided("bias", q, "batch", "head", "row") | _strided("k_factors", k, "batch", "head", "row")
         case Dense():
             return _strided("bias", bias.values, "batch", "head", "row", "column")
@@ -254,34 +253,34 @@ def _strided(name: str, x: Tensor, *dimensions: str) -> dict[str, Any]:
 
 
 def operand(x: QuantizedTensor) -> Operand:
-    """A quantized tensor as a kernel takes it."""
+    """A quantized tensor as a kernel's argument."""
     codes = _rows(x.codes)
     origin = x.zero if place(x.spec) == "operand" else x.origin if place(x.spec) != "p" else x.origin_over_weight
     scale, zero = (None if each is None else _rows(each) for each in (x.scale, origin))
     if scale is not None and zero is not None and scale.stride() != zero.stride():
         scale, zero = scale.contiguous(), zero.contiguous()
-    kept = None
+    offset = None
     if x.offset is not None and x.spec.role != "k":
-        kept = x.offset.expand(*x.shape[:2], *x.offset.shape[2:])
+        offset = x.offset.expand(*x.shape[:2], *x.offset.shape[2:])
     sums = x.code_sum if x.spec.role == "q" else None
-    kept, *rest = (
+    offset, *rest = (
         None if each is None else each.contiguous()
-        for each in (kept, sums, x.correction, x.log2_weight, x.inverse_weight, x.logit_offset, x.companion)
+        for each in (offset, sums, x.correction, x.log2_weight, x.inverse_weight, x.logit_offset, x.companion)
     )
-    return Operand(codes, *strides(codes), scale, zero, *strides(scale), kept, *rest)
+    return Operand(codes, *strides(codes), scale, zero, *strides(scale), offset, *rest)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`x` with a contiguous last dimension, and rows so near one another that a tile's offsets fit 32 bits."""
+    """`x`, copied unless its last dimension is contiguous and its row stride small enough for 32-bit offsets in a tile."""
     return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(-2) < 2**22 else x.contiguous()
 
 
 def strides(x: Tensor | None) -> tuple[int | None, int | None, int | None]:
-    """Those of batch, head and row."""
+    """Strides of batch, head and row; None for no tensor."""
     batch, head, row = (None, None, None) if x is None else steps(x)[:3]
     return batch, head, row
 
 
 def steps(x: Tensor) -> tuple[int, ...]:
-    """Strides of every dimension; zero where all share one."""
+    """Strides of every dimension; zero for dimensions of size 1, so that they broadcast."""
     return tuple([0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)])

@@ -1,4 +1,4 @@
-"""The one place that decides: from a scheme, the tensors' types and a target to the holes and constants of a kernel."""
+"""Makes all decisions about an attention kernel: from a scheme, the tensors' types and a target to its holes and constants."""
 
 import math
 from dataclasses import dataclass, replace
@@ -32,38 +32,40 @@ PLACES: dict[Place, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is fixed before a kernel is written. Equal plans give equal kernels."""
+    """The complete description of a kernel before it is generated. Equal plans give equal kernels."""
 
     name: str
     title: str
     holes: tuple[tuple[str, Any], ...]
+    """(hole of the template, fragment that fills it)."""
     constants: tuple[tuple[str, str], ...]
+    """(constexpr of the template, its value as text)."""
     products: tuple[str, str, str, str]
-    """The types that q and k, p and v are multiplied in, as Triton writes them."""
+    """The types that q, k, p and v have in their products, as Triton's names."""
     candidates: tuple[Config, ...]
-    """Every launch that may be chosen; the first is taken without tuning, and where results must not depend on it."""
+    """Launches that tuning may choose; the first is the untuned one, and that of deterministic calls."""
 
     places: tuple[tuple[str, Place], ...]
-    """Where the scales of q, k and v enter."""
+    """Where the scales of q, k and v are applied."""
 
     splits: ClassVar[tuple[int | None, ...]] = (None,)
-    """Ways to split the keys between programs, as candidates are ways to launch: here none."""
+    """Ways to split the keys between programs, which tuning chooses as it does candidates; here none."""
 
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
     def _hash(self) -> int:
-        # every launch looks its kernel up
+        # cached, as every launch looks its kernel up
         return hash((self.name, self.holes, self.constants, self.candidates))
 
     @property
     def config(self) -> Config:
-        """How the kernel is launched without tuning."""
+        """The untuned launch configuration."""
         return self.candidates[0]
 
     def explain(self) -> dict[str, str]:
-        """In words: what multiplies Q K^T and P V, where each operand's scale is applied and why, and what P is scaled by."""
+        """The decisions in words: units that multiply Q K^T and P V, where scales are applied and why, and how P is scaled."""
         q, _, _, v = self.products
         units = (("Q K^T", q), ("P V", v))
         words = {name: UNITS.get(kind, f"{kind.removeprefix('tl.')} tensor cores") for name, kind in units}
@@ -97,8 +99,8 @@ def plan(
 ) -> Plan:
     """The plan of an attention kernel for tensors of `dtype`. Raises UnsupportedError for what no Triton kernel can do.
 
-    `target` decides how the kernel is launched, and which of two equal fragments decodes; `portable` leaves out the launches of
-    the loop for Hopper, which wants rows of codes that begin at multiples of 16 bytes.
+    `target` decides the launch configurations, and between equivalent fragments; `portable` excludes the loop for Hopper, which
+    needs rows of codes aligned to 16 bytes.
     """
     _refuse(scheme, head_dim, wanted)
     types = {**product_types(scheme, "qk", dtype), **product_types(scheme, "pv", dtype)}
@@ -189,10 +191,10 @@ def plan(
     filled = holes.fill(scheme, p.of(dtype), types, **how)
     if wanted.beside:
         filled["product_v"] = fragments.kept_product
-    used = "_".join(getattr(scheme, role).precision for role in "qkvp")
+    precision_names = "_".join(getattr(scheme, role).precision for role in "qkvp")
     tiles = tuple(tile for tile in _key_tiles(scheme, wide) if not tokens_last or tile >= 16 * v.format.packed)
     made = Plan(
-        name=f"attention_{used}",
+        name=f"attention_{precision_names}",
         title=_title(scheme, head_dim, wanted),
         holes=tuple(filled.items()),
         constants=tuple((name, value if isinstance(value, str) else repr(value)) for name, value in constants.items()),
@@ -200,7 +202,7 @@ def plan(
         places=tuple(at.items()),
         candidates=candidates(
             key_tiles=tiles,
-            # factors of a bias fill shared memory as channels do
+            # low-rank factors of a bias take shared memory as channels do
             head_dim=max(padded, constants["RANK_TILE"]) if constants["LOWRANK"] else padded,
             wide=wide,
             masked=wanted.mask != "none" or wanted.bias == "dense",
@@ -222,14 +224,14 @@ precisions.base.WHEN_REPLACED.append(plan.cache_clear)
 
 
 def _key_tiles(scheme: QuantScheme, wide: bool) -> tuple[int, ...]:
-    """Tiles of keys that leave results what they are, or within P's rounding: `row_block` and stored sums fix theirs."""
+    """Values of block_n that change results by P's rounding at most: `row_block` and stored sums allow just one."""
     tile = scheme.key_tile
     if scheme.p.granularity.size or needs_code_sums(scheme):
         return (tile,)
     half, quarter = max(tile // 2, 32), max(tile // 4, 32)
     if scheme.p.format.largest is not None:
         return tuple(dict.fromkeys((tile, half)))
-    # P has no scale, so the tile matters to speed alone; those of float32 and of decoded operands fill registers
+    # without a scale of P the tile matters to speed alone; tiles of float32 and of decoded operands fill registers
     decoded = "operand" in (place(scheme.k), place(scheme.v))
     return tuple(dict.fromkeys((quarter, half) if wide else (half, tile) if decoded else (tile, half)))
 
@@ -238,13 +240,13 @@ def _bytes_of_tokens(types: dict[str, str], head_dim: int, constants: dict[str, 
     """Bytes of shared memory for a query, and for a key and its value, as the products take them."""
     q, k, v = (head_dim * BYTES[types[role]] for role in "qkv")
     factors = 2 * constants["RANK_TILE"] if constants["LOWRANK"] else 0
-    # what is decoded lies there as codes too
+    # a decoded operand takes memory for its codes too
     codes = sum(head_dim // constants[f"{role}_PACKED"] for role in "KV" if constants[f"{role}_DECODED"])
     return q + factors, k + v + codes + factors
 
 
 def _refuse_on(target: targets.Target, plan: Plan, scheme: QuantScheme) -> None:
-    """What `target` lacks."""
+    """Raise UnsupportedError for types that `target` lacks."""
     used = [*plan.products, *(f"tl.float8 scales of {r}" for r in "qkv" if getattr(scheme, r).scale_dtype == "fp8_e4m3")]
     used += [getattr(scheme, role).format.compute for role in "qkvp"]
     if not target.fp8 and any("float8" in kind for kind in used):
@@ -255,7 +257,7 @@ def _refuse_on(target: targets.Target, plan: Plan, scheme: QuantScheme) -> None:
 
 
 def _refuse(scheme: QuantScheme, head_dim: int, wanted: Wanted) -> None:
-    """What no kernel does, each with what would work."""
+    """Raise UnsupportedError for what no kernel does, with what would work."""
     if not 32 <= scheme.key_tile <= 256:
         raise UnsupportedError(
             f"scheme {scheme.name!r}: a key tile of {scheme.key_tile} does not suit a kernel; use row_block 32 to 256, "

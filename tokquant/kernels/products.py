@@ -1,4 +1,4 @@
-"""Which unit multiplies: the types that Q and K, P and V meet in, and what follows for how V lies in memory."""
+"""The types in which Q and K, P and V are multiplied, and the layout of V that these require."""
 
 import torch
 
@@ -12,7 +12,7 @@ FLOAT_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp
 
 EIGHT = ("tl.int8", "tl.float8e4nv", "tl.float8e5")
 BYTES = {**dict.fromkeys(EIGHT, 1), "tl.float16": 2, "tl.bfloat16": 2, "tl.float32": 4}
-"""Of an element, by the type that products take."""
+"""Bytes of an element, by the type of a product's operand."""
 
 UNITS = {
     "tl.int8": "int8 tensor cores, exact 32-bit sums within a tile",
@@ -23,7 +23,7 @@ UNITS = {
 
 
 def product_types(scheme: QuantScheme, roles: str, dtype: torch.dtype) -> dict[str, str]:
-    """What two operands are multiplied as: integers, fp8, float32, or else a 16-bit type."""
+    """The types that two operands are multiplied in, by role: int8, fp8, float32, or else a 16-bit type."""
     first, second = (getattr(scheme, role).format for role in roles)
     if roles == "pv" and first.code_zero and not needs_code_sums(scheme):
         raise UnsupportedError(
@@ -33,7 +33,7 @@ def product_types(scheme: QuantScheme, roles: str, dtype: torch.dtype) -> dict[s
     if any(x.compute == "tl.float32" and not here for x, here in zip((first, second), decoded, strict=True)):
         return dict.fromkeys(roles, "tl.float32")
     if any(decoded):
-        # to the input's own type
+        # scales are applied before the product, in the input's own type
         return dict.fromkeys(roles, TRITON_TYPES[dtype])
     if first.compute == second.compute == "tl.int8":
         return dict.fromkeys(roles, "tl.int8")
@@ -46,7 +46,7 @@ def product_types(scheme: QuantScheme, roles: str, dtype: torch.dtype) -> dict[s
 
 
 def fp8_types(first: precisions.Precision, second: precisions.Precision) -> tuple[str, str] | None:
-    """fp8 with fp8, or with a precision whose every value fp8 holds, such as int4."""
+    """The types of an fp8 product: of fp8 with fp8, or with a precision whose values fp8 holds exactly, such as int4."""
     wide = [x for x in (first, second) if x.compute.startswith("tl.float8") and x.bits == 8]
     if not wide:
         return None
@@ -60,7 +60,7 @@ def fp8_types(first: precisions.Precision, second: precisions.Precision) -> tupl
 
 
 def takes_tokens_last(scheme: QuantScheme, dtype: torch.dtype) -> bool:
-    """Whether kernels take V with its tokens side by side: 8-bit tensor cores want the contracted dimension contiguous."""
+    """Whether kernels take V with its tokens contiguous: 8-bit tensor cores need that of the contracted dimension."""
     kind, v = product_types(scheme, "pv", dtype)["v"], scheme.v.format
     if v.bits > 8 or 16 * v.packed > scheme.key_tile:
         # elements would hold tokens of several tiles
@@ -69,8 +69,8 @@ def takes_tokens_last(scheme: QuantScheme, dtype: torch.dtype) -> bool:
 
 
 def via(operand: Operand, product: str) -> str:
-    """The type that a tile's codes take first: what they are decoded to where scales are applied to them, else the product's,
-    but float16 on the way from integers to fp8."""
+    """The type that a tile's codes are first converted to: that of their decoder where scales are applied to them, else the
+    product's, or float16 on the way from integers to fp8."""
     decoded = operand.format.compute
     if place(operand) == "operand":
         return decoded

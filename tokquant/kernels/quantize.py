@@ -1,7 +1,8 @@
-"""Q, K and V to codes by kernels: what `tokquant.quantize` defines, code for code and scale for scale.
+"""Quantizes Q, K and V by kernels, with bitwise the codes and scales that `tokquant.quantize` defines.
 
-Each tensor is read once where the tokens of a scale lie in one tile, twice where a scale spans more of the sequence. An operand
-that no kernel takes (`quantize_task.lacking` says why) is quantized by the definition, and so are floats that are only cast.
+A tensor is read once where all tokens of a scale lie in one tile, and twice where a scale spans more of the sequence. Operands
+that no kernel takes (`quantize_task.lacking` says why) are quantized by the definition in torch, as are floats that are only
+cast.
 """
 
 from dataclasses import dataclass, replace
@@ -38,9 +39,9 @@ from tokquant.transforms import Frame
 def quantize_operands(
     q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None = None
 ) -> launch.Operands:
-    """As `tokquant.quantize.quantize_operands`, laid out for attention kernels. Raises what that raises.
+    """`tokquant.quantize.quantize_operands` by kernels, laid out for attention kernels. Raises the same errors.
 
-    Everything is equal bit for bit, but `logit_offset`, whose float32 sums are taken in another order.
+    All results are bitwise equal, except `logit_offset`, whose float32 sums have another order.
     """
     q_frame, k_frame, v_frame = frames(q, k, v, scheme, scales)
     run = Run(scheme, scales, q.device)
@@ -54,33 +55,36 @@ def quantize_operands(
             "that; capture attention on what quantize returned, or use symmetric parts and scale_dtype: fp32"
         )
     if run.lost is not None and bool(run.lost):
-        # a type does not hold a value; the definition says which
+        # some value overflowed its type; the definition raises the error that says which
         qq, kq, vq = define(q, k, v, scheme, scales)
     return (qq, kq, vq) if vq.layout == "tokens_last" else launch.packed((qq, kq, vq), scheme)
 
 
 def quantize_queries(q: Tensor, k: QuantizedTensor, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
-    """Q in codes, for keys in codes of which only what all share is looked at. Nothing is waited for: a value that its type
-    does not hold becomes an infinity."""
+    """Quantize Q for quantized keys, of which only what all keys share is used (their frame).
+
+    Never waits for the GPU: a value that overflows its type becomes an infinity.
+    """
     with launch.on(q.device):
         return Run(scheme, scales, q.device).queries(q, frame_of_queries(q, k, k.frame), k)
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Those of a tensor `[1, H, T, D]`, one after another.
+    """Sequences packed one after another in a tensor `[1, H, T, D]`.
 
-    What holds n tokens begins for sequence b, which starts at token s, at place s // n + b, so that no two meet.
+    A value that n tokens share has, for sequence b, which starts at token s, its first place at s // n + b: so the places of
+    two sequences never overlap.
     """
 
     starts: Tensor
-    """`[B + 1]` int32: where each begins, and the end."""
+    """First token of each sequence, and the total: `[B + 1]` int32 on the device."""
     count: int
     longest: int
 
 
 class Run:
-    """The kernels of one call."""
+    """Quantizes the operands of one call by kernels."""
 
     def __init__(
         self, scheme: QuantScheme, scales: LayerScales | None, device: torch.device, sequences: Sequences | None = None
@@ -91,17 +95,17 @@ class Run:
         self.interpreted = launch.interpreted()
         self.target = None if self.interpreted else targets.of(device)
         self.lost: Tensor | None = None
-        """1 where a type does not hold a value. It is looked at once, after all kernels, so that a GPU is waited for once."""
+        """A flag on the device, 1 if a value overflowed its type. Read once, after all kernels, to wait for the GPU once."""
 
     def keys(self, k: Tensor, frame: Frame) -> QuantizedTensor:
-        """As `tokquant.quantize.keys`."""
+        """`tokquant.quantize.keys`, by a kernel where one can."""
         task = self.task("k", k, frame)
         if task is None:
             return replace(keys(k, frame, self.scheme, self.scales), scheme=self.scheme)
         return self._coded(k, frame, task)
 
     def queries(self, q: Tensor, frame: Frame, k: QuantizedTensor) -> QuantizedTensor:
-        """As `tokquant.quantize.queries`."""
+        """`tokquant.quantize.queries`, by a kernel where one can."""
         turned, k_offset, k_origin = of_keys(q, frame, k)
         task = self.task("q", q, turned, k_offset is not None, k_origin is not None)
         if task is None:
@@ -112,26 +116,26 @@ class Run:
         return qq
 
     def values(self, v: Tensor, frame: Frame) -> QuantizedTensor:
-        """As `tokquant.quantize.values`."""
+        """`tokquant.quantize.values`, by a kernel where one can."""
         task = self.task("v", v, frame)
         if task is None:
             return replace(values(v, frame, self.scheme, self.scales), scheme=self.scheme)
         return self._coded(v, frame, task)
 
     def task(self, role: str, x: Tensor, frame: Frame, *of_keys: bool) -> Task | None:
-        """What kernels do with `x`; None where the definition quantizes it."""
+        """The task of the kernels that quantize `x`; None where the definition in torch quantizes it."""
         how = (self.target, self.interpreted, self.sequences is not None)
         return task_of(self.scheme, role, x.shape[3], x.dtype, frame.steps(), *how, *of_keys)
 
     def _coded(
         self, x: Tensor, frame: Frame, task: Task, k_offset: Tensor | None = None, k_origin: Tensor | None = None
     ) -> QuantizedTensor:
-        """`x` in `frame` and in codes, with all that the task wants beside them."""
+        """Transform `x` to `frame` and quantize it, with the sums, weights and other extras that the task asks for."""
         spec, (b, h, n, d), made_plan = task.spec, x.shape, plan(task)
         given = Turned(frame.offset, frame.balance, frame.fold, k_offset, k_origin)
         scale, zero = self._scales(x, task, given) if spec.scaled else (None, None)
         lost = self._flag(x) if made_plan.checked else None
-        codes = x.new_empty(self._room(x.shape, task), dtype=spec.format.of(x.dtype).stored)
+        codes = x.new_empty(self._codes_shape(x.shape, task), dtype=spec.format.of(x.dtype).stored)
         logit_offset = x.new_empty((b, h, n, 1), dtype=torch.float32) if task.k_offset or task.k_origin else None
         code_sum = None
         if task.code_sum:
@@ -150,7 +154,7 @@ class Run:
             weightless=None if weightless is None else weightless.view(torch.int8),
             lost=lost,
         )
-        _start(made_plan, *prepare(made_plan, x, given, made, self.sequences))
+        _launch(made_plan, *prepare(made_plan, x, given, made, self.sequences))
         if code_sum is not None and task.sum_tokens and task.sum_tokens < self.scheme.key_tile:
             code_sum = tile_sums(code_sum, self.scheme.key_tile // task.sum_tokens)
         return QuantizedTensor(
@@ -170,7 +174,7 @@ class Run:
         )
 
     def _scales(self, x: Tensor, task: Task, given: Turned) -> tuple[Tensor, Tensor | None]:
-        """Scales and zeros: calibrated, or made of extremes, or room for what the kernel makes."""
+        """Scales and zeros: calibrated, or computed from extremes, or empty for the quantization kernel to fill."""
         spec = task.spec
         if spec.scale == "static":
             assert self.scales is not None
@@ -184,29 +188,29 @@ class Run:
             found, tokens = self._extremes(x, task, given)
             made_plan = scales_plan(task)
             made = Coded(scale=scale, zero=zero, lost=self._flag(x) if made_plan.checked else None)
-            _start(made_plan, *prepare_scales(task, tokens, found, made, self.sequences))
+            _launch(made_plan, *prepare_scales(task, tokens, found, made, self.sequences))
         return scale, zero
 
     def _extremes(self, x: Tensor, task: Task, given: Turned) -> tuple[Extremes, int]:
-        """Of each tile of tokens, for each of the scales side by side; and the tokens of a tile."""
+        """The extremes under each scale within each tile of tokens; and the tokens of a tile."""
         made_plan, (b, h, n, _) = extremes(task), x.shape
         highest = x.new_empty((b, h, self._rows(n, made_plan.tokens), columns_of(task)), dtype=torch.float32)
         lowest = None if task.spec.symmetric else torch.empty_like(highest)
-        _start(made_plan, *prepare(made_plan, x, given, Coded(scale=highest, zero=lowest), self.sequences))
+        _launch(made_plan, *prepare(made_plan, x, given, Coded(scale=highest, zero=lowest), self.sequences))
         return Extremes(highest, lowest), made_plan.tokens
 
-    def _room(self, shape: torch.Size, task: Task) -> tuple[int, ...]:
+    def _codes_shape(self, shape: torch.Size, task: Task) -> tuple[int, ...]:
         """The shape of the codes of `[B, H, N, D]`."""
         b, h, n, d = shape
         packed = task.spec.format.packed
         return (b, h, d, self._rows(n, 16 * packed) * 16) if task.tokens_last else (b, h, n, -(-d // packed))
 
     def _rows(self, n: int, tokens: int) -> int:
-        """Places for what holds so many of n tokens."""
+        """Rows to allocate for values that `tokens` of n tokens share."""
         return -(-n // tokens) if self.sequences is None else n // tokens + self.sequences.count
 
     def _flag(self, x: Tensor) -> Tensor:
-        """`lost`, made when it is first needed."""
+        """`lost`, allocated when it is first needed."""
         if self.lost is None:
             self.lost = torch.zeros(1, dtype=torch.int32, device=x.device)
         return self.lost
@@ -216,14 +220,14 @@ def _floats(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-def _start(plan: QuantizePlan, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+def _launch(plan: QuantizePlan, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
     generate.load(plan)[grid](*arguments, **plan.options())
 
 
 def prepare(
     plan: QuantizePlan, x: Tensor, given: Turned, made: Coded, sequences: Sequences | None = None
 ) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
-    """Grid and arguments of a kernel that takes `[B, H, N, D]`."""
+    """Grid and arguments of a kernel that quantizes, or finds the extremes of, `x` `[B, H, N, D]`."""
     b, h, n, _ = x.shape
     longest, table = n, Table()
     if sequences is not None:
@@ -231,7 +235,7 @@ def prepare(
     codes, scale = made.codes, made.scale
     if codes is not None and codes.element_size() == 1:
         codes = codes.view(torch.uint8)
-    # a stride of zero where all share one
+    # strides are zero along dimensions that share a scale
     batch, head, row = launch.strides(scale)
     made = made._replace(codes=codes, scale_batch=batch, scale_head=head, scale_row=row)
     given = Turned(*(None if each is None else each.contiguous() for each in given))
@@ -242,7 +246,7 @@ def prepare(
 def prepare_scales(
     task: Task, tokens: int, found: Extremes, made: Coded, sequences: Sequences | None = None
 ) -> tuple[tuple[int], tuple[Any, ...]]:
-    """Grid and arguments of a kernel that takes the extremes of tiles of so many tokens."""
+    """Grid and arguments of the kernel that makes scales from the extremes of tiles of `tokens` tokens."""
     b, h, tiles, _ = found.highest.shape
     granularity = task.spec.granularity
     rows, planes = (b * h * tiles, 1) if granularity.kind == "tensor" else (tiles, b * h)

@@ -1,4 +1,4 @@
-"""Decides what a quantization kernel is made of: fragments, constants, and how many tokens a program takes."""
+"""Plans quantization kernels: their fragments, constants, and the tokens that a program takes."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -15,12 +15,12 @@ from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.scheme import SCALE_TYPES
 
 AT_ONCE = 4096
-"""Extremes of tiles that a program which makes scales of them reads at once."""
+"""Extremes that a program of the scales kernel reads at once."""
 
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """Everything that is fixed before a quantization kernel is written. Equal plans give equal kernels."""
+    """The complete description of a quantization kernel before it is generated. Equal plans give equal kernels."""
 
     name: str
     title: str
@@ -30,18 +30,18 @@ class QuantizePlan:
     """Tokens of one head that a program takes."""
     num_warps: int
     checked: bool
-    """Whether it tells of values that a type does not hold."""
+    """Whether the kernel checks for values that overflow their type, and sets a flag."""
 
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
     def _hash(self) -> int:
-        # every launch looks its kernel up
+        # cached, as every launch looks its kernel up
         return hash((self.name, self.holes, self.constants))
 
     def options(self) -> dict[str, Any]:
-        """What Triton's compiler is told: torch rounds after a multiplication, so nothing may contract."""
+        """Options of Triton's compiler: without FMA contraction, as torch rounds after each multiplication."""
         return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": False}
 
     def __repr__(self) -> str:
@@ -50,16 +50,16 @@ class QuantizePlan:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ScalesPlan(QuantizePlan):
-    """The plan of a kernel that makes scales of the extremes of tiles."""
+    """The plan of a kernel that makes scales from the extremes of tiles."""
 
 
 @lru_cache(maxsize=256)
 def plan(task: Task) -> QuantizePlan:
-    """The plan of the kernel that does `task`."""
+    """The plan of the kernel for a task."""
     spec, d, precision = task.spec, task.head_dim, task.spec.format
     padded = max(32, 1 << (d - 1).bit_length())
     group_tokens, group_channels = spec.granularity.cover(WHOLE, d) if spec.scaled else (1, d)
-    # stores along the tokens want many of them
+    # stores along the tokens are efficient only for many tokens
     tokens = min(LONGEST, (16384 if task.tokens_last else 8192) // padded)
     if task.page:
         tokens = min(tokens, 16 if task.few else task.page)
@@ -148,13 +148,13 @@ def plan(task: Task) -> QuantizePlan:
 
 @lru_cache(maxsize=256)
 def extremes(task: Task) -> QuantizePlan:
-    """The plan of the kernel that finds the extremes of tiles for the scales of `task`."""
+    """The plan of the kernel that finds the extremes of tiles, for the scales of `task`."""
     return plan(replace(task, step="extremes"))
 
 
 @lru_cache(maxsize=256)
 def scales_plan(task: Task) -> ScalesPlan:
-    """The plan of the kernel that makes the scales of `task` of those."""
+    """The plan of the kernel that makes the scales of `task` from the extremes of tiles."""
     spec, columns = task.spec, columns_of(task)
     padded = 1 << (columns - 1).bit_length()
     constants = _of_scales(task) | {
@@ -176,12 +176,12 @@ def scales_plan(task: Task) -> ScalesPlan:
     )
 
 
-for _made in (plan, extremes, scales_plan):
-    precisions.base.WHEN_REPLACED.append(_made.cache_clear)
+for _planner in (plan, extremes, scales_plan):
+    precisions.base.WHEN_REPLACED.append(_planner.cache_clear)
 
 
 def _of_scales(task: Task) -> dict[str, Any]:
-    """What the arithmetic of scales is made of."""
+    """The constants of the arithmetic of scales."""
     spec, precision = task.spec, task.spec.format
     kind = torch.finfo(SCALE_TYPES[spec.scale_dtype])
     return {
@@ -198,13 +198,13 @@ def _rounding(spec: Operand) -> dict[str, Any]:
     """The fragments that round a scale to its type."""
     up = spec.format.kind == "int" and spec.format.bits == 8
     e4m3 = scales.up_to_e4m3 if up else scales.within_e4m3
-    # without PTX, which takes four values at once: a tile may have one scale
+    # not in PTX, which converts four values at once, as a tile may have just one scale
     encode = _encode(precisions.get(spec.scale_dtype), True)
     return {"round_scale": e4m3 if spec.scale_dtype == "fp8_e4m3" else scales.nearest, "encode_scale": encode}
 
 
 def _may_not_fit(task: Task) -> bool:
-    """Whether there are tensors of this type with a scale, or a zero, that is beyond what `scale_dtype` holds."""
+    """Whether a scale or zero of some tensor of this type could overflow `scale_dtype`."""
     spec = task.spec
     if spec.scale_dtype == "fp32" and spec.symmetric:
         return False
@@ -213,7 +213,7 @@ def _may_not_fit(task: Task) -> bool:
         reach *= 2  # a mean is as large as a value at most
     if task.rotated:
         reach *= task.head_dim**0.5
-    if task.balanced or task.folded or spec.smooth == "static":  # by numbers that are any
+    if task.balanced or task.folded or spec.smooth == "static":  # factors and offsets may have any size
         reach = float("inf")
     largest = torch.finfo(SCALE_TYPES[spec.scale_dtype]).max
     if spec.symmetric:

@@ -1,4 +1,4 @@
-"""What kernels do with an operand, by its scheme, its types and its frame: a task is what a plan is made of."""
+"""Tasks of quantization kernels: what to do with an operand, by its scheme, type and frame. Plans are made from tasks."""
 
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
@@ -16,75 +16,75 @@ from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
 from tokquant.transforms import Steps
 
 LONGEST = 128
-"""Tokens in a tile, at most. Scales of more tokens take two reads: extremes first, then codes."""
+"""The most tokens of a tile. Scales of more tokens need two passes: extremes first, then codes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OperandTask:
-    """What a kernel of any kind does with one operand."""
+    """What a quantization kernel, of Triton or in C++, does with one operand."""
 
     spec: Operand
     head_dim: int
     dtype: torch.dtype
-    """Of the tensor."""
+    """Type of the tensor."""
     offset_tokens: int = 0
     """Tokens under one offset; 0 where there is none."""
     balanced: bool = False
     rotated: bool = False
     folded: bool = False
     k_offset: bool = False
-    """Q: its product with K's offset is wanted,"""
+    """Q: also compute its product with K's offset."""
     k_origin: bool = False
-    """with what K's codes of 0 stand for,"""
+    """Q: also compute its product with the values that K's codes of 0 stand for."""
     code_sum: bool = False
-    """and the sum of its codes."""
+    """Q: also sum its codes."""
     weighted: bool = False
-    """V: its scales enter P, so it is wanted which tokens hold nothing."""
+    """V: its scales go into P; also mark tokens that are all zero, whose weight has no inverse."""
 
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
     def _hash(self) -> int:
-        # every call looks its plans up
+        # cached, as every call looks its plans up
         return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     def words(self) -> list[str]:
-        """What is done before codes are taken."""
+        """The transforms before quantization, in words."""
         steps = ["less an offset"] * (self.offset_tokens > 0) + ["balanced"] * self.balanced + ["rotated"] * self.rotated
         return steps + ["times K's scale"] * self.folded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task(OperandTask):
-    """What Triton's kernels do with one operand."""
+    """What a quantization kernel of Triton does with one operand."""
 
     step: Literal["both", "extremes", "codes"]
-    """`both` scales and codes, or the `extremes` of each tile, or `codes` with scales that are given."""
+    """Compute `both` scales and codes, or the `extremes` of each tile, or `codes` with given scales."""
     companion: bool = False
-    """K less its offset is wanted in its own type."""
+    """K: also write it, without its offset, in its own type."""
     sum_tokens: int = 0
-    """V: the sums of its codes are wanted, over so many tokens each."""
+    """V: also sum its codes over groups of this many tokens; 0 for no sums."""
     tokens_last: bool = False
     sequences: bool = False
-    """Whether sequences of their own lengths lie one after another, each with its own scales."""
+    """Whether sequences of different lengths are packed one after another, each with scales of its own."""
     page: int = 0
-    """Tokens of a page, where the codes go into pages; V of pages with `tokens_last` has no two tokens in an element."""
+    """Tokens of a page, where codes go into pages; with `tokens_last`, no element of V in pages holds two tokens."""
     few: bool = False
-    """Whether there are at most 16 new tokens, so that no program takes more than that."""
+    """Whether there are at most 16 new tokens, so that a program takes at most that many."""
     counted: bool = False
     """Whether sequences have different numbers of new tokens."""
     interpreted: bool = False
 
-    __hash__ = OperandTask.__hash__  # which a dataclass would replace
+    __hash__ = OperandTask.__hash__  # a dataclass would replace it
 
 
 def lacking(
     spec: Operand, head_dim: int, target: Target | None = None, *, tokens_last: bool = False, sum_tokens: int = 0
 ) -> str | None:
-    """Why no kernel quantizes this operand on `target` (None: the interpreter), so that the definition does, in torch.
+    """Why no kernel quantizes this operand on `target` (None: the interpreter), and torch does; None where a kernel does.
 
-    None where a kernel does. V may have to lie with `tokens_last`, and need sums of its codes over so many tokens.
+    V may need the layout `tokens_last`, and sums of its codes over `sum_tokens` tokens.
     """
     if spec.format.triton_quantize is None:
         return f"{spec.role}: precision {spec.precision} has no triton_quantize"
@@ -100,7 +100,7 @@ def lacking(
 
 
 def in_one_tile(spec: Operand) -> bool:
-    """Whether the tokens of every dynamic scale lie in one tile, so that the tensor is read once."""
+    """Whether all tokens of a dynamic scale fit one tile, so that the tensor is read once."""
     return spec.scaled and spec.scale == "dynamic" and _tokens_of(spec) <= LONGEST
 
 
@@ -110,7 +110,7 @@ def _tokens_of(spec: Operand) -> int:
 
 
 def columns_of(task: Task) -> int:
-    """Scales side by side."""
+    """Scales per row of tokens: one for every group of channels."""
     return task.spec.granularity.scale_shape((1, 1, 1, task.head_dim))[3]
 
 
@@ -127,7 +127,7 @@ def task_of(
     k_offset: bool = False,
     k_origin: bool = False,
 ) -> Task | None:
-    """What kernels do with an operand; None where the definition quantizes it: no kernel does, or it is only cast.
+    """The task for an operand; None where torch quantizes it, because no kernel can or because it is only cast.
 
     Raises SchemeError where its granularity does not fit head_dim.
     """
@@ -149,7 +149,7 @@ def task_of(
         k_offset=k_offset,
         k_origin=k_origin,
         companion=role == "k" and scheme.q.smooth == "block_mean",
-        # the sum of integers is one in any order
+        # sums of integers are exact in any order; others are left to torch
         code_sum=role == "q" and needs_query_sums(scheme) and spec.format.compute == "tl.int8" and place(spec) == "scores",
         sum_tokens=sum_tokens,
         weighted=role == "v" and place(spec) == "p",

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of a GPU, read from its machine code: no GPU is needed."""
+"""The resources that a compiled kernel uses (registers, shared memory, instructions), from its machine code, without a GPU."""
 
 import functools
 import os
@@ -15,7 +15,7 @@ from tokquant.kernels.candidates import Config
 from tokquant.kernels.targets import Target
 
 Instruction = tuple[int, str, str]
-"""Where it stands, its name, its operands."""
+"""(position, name, operands); a jump has its target's position as operands."""
 
 SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 TENSOR_CORE = re.compile(r"[IQHO]?G?MMA|UTC\w*MMA|v_mfma")
@@ -27,23 +27,24 @@ SPILL = ("LDL", "STL", "scratch_load", "scratch_store")
 
 @dataclass(frozen=True)
 class Resources:
-    """A thread's registers and spills, a block's shared memory, and the loop over whole key tiles, counted in machine code.
+    """Registers and spills of a thread, shared memory of a block, and instructions of the main loop, over whole key tiles.
 
-    Where parts of a block have roles of their own, the loop is those of all roles one after another."""
+    Where the warps of a block are specialized, the loop is those of all roles together.
+    """
 
     registers: int
-    """As it begins: roles give registers to one another."""
+    """Registers per thread at the start; specialized warps exchange some later."""
     spill_bytes: int
-    """Bytes of a thread's stack: what did not fit registers."""
+    """Bytes of a thread's stack, where registers are spilled."""
     shared_bytes: int
     blocks_per_multiprocessor: int
-    """How many blocks fit at once; 0 where not even one does."""
+    """Occupancy: blocks that fit at once; 0 where not even one does."""
     instructions_per_score: float
-    """Instructions of a thread in the loop over whole key tiles for each score it computes."""
+    """Instructions of a thread in the main loop for each score it computes."""
     loop: dict[str, int]
-    """Instructions of that loop by name."""
+    """Instructions of the main loop, counted by name."""
     tensor_core: dict[str, int]
-    """Its tensor-core instructions, with their types."""
+    """Tensor-core instructions of the main loop, counted by name and type."""
 
     @property
     def fits(self) -> bool:
@@ -52,7 +53,7 @@ class Resources:
 
     @property
     def spills_in_loop(self) -> int:
-        """Loads and stores of the stack in the loop."""
+        """Loads and stores of spilled registers in the main loop."""
         return sum(count for name, count in self.loop.items() if name.startswith(SPILL))
 
 
@@ -60,7 +61,7 @@ def measure(compiled: Any, config: Config, target: Target) -> Resources:
     """Read Triton's compiled kernel. Raises UnsupportedError if no loop over key tiles is found."""
     shared = compiled.metadata.shared
     registers, stack, instructions = machine_code(compiled)
-    # a register is given out eight at a time; on NVIDIA GPUs a block takes a kilobyte of shared memory for itself
+    # registers are allocated in eights; on NVIDIA GPUs the system reserves a kilobyte of shared memory per block
     granule, reserved = 8, 0 if target.backend == "hip" else 1024
     loops = main_loops(instructions, config.roles)
     if len(loops) < config.roles:
@@ -84,17 +85,17 @@ def measure(compiled: Any, config: Config, target: Target) -> Resources:
 
 
 def machine_code(compiled: Any) -> tuple[int, int, list[Instruction]]:
-    """A thread's registers, bytes of its stack, and the instructions of Triton's compiled kernel."""
+    """Registers and stack bytes of a thread, and the instructions, of Triton's compiled kernel."""
     if "amdgcn" in compiled.asm:
         return _of_amd(compiled.asm["amdgcn"])
     return _of_nvidia(compiled.asm["cubin"])
 
 
 def main_loops(instructions: list[Instruction], roles: int = 1) -> list[list[Instruction]]:
-    """The loop over whole key tiles: the shortest with exponentials and products, of tensor cores or of float32. Of several
-    roles the shortest such loops of all but one, and of that one the shortest that copies and does neither.
+    """The loops over whole key tiles: the shortest loop with exponentials and products, of tensor cores or in float32.
 
-    An instruction that jumps back has the place it jumps to as its operands.
+    With specialized warps, the shortest such loop for each role that computes, and for the role that copies the shortest loop
+    with copies and neither of those. A loop ends with a jump back.
     """
     computing, copying = [], []
     for place, _, operands in instructions:
@@ -114,7 +115,7 @@ def main_loops(instructions: list[Instruction], roles: int = 1) -> list[list[Ins
 
 
 def sass(text: str) -> list[Instruction]:
-    """Instructions of a disassembly by cuobjdump; a jump's operand is the address it goes to."""
+    """Instructions of a disassembly by cuobjdump, at their addresses."""
     found = []
     for m in SASS.finditer(text):
         jump = re.findall(r"0x([0-9a-f]+)", m[3]) if m[2].split(".")[0] == "BRA" else []
@@ -123,7 +124,7 @@ def sass(text: str) -> list[Instruction]:
 
 
 def amdgcn(text: str) -> list[Instruction]:
-    """Instructions of AMD's assembly, counted by line; a jump's operand is the line it goes to."""
+    """Instructions of AMD's assembly, at their line numbers."""
     lines = text.splitlines()
     labels = {m[1]: number for number, line in enumerate(lines) if (m := re.match(r"(\.L\w+):", line))}
     found = []

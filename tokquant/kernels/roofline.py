@@ -1,4 +1,4 @@
-"""What a kernel's main loop should take, from its instructions and the rates of its target: a model, not a measurement."""
+"""A roofline model of a kernel's main loop, from its instructions and its target's rates: predictions, not measurements."""
 
 from dataclasses import dataclass
 
@@ -13,34 +13,35 @@ RATES = {"tl.int8": "int8", "tl.float8e4nv": "fp8", "tl.float8e5": "fp8", "tl.fl
 
 @dataclass(frozen=True)
 class Prediction:
-    """Clocks of one multiprocessor for a score, and what they come to on the target's card."""
+    """Predicted clocks of one multiprocessor per score, and the resulting throughput of the target's card."""
 
     products: float
-    """Of its tensor cores, for Q K^T and P V."""
+    """Clocks of the tensor cores, for Q K^T and P V."""
     beside: float
-    """Those of them that run beside a softmax: P V in the loop for Hopper, else none."""
+    """The part of `products` that overlaps with the softmax: P V in the loop for Hopper, else none."""
     exponentials: float
+    """Clocks of the units that compute exponentials."""
     instructions: float
-    """Of its schedulers, for all there is in the loop."""
+    """Clocks in which the schedulers issue all instructions of the loop."""
     roofline_tops: float
     """If products and exponentials overlapped, and nothing else took time. 1e12 multiplications and additions a second."""
     serial_tops: float
-    """If a tile's softmax waits for its products and they for it, which is how Triton arranges one block; in the loop for
-    Hopper, for Q K^T alone."""
+    """If products and softmax of a tile wait for each other, as Triton schedules one block; in the loop for Hopper only Q K^T
+    and softmax do."""
     card: str
 
     def clocks(self, more: float = 0.0) -> float:
-        """For a score, with so many clocks of further instructions: products, then softmax and what runs beside it."""
+        """Clocks per score, with `more` clocks of further instructions: products, then softmax with what overlaps it."""
         return _clocks(self.products, self.beside, max(self.exponentials, self.instructions + more))
 
     @property
     def share(self) -> float:
-        """Of the roofline that the serial prediction reaches."""
+        """The serial prediction as a share of the roofline."""
         return self.serial_tops / self.roofline_tops
 
 
 def predict(resources: Resources, plan: Plan, head_dim: int, target: Target, loop: Loop = "portable") -> Prediction:
-    """The model for whole key tiles of long sequences. Spills and memory are not in it."""
+    """Predict the main loop on whole key tiles of long sequences. Spills and memory traffic are not modelled."""
     first, _, _, second = plan.products
     scores, sums = (2 * head_dim / target.rates[RATES.get(kind, "fp16")] for kind in (first, second))
     exponentials = 1 / target.exponentials
@@ -67,35 +68,35 @@ def _clocks(products: float, beside: float, softmax: float) -> float:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """How fast a decoding kernel should go through keys and values, on the target's card; 1e12 bytes a second."""
+    """Predicted bandwidth at which a decoding kernel reads keys and values on the target's card, 1e12 bytes a second."""
 
     instructions_per_value: float
-    """Instructions of a thread in the loop over whole tiles for each value of K and V."""
+    """Instructions of a thread in the main loop for each value of K and V."""
     bits_per_value: float
-    """Of codes, scales and zeros."""
+    """Bits of codes, scales and zeros per value of K and V."""
     issued: float
-    """What the schedulers' rate allows."""
+    """The limit by the schedulers' rate of instructions."""
     memory: float
-    """What the card's memory allows, by its datasheet."""
+    """The limit by the card's memory, from its datasheet."""
     card: str
 
     @property
     def predicted(self) -> float:
-        """The smaller of the two."""
+        """The lower of the two limits."""
         return min(self.issued, self.memory)
 
 
 def bandwidth(resources: Resources, scheme: QuantScheme, config: Config, head_dim: int, target: Target) -> Bandwidth:
-    """The model for long sequences: instructions against memory, nothing else. Latencies and spills are not in it."""
+    """Predict decoding of long sequences, limited by instructions or by memory. Latencies and spills are not modelled."""
     bits = scheme.bits_per_value(head_dim)
-    # a tile's scores come from as many keys, and as many values, of head_dim channels
+    # a key and its value, of head_dim channels each, give block_m scores
     instructions = resources.instructions_per_score * config.block_m / (2 * head_dim)
-    a_value = (bits["k"] + bits["v"]) / 2
+    bits_per_value = (bits["k"] + bits["v"]) / 2
     values = target.multiprocessors * target.gigahertz * target.issued / instructions / 1e3  # 1e12 a second
     return Bandwidth(
         instructions_per_value=instructions,
-        bits_per_value=a_value,
-        issued=values * a_value / 8,
+        bits_per_value=bits_per_value,
+        issued=values * bits_per_value / 8,
         memory=target.terabytes,
         card=target.card,
     )

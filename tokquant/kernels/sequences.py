@@ -1,7 +1,7 @@
-"""Sequences of their own lengths, quantized and attended to by kernels that take all of them at once.
+"""Variable-length attention: packed sequences of different lengths, quantized and attended to by one launch each.
 
-What holds n tokens (a block's scale, a tile's sums, a group of V's tokens) begins for sequence b, which starts at token s, at
-place s // n + b: no two meet there, and a kernel finds it without a table.
+A value that n tokens share (a block's scale, a tile's sums, a group of V's tokens) has, for sequence b, which starts at token
+s, its first place at s // n + b: places of two sequences never overlap, and a kernel needs no table to find them.
 """
 
 from collections.abc import Sequence
@@ -30,28 +30,28 @@ Parts = Sequence[launch.Operands | None]
 """Q, K and V of each sequence `[1, H, n, D]`; None for one without queries or keys."""
 
 Starts = tuple[Tensor, Tensor]
-"""Of queries and of keys, int32 `[B + 1]` on the CPU: where each sequence begins, and the end."""
+"""(of queries, of keys): the first token of each sequence, and the total, int32 `[B + 1]` on the CPU."""
 
 
 @dataclass(frozen=True)
 class Together:
-    """Q, K and V of all sequences."""
+    """Q, K and V of all sequences, as arguments of an attention kernel."""
 
     operands: tuple[Operand, ...]
     like: launch.Operands
-    """Quantized tensors with their types, layouts and sizes but for tokens."""
+    """Quantized tensors with the same types, layouts and sizes, except for the number of tokens."""
     starts: Starts
-    """On their device."""
+    """On the operands' device."""
 
 
 def together(
     q: Tensor, k: Tensor, v: Tensor, starts: Starts, scheme: QuantScheme, scales: LayerScales | None
 ) -> Together | None:
-    """Q, K and V `[1, H, T, D]` of all sequences in codes, by as many launches as one takes, and means of each.
+    """Quantize Q, K and V `[1, H, T, D]` of all sequences by as many launches as one takes, besides the means of each.
 
-    None where kernels cannot do that, or a type does not hold a value: sequences are to be quantized one by one then.
+    None where kernels cannot do that, or where a value overflows its type: the caller then quantizes sequences one by one.
     """
-    if not _at_once(scheme) or len(starts[0]) - 1 > launch.MOST:
+    if not _can_batch(scheme) or len(starts[0]) - 1 > launch.MOST:
         return None
     there = _on(q.device, starts)
     queries, keys = (
@@ -69,18 +69,18 @@ def together(
         qq = queries.queries(q, q_frame, kq)
     if any(run.lost is not None and bool(run.lost) for run in (queries, keys)):
         return None
-    # means are of sequences, and what else there is of one long one
+    # offsets are per sequence; to the rest of `launch.operand` the packed tensor is one long sequence
     v_operand = launch.operand(replace(vq, frame=Frame()))._replace(offset=v_frame.offset)
     return Together((launch.operand(qq), launch.operand(kq), v_operand), (qq, kq, vq), there)
 
 
 def _on(device: torch.device, starts: Starts) -> Starts:
-    """These on a device."""
+    """The starts on a device."""
     return to_device(starts[0].numpy(), device), to_device(starts[1].numpy(), device)
 
 
-def _at_once(scheme: QuantScheme) -> bool:
-    """Whether no number of a sequence is made of several others by torch, but for means over its tokens."""
+def _can_batch(scheme: QuantScheme) -> bool:
+    """Whether kernels alone compute everything that depends on several tokens of a sequence, except means over all of them."""
     q, k, v = scheme.q, scheme.k, scheme.v
     dynamic = [x.granularity for x in (q, k, v) if x.scaled and x.scale == "dynamic"]
     blocks = scheme.key_tile if place(v) != "tile" else v.granularity.size
@@ -88,7 +88,7 @@ def _at_once(scheme: QuantScheme) -> bool:
         q.smooth == "none"
         and scheme.balance == "none"
         and place(k) != "q"
-        and (k.smooth == "none" or q.scaled or scheme.rotate != "none")  # torch has one offset for all of Q
+        and (k.smooth == "none" or q.scaled or scheme.rotate != "none")  # else torch would use one offset of K for all of Q
         and all(each.kind != "tensor" and (each.size or 0) <= LONGEST for each in dynamic)
         and not (needs_code_sums(scheme) and (scheme.key_tile > LONGEST or blocks != scheme.key_tile))
         and not (needs_query_sums(scheme) and place(q) == "operand")
@@ -96,7 +96,7 @@ def _at_once(scheme: QuantScheme) -> bool:
 
 
 def _offsets(x: Tensor, starts: Tensor, spec: Spec, scales: LayerScales | None) -> Tensor | None:
-    """What each sequence loses before its codes are taken: `[B, H, 1, D]`, contiguous."""
+    """The offset that each sequence is smoothed by: `[B, H, 1, D]`, contiguous; None without smoothing."""
     if spec.smooth == "static":
         assert scales is not None
         return scales.offset(spec, x).expand(len(starts) - 1, -1, -1, -1).contiguous()
@@ -108,10 +108,10 @@ def _offsets(x: Tensor, starts: Tensor, spec: Spec, scales: LayerScales | None) 
 
 
 def one_after_another(parts: Parts, starts: Starts, scheme: QuantScheme) -> Together:
-    """Those that were quantized one by one; not all are None."""
+    """Join sequences that were quantized one by one; not all are None."""
     operands = [
-        _joined([None if part is None else part[index] for part in parts], scheme, of.tolist())
-        for index, of in enumerate((starts[0], starts[1], starts[1]))
+        _joined([None if part is None else part[index] for part in parts], scheme, first.tolist())
+        for index, first in enumerate((starts[0], starts[1], starts[1]))
     ]
     like = next(part for part in parts if part is not None)
     return Together(tuple(operands), like, _on(like[0].device, starts))
@@ -133,8 +133,8 @@ def attention(
     launch.check(q.device, features)
     wanted = Wanted.of(features, return_lse)
     made = launch.planned(given.like, scheme, replace(wanted, varlen=True))
-    # its loop is that of a batch, and so is the launch that suits it, of those that sequences have too
-    alike = launch.planned(given.like, scheme, wanted, portable=True)
+    # tuning knows only batches of equal lengths, whose loop is the same: take its launch, of those that varlen kernels have
+    batch_plan = launch.planned(given.like, scheme, wanted, portable=True)
     (q_starts, k_starts), b, heads = starts, len(starts[0]) - 1, q.shape[1]
     total_q, total_k = int(q_starts[-1]), int(k_starts[-1])
     out, lse = launch.outputs(q, (1, heads, total_q, q.shape[3]), return_lse)
@@ -142,7 +142,7 @@ def attention(
     longest_q, longest_k = (int(each.diff().max()) for each in starts)
     call = launch.Call(
         plan=made,
-        config=made.config if deterministic else tuned.choose(alike, q.device, b * heads, longest_q, longest_k)[0],
+        config=made.config if deterministic else tuned.choose(batch_plan, q.device, b * heads, longest_q, longest_k)[0],
         operands=(
             *given.operands,
             Rows(out, 0, *out.stride()[1:3]),
@@ -163,12 +163,12 @@ def attention(
 
 
 def _joined(parts: list[QuantizedTensor | None], scheme: QuantScheme, starts: list[int]) -> Operand:
-    """One operand of all sequences as a kernel takes it."""
+    """One operand of all sequences as a kernel's argument."""
     x = next(part for part in parts if part is not None)
     fields = [None if part is None else launch.operand(part) for part in parts]
 
     def laid(name: str, tokens: int | None = None, axis: int = 2, width: int = 1) -> Tensor | None:
-        """A field of every sequence in one tensor: an element of `axis` a token, or `width` elements for so many tokens."""
+        """A field of all sequences in one tensor, with one element along `axis` per token, or `width` per `tokens` tokens."""
         given = [None if each is None else getattr(each, name) for each in fields]
         like = next(each for each in given if each is not None) if any(each is not None for each in given) else None
         if like is None:

@@ -1,4 +1,4 @@
-"""The arguments of a generated kernel by their types, as Triton's compiler takes them."""
+"""The signature of a generated kernel: the types of its arguments, as Triton's compiler takes them."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ SCALE_POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "fp8_e4m3": "*fp8e4nv"}
 
 
 def arguments(kernel: "Kernel") -> dict[str, Any]:
-    """Name and type of each argument but the tiles; None where the kernel has no such thing."""
+    """Name -> type of each argument except the constexpr ones; None for an argument that the kernel does not use."""
     wanted, constants = kernel.wanted, dict(kernel.plan.constants)
     mask = {"none": None, "boolean": "*u8", "additive": "*fp32"}[wanted.mask]
     features = Features(
@@ -75,7 +75,7 @@ def _codes(kernel: "Kernel", role: str) -> str:
 
 
 def _bias(kernel: "Kernel") -> dict[str, str]:
-    """The fields of the kernel's features that hold its bias."""
+    """The fields of the argument `F` that hold the kernel's bias."""
     kind, factors = kernel.wanted.bias, POINTERS[sixteen_bit(kernel.dtype)]
     fields = {} if kind == "none" else {"bias": factors if kind == "lowrank" else "*fp32"}
     dimensions = {"key_vector": 2, "lowrank": 3, "dense": 4}.get(kind, 0)

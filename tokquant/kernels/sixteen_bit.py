@@ -1,4 +1,4 @@
-"""torch's own attention in 16 bits in place of a short sequence's quantization and kernel, where tuning found it faster."""
+"""torch's attention in 16 bits, in place of quantization and a kernel, where tuning found it faster, as for short sequences."""
 
 import warnings
 from functools import lru_cache
@@ -19,9 +19,9 @@ from tokquant.schemes import QuantScheme
 def attention(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Tensor:
     """softmax(scale Q K^T) V in the tensors' own type: `[B, H_q, N_q, D]`, contiguous as a kernel's output is.
 
-    By the kernel that torch itself takes: naming one is a switch of the whole process, which other threads would meet.
+    Torch chooses the kernel: selecting one would change the state of the whole process, other threads included.
     """
-    # the operator: modes that watch or replace torch's function look for a model's calls, and this is none
+    # the operator, not torch's function: modes that observe or replace that look for the calls of a model
     out = torch.ops.aten.scaled_dot_product_attention(
         q, k, v, is_causal=features.causal, scale=features.scale, enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -29,8 +29,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Tensor:
 
 
 def faster(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: Features) -> bool:
-    """Whether `attention` does what was asked, and tuning has found it faster at this shape than to quantize. If so a warning
-    says it, once for each shape that was tuned."""
+    """Whether `attention` supports this call, and tuning found it faster than quantized attention at this shape.
+
+    Warns where it is, once for each tuned shape.
+    """
     if not _plain(q, k, scheme, features):
         return False
     (b, heads, n_q, d), n_k = q.shape, k.shape[2]
@@ -52,27 +54,27 @@ def faster(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: Featu
 
 
 def does(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, features: Features) -> bool:
-    """Whether `attention` computes this, no less exactly than the scheme, by a kernel that writes no scores out."""
+    """Whether `attention` supports this call, at least as exactly as the scheme, by a fused kernel."""
     return _plain(q, k, scheme, features) and fused(q, k, v, features.causal)
 
 
 def _plain(q: Tensor, k: Tensor, scheme: QuantScheme, features: Features) -> bool:
-    """Whether torch's attention in 16 bits does what was asked, no less exactly: causal from the first token on, or plain."""
+    """Whether torch's 16-bit attention has the features of this call, which are none but causality, and is no less exact."""
     return (
         q.dtype in (torch.float16, torch.bfloat16)
-        and not torch.is_autocast_enabled(q.device.type)  # in which torch's attention takes another type
+        and not torch.is_autocast_enabled(q.device.type)  # torch's attention would run in another type
         and features.scale > 0
         and features.window is features.mask is features.softcap is features.sinks is features.bias is None
-        and not (features.causal and q.shape[2] != k.shape[2])  # torch's begins at the first key
+        and not (features.causal and q.shape[2] != k.shape[2])  # torch's causal mask is aligned at the first key
         and all(getattr(scheme, role).format.bits <= 16 for role in "qkvp")
         and not needed(scheme)
     )
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
-    """Whether one of torch's fused kernels, all of which are a GPU's, takes these tensors: the others write out all scores."""
+    """Whether one of torch's fused GPU kernels takes these tensors: torch's other implementation materializes the scores."""
     if not q.is_cuda:
-        return False  # without a GPU's driver, torch's own question is an error
+        return False  # without a GPU's driver torch raises when it is asked
     call = SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1])
     return can_use_flash_attention(call) or can_use_efficient_attention(call) or can_use_cudnn_attention(call)
 

@@ -1,4 +1,4 @@
-"""The cache folder. What lies in it is for reading: nothing found there is ever run."""
+"""The cache folder. Nothing that is found in it is ever executed."""
 
 import os
 from functools import lru_cache
@@ -18,7 +18,7 @@ def _named(chosen: str | None, caches: str | None, _: str | None) -> Path:
 
 
 def keep(name: Path, text: str) -> Path:
-    """Keep a copy of `text` under `name` and return its path. A folder that cannot be written only lacks the copy."""
+    """Write a copy of `text` to `name` in the folder and return its path. If the folder cannot be written there is no copy."""
     path = folder() / name
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def keep(name: Path, text: str) -> Path:
 
 
 def writable() -> bool:
-    """Whether copies can be kept."""
+    """Whether the folder can be written."""
     try:
         folder().mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:

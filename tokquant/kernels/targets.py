@@ -1,4 +1,4 @@
-"""The GPUs that kernels are compiled for: what one multiprocessor holds, and how fast it is by its maker's figures."""
+"""The GPUs that kernels are compiled for: resources of a multiprocessor, and rates from the datasheets."""
 
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,7 +12,7 @@ from tokquant.errors import quote
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """An architecture, with a card that has it. Rates are of dense products with float32 sums, as the datasheets give them."""
+    """A GPU architecture and a card that has it. Rates are those of the datasheet, dense, with float32 accumulation."""
 
     name: str
     backend: Literal["cuda", "hip"] = "cuda"
@@ -22,10 +22,11 @@ class Target:
     registers: int = 65536
     """32-bit registers of a multiprocessor."""
     shared_bytes: int
-    """Shared memory of a multiprocessor, all of which one block may take but for a kilobyte."""
+    """Shared memory of a multiprocessor; one block may take all but a kilobyte."""
     tensor_memory_bytes: int = 0
-    """Of a multiprocessor, where its tensor cores have a memory of their own for sums."""
+    """Tensor memory of a multiprocessor, where its tensor cores accumulate there."""
     warps: int
+    """The most warps that a multiprocessor holds."""
     fp8: bool = True
     """Whether tensor cores multiply OCP's e4m3 and e5m2."""
 
@@ -33,32 +34,32 @@ class Target:
     multiprocessors: int
     gigahertz: float
     terabytes: float
-    """1e12 bytes of memory a second."""
+    """Bandwidth of memory, 1e12 bytes a second."""
     rates: MappingProxyType[str, int] = field(hash=False)
-    """Multiplications and additions a clock of a multiprocessor: `int8`, `fp8`, `fp16` of tensor cores, `fp32` of cores."""
+    """Multiplications and additions per clock of a multiprocessor: `int8`, `fp8`, `fp16` on tensor cores, `fp32` on cores."""
     exponentials: int = 16
-    """A clock of one multiprocessor."""
+    """Exponentials per clock of a multiprocessor."""
     issued: int = 128
-    """Instructions of one thread that a multiprocessor starts a clock."""
+    """Instructions issued per clock of a multiprocessor, counted per thread."""
     schedulers: int = 4
-    """Of a multiprocessor; each starts instructions of its own warps."""
+    """Warp schedulers of a multiprocessor."""
     port_bytes: int = 64
-    """A clock, that a multiprocessor can take from the cache behind its own."""
+    """Bytes per clock that one multiprocessor can read from the L2 cache."""
     cache_bytes: int | None = None
-    """A clock, that this cache gives to all of them together; what their ports take where no figure is known."""
+    """Bytes per clock that the L2 cache delivers to all multiprocessors; where None, limited by `port_bytes` alone."""
     cache_size: int
-    """Bytes that it holds."""
+    """Bytes of the L2 cache; on AMD of the Infinity Cache."""
 
     def __hash__(self) -> int:
-        return hash(self.name)  # every call looks plans up by it
+        return hash(self.name)  # fast, as every call looks plans up by target
 
     @property
     def fast_bytes(self) -> int:
-        """All that kernels can keep in one multiprocessor: registers, shared memory and tensor memory."""
+        """Fast memory of one multiprocessor: registers, shared memory and tensor memory."""
         return 4 * self.registers + self.shared_bytes + self.tensor_memory_bytes
 
     def cache_terabytes(self, processors: int) -> float:
-        """1e12 bytes a second that so many of the multiprocessors get from the cache at best."""
+        """Peak bandwidth of the L2 cache to this many multiprocessors, 1e12 bytes a second."""
         ports = self.port_bytes * min(processors, self.multiprocessors)
         return min(ports, self.cache_bytes or ports) * self.gigahertz / 1e3
 
@@ -108,7 +109,7 @@ DEFAULT = TARGETS["sm_90"]
 
 
 def get(name: object) -> Target:
-    """The target of that name. Raises ValueError with those there are."""
+    """The target of that name. Raises ValueError that lists the known ones."""
     if not isinstance(name, str) or name not in TARGETS:
         known = ", ".join(f"{target.name} ({target.card})" for target in TARGETS.values())
         raise ValueError(f"target: {quote(name)} is not valid; use one of {known}")
@@ -118,7 +119,7 @@ def get(name: object) -> Target:
 def of(device: torch.device) -> Target:
     """The target of a device's GPU, or the nearest older one that is known; the default where there is no GPU.
 
-    Every GPU of AMD counts as the one that is known.
+    Every GPU of AMD is taken for gfx942.
     """
     if device.type != "cuda":
         return DEFAULT

@@ -1,4 +1,4 @@
-"""What tuning has learned: one JSON file an entry, its key in clear, which chooses among candidates and does nothing else."""
+"""The tuning cache: one JSON file per entry, which can only choose among a plan's candidates."""
 
 import math
 from collections.abc import Iterator
@@ -16,25 +16,25 @@ from tokquant.kernels.candidates import Config
 from tokquant.kernels.plan import Plan
 
 SHIPPED = Path(__file__).parent / "shipped"
-"""Entries for known devices, as `tokquant cache export` writes them, one file a device."""
+"""Entries that ship with the package, one file per device, as `tokquant cache export` writes them."""
 
 NEAR = 4
-"""Doublings between the shape of a call and that of an entry, all sizes together, up to which the entry is taken."""
+"""The largest `Key.distance` at which an entry is used for a call of another shape."""
 
 MARGIN = 1.05
-"""How many times as fast torch's attention must have been for it to be taken: less is noise."""
+"""Speedup that torch's 16-bit attention needs to be chosen: less is noise."""
 
 LARGEST = 2**22
-"""Bytes of a file that is read."""
+"""The most bytes that a file may have."""
 
 
 class Key(BaseModel):
-    """What a timing holds for. Sizes are rounded up to powers of two."""
+    """The kernel, device, Triton version and shape that a timing is for. Sizes are rounded up to powers of two."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     kernel: str = Field(pattern=r"^[a-z0-9_]{1,200}$")
-    """Its name, and a hash of its text."""
+    """Its name, and a hash of its source."""
     device: str = Field(min_length=1, max_length=200)
     triton: str = Field(min_length=1, max_length=50)
     batch_heads: int = Field(ge=1, le=2**40)
@@ -42,7 +42,7 @@ class Key(BaseModel):
     n_k: int = Field(ge=1, le=2**40)
 
     def distance(self, other: "Key") -> float:
-        """How far apart two shapes are, in doublings."""
+        """Distance of two shapes: doublings from one to the other, summed over the three sizes."""
         pairs = ((self.batch_heads, other.batch_heads), (self.n_q, other.n_q), (self.n_k, other.n_k))
         return sum(abs(math.log2(a / b)) for a, b in pairs)
 
@@ -56,30 +56,30 @@ class Entry(BaseModel):
     config: Config
     ms: float = Field(gt=0)
     default_ms: float | None = Field(gt=0)
-    """What the launch without tuning took, timed in turn with it; None where it cannot run."""
+    """Time of the untuned launch, interleaved with this one's; None where it cannot run."""
     split: int | None = None
-    """Of a kernel that reads pages: programs for each multiprocessor that its keys are split for."""
+    """For a kernel that reads pages: the programs per multiprocessor that its keys are split into."""
     rank: int | None = Field(default=None, ge=1)
-    """The place that the planner had given it, from 1; None in files from before it did."""
+    """Its rank in the planner's order, from 1; None in files of earlier versions."""
     timed: int | None = Field(default=None, ge=1)
-    """How many launches were timed."""
+    """The number of launches that were timed."""
     whole_ms: float | None = Field(default=None, gt=0)
-    """Quantization and this launch, timed in turn with"""
+    """Time of quantization and this launch together, interleaved with `sdpa_ms`."""
     sdpa_ms: float | None = Field(default=None, gt=0)
-    """torch's attention to the same tensors in their own 16-bit type; None where it does not do what the kernel does."""
+    """Time of torch's attention on the same tensors in their 16-bit type; None where that does not compute the same."""
 
     @property
     def sixteen_bit(self) -> bool:
-        """Whether torch's attention in 16 bits was faster than to quantize."""
+        """Whether torch's attention in 16 bits was faster than quantized attention."""
         return self.whole_ms is not None and self.sdpa_ms is not None and self.sdpa_ms * MARGIN < self.whole_ms
 
     def chooses_for(self, plan: Plan) -> bool:
-        """Whether this launch is one that tuning of the plan may choose."""
+        """Whether this launch is among the plan's candidates."""
         return self.config in plan.candidates and self.split in plan.splits
 
     @property
     def file_name(self) -> str:
-        """Of its file in the cache folder."""
+        """Name of its file in the cache folder."""
         return f"{self.key.kernel}-{sha256(self.key.model_dump_json().encode()).hexdigest()[:12]}.json"
 
 
@@ -87,7 +87,7 @@ ENTRIES = TypeAdapter(list[Entry])
 
 
 def key_of(plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: int) -> Key:
-    """The key of a launch on a GPU."""
+    """The key of a call on a GPU."""
     sizes = dict(zip(("batch_heads", "n_q", "n_k"), _rounded(batch_heads, n_q, n_k), strict=True))
     return Key(kernel=generate.name_of(plan), device=torch.cuda.get_device_name(device), triton=_triton(), **sizes)
 
@@ -103,7 +103,7 @@ def choose(plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: in
 
 
 def same(plan: Plan, device: torch.device, batch_heads: int, n_q: int, n_k: int) -> Entry | None:
-    """The entry of this very shape, in powers of two; None where there is none."""
+    """The entry of exactly this shape, rounded to powers of two; None where there is none."""
     near = _of_call(plan, device, batch_heads, n_q, n_k)
     if near is None or (near.key.batch_heads, near.key.n_q, near.key.n_k) != _rounded(batch_heads, n_q, n_k):
         return None
@@ -120,19 +120,19 @@ def _nearest(_: Path, plan: Plan, device: torch.device, batch_heads: int, n_q: i
 
 
 def nearest(plan: Plan, key: Key) -> Entry | None:
-    """The entry nearest to `key`, if one is near. An entry that names no candidate is none."""
-    alike = [
+    """The entry nearest to `key`, if it is within `NEAR`. Entries whose launch is no candidate of the plan are ignored."""
+    matching = [
         entry
         for entry in known(key.kernel)
         if (entry.key.kernel, entry.key.device, entry.key.triton) == (key.kernel, key.device, key.triton)
         and entry.chooses_for(plan)
     ]
-    near = min(alike, key=lambda entry: entry.key.distance(key), default=None)
+    near = min(matching, key=lambda entry: entry.key.distance(key), default=None)
     return None if near is None or near.key.distance(key) > NEAR else near
 
 
 def record(entry: Entry) -> Path | None:
-    """Keep an entry, in place of one with the same key. Returns its path, or None where the folder cannot be written."""
+    """Write an entry, replacing one with the same key. Returns its path, or None where the folder cannot be written."""
     path = folder() / entry.file_name
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -144,12 +144,12 @@ def record(entry: Entry) -> Path | None:
 
 
 def folder() -> Path:
-    """Where entries are kept."""
+    """The folder of the entries."""
     return store.folder() / "tuning"
 
 
 def entries(kernel: str = "") -> Iterator[Entry]:
-    """The entries of the cache folder, or those of one kernel. What cannot be read or is no entry is passed over."""
+    """The entries of the cache folder, or those of one kernel. Files that cannot be read, or are no entries, are skipped."""
     try:
         paths = sorted(folder().glob(f"{kernel}*.json"))
     except OSError:
@@ -161,12 +161,12 @@ def entries(kernel: str = "") -> Iterator[Entry]:
 
 
 def known(kernel: str = "") -> tuple[Entry, ...]:
-    """Those, and what ships behind them."""
+    """The entries of the cache folder, followed by those that ship with the package."""
     return (*entries(kernel), *_shipped())
 
 
 def export(path: Path) -> int:
-    """Write all entries of the cache folder into one file; how many they are."""
+    """Write all entries of the cache folder to one file; returns their number."""
     found = list(entries())
     write_atomically(path, ENTRIES.dump_json(found, indent=2) + b"\n")
     return len(found)
@@ -186,7 +186,7 @@ def load(path: Path) -> list[Entry]:
 
 
 def clear() -> int:
-    """Remove the entries of the cache folder, and nothing else; how many they were."""
+    """Remove the entries of the cache folder, and no other files; returns their number."""
     found = [folder() / entry.file_name for entry in entries()]
     for path in found:
         path.unlink(missing_ok=True)

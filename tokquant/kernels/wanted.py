@@ -1,4 +1,4 @@
-"""What a kernel is asked for beside its scheme."""
+"""The features that a kernel is generated with, besides its scheme."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,19 +14,20 @@ BiasKind = Literal["none", "alibi", "key_vector", "lowrank", "dense"]
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """The features that change a kernel's text, not their values."""
+    """Which features a kernel has. Their values are arguments of a launch, and do not change its source."""
 
     left: bool = False
+    """Whether the keys that a query sees are bounded before its own."""
     right: bool = False
-    """Whether a query's reach is bounded before and after its own place; causal is a right bound of 0."""
+    """Whether they are bounded after its own; causal is a right bound of 0."""
     mask: MaskKind = "none"
     softcap: bool = False
     sinks: bool = False
     lse: bool = False
     varlen: bool = False
-    """Whether the batch is sequences of their own lengths, one after another."""
+    """Whether sequences of different lengths are packed one after another, instead of a batch."""
     bias: BiasKind | Literal["past_alibi"] = "none"
-    """`past_alibi` where no query sees a key after its own place."""
+    """`past_alibi` is ALiBi where no query sees a key after its own."""
     beside: bool = False
     """Whether there are other keys: output and LSE hold attention to them, which is merged with. What a mask leaves out is then
     memory that may hold anything, and reaches nothing even where it is not a number."""
@@ -35,7 +36,7 @@ class Wanted:
 
     @classmethod
     def of(cls, features: Features, return_lse: bool) -> "Wanted":
-        """What a call asks for."""
+        """The features of a call."""
         (left, right), mask, bias = features.reach(), features.mask, features.bias
         return cls(
             left=left is not None,
