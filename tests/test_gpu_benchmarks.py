@@ -116,7 +116,7 @@ def test_a_second_run_goes_on_where_the_first_ended(stage, tmp_path):
 
 
 def test_a_stage_whose_process_dies_goes_on_in_another_and_says_so(modules, monkeypatch, tmp_path):
-    from running import Setting, apart
+    from running import Setting, run_in_process
 
     (tmp_path / "dying.py").write_text(
         "import os\nfrom running import Item\n"
@@ -126,18 +126,18 @@ def test_a_stage_whose_process_dies_goes_on_in_another_and_says_so(modules, monk
         "    yield Item('after', 1, lambda: [{'ms': 3.0}])\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    apart("dying", Setting(torch.device("cpu"), False, tmp_path, {"device": "x"}, time.time() + 200))
+    run_in_process("dying", Setting(torch.device("cpu"), False, tmp_path, {"device": "x"}, time.time() + 200))
     found = results(tmp_path, "dying")
     assert found == {"well": [{"ms": 1.0}], "dies": [{"note": "its process ended with 7"}], "after": [{"ms": 3.0}]}
 
 
 def test_an_item_that_does_not_end_is_stopped_and_left_to_a_later_run(modules, monkeypatch, tmp_path):
-    from running import Setting, apart
+    from running import Setting, run_in_process
 
     monkeypatch.setattr("running.GRACE", 0.0)
     (tmp_path / "waiting.py").write_text("def items(setting):\n    while True:\n        pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    apart("waiting", Setting(torch.device("cpu"), False, tmp_path, {"device": "x"}, time.time() + 1))
+    run_in_process("waiting", Setting(torch.device("cpu"), False, tmp_path, {"device": "x"}, time.time() + 1))
     found = json.loads((tmp_path / "waiting.json").read_text())
     assert found["items"] == {} and "time was over" in found["left_out"]["the stage"]
 
@@ -160,12 +160,12 @@ def items(setting):
 
 def test_an_item_that_hangs_ends_with_all_that_it_has_started_and_the_stage_goes_on(modules, monkeypatch, tmp_path):
     from record import Record
-    from running import Setting, apart
+    from running import Setting, run_in_process
 
     (tmp_path / "hanging.py").write_text(HANGS)
     monkeypatch.syspath_prepend(str(tmp_path))
     Record(tmp_path / "hanging.json", {"device": "x"}).begin("where an earlier run was stopped", 0.0)
-    apart("hanging", Setting(torch.device("cpu"), False, tmp_path, {"device": "x"}, time.time() + 200))
+    run_in_process("hanging", Setting(torch.device("cpu"), False, tmp_path, {"device": "x"}, time.time() + 200))
     assert results(tmp_path, "hanging") == {"hangs": [{"note": "it did not end, and was stopped"}], "after": [{"ms": 3.0}]}
     started = Path("/proc") / (tmp_path / "started").read_text() / "stat"
     assert not started.exists() or started.read_text().rpartition(") ")[2][0] in "ZX"
@@ -253,7 +253,7 @@ def test_outcomes_are_read_from_pytest_also_where_it_was_stopped(modules):
 
 
 def test_aims_take_the_worst_table_and_the_fastest_of_the_others(modules, tmp_path):
-    from aims import beside
+    from aims import compare
 
     def table(name, shape, **ms):
         shape = {"workload": "attention", "batch": 4, "head_dim": 128, "causal": False} | shape
@@ -273,7 +273,7 @@ def test_aims_take_the_worst_table_and_the_fastest_of_the_others(modules, tmp_pa
     (tmp_path / "tables.json").write_text(json.dumps({"items": items}))
     copied = {"memory": {"rows": [{"what": "copy, read and written", "GB/s": 4e6}]}}
     (tmp_path / "ceilings.json").write_text(json.dumps({"items": copied}))
-    found = {row["aim"]: row for row in beside(tmp_path)}
+    found = {row["aim"]: row for row in compare(tmp_path)}
     rate = found["int8-fp8, head_dim 128, 8k to 32k"]
     assert (rate["least"], rate["most"], rate["met"], rate["worst"]) == (800, 1000, "yes", "32k")
     peers = found["the fastest int8 kernel beside the fastest in 16 bits, 8k to 32k"]

@@ -1,4 +1,4 @@
-"""Everything that is to be measured on one GPU, in minutes; `python benchmarks/gpu --help`."""
+"""Runs all benchmarks and tests of one GPU, in minutes; see `python benchmarks/gpu --help`."""
 
 import os
 import platform
@@ -14,11 +14,11 @@ import typer
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the package of this clone, installed or not
+sys.path.insert(0, str(Path(__file__).parents[2]))  # this clone's tokquant, even if another is installed
 
 import page
 from record import Record
-from running import STAGES, Setting, apart, run
+from running import STAGES, Setting, run, run_in_process
 
 from tokquant.errors import nearest, quote
 from tokquant.evaluation import packages
@@ -34,10 +34,10 @@ def main(
     small: Annotated[bool, typer.Option("--small", help="Tiny shapes: whether everything runs, on a CPU too.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure what an earlier run has measured, too.")] = False,
 ) -> None:
-    """Measure ceilings, tests, launches, attention and decoding beside others, and profiles, and set them beside the aims.
+    """Measure ceilings, tests, launches, attention and decoding beside others, and profiles, and compare them with the aims.
 
-    A second run goes on where the first ended, unless a version is another: then what was there is kept as *.earlier.json. What
-    there was no time for is said.
+    A second run goes on where the first ended; if a version has changed it starts over, and keeps the earlier results as
+    *.earlier.json. The results name what there was no time for.
     """
     chosen = stages or list(STAGES)
     for stage in chosen:
@@ -55,13 +55,13 @@ def main(
     folder = output / "-".join(name)
     end = time.time() + 60 * minutes
     with tempfile.TemporaryDirectory() as cache:
-        # launches that a stage tunes are those that the next one takes, and no others
+        # a cache of this run's own: stages use the launches tuned in this run, and no others
         os.environ.setdefault("TOKQUANT_CACHE_DIR", cache)
-        for place, stage in enumerate(chosen):
+        for index, stage in enumerate(chosen):
             Record(folder / f"{stage}.json", facts, again).write()
-            shares = [STAGES[each] for each in chosen[place:]]
-            share = time.time() + (end - time.time()) * shares[0] / sum(shares)
-            (apart if has_gpu else run)(stage, Setting(device, small, folder, facts, share))
+            shares = [STAGES[each] for each in chosen[index:]]
+            stage_end = time.time() + (end - time.time()) * shares[0] / sum(shares)
+            (run_in_process if has_gpu else run)(stage, Setting(device, small, folder, facts, stage_end))
             page.write(folder)
     print((folder / "page.md").read_text().split("\n## ")[1])
 

@@ -1,4 +1,4 @@
-"""What was measured beside what is aimed at: the aims are the table `AIMS`."""
+"""The performance targets, in the table `AIMS`, and their comparison with what was measured."""
 
 import re
 from collections.abc import Callable
@@ -9,22 +9,23 @@ from typing import Any
 from record import Rows, rows_of
 
 Table = dict[str, Any]
-"""Of one shape: its fields in `tokquant bench`, `ms` and `rate` by provider, and `copied`, GB/s of copying memory."""
+"""Results for one shape: its fields in `tokquant bench`, `ms` and `rate` by provider, and `copied`, GB/s of copying memory."""
 Figure = Callable[[Table], float | None]
-"""Of one table; None where it is about others."""
-Those = Callable[[str], bool]
-"""Some providers, by name."""
+"""A figure of one table; None for tables that the figure is not about."""
+Providers = Callable[[str], bool]
+"""Selects providers by name."""
 
 
 @dataclass(frozen=True)
 class Aim:
-    """A number that a figure of every table that it is about should reach, or stay below."""
+    """A target for one figure, in every table that has the figure."""
 
     what: str
     aimed: float
     unit: str
     of: Figure
     at_most: bool = False
+    """Whether the figure should stay below the target, instead of reaching it."""
 
 
 def _long(table: Table) -> bool:
@@ -55,11 +56,11 @@ def _sixteen_bit(name: str) -> bool:
     return bool(re.match(r"(SDPA|FlexAttention|xformers).*(fp16|bf16)", name))
 
 
-def _sage(what: str) -> Those:
+def _sage(what: str) -> Providers:
     return lambda name: name.startswith("SageAttention") and name.endswith(f", {what}")
 
 
-def _cache(scheme: str) -> Those:
+def _cache(scheme: str) -> Providers:
     return lambda name: name == f"{scheme}, KVCache"
 
 
@@ -71,18 +72,18 @@ def _rate(scheme: str, head_dim: int, causal: bool) -> Figure:
     return of
 
 
-def _faster(ours: Those, theirs: Those, about: Callable[[Table], bool]) -> Figure:
-    """The time of the fastest of theirs over that of the fastest of ours."""
+def _speedup(ours: Providers, theirs: Providers, about: Callable[[Table], bool]) -> Figure:
+    """The speedup of the fastest of ours over the fastest of theirs."""
 
     def of(table: Table) -> float | None:
-        one, other = ([ms for name, ms in table["ms"].items() if those(name)] for those in (ours, theirs))
-        return min(other) / min(one) if about(table) and one and other else None
+        our_ms, their_ms = ([ms for name, ms in table["ms"].items() if chosen(name)] for chosen in (ours, theirs))
+        return min(their_ms) / min(our_ms) if about(table) and our_ms and their_ms else None
 
     return of
 
 
 def _quantization(table: Table) -> float | None:
-    """Its time over that of attention, of the scheme where that is most."""
+    """Time of quantization over that of attention, for the scheme where this is largest."""
     if table["workload"] != "quantization" or table["tokens"] != 8192:
         return None
     ms = table["ms"]
@@ -90,6 +91,7 @@ def _quantization(table: Table) -> float | None:
 
 
 def _of_copying(table: Table) -> float | None:
+    """Bandwidth of decoding over that of copying memory."""
     rate = table["rate"].get("kv-int8, KVCache") if _decoding(table) and table["batch"] == 16 else None
     return rate / table["copied"] if rate and table["copied"] else None
 
@@ -103,20 +105,20 @@ AIMS = (
     Aim("int8, head_dim 128, 8k to 32k, causal", 420, "TOPS", _rate("int8", 128, True)),
     Aim("int8-fp8, head_dim 64, 8k to 32k", 480, "TOPS", _rate("int8-fp8", 64, False)),
     Aim("int8-fp8, head_dim 64, 8k to 32k, causal", 420, "TOPS", _rate("int8-fp8", 64, True)),
-    Aim("the fastest int8 kernel beside the fastest in 16 bits, 8k to 32k", 1.2, "x", _faster(_kernel, _sixteen_bit, _long)),
-    Aim("beside SageAttention, kernels, 8k to 32k", 1.5, "x", _faster(_kernel, _sage("kernel"), _long)),
-    Aim("beside SageAttention, with quantization, 8k to 32k", 1.4, "x", _faster(_whole, _sage("with quantization"), _long)),
-    # which may be torch's in 16 bits itself: less than a twentieth is noise
-    Aim("what auto takes of tensors beside the fastest in 16 bits, up to 1k", 0.95, "x", _faster(_auto, _sixteen_bit, _short)),
+    Aim("the fastest int8 kernel beside the fastest in 16 bits, 8k to 32k", 1.2, "x", _speedup(_kernel, _sixteen_bit, _long)),
+    Aim("beside SageAttention, kernels, 8k to 32k", 1.5, "x", _speedup(_kernel, _sage("kernel"), _long)),
+    Aim("beside SageAttention, with quantization, 8k to 32k", 1.4, "x", _speedup(_whole, _sage("with quantization"), _long)),
+    # auto may choose torch's 16-bit attention itself: a difference below a twentieth is noise
+    Aim("what auto takes of tensors beside the fastest in 16 bits, up to 1k", 0.95, "x", _speedup(_auto, _sixteen_bit, _short)),
     Aim("quantization, of the time of attention, 8k", 0.08, "", _quantization, at_most=True),
-    Aim("decoding kv-int8 beside the fastest in 16 bits, 32k", 1.7, "x", _faster(_cache("kv-int8"), _sixteen_bit, _decoding)),
-    Aim("decoding kv-int4 beside the fastest in 16 bits, 32k", 2.8, "x", _faster(_cache("kv-int4"), _sixteen_bit, _decoding)),
+    Aim("decoding kv-int8 beside the fastest in 16 bits, 32k", 1.7, "x", _speedup(_cache("kv-int8"), _sixteen_bit, _decoding)),
+    Aim("decoding kv-int4 beside the fastest in 16 bits, 32k", 2.8, "x", _speedup(_cache("kv-int4"), _sixteen_bit, _decoding)),
     Aim("decoding kv-int8, of copy bandwidth, batch 16", 0.8, "", _of_copying),
 )
 
 
-def beside(folder: Path) -> Rows:
-    """Every aim with the least and the most that was measured for it, whether that is enough, and which table is worst."""
+def compare(folder: Path) -> Rows:
+    """A row for every aim: the least and the most that was measured for it, whether it is met, and the worst table."""
     copied = next((row["GB/s"] for row in rows_of(folder, "ceilings") if str(row.get("what", "")).startswith("copy")), None)
     tables: dict[str, Table] = {}
     for row in rows_of(folder, "tables"):

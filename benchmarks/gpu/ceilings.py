@@ -1,4 +1,4 @@
-"""What this GPU does at most: products by type, memory, the units beside them, and what a launch costs."""
+"""The ceilings of this GPU: peak rates of products by type, of memory and of other execution units, and launch overhead."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -24,20 +24,20 @@ UNITS = {
     "maxima of int32": units.maxima_of_integers,
 }
 LANES = 128
-"""Multiply-adds of float32 a clock of a multiprocessor: what the clock is told by."""
+"""Float32 multiply-adds that a multiprocessor does in a clock; the clock rate is derived from it."""
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    """Products, memory, units, launches."""
-    for name, made in PRODUCTS.items():
-        yield Item(f"products, {name}", 6, partial(_products, setting, made))
+    """Products, memory, execution units, launches."""
+    for name, make in PRODUCTS.items():
+        yield Item(f"products, {name}", 6, partial(_products, setting, make))
     yield Item("memory", 3, partial(_memory, setting))
     yield Item("units", 10, partial(_units, setting))
     yield Item("launches", 8, partial(_launches, setting))
 
 
 def _bytes(n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two random int8 matrices. Zeros would be multiplied faster."""
+    """Two random int8 matrices: zeros take less power, and would run at a higher clock."""
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8, device=device, generator=generator) for _ in range(2))
     return a, b
@@ -77,9 +77,9 @@ PRODUCTS: dict[str, Callable[[int, torch.device], Call]] = {
 }
 
 
-def _products(setting: Setting, made: Callable[[int, torch.device], Call]) -> Rows:
+def _products(setting: Setting, make: Callable[[int, torch.device], Call]) -> Rows:
     n = 128 if setting.small else 8192
-    [ms] = interleaved_medians([made(n, setting.device)], 1 if setting.small else 20, setting.device)
+    [ms] = interleaved_medians([make(n, setting.device)], 1 if setting.small else 20, setting.device)
     return [{"n": n, "ms": ms, "TOPS": 2 * n**3 / ms / 1e9}]
 
 
@@ -94,7 +94,7 @@ def _memory(setting: Setting) -> Rows:
 
 
 def _units(setting: Setting) -> Rows:
-    """Rates a second of one multiprocessor, and a clock if float32 multiply-adds are `LANES` a clock."""
+    """Operations of one multiprocessor per second, and per clock, assuming `LANES` float32 multiply-adds per clock."""
     gpu = setting.device.type == "cuda"
     block, rounds = (4096, 2000) if gpu and not setting.small else (128, 4)
     multiprocessors = torch.cuda.get_device_properties(setting.device).multi_processor_count if gpu else 1
@@ -109,8 +109,8 @@ def _units(setting: Setting) -> Rows:
 
 
 def _launches(setting: Setting) -> Rows:
-    """Microseconds: of the CPU until a launch is queued, and of the GPU from one to the next in a graph."""
-    device, many = setting.device, 3 if setting.small else 1000
+    """Launch overhead in microseconds: on the CPU until a launch is queued, on the GPU between launches of a CUDA graph."""
+    device, repeats = setting.device, 3 if setting.small else 1000
     empty = partial(units.nothing[(1,)], torch.empty(1, device=device))
     codes = tq.quantize(*(torch.randn(1, 2, 16, 64, device=device, dtype=torch.float16) for _ in range(3)), "int8")
     rows = []
@@ -120,9 +120,9 @@ def _launches(setting: Setting) -> Rows:
     }.items():
         call()
         start = time.perf_counter()
-        for _ in range(many):
+        for _ in range(repeats):
             call()
-        row: dict[str, Any] = {"what": name, "CPU, us": 1e6 * (time.perf_counter() - start) / many}
+        row: dict[str, Any] = {"what": name, "CPU, us": 1e6 * (time.perf_counter() - start) / repeats}
         if device.type == "cuda":
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""The tests that need a GPU, all together, and those of the sanitizer, which are slow, by themselves."""
+"""Runs the tests that need a GPU: the slow ones under compute-sanitizer by themselves, the others together."""
 
 import importlib.util
 import os
@@ -23,14 +23,14 @@ WHY = re.compile(r"^(?:FAILED|ERROR) (\S+\.py::.+?) - (.+)$", re.MULTILINE)
 
 SLOW = "test_sanitizer.py"
 SECONDS = (90, 150)
-"""Of all but this one, and of this one: worth to begin with, as they count as far as they come. Nearly all of it is Triton's
-compiler."""
+"""Expected seconds of all files but `SLOW`, and of `SLOW`, nearly all spent in Triton's compiler. If time runs out, the tests
+that have finished count."""
 PROCESSES = 12
-"""Of pytest, at most: each has half a gigabyte of the GPU, beside what one test at a time takes."""
+"""The most processes of pytest: each takes half a gigabyte of GPU memory, besides what its tests take."""
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    """The files with such tests, those about kernels first."""
+    """The files with tests that need a GPU, those of kernels first."""
     paths = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text())
     paths.sort(key=lambda path: path.parent.name != "kernels")
     together = [path for path in paths if path.name != SLOW][: 1 if setting.small else None]
@@ -41,13 +41,13 @@ def items(setting: Setting) -> Iterator[Item]:
 
 
 def _run(setting: Setting, paths: list[Path], seconds: int) -> Rows:
-    """Counts, and every test that fails with what it says. What has no time left is stopped, and counts as far as it came."""
+    """Run pytest: counts of outcomes, and a row for each failed test. If time runs out it is killed, and what ran counts."""
     command = [sys.executable, "-m", "pytest", *map(str, paths), "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist") and not setting.small:
-        # most of their time is Triton's compiler; a process without a GPU is replaced
+        # in parallel, as most of the time is Triton's compiler; xdist replaces a process whose GPU context is lost
         command += ["-n", str(max(1, min(PROCESSES, (os.cpu_count() or 2) - 2))), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout"):
-        command += ["--timeout", str(2 * seconds), "--timeout-method", "thread"]  # of one, which then takes its process along
+        command += ["--timeout", str(2 * seconds), "--timeout-method", "thread"]  # per test; it ends the process
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "0",
@@ -57,7 +57,7 @@ def _run(setting: Setting, paths: list[Path], seconds: int) -> Rows:
     log = setting.folder / "tests.log"
     with open(log, "a+") as file:
         start = file.tell()
-        # a session of its own, so that what pytest has started ends with it
+        # in a session of its own, so that pytest's child processes can be killed with it
         with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True) as tests:
             try:
                 code = tests.wait(min(max(30.0, setting.left), (HUNG - 1) * seconds))
@@ -72,7 +72,7 @@ def _run(setting: Setting, paths: list[Path], seconds: int) -> Rows:
 
 def summary(text: str, end: str) -> Rows:
     """pytest's output -> counts of outcomes, then a row for each test that failed."""
-    # what comes after the short summary's heading repeats what was said
+    # the sections after the results repeat the names of tests
     body = re.split(r"^=+ (?:FAILURES|ERRORS|short test summary info) =+$", text, maxsplit=1, flags=re.MULTILINE)[0]
     found = {}
     for line in body.splitlines():

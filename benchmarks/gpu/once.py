@@ -1,4 +1,4 @@
-"""One call of attention or decoding, for a profiler that is told when to begin: scheme, then the fields of a Shape."""
+"""Runs one call of attention or decoding for Nsight Compute, from the arguments: a scheme, then the fields of a Shape."""
 
 import sys
 import time

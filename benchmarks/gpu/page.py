@@ -1,9 +1,9 @@
-"""One Markdown page of everything in a folder of results."""
+"""Writes a Markdown page of all results in a folder."""
 
 from pathlib import Path
 from typing import Any
 
-from aims import beside
+from aims import compare
 from record import Rows, read
 from running import STAGES
 
@@ -19,7 +19,7 @@ TITLES = {
 
 
 def write(folder: Path) -> None:
-    """`page.md` from the stages' files; the aims first."""
+    """Write `page.md` from the files of the stages: first the aims, then a section for each stage."""
     files = {stage: found for stage in STAGES if (found := read(folder / f"{stage}.json"))}
     machine = next(iter(files.values()))["machine"]
     parts = [
@@ -28,7 +28,7 @@ def write(folder: Path) -> None:
         "Medians of runs in turn in one process, by the GPU's clock, caches cold; rates are of 1e9 operations, or bytes, a "
         "second. `python benchmarks/gpu` measures, and writes this page.",
         "## Beside the aims",
-        table(beside(folder)),
+        table(compare(folder)),
     ]
     for stage, found in files.items():
         parts.append(f"## {TITLES[stage]}")
@@ -40,15 +40,15 @@ def write(folder: Path) -> None:
 
 
 def _item(rows: Rows) -> list[str]:
-    """What all rows share in one line, the rest as a table."""
+    """The rows of an item: columns with one value for all rows as a line, the others as a table."""
     shared = {name: value for name, value in rows[0].items() if all(row.get(name) == value for row in rows)} if rows[1:] else {}
     line = ", ".join(f"{name} {_cell(value)}" for name, value in shared.items())
-    own = [{name: value for name, value in row.items() if name not in shared} for row in rows]
-    return [*([line] if line else []), *([table(own)] if own else [])]
+    rest = [{name: value for name, value in row.items() if name not in shared} for row in rows]
+    return [*([line] if line else []), *([table(rest)] if rest else [])]
 
 
 def table(rows: Rows) -> str:
-    """Rows of any columns, in the order in which they come up."""
+    """A Markdown table of rows whose columns may differ, columns in order of their first appearance."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, ["---"] * len(columns), *([_cell(row.get(name)) for name in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

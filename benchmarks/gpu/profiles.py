@@ -1,4 +1,4 @@
-"""Where the time goes in what is slowest beside others: kernels by torch's profiler, machine code, ncu's counters."""
+"""Profiles the calls that compare worst with others: kernels by torch's profiler, machine code, Nsight Compute's counters."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ import torch
 from record import Rows, rows_of
 from running import Item, Setting
 from torch.profiler import ProfilerActivity, profile
-from tuning import known
+from tuning import load_tuned
 
 import tokquant as tq
 from tokquant.attention import quantizing
@@ -24,8 +24,9 @@ from tokquant.evaluation.bench import Shape
 from tokquant.kernels import targets
 
 MOST = 4
-"""Calls that are looked at."""
+"""Calls that are profiled."""
 CALLS = 3
+"""Runs of a call that torch's profiler averages over."""
 COUNTERS = {
     "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active": "exponentials and conversions",
     "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor cores",
@@ -34,24 +35,24 @@ COUNTERS = {
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory",
     "l1tex__data_bank_conflicts_pipe_lsu.sum": "bank conflicts",
 }
-"""Of Nsight Compute, in per cent of what is possible; what they are called here."""
+"""Metrics of Nsight Compute, and their names in the results."""
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    """Kernels' times of every call, then machine code, then counters."""
-    known(setting)
-    looked_at = {f"{scheme}, {shape}": (setting, scheme, shape) for scheme, shape in chosen(setting)}
-    for name, each in looked_at.items():
+    """The kernels of every call and their times, then machine code, then counters."""
+    load_tuned(setting)
+    calls = {f"{scheme}, {shape}": (setting, scheme, shape) for scheme, shape in chosen(setting)}
+    for name, each in calls.items():
         yield Item(f"{name}: kernels", 8, partial(_kernels, *each))
-    for name, each in looked_at.items():
+    for name, each in calls.items():
         if each[2].queries > 1:
             yield Item(f"{name}: machine code", 5, partial(_machine_code, *each))
-    for name, each in looked_at.items():
+    for name, each in calls.items():
         yield Item(f"{name}: counters", 30, partial(_counters, *each))
 
 
 def chosen(setting: Setting) -> list[tuple[str, Shape]]:
-    """The slowest by share of what the tables reach of each scheme and head_dim, and the slowest decoding; shapes of 8k."""
+    """(scheme, shape) of the least speedup in the tables, one per scheme, head_dim and workload; attention at 8k only."""
     if setting.small:
         return [("int8", Shape(1, 2, 1, 64, 64, 64, True)), ("kv-int8", Shape(1, 2, 1, 1, 64, 64, False))]
     found: dict[tuple[Any, ...], tuple[float, str, Shape]] = {}
@@ -103,13 +104,13 @@ def _kernels(setting: Setting, scheme: str, shape: Shape) -> Rows:
 
 
 def _machine_code(setting: Setting, scheme: str, shape: Shape) -> Rows:
-    """Of the launch that is taken without tuning, and of every other that tuning may take."""
+    """Resources and prediction of every launch that tuning may choose, the untuned one first."""
     target = targets.of(setting.device).name
     shared = shape.heads // shape.kv_heads
     kernel = tq.compile(scheme, head_dim=shape.head_dim, causal=shape.causal, shared_heads=shared, target=target)
     rows: Rows = []
     for each in kernel.candidates():
-        found, made = each.resources, each.prediction
+        found, predicted = each.resources, each.prediction
         rows.append(
             {
                 "launch": str(each.config),
@@ -118,14 +119,14 @@ def _machine_code(setting: Setting, scheme: str, shape: Shape) -> Rows:
                 "shared bytes": found.shared_bytes,
                 "blocks at once": found.blocks_per_multiprocessor,
                 "instructions a score": found.instructions_per_score,
-                "predicted TOPS": made.serial_tops,
+                "predicted TOPS": predicted.serial_tops,
             }
         )
     return rows
 
 
 def _counters(setting: Setting, scheme: str, shape: Shape) -> Rows:
-    """Nsight Compute's, of every kernel of one call, in a process of its own."""
+    """Nsight Compute's counters of every kernel of one call, which runs in a process of its own."""
     tool = shutil.which("ncu")
     if setting.device.type != "cuda" or tool is None:
         return [{"note": "needs a GPU" if tool else "needs ncu on PATH"}]

@@ -1,4 +1,4 @@
-"""What a stage has measured: one JSON file, on disk from the moment that something is known."""
+"""The results of a stage in one JSON file, written after every item, so that a crash loses nothing."""
 
 import json
 from pathlib import Path
@@ -7,21 +7,21 @@ from typing import Any
 from tokquant.files import write_atomically
 
 Rows = list[dict[str, Any]]
-"""Of one thing that was measured: names to numbers and words, as JSON takes them."""
+"""Rows of a table of results: column -> number or text, as JSON takes them."""
 
 
 class Record:
-    """The results of a stage on one machine. What an earlier run on the same machine and versions found is kept."""
+    """The results of a stage on one machine, together with those of earlier runs on the same machine and versions."""
 
     def __init__(self, path: Path, machine: dict[str, str], again: bool = False):
         self.path, self.machine = path, machine
         self.items: dict[str, dict[str, Any]] = {}
         self.left_out: dict[str, str] = {}
-        """What there was no time for, by name, and why."""
+        """Items that there was no time for, and why, by name."""
         self.running: str | None = None
-        """What was begun last and has not ended."""
+        """The item that has begun and not ended."""
         self.until = 0.0
-        """When that has hung, by `time.time`."""
+        """The time, by `time.time`, from which on the running item counts as hung."""
         found = read(path)
         if not again and found.get("machine") == machine:
             self.items, self.left_out, self.running = found["items"], found["left_out"], found["running"]
@@ -30,12 +30,12 @@ class Record:
             path.replace(path.with_suffix(".earlier.json"))
 
     def begin(self, name: str, until: float) -> None:
-        """Say what comes now, so that it is known should it be the last, and when it has hung."""
+        """Record that an item starts, so that another process knows which one crashed, or has hung after `until`."""
         self.running, self.until = name, until
         self.write()
 
     def end(self, name: str, rows: Rows, seconds: float) -> None:
-        """Keep what was found."""
+        """Record the rows of an item that has ended."""
         self.items[name] = {"seconds": round(seconds, 1), "rows": rows}
         self.running = None
         self.write()
@@ -47,7 +47,7 @@ class Record:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A stage's file, or nothing where there is none."""
+    """The data of a stage's file; empty where there is none, or it cannot be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -55,6 +55,6 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def rows_of(folder: Path, stage: str) -> Rows:
-    """Everything that a stage has found, each row with the name of its item."""
+    """All rows of a stage, each with the name of its item."""
     items = read(folder / f"{stage}.json").get("items", {})
     return [{"item": name, **row} for name, item in items.items() for row in item["rows"]]

@@ -1,7 +1,7 @@
-"""How a stage runs: one item after another while there is time, in a process of its own where there is a GPU.
+"""Runs a stage: one item after another while there is time, in a process of its own where there is a GPU.
 
-A kernel that reads where it must not leaves its process without a GPU, one may never end, and a compiler may crash: the stage
-then goes on in a new process, and the item says what happened to it.
+An illegal access loses the process its GPU context, a kernel may hang, and a compiler may crash: the stage then goes on in a
+new process, and the item's result says what happened.
 """
 
 import multiprocessing
@@ -18,17 +18,17 @@ import torch
 from record import Record, Rows
 
 STAGES = {"ceilings": 1.0, "tests": 4.0, "tuning": 3.0, "tables": 6.0, "profiles": 2.0}
-"""Their shares of the time, in the order in which they run."""
+"""Stages in the order in which they run, with their shares of the time."""
 MODULES = {"tests": "correctness"}
-"""Of stages whose file has another name."""
+"""Modules of the stages whose module has another name."""
 LOST = 3
-"""The exit code of a process whose GPU no longer answers."""
+"""Exit code of a process whose GPU no longer answers."""
 GRACE = 20.0
-"""Seconds that an item may take beyond its stage's time."""
+"""Seconds that an item may run on after its stage's time is over."""
 HUNG = 4.0
-"""Times what an item should take, after which it is taken to have hung,"""
+"""An item counts as hung after this multiple of its expected time,"""
 PATIENCE = 120.0
-"""and at least so many seconds."""
+"""but not before this many seconds."""
 
 
 @dataclass(frozen=True)
@@ -38,38 +38,38 @@ class Setting:
     device: torch.device
     small: bool
     folder: Path
-    """For results."""
+    """Where results go."""
     machine: dict[str, str]
     end: float
     """When the stage's time is over, by `time.time`."""
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds left."""
         return self.end - time.time()
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something to measure."""
+    """One measurement of a stage."""
 
     name: str
     seconds: float
-    """What it should take on a GPU, its compilation included: it is not begun with less time left."""
+    """Expected time on a GPU, compilation included: the item is not started with less time left."""
     measure: Callable[[], Rows]
     prepares: bool = False
-    """Whether it is there for those after it, in what a machine forgets: it is done anew as long as one of them is left."""
+    """Whether it only prepares what later items need and no file keeps, so that every run with items left repeats it."""
 
 
 def run(stage: str, setting: Setting) -> None:
-    """Measure what the stage's file does not have yet, in this process. Exits with LOST where the GPU no longer answers."""
+    """Measure, in this process, the items that the stage's file does not have. Exits with LOST if the GPU stops answering."""
     record = Record(setting.folder / f"{stage}.json", setting.machine)
     record.left_out = {}
     items: list[Item] = list(import_module(MODULES.get(stage, stage)).items(setting))
     wanted = [item for item in items if item.prepares or item.name not in record.items]
     expected = took = 0.0
     for item in wanted if not all(item.prepares for item in wanted) else []:
-        # as much slower or faster than expected as those before it were
+        # corrected by how much slower or faster than expected the items before were
         needed = item.seconds * (max(0.6, took / expected) if expected else 1.0)
         if needed > setting.left and not setting.small:
             record.left_out[item.name] = f"takes about {needed:.0f} s, and {max(0.0, setting.left):.0f} s were left"
@@ -82,7 +82,7 @@ def run(stage: str, setting: Setting) -> None:
             expected, took = expected + item.seconds, took + time.time() - start
         except Exception as error:
             rows = [{"note": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}]
-        answers = setting.device.type != "cuda" or _answers()  # which waits for what the item has left running
+        answers = setting.device.type != "cuda" or _gpu_answers()  # waits for what the item has left running
         seconds = time.time() - start
         record.end(item.name, rows, seconds)
         print(f"{stage}: {item.name}, {seconds:.1f} s", flush=True)
@@ -91,10 +91,10 @@ def run(stage: str, setting: Setting) -> None:
     record.write()
 
 
-def apart(stage: str, setting: Setting) -> None:
-    """`run` in a process of its own, in a new one where that ends early or hangs."""
+def run_in_process(stage: str, setting: Setting) -> None:
+    """`run` the stage in a process of its own, and go on in a new one whenever that crashes, hangs or loses its GPU."""
     record = Record(setting.folder / f"{stage}.json", setting.machine)
-    record.running = None  # whatever an earlier run was stopped at
+    record.running = None  # an earlier run may have been stopped within an item
     record.write()
     while True:
         process = multiprocessing.get_context("spawn").Process(target=run, args=(stage, setting))
@@ -106,7 +106,7 @@ def apart(stage: str, setting: Setting) -> None:
             hung = record.running is not None and time.time() > record.until
         in_time = hung or not process.is_alive()
         if process.is_alive():
-            _end(process.pid)
+            _kill(process.pid)
         process.join()
         if in_time and process.exitcode == 0:
             return
@@ -117,25 +117,25 @@ def apart(stage: str, setting: Setting) -> None:
         if in_time and begun is not None:
             record.end(begun, [{"note": why}], 0.0)
         elif not in_time or (not hung and process.exitcode != LOST):
-            # for a later run
+            # left for a later run
             record.left_out[begun or "the stage"] = why
             record.write()
             return
 
 
-def _end(process: int | None) -> None:
-    """Of a process and what it has started, which would keep the GPU busy."""
-    started = [process]
-    for each in started:
+def _kill(process: int | None) -> None:
+    """Kill a process and all its descendants, which would keep the GPU busy."""
+    family = [process]
+    for each in family:  # grows as children are found
         for children in Path(f"/proc/{each}/task").glob("*/children"):
             with suppress(OSError):
-                started += map(int, children.read_text().split())
-    for each in started:
+                family += map(int, children.read_text().split())
+    for each in family:
         with suppress(ProcessLookupError):
             os.kill(each, signal.SIGKILL)
 
 
-def _answers() -> bool:
+def _gpu_answers() -> bool:
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Attention, decoding and quantization beside others: `tokquant bench`'s tables at the shapes that the aims are about."""
+"""Benchmarks of attention, decoding and quantization: the tables of `tokquant bench` at the shapes of the aims."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -6,7 +6,7 @@ from functools import partial
 
 from record import Rows
 from running import Item, Setting
-from tuning import known
+from tuning import load_tuned
 
 from tokquant.evaluation import bench
 from tokquant.evaluation.bench import Shape, Table
@@ -15,14 +15,14 @@ PREFILL = ["int8-fp8", "int8-fast", "int8", "int8-fp16"]
 DECODE = ["kv-int8", "kv-int4", "kv-fp8"]
 
 PROVIDERS = 20
-"""Rows of a table."""
+"""Providers timed for a table, roughly."""
 SLOW = 2.5e14
-"""Operations a second that these do on the average, at least."""
+"""A low estimate of the providers' mean throughput, operations a second, to predict how long a table takes."""
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    """The lengths and head_dims of most interest first."""
-    known(setting)
+    """One table for each shape, those of most interest first."""
+    load_tuned(setting)
     if setting.small:
         for workload, scheme in ((bench.attention, "int8"), (bench.quantization, "int8"), (bench.decode, "kv-int8")):
             yield _item(setting, workload, Shape(1, 2, 1, 1 if workload is bench.decode else 64, 64, 64, True), [scheme])
@@ -45,7 +45,7 @@ def _item(setting: Setting, workload: Callable[..., Table], shape: Shape, scheme
     once = PROVIDERS * max(shape.operations / SLOW, 1e-3)
     repeats = 1 if setting.small else int(min(15, max(3, 8 / once)))
     name = f"{workload.__name__}, {shape}"
-    # its kernels are compiled for a new head_dim or causality, and FlexAttention's for every shape
+    # 12 s to compile kernels for a new head_dim or causality, and FlexAttention's for every shape
     return Item(name, 12 + (repeats + 2) * once, partial(_table, setting, workload, shape, schemes, repeats))
 
 

@@ -1,4 +1,4 @@
-"""The fastest launch of each kernel at the shapes that are timed, and a file of them that the package can ship."""
+"""Tunes the kernels at the shapes of the tables, and exports the fastest launches to a file that the package can ship."""
 
 import os
 from collections.abc import Iterator
@@ -26,23 +26,23 @@ TOKENS = [8192, 1024, 512]
 CACHES = ["kv-int8", "kv-int4", "kv-fp8"]
 BATCHES = [1, 16]
 KEYS = 32768
-"""Of a cache, and those above: what `tables` times."""
+"""Tokens of a cache; `tables` times these sizes too."""
 LAUNCHES = "launches.json"
-"""What is found, as tokquant/kernels/shipped/ takes it."""
+"""File of the fastest launches, in the format of tokquant/kernels/shipped/."""
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    """All kernels compiled in all processors, then the launches of each timed."""
-    known(setting)
+    """First all kernels are compiled, on all CPU cores; then the launches of each are timed."""
+    load_tuned(setting)
     wanted = [(name, d, causal) for name in SCHEMES for d in HEAD_DIMS for causal in (False, True)]
     if setting.small:
         wanted = wanted[:1]
     yield Item("kernels, compiled", 60, partial(_compile, setting, wanted), prepares=True)
-    # at the last ones torch's attention may be faster than to quantize, which an entry says of its own shape only
+    # short sequences last: there torch's attention may be the faster one, which an entry says for its own shape only
     first, *others = TOKENS
     yield from _attention(setting, wanted, first)
     for name, batch in [(name, batch) for name in CACHES for batch in BATCHES][: 1 if setting.small else None]:
-        # most of it Triton's compiler, for one run of keys and for several
+        # mostly Triton's compiler, which compiles a kernel for one run of keys and one for several
         yield Item(f"{name}, decoding, batch {batch}, {KEYS} keys", 25, partial(_tune_decode, setting, name, batch))
     for n in [] if setting.small else others:
         yield from _attention(setting, wanted, n)
@@ -51,13 +51,13 @@ def items(setting: Setting) -> Iterator[Item]:
 def _attention(setting: Setting, wanted: list[tuple[str, int, bool]], n: int) -> Iterator[Item]:
     for name, d, causal in wanted:
         title = f"{name}, head_dim {d}, {n} tokens{', causal' * causal}"
-        # at 250 TOPS, seven times each, of two loops, with the one that is taken without tuning, quantization and torch's
+        # at 250 TOPS, 7 runs each of KEEP launches of two loops, of the untuned one, of quantization and of torch's attention
         seconds = 4 + (2 * KEEP + 3) * 7 * Shape(4, 32, 32, n, n, d, causal).operations / 2.5e14
         yield Item(title, seconds, partial(_tune, setting, name, d, causal, n))
 
 
-def known(setting: Setting) -> None:
-    """Take what an earlier run has found into the cache folder."""
+def load_tuned(setting: Setting) -> None:
+    """Put the launches that earlier runs found into the tuning cache."""
     path = setting.folder / LAUNCHES
     for entry in tuned.load(path) if path.exists() else ():
         tuned.record(entry)
@@ -67,18 +67,18 @@ def _tune(setting: Setting, name: str, d: int, causal: bool, n: int) -> Rows:
     need_gpu(setting.device)
     n = 256 if setting.small else n
     q, k, v = (torch.randn(4, 32, n, d, device=setting.device, dtype=torch.float16) for _ in range(3))
-    return _kept(setting, tq.tune(q, k, v, name, causal=causal, repeats=5))
+    return _exported(setting, tq.tune(q, k, v, name, causal=causal, repeats=5))
 
 
 def _tune_decode(setting: Setting, name: str, batch: int) -> Rows:
-    """Warps and stages, and how keys are split."""
+    """Tune a decoding kernel: its warps and stages, and how keys are split."""
     need_gpu(setting.device)
     n = 1024 if setting.small else KEYS
-    return _kept(setting, tq.tune_decode(*_filled(name, batch, setting.device, n), repeats=5))
+    return _exported(setting, tq.tune_decode(*_filled(name, batch, setting.device, n), repeats=5))
 
 
 def _filled(name: str, batch: int, device: torch.device, n: int = KEYS) -> tuple[torch.Tensor, tq.KVCache]:
-    """A query and the cache that it reads."""
+    """A query and a cache filled with random keys and values."""
     k, v = (torch.randn(batch, 8, n, 128, device=device, dtype=torch.float16) for _ in range(2))
     q = torch.randn(batch, 32, 1, 128, device=device, dtype=torch.float16)
     scheme = tq.preset(name)
@@ -87,8 +87,8 @@ def _filled(name: str, batch: int, device: torch.device, n: int = KEYS) -> tuple
     return q, cache
 
 
-def _kept(setting: Setting, found: Tuned) -> Rows:
-    """Every launch in the planner's order, what it predicted and what a clock says; and what the fastest was timed beside."""
+def _exported(setting: Setting, found: Tuned) -> Rows:
+    """Export the tuned launches; return every launch in the planner's order with predicted and measured time, and its peers."""
     tuned.export(setting.folder / LAUNCHES)
     rows: Rows = []
     for trial in found.trials:
@@ -105,14 +105,16 @@ def _kept(setting: Setting, found: Tuned) -> Rows:
 
 
 def _compile(setting: Setting, wanted: list[tuple[str, int, bool]]) -> Rows:
-    """Every launch once, into Triton's cache, where quantization, tuning and tables find it: they are compiled for the strides
-    that tensors have, so tensors like those are what they are compiled with."""
+    """Compile every launch into Triton's cache, in parallel, for the later items and stages.
+
+    Triton specializes on strides, so the tensors given here are like those that are timed.
+    """
     need_gpu(setting.device)
     jobs: list[partial[None]] = [partial(_quantize, *each) for each in dict.fromkeys((name, d) for name, d, _ in wanted)]
     jobs += [partial(_of_pages, name) for name in CACHES[: 1 if setting.small else None]]
-    for n in TOKENS[:2]:  # which have all the strides that matter: their blocks are many, or few
+    for n in TOKENS[:2]:  # a long and a short length cover all specializations
         for each in wanted:
-            jobs += [partial(_of_tensors, *each, n, place) for place in range(len(_prepared(*each, n).plan.candidates))]
+            jobs += [partial(_of_tensors, *each, n, index) for index in range(len(_prepared(*each, n).plan.candidates))]
     workers = max(1, min(len(jobs), (os.cpu_count() or 2) - 1))
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         failures = [why for why in pool.map(_failure, jobs) if why]
@@ -124,7 +126,7 @@ def _compile(setting: Setting, wanted: list[tuple[str, int, bool]]) -> Rows:
 def _failure(job: partial[None]) -> str:
     try:
         job()
-    except Exception as error:  # Triton's compiler raises whatever it comes upon
+    except Exception as error:  # Triton's compiler may raise anything
         return f"{job.func.__name__[1:]} {', '.join(map(str, job.args))}: {type(error).__name__}"
     return ""
 
@@ -133,9 +135,9 @@ def _quantize(name: str, d: int) -> None:
     tq.quantize(*_tensors(d, TOKENS[0]), name)
 
 
-def _of_tensors(name: str, d: int, causal: bool, n: int, place: int) -> None:
+def _of_tensors(name: str, d: int, causal: bool, n: int, index: int) -> None:
     call = _prepared(name, d, causal, n)
-    replace(call, config=call.plan.candidates[place]).compiled()
+    replace(call, config=call.plan.candidates[index]).compiled()
 
 
 def _of_pages(name: str) -> None:
@@ -148,7 +150,7 @@ def _of_pages(name: str) -> None:
 
 @cache
 def _prepared(name: str, d: int, causal: bool, n: int) -> launch.Call:
-    """A launch of attention. Torch quantizes, lest every process compile that too."""
+    """A launch of attention. Quantized in torch, so that not every process compiles the quantization kernels too."""
     q, k, v = _tensors(d, n)
     scheme = tq.preset(name)
     operands = launch.packed(tq.quantize(q, k, v, scheme, backend="reference"), scheme)

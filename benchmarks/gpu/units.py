@@ -1,4 +1,4 @@
-"""Triton kernels that keep one unit of a multiprocessor busy, and next to nothing else."""
+"""Triton microbenchmarks, each of which saturates one execution unit of a multiprocessor."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def nothing(out):
-    """To launch."""
+    """An empty kernel, to time a launch."""
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def exponentials(out, rounds, BLOCK: tl.constexpr):
 
 @triton.jit
 def floats_of_integers(out, rounds, BLOCK: tl.constexpr):
-    """With an integer and a float addition each."""
+    """Conversions from int32 to float32, each with an integer and a float addition."""
     x = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for _ in range(rounds):
@@ -38,7 +38,7 @@ def floats_of_integers(out, rounds, BLOCK: tl.constexpr):
 
 @triton.jit
 def integers_of_floats(out, rounds, BLOCK: tl.constexpr):
-    """With a float and an integer addition each."""
+    """Conversions from float32 to int32, each with a float and an integer addition."""
     x = tl.arange(0, BLOCK).to(tl.float32)
     total = tl.zeros([BLOCK], tl.int32)
     for _ in range(rounds):
@@ -49,7 +49,7 @@ def integers_of_floats(out, rounds, BLOCK: tl.constexpr):
 
 @triton.jit
 def integers_by_adding(out, rounds, BLOCK: tl.constexpr):
-    """How kernels make P's codes: 1.5 * 2^23 added, and the low bits taken. With a float and an integer addition each."""
+    """Conversions as for P's codes: add 1.5 * 2^23 and take the low bits. Each with a float and an integer addition."""
     x = tl.arange(0, BLOCK).to(tl.float32)
     total = tl.zeros([BLOCK], tl.int32)
     for _ in range(rounds):
@@ -60,7 +60,7 @@ def integers_by_adding(out, rounds, BLOCK: tl.constexpr):
 
 @triton.jit
 def maxima_of_integers(out, rounds, BLOCK: tl.constexpr):
-    """With an exclusive or each."""
+    """Maxima of int32, each with an exclusive or."""
     x = tl.arange(0, BLOCK)
     most = tl.zeros([BLOCK], tl.int32)
     for i in range(rounds):
@@ -70,7 +70,7 @@ def maxima_of_integers(out, rounds, BLOCK: tl.constexpr):
 
 @triton.jit
 def int8_products(a, b, out, n, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
-    """a `[m, k]` by b `[n, k]`, both int8, to int32 `[m, n]`; eight rows of tiles at a time, for the sake of caches."""
+    """a `[m, k]` times b `[n, k]` transposed, int8, to int32 `[m, n]`; programs go by groups of eight rows of tiles, for L2."""
     columns = tl.cdiv(n, COLUMNS)
     group = tl.program_id(0) // (8 * columns)
     row = group * 8 + tl.program_id(0) % 8
