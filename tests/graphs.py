@@ -20,7 +20,7 @@ class Graph(TorchDispatchMode):
         """Nothing that is called within happens before a replay."""
         run = InterpretedFunction.run
         with monkeypatch.context() as patch, self:
-            for name in ("ahead", "decode", "kernels.pages", "sequences", "transfer"):
+            for name in ("decode", "kernels.pages", "reservation", "sequences", "transfer"):
                 patch.setattr(import_module(f"tokquant.{name}"), "capturing", lambda device: True)
             patch.setattr(InterpretedFunction, "run", lambda *a, **given: self.steps.append(lambda: run(*a, **given)))
             yield

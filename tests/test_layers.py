@@ -20,7 +20,7 @@ LAYERS = [
     ("calibration", "export"),
     ("exchange",),
     ("slots", "windows", "paging", "pages"),
-    ("ahead", "sequences", "cache_file"),
+    ("reservation", "sequences", "cache_file"),
     ("kernels",),
     ("io_model",),
     ("tuning",),

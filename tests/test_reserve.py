@@ -10,7 +10,7 @@ from test_kv_cache_walk import SINKS, Walk
 from test_transfer import NothingIsRead
 
 import tokquant as tq
-from tokquant.ahead import Reservation
+from tokquant.reservation import Reservation
 
 HEADS, D = 1, 16
 SMALL = with_cache("kv-int8", page=16)
@@ -367,7 +367,7 @@ class WalkWithRoom(Walk):
             cache.reserve(tokens, longest=longest)
         except (tq.CacheFullError, tq.UnsupportedError):  # loaded without a capacity
             return
-        graphs, room = self.graphs.setdefault(cache, []), cache._held._ahead._capacity
+        graphs, room = self.graphs.setdefault(cache, []), cache._held._reservation._capacity
         if len(graphs) < 3:
             x = torch.zeros(cache.batch, 2, self.chance.choice([1, 1, 3]), 16)
             graph = Graph()

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokquant.ahead import Reservation
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import CacheFullError
 from tokquant.features import Features
 from tokquant.pages import Store, attention_by_reading
 from tokquant.paging import BlockTable
+from tokquant.reservation import Reservation
 from tokquant.schemes import QuantScheme
 from tokquant.slots import nothing
 from tokquant.tensor import QuantizedTensor
@@ -41,19 +41,19 @@ class Sequences:
         self._reserved = False
         """Whether pages are reserved for tokens to come."""
         # what graphs are captured with; kept when its pages are given back, as replays still write to its memory
-        self._ahead: Reservation | None = None
+        self._reservation: Reservation | None = None
         self._former: list[Reservation] = []  # earlier ones, which graphs captured back then still write to
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each sequence `[B]`."""
-        self._look()
+        self._sync_lengths()
         return self._lengths
 
     @property
     def packed(self) -> np.ndarray:
         """Tokens of each sequence that lie in pages `[B]`."""
-        self._look()
+        self._sync_lengths()
         return self._packed
 
     def append(self, k: Tensor, v: Tensor, counts: np.ndarray | None) -> None:
@@ -95,7 +95,7 @@ class Sequences:
 
         Raises ValueError where a sequence could outgrow what an earlier graph was captured for.
         """
-        pool, reservation, lengths = self.table.pool, self._ahead, self.lengths
+        pool, reservation, lengths = self.table.pool, self._reservation, self.lengths
         room = self.table.room(lengths, np.full(len(lengths), tokens))
         if not self.store.replayable:
             with room:
@@ -112,11 +112,11 @@ class Sequences:
         with room:  # the spare page may be one too many
             if reservation is None or reservation.columns != columns:
                 reservation = Reservation(len(lengths), columns, pool.spare, self.store)
-        if self._ahead is not None and self._ahead is not reservation and self._ahead.captured:
-            self._ahead.end()
-            self._former.append(self._ahead)
+        if self._reservation is not None and self._reservation is not reservation and self._reservation.captured:
+            self._reservation.end()
+            self._former.append(self._reservation)
         reservation.begin(self.table.numbers, self.table.held, lengths)
-        self._ahead, self._page_room, self._reserved = reservation, 0, True  # no room: appends go to the reservation
+        self._reservation, self._page_room, self._reserved = reservation, 0, True  # no room: appends go to the reservation
 
     def truncate(self, lengths: np.ndarray) -> None:
         """Keep the first `lengths[b]` tokens; of a block that is cut, the tokens kept go back to 16 bits, dequantized."""
@@ -154,7 +154,7 @@ class Sequences:
         """A copy of the `chosen` sequences: pages are shared, windows copied."""
         self._release()
         forked = copy.copy(self)
-        forked._ahead, forked._former = None, []
+        forked._reservation, forked._former = None, []
         forked.table, forked.windows = self.table.fork(chosen), self.windows.fork(chosen)
         forked._lengths, forked._packed = self._lengths[chosen], self._packed[chosen]
         # no page is exclusive any more
@@ -192,10 +192,10 @@ class Sequences:
 
         Given a scheme and its scales the emulation attends to what the store reads, in place of the store.
         """
-        if self._ahead is not None and self._reserved and by_reading is None:
-            return self._ahead.attention(q, features, deterministic)
+        if self._reservation is not None and self._reserved and by_reading is None:
+            return self._reservation.attention(q, features, deterministic)
         refuse_capture(self.device, COUNTED)
-        self._look()  # once: each time waits for the device
+        self._sync_lengths()  # once: each time waits for the device
         found = None
         if longest := int(self._packed.max()):
             table, lengths, offset = self.places()
@@ -230,10 +230,10 @@ class Sequences:
 
     def _append_reserved(self, k: Tensor, v: Tensor) -> bool:
         """Append to reserved pages whose tokens the device counts; False where there are none, or not enough."""
-        reservation, n = self._ahead, k.shape[2]
+        reservation, n = self._reservation, k.shape[2]
         if reservation is None or not self._reserved or n > self.table.pool.page:
             return False
-        if capturing(self.device):  # whether replays will fit is not known yet; `_look` finds those that did not
+        if capturing(self.device):  # whether replays will fit is not known yet; `_sync_lengths` finds those that did not
             reservation.append(k, v)
             return True
         if not reservation.fits(n, self.lengths):
@@ -243,18 +243,18 @@ class Sequences:
         self._packed += n
         return True
 
-    def _look(self) -> None:
+    def _sync_lengths(self) -> None:
         """Read back the lengths that replays have changed. Raises CacheFullError, once, where tokens were lost."""
-        if self._ahead is None:
+        if self._reservation is None:
             return
         refuse_capture(self.device, "the lengths of a KVCache, which the CPU would be told,")
-        for reservation in (self._ahead, *self._former):
+        for reservation in (self._reservation, *self._former):
             if not reservation.captured:
                 continue
             lengths, lost = reservation.read_lengths()
-            if reservation is self._ahead and self._reserved:
+            if reservation is self._reservation and self._reserved:
                 self._lengths, self._packed = lengths, lengths.copy()
-            if lost.size and reservation is not self._ahead:
+            if lost.size and reservation is not self._reservation:
                 raise CacheFullError(
                     "a CUDA graph that was captured before reserve() got another longest was replayed, and what it appended is "
                     "lost; replay one that was captured since"
@@ -266,16 +266,16 @@ class Sequences:
                     f"{self._lengths[b]} tokens. Reserve more before so many replays, and again after anything else has "
                     "changed the cache"
                 )
-        if self._ahead.captured:
+        if self._reservation.captured:
             self.store.check()
 
     def _release(self) -> None:
         """Read back the lengths that replays have changed, and free the reserved pages that hold no tokens."""
-        self._look()
+        self._sync_lengths()
         if not self._reserved:
             return
-        if self._ahead is not None:
-            self._ahead.end()
+        if self._reservation is not None:
+            self._reservation.end()
         for b, tokens in enumerate(self._packed.tolist()):
             self.table.cut(b, tokens)
         self._reserved = False
