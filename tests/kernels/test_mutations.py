@@ -45,7 +45,7 @@ MUTATIONS = {
         "s += (tl.load(Q.logit_offset",
         "s -= (tl.load(Q.logit_offset",
     ),
-    "K's offset not given back to the LSE": (preset("int8"), ODD, "3, lowered), mask", "3, -lowered), mask"),
+    "K's offset not given back to the LSE": (preset("int8"), ODD, "599453, lowered)", "599453, -lowered)"),
     "a sink that adds to the output": (preset("int8"), "sinks", "total += tl.exp2(sink", "total += 0 * tl.exp2(sink"),
     "the wrong head of K and V": (preset("int8"), CAUSAL, "kv_head = head // SHARED_HEADS", "kv_head = head % 2"),
     "sums of another head of V": (preset("int8"), CAUSAL, "kv = batch * (heads // SHARED_HEADS) + kv_head", "kv = 0 * batch"),
