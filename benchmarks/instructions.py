@@ -1,4 +1,4 @@
-"""Attention on codes with two instruction sets of a CPU, and SDPA, in turn on one thread: milliseconds, medians."""
+"""Compares two instruction sets of a CPU, and SDPA: median milliseconds of attention on codes, interleaved, one thread."""
 
 import argparse
 import os

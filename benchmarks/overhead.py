@@ -1,4 +1,4 @@
-"""What a call costs beside its arithmetic: microseconds on tensors that have next to none, one thread, the least of many."""
+"""The overhead of a call: microseconds on tensors so small that arithmetic takes no time, one thread, the minimum of many."""
 
 import timeit
 
@@ -36,7 +36,7 @@ def main() -> None:
     with torch.no_grad():
         for call in calls.values():
             call()
-        for _ in range(REPEATS):  # in turn, so that whatever slows the machine slows all
+        for _ in range(REPEATS):  # interleaved, so that a slow phase of the machine affects all alike
             for name, call in calls.items():
                 least[name] = min(least[name], *timeit.repeat(call, number=1, repeat=CALLS))
     for name, seconds in least.items():

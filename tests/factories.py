@@ -1,4 +1,4 @@
-"""Inputs and schemes in a few words, choices of them in which every pair meets, and what an output may differ by."""
+"""Short ways to write inputs and schemes, pairwise combinations of them, and bounds on the error of an output."""
 
 import math
 import os
@@ -21,7 +21,7 @@ SIZED = ("block", "channel_block", "group", "row_block")
 
 
 def operand(words: str) -> dict:
-    """`"int4 block:64 asymmetric mean scale=fp16"` as a scheme writes it."""
+    """The operand of a scheme that words like `"int4 block:64 asymmetric mean scale=fp16"` describe."""
     precision, *rest = words.split()
     made: dict = {"precision": precision}
     for word in rest:
@@ -44,7 +44,7 @@ def operand(words: str) -> dict:
 
 
 def scheme(q: str = "fp32", k: str = "fp32", v: str = "fp32", p: str = "fp32", **rest) -> QuantScheme:
-    """A scheme in words; what is not named stays exact."""
+    """A scheme whose operands are described in words; those that are not given stay exact."""
     return QuantScheme(q=operand(q), k=operand(k), v=operand(v), p=operand(p), **rest)
 
 
@@ -58,7 +58,7 @@ def qkv(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normal Q, K and V; keys and values have a mean that differs from channel to channel, as those of models do."""
+    """Normal Q, K and V. Keys and values have a different mean in every channel, as in models."""
     generator = torch.Generator().manual_seed(seed)
     n_k, kv_heads = n_k or n_q, kv_heads or heads
 
@@ -71,7 +71,10 @@ def qkv(
 
 
 def pairwise(**axes: list) -> list[tuple]:
-    """Rows, one value of each axis, in which every two values of two axes meet. Greedy, and the same on every run."""
+    """Rows with one value of each axis, such that any two values of two axes are together in some row (pairwise testing).
+
+    Greedy, and the same on every run.
+    """
     names, chance = list(axes), random.Random(0)
     wanted = {((a, i), (b, j)) for a, b in combinations(names, 2) for i, j in product(range(len(axes[a])), range(len(axes[b])))}
     rows = []
@@ -88,7 +91,7 @@ def pairwise(**axes: list) -> list[tuple]:
     return rows
 
 
-# how far a code of P may be from what it stands for: a share of it, and at least so much
+# the rounding error of P, in units of its codes: relative, and the absolute one below which it never falls
 PROBABILITY_ROUNDING = {
     "fp32": (2.0**-24, 0),
     "fp16": (2.0**-11, 2.0**-25),
@@ -101,18 +104,19 @@ PROBABILITY_ROUNDING = {
 
 
 def decoded(x):
-    """What codes stand for in the frame they were taken in, float64; in the input's own type where a product decodes them."""
+    """The values of codes in the frame that they were quantized in, float64; rounded to the input's type if a product is of
+    decoded values."""
     return x.scaled_values().to(x.dtype).double() if place(x.spec) == "operand" else x.scaled_values(torch.float64)
 
 
 def without_offset(x):
-    """The original frame less the offset; K per channel less what its signed codes lack, which is in Q's logits."""
+    """Values in the original frame without the offset. For K per channel also without its zeros, which are in Q's logits."""
     values = x.stored_values().double() * x.scale.double() if place(x.spec) == "q" else decoded(x)
     return replace(x.frame, offset=None).undo(values)
 
 
 def exact_operands(q, k, v):
-    """Float64 operands whose attention the emulation computes: offsets of Q and K are further channels of both."""
+    """Float64 operands whose exact attention the emulation approximates. Offsets of Q and K become extra channels of both."""
     left, right = [without_offset(q)], [without_offset(k)]
     if k.companion is not None:
         left.append(q.offset.double()[:, :, torch.arange(q.shape[2]) // 128])
@@ -154,7 +158,7 @@ def dense_bias(given, n_q, n_k):
 
 
 def summed(given, n_q, n_k):
-    """The magnitudes that a bias is summed from."""
+    """The sum of the magnitudes of a bias's terms, which bounds its rounding error."""
     if given.kind == "alibi":
         # kernels count keys from the first of 128 queries
         return dense_bias(given, n_q, n_k).abs() + 128 * given.slopes.double().abs()[:, None, None]
@@ -164,7 +168,7 @@ def summed(given, n_q, n_k):
 
 
 def bounds(operands, made, features):
-    """How far output [B, H, N_q, D] and LSE [B, H, N_q] may be from the oracle's: P's rounding, and that of float32."""
+    """Bounds on the difference of output [B, H, N_q, D] and LSE [B, H, N_q] to the oracle's, by P's rounding and float32's."""
     q, _, v = operands
     left, right, values = exact_operands(*operands)
     shared = q.shape[1] // v.shape[1]
@@ -210,8 +214,8 @@ def bounds(operands, made, features):
 
 
 def gpu_rounding(out, made):
-    """What a GPU's own arithmetic may add to these bounds, of V's reach: exponentials to 22 bits, and where tensor cores add
-    products of fp8, sums to about 14."""
+    """What a GPU's arithmetic adds to these bounds, relative to the largest |V|: exponentials are accurate to 22 bits, and sums
+    of fp8 products in tensor cores to about 14."""
     if os.environ["TRITON_INTERPRET"] == "1":
         return 0.0
     if any(x.precision.startswith("fp8") for x in (made.q, made.p)):

@@ -1,6 +1,7 @@
-"""Tensors on a GPU that is not there: shapes, types and devices without numbers.
+"""A simulated GPU: tensors on `cuda` have shapes, types and devices, but no values.
 
-What mixes devices fails as it would there, and so does a launch that is given a CPU's tensor; what waits for a number is seen.
+Operations that mix devices fail as on a real GPU, as does a launch with a CPU tensor. Launches, and reads of values that would
+wait for a GPU, are recorded.
 """
 
 import ctypes
@@ -26,16 +27,18 @@ PROPERTIES = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_process
 
 @dataclass
 class Seen:
-    """What happened on the way."""
+    """A record of what happened."""
 
     launched: list[str] = field(default_factory=list)
+    """Names of Triton kernels."""
     waits: list[str] = field(default_factory=list)
+    """Files of the package that read a value from the GPU, which would wait for it."""
     computed: list[str] = field(default_factory=list)
-    """By torch: what would launch a kernel of its own."""
+    """Operations of torch that would launch a kernel of their own."""
 
 
 class OnlyCuda(TorchDispatchMode):
-    """What touches a GPU is faked; what is computed on the CPU is computed."""
+    """Fakes operations on GPU tensors, and runs those on CPU tensors."""
 
     def __init__(self, seen: Seen) -> None:
         super().__init__()
@@ -59,7 +62,7 @@ class OnlyCuda(TorchDispatchMode):
 
 
 def guard_nothing() -> None:
-    """Where there is no GPU torch takes its tensors for an error wherever it would switch devices: let it switch nothing."""
+    """Let torch switch to a CUDA device without doing anything: it would raise an error where there is no GPU."""
     libc10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * 20).in_dll(libc10, "_ZN3c104impl26device_guard_impl_registryE")
     cuda, meta = 1, 14
@@ -82,8 +85,8 @@ def fake_cuda(monkeypatch) -> Iterator[Seen]:
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(launch, "aligned", lambda codes: True)  # which asks for an address
-    for module in (inputs, operators):  # here they stand for those of a GPU, which hold some
+    monkeypatch.setattr(launch, "aligned", lambda codes: True)  # the original asks for an address
+    for module in (inputs, operators):  # fake tensors have no values, but the real ones that they stand for do
         monkeypatch.setattr(module, "without_numbers", lambda x: False)
     for name, answer in {
         "_lazy_init": None,

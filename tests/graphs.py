@@ -1,4 +1,4 @@
-"""CUDA graphs without a GPU: what a call launches is kept instead of run, and run with the same memory at each replay."""
+"""CUDA graphs without a GPU: launches are recorded instead of run, and run on the same memory at each replay."""
 
 from contextlib import contextmanager
 from importlib import import_module
@@ -9,7 +9,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 
 class Graph(TorchDispatchMode):
-    """Kernels of Triton's interpreter and what torch computes, in their order."""
+    """A recorded sequence of kernels, for Triton's interpreter, and of torch's operations."""
 
     def __init__(self):
         super().__init__()
@@ -17,7 +17,7 @@ class Graph(TorchDispatchMode):
 
     @contextmanager
     def capture(self, monkeypatch):
-        """Nothing that is called within happens before a replay."""
+        """Record everything that is called inside; nothing is computed before a replay."""
         run = InterpretedFunction.run
         with monkeypatch.context() as patch, self:
             for name in ("decode", "kernels.pages", "reservation", "sequences", "transfer"):

@@ -37,20 +37,20 @@ class Row:
 
     model: str
     logits: float
-    """Their standard deviation by construction; 0 where a model was trained."""
+    """The standard deviation that logits have by construction; 0 for a trained model."""
     layers: int
     scheme: str
     quantized: str
-    """`all` layers, or the number of one."""
+    """Which layers are quantized: `all`, or the index of one."""
     seeds: int
     rel_l2: float
     """|x - exact| / |exact|."""
     least: float
     most: float
     alone: float
-    """What independent errors of the layers would make; 0 where it was not measured."""
+    """The error if those of single layers were independent; 0 where it was not measured."""
     cosine: float
-    """Of the mean of the states over tokens and that of the exact ones, the least of the seeds."""
+    """Cosine similarity to the exact states, both averaged over tokens: the least over seeds."""
 
 
 def measure(small: bool) -> Iterator[Row]:
@@ -70,7 +70,7 @@ def measure(small: bool) -> Iterator[Row]:
 
 
 def stack(depth: int, logits: float, mlp: bool, seed: int) -> Iterator[tuple[tuple[int, str], tuple[float, float, float]]]:
-    """(layers, scheme) -> error, that of independent layers, cosine: all states go through the layers side by side."""
+    """(layers, scheme) -> error, error if layers were independent, cosine. All schemes go through a layer together."""
     generator = torch.Generator().manual_seed(seed)
     exact = torch.randn(1, TOKENS, WIDTH, generator=generator, dtype=torch.float64)
     states, squares = {name: exact.float() for name in SCHEMES}, defaultdict(float)
@@ -121,7 +121,7 @@ def distance(x: Tensor, exact: Tensor) -> float:
 
 
 def cosine(x: Tensor, exact: Tensor) -> float:
-    """The least of a batch, of the means over tokens."""
+    """Cosine similarity of states averaged over tokens: the least in a batch."""
     return torch.cosine_similarity(x.double().mean(dim=1), exact.mean(dim=1), dim=1).min().item()
 
 

@@ -29,7 +29,7 @@ CHANGED = {
     "int-flash-row-block": ("int-flash", {"p": {"precision": "int8", **BLOCK}}),
     "int8-fp8-row-block": ("int8-fp8", {"p": {"precision": "fp8_e4m3", **BLOCK}}),
 }
-"""Presets but for one rule: the normalizer as in the paper's code; P against the largest of each 128 keys."""
+"""Presets with one change: the normalizer as in the paper's code, or P scaled to the maximum of each 128 keys."""
 SCHEMES = {name: tq.preset(name) for name in PRESETS} | {
     name: changed(preset, name, **fields) for name, (preset, fields) in CHANGED.items()
 }
@@ -50,19 +50,19 @@ class Row:
     least: float
     most: float
     row_steps: float
-    """Relative error that steps of 1/127 of a row's largest P make where values are independent."""
+    """Predicted relative error if P is rounded to steps of 1/127 of the row's largest, for independent values."""
     block_steps: float
-    """That of steps of 1/255 of the largest of each 128 keys."""
+    """The same for steps of 1/255 of the largest P of each 128 keys."""
     lost: float
-    """Share of a row's weight below half of 1/127 of its largest."""
+    """Share of a row's weight that such steps round to zero: in values below half of 1/127 of the largest."""
     largest: float
-    """Share of the key of most weight."""
+    """Share of a row's weight on the key that has the most."""
     first: float
-    """That of the first key."""
+    """Share of a row's weight on the first key."""
     keys: float
-    """2^entropy: how many keys a query looks at."""
+    """2^entropy of a row's weights: the effective number of keys that a query attends to."""
     peak_gb: float
-    """Memory of the process at most so far."""
+    """Peak memory of the process so far."""
 
 
 def draw_normal(n: int, seed: int) -> Operands:
@@ -76,7 +76,7 @@ def draw_hot(n: int, seed: int) -> Operands:
     rows, k = q[0, 0].float(), k.float()
     chosen = torch.randperm(n - QUERIES, generator=torch.Generator().manual_seed(seed))[: HOT * QUERIES].view(QUERIES, HOT)
     rest = (rows @ k[0, 0].T / HEAD_DIM**0.5).logsumexp(dim=1)
-    # a key along a query, of the length that gives it its logit
+    # a key in the direction of its query, scaled to give the wanted logit
     keys = rows / rows.square().sum(dim=1, keepdim=True) * (rest - math.log(HOT))[:, None] * HEAD_DIM**0.5
     k[0, 0, chosen] = keys[:, None]
     return q, k.half(), v
@@ -135,7 +135,7 @@ def rows_of(data: str, n: int, cases: list[Case]) -> Iterator[Row]:
 
 
 def weight_facts(case: Case) -> dict[str, float]:
-    """What the exact weights say, as a Row has it."""
+    """The fields of a Row that follow from the exact weights."""
     n_k, per_row = case.k.shape[2], []
     for weights in case.weights():
         p = weights[0, 0]
@@ -155,7 +155,7 @@ def weight_facts(case: Case) -> dict[str, float]:
 
 
 def rounded(p: Tensor, step: Tensor) -> Tensor:
-    """sqrt(sum min(p^2, step^2 / 12) / sum p^2) of each row: what falls below a step is at most lost."""
+    """sqrt(sum min(p^2, step^2 / 12) / sum p^2) of each row: rounding errs by step^2 / 12, and never more than by all of p."""
     lost = torch.minimum(p.square(), step.square() / 12)
     return (lost.flatten(1).sum(dim=1) / p.square().flatten(1).sum(dim=1)).sqrt()
 

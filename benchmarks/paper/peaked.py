@@ -46,9 +46,9 @@ class Row:
     """normal, or a layer and head."""
     tokens: int
     factor: float
-    """Of the logits, beside head_dim^-1/2."""
+    """The factor that multiplies logits, besides head_dim^-1/2."""
     entropy: float
-    """Bits, mean over queries."""
+    """Entropy of the weights in bits: the mean over queries."""
     codes: str
     errors: list[float]
 
@@ -66,14 +66,14 @@ def measure(small: bool) -> Iterator[Row]:
 
 
 def of(data: str, factor: float, cases: list[Case]) -> Iterator[Row]:
-    """All codes on inputs that are alike."""
+    """A row for each kind of codes, all on the same case."""
     entropy = round(sum(map(entropy_of, cases)) / len(cases), 3)
     for name, scheme in SCHEMES.items():
         yield Row(data, cases[0].k.shape[2], factor, entropy, name, relative_l1(cases, scheme))
 
 
 def entropy_of(case: Case) -> float:
-    """Bits, mean over the case's queries."""
+    """Entropy of the weights in bits: the mean over the case's queries."""
     return torch.cat([torch.special.entr(p).sum(dim=-1) for p in case.weights()], dim=2).mean().item() / math.log(2)
 
 

@@ -38,23 +38,23 @@ class Row:
     v: str
     p: str
     bits: float
-    """Of a value of V, scales included."""
+    """Bits per value of V, scales included."""
     tile: str
     """Queries x keys of a block, and its warps."""
     instructions: float
-    """A score."""
+    """Instructions per score."""
     spilled: int
-    """Bytes of a thread's stack."""
+    """Bytes of a thread's stack, which spilled registers take."""
     time: float
-    """Over that of V per tensor."""
+    """Relative to V per tensor."""
     rel_l1: float
-    """On the activations that ship: mean over heads; then the least and the most."""
+    """On the package's sample activations: the mean over heads; `least` and `most` are over heads too."""
     least: float
     most: float
 
 
 def schemes() -> list[tq.QuantScheme]:
-    """V per tensor, which times are relative to, twice, so that the second says what noise is; then all others."""
+    """V per tensor, which times are relative to, twice, so that the second shows the noise; then all others."""
     whole = {"q": INT8, "k": K}
     granularities: list[Granularity] = [
         "head", {"block": 128}, "channel", {"channel_block": 128}, {"channel_block": 64}, {"channel_block": 32}, "token",
@@ -111,7 +111,7 @@ def seconds(every: list[tq.QuantScheme], tokens: int) -> list[float]:
 
 
 def processor_time(call: Callable[[], Any]) -> float:
-    """Of one run after another, so that it finds its own codes in the caches; in seconds."""
+    """Processor time in seconds; runs follow one another directly, so that the codes are in the caches."""
     call()
     start = time.process_time()
     call()

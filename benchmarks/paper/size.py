@@ -40,9 +40,9 @@ class Row:
     heads: int
     parameters: int
     logits: float
-    """Standard deviation that the weights of Q and K are scaled to in the first layer; 0 where they are as initialized."""
+    """Standard deviation of logits that the weights of Q and K in the first layer are scaled to give; 0 where not scaled."""
     deviation: float
-    """Of the logits of a row, as it is: mean over rows and layers."""
+    """The standard deviation of a row's logits as measured: the mean over rows and layers."""
     looked_at: float
     """2^entropy of a row over the keys that it sees: 1 is uniform. Mean over rows and layers."""
     scheme: str
@@ -52,7 +52,7 @@ class Row:
     state: float
     """Relative error of the last hidden state, |x - exact| / |exact|."""
     kl: float
-    """Of the next token's distribution, nats."""
+    """KL divergence of the next token's distribution, in nats."""
     top1: float
     """Share of tokens whose most likely next token is the same."""
 

@@ -31,7 +31,7 @@ class Row:
     provider: str
     ms: float
     less: float
-    """Of the time of the fastest of torch's, the part that this takes less."""
+    """Time saved, as a share of the time of torch's fastest."""
     peer: str
 
 

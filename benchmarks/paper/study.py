@@ -1,4 +1,4 @@
-"""What every study here is made of: inputs, what attends to them, and how its figures are kept.
+"""What all studies share: inputs, attention and its errors, and files of results and figures.
 
 A study is a module whose docstring states its question. `measure(small)` yields rows (dataclasses of numbers and words), of
 sizes that a test can run where `small`; `table(rows)` is their Markdown, and `draw(rows)` their picture, or None where a table
@@ -46,7 +46,7 @@ class Case:
     k: Tensor
     v: Tensor
     rows: int | list[slice] | None = 256
-    """Queries of each head that are looked at, in runs from the first to the last, or these runs; all where None."""
+    """The queries of each head that are measured: so many, in runs spread over all; or these runs; or all, where None."""
     causal: bool = False
     scale: float | None = None
     calibration: tuple[Tensor, Tensor, Tensor] | None = None
@@ -62,17 +62,17 @@ class Case:
 
     @cached_property
     def exact(self) -> Tensor:
-        """In float64."""
+        """The output in float64."""
         return reference.oracle(self.q, self.k, self.v, self.features, self.only)[0]
 
     def weights(self, only: Sequence[slice] | None = None) -> Iterator[Tensor]:
-        """What those queries, or these, weigh the keys by: float64 `[B, H, rows, N_k]`, some rows at a time."""
+        """The exact P of the measured queries, or of `only`: float64 `[B, H, rows, N_k]`, some rows at a time."""
         (_, heads, n_q), n_k, k = self.q.shape[:3], self.k.shape[2], self.k.double()
         for rows in reference.row_chunks(n_q, heads * n_k, only or self.only):
             yield reference.weights(self.q, k, self.features, rows)[0]
 
     def attend(self, scheme: tq.QuantScheme) -> Tensor:
-        """Attention as a kernel computes it."""
+        """Quantized attention, emulated as a kernel computes it."""
         operands = self.q, self.k, self.v
         codes = quantize_operands(*operands, scheme, scales_for(scheme, *(self.calibration or operands)))
         return reference.attention(*codes, scheme, self.features, only=self.only)[0]
@@ -82,12 +82,12 @@ class Case:
 
 
 def relative_l1(cases: Sequence[Case], scheme: tq.QuantScheme) -> list[float]:
-    """The relative L1 error in each case, to the four digits that are kept."""
+    """The relative L1 error of each case, rounded to four digits."""
     return [float(f"{case.errors(scheme).rel_l1:.4g}") for case in cases]
 
 
 def changed(preset: str, name: str, **fields: Any) -> tq.QuantScheme:
-    """A preset but for these fields."""
+    """A preset with these fields changed."""
     return tq.QuantScheme(**tq.preset(preset).model_dump() | {"name": name} | fields)
 
 
@@ -109,13 +109,13 @@ def outliers(*shape: int, seed: int = 0, channels: int = 2, times: float = 16.0)
 
 
 def token_scaled(*shape: int, seed: int = 0, sigma: float = 1.0) -> Tensor:
-    """Normal, each token times a factor of its own, log-normal with that sigma."""
+    """Normal, with each token multiplied by its own log-normal factor of this sigma."""
     factors = torch.randn(*shape[:-1], 1, generator=torch.Generator().manual_seed(seed + 1)).mul(sigma).exp()
     return (normal(*shape, seed=seed).float() * factors).half()
 
 
 def real() -> list[Case]:
-    """The activations that ship, a case for each layer, all queries of its two heads."""
+    """The package's sample activations: a case for each layer, with all queries of its two heads."""
     return [Case(*operands, rows=None) for operands in Activations(sample()).values()]
 
 
@@ -137,7 +137,7 @@ def run(study: ModuleType, small: bool, results: Path, figures: Path) -> str:
 
 
 def kept(study: ModuleType, results: Path = RESULTS) -> Path:
-    """Where the rows of a study lie."""
+    """The file of a study's rows."""
     return results / f"paper-{study.__name__}.json"
 
 
@@ -147,7 +147,7 @@ def read(study: ModuleType, results: Path = RESULTS) -> Rows:
 
 
 def picture(study: ModuleType, rows: Rows, figures: Path) -> None:
-    """Draw the rows as `<study>.svg`, alike every time."""
+    """Draw the rows as `<study>.svg`, byte for byte the same every time."""
     draw: Callable[[Rows], Any] | None = study.draw
     if draw is None:
         return
@@ -156,6 +156,6 @@ def picture(study: ModuleType, rows: Rows, figures: Path) -> None:
 
 
 def grouped(rows: Rows, *names: str) -> Iterator[tuple[tuple[Any, ...], Rows]]:
-    """Rows by what they have under those names, in the order in which it first occurs."""
+    """Groups of rows with equal values of these fields, in order of first occurrence."""
     for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
         yield key, [row for row in rows if tuple(row[name] for name in names) == key]

@@ -39,9 +39,9 @@ class Row:
     what: str
     ms: float
     ratio: float
-    """To quantization with no transform."""
+    """Time relative to quantization without a transform."""
     bits: float
-    """A value of Q, K and V, with all that is kept beside their codes."""
+    """Bits per value of Q, K and V, with scales and all else that is stored besides codes."""
 
 
 def measure(small: bool) -> Iterator[Row]:

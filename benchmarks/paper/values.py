@@ -37,7 +37,7 @@ class Row:
 
     data: str
     sigma: float
-    """Of the logarithm of what each token of V is multiplied by."""
+    """Standard deviation of the logarithm of the factors that V's tokens are multiplied by."""
     tokens: int
     at_heaviest: float
     """Largest |V| of the token that a query weighs most, over the mean of that over its head: mean over queries."""

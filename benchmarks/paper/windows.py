@@ -70,7 +70,7 @@ def filled(name: str, sink: int, recent: int, case: Case) -> tq.KVCache:
 
 
 def weight_of(case: Case, sink: int, recent: int) -> float:
-    """What the queries weigh the windows by, mean."""
+    """The mean share of the queries' attention that falls on the windows."""
     p = torch.cat(list(case.weights()), dim=2)
     return (p[..., :sink].sum(dim=-1) + p[..., p.shape[-1] - recent :].sum(dim=-1)).mean().item()
 

@@ -1,4 +1,4 @@
-"""What a kernel's output is compared with: float64 on the same codes."""
+"""Compares a kernel's output with float64 attention on the same codes."""
 
 import torch
 from factories import bounds, exact_operands, gpu_rounding
@@ -8,7 +8,7 @@ from tokquant.reference import oracle
 
 
 def assert_exact(out, lse, operands, s, **given):
-    """Output and LSE are as near to float64 on the same codes as P's rounding, and a GPU's arithmetic, let them be."""
+    """Assert that output and LSE differ from float64 on the same codes by P's rounding and a GPU's arithmetic at most."""
     features = features_of(*operands[:2], **given)
     exact, exact_lse = oracle(*exact_operands(*operands), features)
     most, most_lse = bounds(operands, s, features)

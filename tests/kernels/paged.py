@@ -1,4 +1,4 @@
-"""Stores of pages that hold sequences, and what their attention is compared with."""
+"""Paged stores filled with sequences, and checks of attention to them."""
 
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ from tokquant.reference import oracle
 
 
 def some_scales(made, heads, d):
-    """Static scales, zeros and offsets for whatever the scheme needs."""
+    """Random static scales, zeros and offsets, as far as the scheme needs them."""
     generator = torch.Generator().manual_seed(3)
     tensors = {}
     for name in needed(made):
@@ -32,7 +32,7 @@ def some_scales(made, heads, d):
 
 @dataclass
 class Filled:
-    """Sequences in pages that lie in no order."""
+    """A store with sequences in pages of random order, and queries for them."""
 
     store: TritonPages
     table: torch.Tensor
@@ -43,7 +43,7 @@ class Filled:
         return self.store.attention(self.q, self.table, self.lengths, features, **options)
 
     def emulated(self, features, offset=None):
-        """By the definition, on the codes that the store gives back."""
+        """Attention by the emulation, on the codes that are read back from the store."""
         store = self.store
         return attention_by_reading(store, store.scheme, store.scales, self.q, self.table, self.lengths, features, offset)
 
@@ -70,7 +70,7 @@ def filled(
     kinds=(TritonPages,),
     step=None,
 ):
-    """A store of each kind with sequences of such lengths, written `step` tokens at a time."""
+    """A store of each kind, alone or as a list, filled with sequences of these lengths, `step` tokens at a time."""
     longest, batch = max(lengths), len(lengths)
     q, k, v = (x.to(device) for x in qkv(n_q, longest, d, kv_heads * shared, kv_heads, batch, dtype))
     columns = -(-longest // page)
@@ -86,14 +86,14 @@ def filled(
         )  # fmt: skip
         for start in range(0, longest, step or longest):
             some = slice(start, start + (step or longest))
-            first = lengths.clamp(max=start)  # sequences that have ended get nothing more
+            first = lengths.clamp(max=start)  # nothing is added to sequences that are complete
             store.write(k[:, :, some], v[:, :, some], table, first, (lengths - first).clamp(max=step or longest))
         stores.append(Filled(store, table, lengths, q))
     return stores[0] if len(stores) == 1 else stores
 
 
 def unlike(ours, theirs) -> list[str]:
-    """The fields in which what two stores give back of any sequence differs."""
+    """The fields in which any sequence differs when it is read back from both stores."""
     found = []
     for b, tokens in enumerate(ours.lengths.tolist()):
         for one, other in zip(*(x.store.read(x.table[b], tokens) for x in (ours, theirs)), strict=True):
@@ -102,18 +102,19 @@ def unlike(ours, theirs) -> list[str]:
 
 
 def differs(made, features, offset=None, *, deterministic=False, **shape) -> str:
-    """What attention to pages that are filled so has wrong."""
+    """As `wrong`, for a store that is filled with these arguments of `filled`."""
     return wrong(filled(made, **shape), features, offset, deterministic=deterministic)
 
 
 def wrong(case, features, offset=None, *, deterministic=False) -> str:
-    """What of attention to pages is not the emulation's, or further from float64 on the same codes than P's rounding allows."""
+    """Names a result of attention to pages that differs from the emulation, or is further from float64 on the same codes than
+    P's rounding allows. Empty if none is."""
     made = case.store.scheme
     expected, expected_lse = case.emulated(features, offset)
     out, lse = case.attend(features, offset=offset, deterministic=deterministic)
     operands = [case.operands(b) for b in range(len(case.lengths))]
     reach, more = max(v.dequantize().abs().max() for _, _, v in operands), gpu_rounding(out, made)
-    # a code of P may fall on the other side of a tie: one step in a few rows
+    # a code of P close to a tie may be rounded the other way: one step in a few rows
     step = 2**-3 if made.p.precision.startswith("fp8") else 1 / (made.p.format.largest or 512)
     if not (out - expected).abs().max() <= step * reach:
         return "output"

@@ -1,4 +1,4 @@
-"""What one thread does with its registers: each instruction as a function of arrays, an element a thread, of raw bits."""
+"""Arithmetic instructions, as functions of arrays with one element, of raw bits, per thread."""
 
 from collections.abc import Callable
 from functools import cache
@@ -17,13 +17,13 @@ MODES = {
     "min": OF_EXTREMES, "max": OF_EXTREMES, "mul": {"rn", "ftz", "lo", "hi", "wide"},
     "cvt": {"rn", "rz", "rni", "rzi", "sat", "satfinite"}, "cvta": {"local"},
 }  # fmt: skip
-"""Modifiers that are heeded, by instruction; any other is an error."""
+"""Modifiers that are supported, by instruction; any other is an error."""
 USUAL_MODES = {"rn", "ftz", "approx", "full", "lo", "wide"}
 
 
 @cache
 def bits(kind: str) -> int:
-    """Of a type; of both halves where it is a pair."""
+    """The bits of a type, of both halves for a pair."""
     if kind == "pred":
         return 1
     name, _, pair = kind.partition("x")
@@ -66,13 +66,13 @@ TORCH = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "e5m2": torch.floa
 
 
 def cut(x: Array) -> Array:
-    """To float16, toward zero."""
+    """Convert to float16, rounding toward zero."""
     found = x.astype(np.float16)
     return np.where(np.abs(found.astype(x.dtype)) > np.abs(x), np.nextafter(found, np.float16(0)), found)
 
 
 def flushed(x: Array) -> Array:
-    """Without what is too small to be normal."""
+    """Flush subnormal numbers to zero."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
@@ -103,7 +103,7 @@ def truncated(a: Array, b: Array) -> Array:
 
 
 def shifted(function: Function) -> Function:
-    """By as many bits as there are at most, where numpy leaves the result open."""
+    """Shift, with larger counts clamped to the width, for which numpy leaves the result undefined."""
 
     def shift(a: Array, by: Array) -> Array:
         most = 8 * a.dtype.itemsize

@@ -1,4 +1,4 @@
-"""What is begun and done later, and where warps wait for one another."""
+"""Asynchronous operations, and barriers where warps wait for one another."""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 from ptx.text import Instruction
 
 Finish = Callable[[], None]
-"""Does what was begun."""
+"""Completes an asynchronous operation."""
 
 Ready = Callable[[], bool]
 """Whether warps that wait may go on."""
 
 
 class Later:
-    """What is begun and done in groups, as late as may be: when a group is waited for."""
+    """Asynchronous operations in groups. Each completes as late as is allowed: when its group is waited for."""
 
     def __init__(self) -> None:
         self.begun: list[Finish] = []
@@ -34,7 +34,7 @@ class Later:
                 finish()
 
     def taken(self) -> list[Finish]:
-        """All of it, which somebody else does from now on."""
+        """Hand over all operations that are not complete; the caller completes them."""
         found = [finish for group in (*self.groups, self.begun) for finish in group]
         self.groups.clear()
         self.begun = []
@@ -42,8 +42,8 @@ class Later:
 
 
 class Barrier:
-    """An mbarrier: a phase ends with as many arrivals as it was made for, and what was copied until then is there when somebody
-    has waited for that."""
+    """An mbarrier: a phase ends after `count` arrivals. The copies that arrived with it complete when a thread has waited for
+    the phase."""
 
     def __init__(self, count: int) -> None:
         self.count = self.lacking = count
@@ -52,7 +52,7 @@ class Barrier:
         self.ended: list[Finish] = []
 
     def arrive(self, count: int, copies: Iterable[Finish] = ()) -> None:
-        """So many threads, with copies that they began. Raises AssertionError where that is more than a phase lacks."""
+        """Count `count` arrivals, with copies that these threads began. Raises AssertionError for more than the phase lacks."""
         assert count <= self.lacking, f"{count} arrivals at a barrier that lacks {self.lacking} of {self.count}"
         self.arrived += copies
         self.lacking -= count
@@ -62,7 +62,7 @@ class Barrier:
             self.arrived = []
 
     def passed(self, parity: int) -> bool:
-        """Whether the last phase of that parity has ended."""
+        """Whether the last phase of this parity has ended; if so, its copies complete."""
         if self.phase % 2 == parity:
             return False
         for finish in self.ended:
@@ -72,13 +72,13 @@ class Barrier:
 
 
 class Meeting:
-    """A barrier by number, `bar.sync`: nobody goes on before so many threads are there."""
+    """A numbered barrier, `bar.sync`: no thread proceeds before all have arrived."""
 
     def __init__(self) -> None:
         self.present = self.held = 0
 
     def come(self, count: int, wanted: int) -> Ready:
-        """So many threads, of those that it is held for."""
+        """`count` threads arrive, of the `wanted` that the barrier is for. Returns whether they may proceed, as a function."""
         own = self.held
         self.present += count
         if self.present == wanted:

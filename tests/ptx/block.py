@@ -1,4 +1,4 @@
-"""One block of threads: what they share, and in which order they take turns."""
+"""Simulates one block of threads: its shared memory and barriers, and the scheduling of its warps."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,15 +14,21 @@ WARPGROUP = 128
 
 
 class Deadlock(Exception):
-    """Nobody can go on."""
+    """All warps wait for one another."""
 
 
 class Block:
-    """Shared memory and barriers, and threads that go through a kernel together: all of them, or, where warpgroups have
-    registers of their own number and so part, each warpgroup."""
+    """Shared memory, barriers, and groups of threads that run in lockstep: each warpgroup is one if the kernel is
+    warp-specialized, which `setmaxnreg` shows; else all threads are."""
 
     def __init__(self, kernel: Kernel, given: dict[str, bytes], memory: Memory, shared: int, place: dict[str, int]):
-        """Of each parameter's bytes, memory, how many bytes are shared, and special registers that are one for all threads."""
+        """
+        Args:
+            given: the bytes of each parameter.
+            memory: global memory.
+            shared: bytes of shared memory.
+            place: special registers with the same value for all threads, such as the block's index.
+        """
         self.kernel, self.given, self.memory = kernel, given, memory
         self.held = np.full(RESERVED + shared, 0xFF, np.uint8)  # NaN in every type, until it is written
         self.shared = Memory([(RESERVED, self.held[RESERVED:])])
@@ -34,13 +40,14 @@ class Block:
 
     @property
     def unfenced(self) -> int:
-        """Products of bytes that were fresh or unmet when they were begun: tensor cores need not see those."""
+        """How many products read shared memory that was written without a fence or barrier before: tensor cores need not see
+        such writes."""
         return sum(warps.unfenced for warps in self.warps)
 
     def run(self, order: Sequence[int] = ()) -> None:
-        """From the first instruction to `ret`. Whoever can go on and comes first in `order` does, of all where that is empty.
+        """Run from the first instruction to `ret`. Of the groups that can proceed, the first in `order` (default: all) does.
 
-        Raises OutOfBounds; NotImplementedError for what no kernel here has needed; Deadlock where all wait.
+        Raises OutOfBounds; NotImplementedError for instructions that no kernel here has needed; Deadlock where all wait.
         """
         going = {place: self.warps[place].run() for place in order or range(len(self.warps))}
         ready = dict.fromkeys(going, lambda: True)

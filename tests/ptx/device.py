@@ -49,8 +49,8 @@ def flat(values, signature):
 
 
 def launch(compiled, grid, values, order=()) -> int:
-    """Run a compiled kernel, block by block, whose warpgroups go on in that order; how many products tensor cores began of what
-    they need not see yet."""
+    """Run a compiled kernel block by block, the warpgroups of a block in the given order. Returns how many products of tensor
+    cores read shared memory that they need not see yet."""
     unfenced = 0
     kernel = text.read(compiled.asm["ptx"])
     arguments = list(flat(values, compiled.src.signature.values()))
@@ -85,7 +85,7 @@ def absent(capability: int) -> Iterator[None]:
 
 @contextmanager
 def stand_in(monkeypatch, capability: int) -> Iterator[list]:
-    """Let launches of Triton run here, and the package take a CPU for such a GPU; a list of all kernels that ran."""
+    """Run Triton's launches in this simulation, with CPU tensors taken for a GPU's. Yields the list of kernels that ran."""
     from triton.runtime.errors import OutOfResources
     from triton.runtime.jit import JITFunction
 

@@ -1,4 +1,4 @@
-"""Memory as a kernel sees it: the tensors that it was given, and nothing else; and what a block shares."""
+"""Memory as a kernel sees it: the tensors that it is given and nothing else, and the shared memory of a block."""
 
 import ctypes
 from collections.abc import Iterable
@@ -14,14 +14,14 @@ RESERVED = 1024
 
 
 class OutOfBounds(Exception):
-    """An access to what is not there, or at an address that is no multiple of its size."""
+    """An access outside of all allocations, or at an address that is not a multiple of its size."""
 
 
 class Memory:
     """Pieces of memory by their addresses."""
 
     def __init__(self, pieces: Iterable[tuple[int, Array]]):
-        """Of addresses and their bytes, which may not overlap."""
+        """From pairs of an address and the bytes there, which may not overlap."""
         self.pieces = sorted(pieces, key=lambda piece: piece[0])
         self.starts = np.array([start for start, _ in self.pieces], np.uint64)
 
@@ -55,7 +55,7 @@ class Memory:
 
 
 def of_tensors(tensors: Iterable[torch.Tensor]) -> Memory:
-    """All that these tensors hold, and nothing between them."""
+    """The memory of these tensors, and nothing between them."""
     spans = []
     for tensor in tensors:
         if tensor.numel():

@@ -1,4 +1,4 @@
-"""The text of a kernel in PTX, read into instructions."""
+"""Parses the PTX text of a kernel into instructions."""
 
 import re
 from collections.abc import Iterator
@@ -88,7 +88,7 @@ def instruction(statement: str) -> Instruction:
 
 
 def split(operands: str) -> list[str]:
-    """At the commas outside of brackets."""
+    """Split at the commas outside of brackets."""
     return [each.strip() for each in re.split(r",(?![^{]*\})", operands) if each.strip()]
 
 

@@ -1,4 +1,4 @@
-"""Threads that go through a kernel together, and what each instruction does for all of them."""
+"""Threads that run in lockstep, and what each instruction does for all of them."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 NOTHING = {"fence", "membar", "wgmma.fence", "griddepcontrol"}
-"""What orders threads that here are never out of order."""
+"""Instructions that order memory accesses, which are never out of order here."""
 
 
 class Warps:
-    """Registers, an array of these threads each."""
+    """The state of threads that run in lockstep: each register is an array with an element per thread."""
 
     def __init__(self, block: "Block", threads: range, place: dict[str, int]):
-        """Of a block, which of its threads, and special registers that are one for all."""
+        """`threads` are the indices in the block; `place` has the special registers with the same value for all."""
         self.block, self.kernel, self.threads = block, block.kernel, np.array(threads)
         special = {
             "%tid.x": self.threads,
@@ -39,14 +39,14 @@ class Warps:
         self.all = np.ones(len(self.threads), bool)
         self.copies, self.products = Later(), Later()
         self.fresh = np.zeros(len(block.held), bool)
-        """Bytes of shared memory that anybody has written since these threads' last `fence.proxy.async`."""
+        """Bytes of shared memory that any thread has written since these threads' last `fence.proxy.async`."""
         self.unmet = np.zeros(len(block.held), bool)
-        """Bytes that these threads have written since their last `bar.sync`: other warps need not see what one wrote."""
+        """Bytes of shared memory that these threads have written since their last `bar.sync`: other warps need not see them."""
         self.unfenced = 0
         self.most = self.kernel.most
-        """Registers of a thread."""
+        """Registers per thread, as `setmaxnreg` counts them."""
         self.own = np.full((len(self.threads), self.kernel.local), 0xFF, np.uint8)
-        """What each thread keeps in memory, for itself."""
+        """Local memory of each thread."""
         self.memories = {
             "global": block.memory,
             "shared": block.shared,
@@ -55,13 +55,14 @@ class Warps:
         self.at: Instruction | None = None
 
     def run(self) -> Iterator[Ready]:
-        """From the first instruction to `ret`, with pauses: until it may go on, or for others whom it has let go on."""
+        """Run from the first instruction to `ret`. Where it has to wait, or others may proceed, it yields a function that says
+        whether it may go on."""
         body = self.kernel.body
         labels: dict[str, list[int]] = {}
         for at, each in enumerate(body):
             if each.opcode.endswith(":"):
                 labels.setdefault(each.opcode[:-1], []).append(at)
-        # threads by what they do next: those furthest behind go first, so that others wait where paths meet
+        # threads by their next instruction. Those furthest behind go first, so that diverged paths join again
         waiting = {0: self.all}
         while waiting:
             at = min(waiting)
@@ -73,7 +74,7 @@ class Warps:
                 leaving = self.guard(each)
                 ahead = {at + 1: self.active & ~leaving}
                 if each.opcode.startswith("bra"):
-                    # scopes of inline assembly have labels of one name
+                    # scopes of inline assembly may reuse a label: take the nearest
                     ahead[min(labels[each.operands[0]], key=lambda place: abs(place - at))] = leaving
             elif not each.opcode.endswith(":"):
                 pause = self.step(each)
@@ -88,14 +89,14 @@ class Warps:
                 waiting[at] = threads
 
     def guard(self, each: Instruction) -> Array:
-        """Threads that an instruction is for."""
+        """The threads that execute an instruction, by its predicate."""
         if each.guard is None:
             return self.active
         taken = self.registers[each.guard.lstrip("!")]
         return self.active & (~taken if each.guard[0] == "!" else taken)
 
     def value(self, operand: Operand, width: int) -> Array:
-        """An operand's bits, an element a thread."""
+        """An operand's bits, one element per thread."""
         if operand in self.registers:
             found = self.registers[operand]
         elif isinstance(operand, tuple):
@@ -104,13 +105,13 @@ class Warps:
         elif operand.startswith("__local_depot"):
             found = self.own.ctypes.data + np.arange(len(self.threads), dtype=np.uint64) * np.uint64(self.kernel.local)
         elif operand[0] == "%":
-            found = ~np.zeros(len(self.threads), RAW[width])  # nobody has written it: NaN
+            found = ~np.zeros(len(self.threads), RAW[width])  # never written: NaN
         else:
             found = np.full(len(self.threads), number(operand, width))
         return found.astype(RAW[width], copy=False)
 
     def write(self, to: Operand, found: Array, guard: Array) -> None:
-        """Keep a result in a register, in those threads that `guard` says; a narrow one is widened as its type says."""
+        """Write a result to a register of the threads that execute; a narrow one is extended by its type."""
         if isinstance(to, tuple):
             parts = found if found.ndim == 2 else np.ascontiguousarray(found)[:, None].view(RAW[8 * found.itemsize // len(to)])
             for place, each in enumerate(to):
@@ -131,7 +132,7 @@ class Warps:
         return (base + base.dtype.type(where.offset % 2 ** (8 * base.itemsize))).astype(np.uint64)
 
     def step(self, each: Instruction) -> Ready | None:
-        """One instruction of all threads; when they may go on, where that is not at once."""
+        """Execute one instruction. If the threads have to wait, returns a function that says whether they may go on."""
         name, guard = each.opcode.partition(".")[0], self.guard(each)
         if name in ("bar", "barrier", "mbarrier", "setmaxnreg") or each.opcode.startswith("cp.async.mbarrier"):
             return self.wait(each, guard)
@@ -161,12 +162,12 @@ class Warps:
         return None
 
     def wait(self, each: Instruction, guard: Array) -> Ready | None:
-        """Where warps wait for one another, and what lets others go on."""
+        """Barriers: instructions by which warps wait for one another or let others go on."""
         name, does, *_ = each.opcode.split(".")
         if name in ("bar", "barrier"):
             self.unmet[:] = False
             if len(self.threads) == self.kernel.threads:
-                return None  # who goes together is together
+                return None  # these threads run in lockstep anyway
             place, *count = (int(x) for x in each.operands)
             return self.block.meetings[place].come(int(guard.sum()), *count or [self.kernel.threads])
         if name == "setmaxnreg":
@@ -185,7 +186,7 @@ class Warps:
         if (name, does) not in (("mbarrier", "arrive"), ("cp", "async")):
             raise NotImplementedError(each.opcode)
         if name == "cp":
-            # without `noinc` a thread takes back what its arrival counts
+            # without `noinc` the arrival is balanced by one more expected arrival, so it counts nothing
             barriers[at].arrive(int(guard.sum()) * ("noinc" in each.opcode), self.copies.taken())
         else:
             times = int(each.operands[-1]) if isinstance(each.operands[-1], str) else 1
@@ -239,7 +240,7 @@ class Warps:
             warps.fresh[places] = True
 
     def copy(self, each: Instruction, guard: Array) -> None:
-        """`cp.async`: until it is waited for, nobody knows what is there."""
+        """`cp.async`: the destination is undefined until the copy is waited for."""
         if each.opcode in ("cp.async.commit_group", "cp.async.wait_group", "cp.async.wait_all"):
             self.copies.order(each)
         else:
@@ -254,7 +255,7 @@ class Warps:
         """`wgmma.mma_async`: reads its operands, in registers and in shared memory, when it is waited for."""
         to, a, b, scaled, *rest = each.operands
         does = matrices.Wgmma.of(each.opcode)
-        # of floats two signs; then, of 16 bits, whether operands in shared memory lie with their rows side by side
+        # floats have two sign flags; 16-bit types then have flags for operands in shared memory that are transposed
         assert set(rest[:2]) <= {"1"}, f"{each.opcode}: an operand with its sign turned"
         across = [False, False, *(each == "1" for each in rest[2:])][-2:]
         rows = None if isinstance(a, tuple) else does.places(self.value(a, 64), False, across[0])
@@ -286,7 +287,7 @@ class Warps:
             self.share(rows, found, np.ones(len(rows), bool))
 
     def together(self, each: Instruction) -> None:
-        """What threads of a warp do with each other's registers."""
+        """Instructions by which the threads of a warp exchange registers."""
         to, *given = each.operands
         if each.opcode.startswith("shfl"):
             found = matrices.shuffled(each.opcode.split(".")[2], *(self.value(x, 32) for x in given[:3]))
@@ -306,7 +307,7 @@ class Warps:
 
 
 def space_and_type(each: Instruction) -> tuple[str, str]:
-    """Of a load or store. An address of no space in particular is one of what a thread keeps for itself: others say theirs."""
+    """The state space of a load or store. Generic addresses, without one, are taken for local memory: others name theirs."""
     _, *parts, kind = each.opcode.split(".")
     return next((part for part in parts if part in ("param", "global", "shared", "local")), "local"), kind
 

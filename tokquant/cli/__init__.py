@@ -50,7 +50,7 @@ def plugins(
     ] = None,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)] = False,
 ) -> None:
-    """Load what the user brings before a command runs."""
+    """Load the user's plugins before a command runs."""
     for path in plugin or []:
         load(path)
 

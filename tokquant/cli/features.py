@@ -1,4 +1,4 @@
-"""Features of attention as options of a command that makes kernels: what a kernel is to have, and tensors to time it with."""
+"""Features of attention as command line options: the features that a kernel supports, and random tensors to time it with."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
@@ -30,7 +30,7 @@ SharedHeads = Annotated[int, typer.Option("--shared-heads", min=1, help="Heads o
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What the options say. Raises ValueError for a kind that is none, or a softcap that is not above zero."""
+    """The features that the options ask for. Raises ValueError for an unknown kind, or a softcap that is not above zero."""
 
     causal: bool
     window: int | None

@@ -35,7 +35,7 @@ ScaleFile = Annotated[
 ScaleFiles = Annotated[
     list[Path] | None, typer.Option("--scales", help="Calibrated scales; adds the scheme they were made for; repeat for more.")
 ]
-# Any, for the functions take names of types of their own; `parser`, since older versions of typer refuse Any without it
+# annotated as Any, since functions annotate these with types of their own; `parser`, since older versions of typer need it then
 Backend = Annotated[Any, typer.Option("--backend", parser=str, metavar="<str>", help="auto, triton, cpu or reference.")]
 Causal = Annotated[
     bool, typer.Option("--causal", help="Each query sees the keys up to its own; the last query is at the last key.")
@@ -117,7 +117,7 @@ class Layers(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
 
     @property
     def head_dims(self) -> str:
-        """Of all layers, in words."""
+        """The head_dims of all layers, as text."""
         return " and ".join(map(str, sorted(self.file.head_dims())))
 
     def each(self, what: str) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
@@ -127,7 +127,7 @@ class Layers(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
 
     @contextmanager
     def naming(self, layer: str) -> Iterator[None]:
-        """Put file and layer before the message of what goes wrong inside."""
+        """Prefix the message of an error that is raised inside with the file and the layer."""
         try:
             yield
         except (ValueError, TypeError, NotImplementedError) as error:

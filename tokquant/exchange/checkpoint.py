@@ -1,4 +1,4 @@
-"""Scales out of a checkpoint that llm-compressor, ModelOpt or the like has written."""
+"""Imports attention scales from a checkpoint that llm-compressor, ModelOpt or the like has written."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from tokquant.exchange.shards import Found, Scale, find, names, read, read_json
 from tokquant.schemes import QuantScheme, resolve
 
 ATTENTION = re.compile(r"(?P<layer>.+)\.(?:k|qkv)_proj\.weight(?:_packed)?")
-"""The weights by which a layer of attention is known."""
+"""The weights by which an attention layer is recognized."""
 
 
 def import_checkpoint_scales(path: str | os.PathLike, scheme: QuantScheme | str | None = None) -> Scales:
@@ -51,7 +51,7 @@ def import_checkpoint_scales(path: str | os.PathLike, scheme: QuantScheme | str 
 
 
 def _granularity(scales: list[Scale]) -> str:
-    """That of all of them."""
+    """The granularity that all these scales have. Raises ScalesError where they differ."""
     first = scales[0]
     for scale in scales:
         if scale.granularity != first.granularity:
@@ -62,7 +62,7 @@ def _granularity(scales: list[Scale]) -> str:
 
 
 def _check_whole(found: list[Found], scales: Mapping[tuple[str, str], Scale], files: Mapping[str, Path]) -> None:
-    """Every layer has the scales that any has, and so has every layer like those."""
+    """Raise ScalesError unless all layers with scales have the same ones, and every attention layer of that kind has them."""
     roles = sorted({"k", "v"} | {role for _, role in scales})
     for each in found:
         for role in roles:
@@ -77,7 +77,7 @@ def _check_whole(found: list[Found], scales: Mapping[tuple[str, str], Scale], fi
 
 
 def _check_config(folder: Path, implied: QuantScheme) -> None:
-    """What config.json, or ModelOpt's hf_quant_config.json, says of these scales must be what they look like."""
+    """Raise ScalesError where config.json, or ModelOpt's hf_quant_config.json, contradicts the scheme that the scales imply."""
     for path, key in ((folder / "config.json", "quantization_config"), (folder / "hf_quant_config.json", "quantization")):
         config = read_json(path).get(key) if path.is_file() else None
         if not isinstance(config, Mapping):
@@ -97,7 +97,7 @@ def _check_config(folder: Path, implied: QuantScheme) -> None:
 
 
 def _check_scheme(path: Path, scheme: QuantScheme, implied: QuantScheme) -> None:
-    """P, and Q where its scales are not those of the checkpoint, may be anything: they do not touch the scales of K and V."""
+    """Raise ScalesError where K, V or a static Q of `scheme` differ from what the scales imply. P may be anything."""
     free: dict[str, Any] = {"p": implied.p, "normalizer": implied.normalizer, "cache": implied.cache}
     if scheme.q.scale != "static":
         free["q"] = implied.q

@@ -11,7 +11,7 @@ from tokquant.errors import SchemeError, nearest, quote
 from tokquant.schemes import QuantScheme, SchemeMap, read, resolve
 
 STRATEGIES = {"head": "attn_head", "tensor": "tensor"}
-"""Granularities by their names there."""
+"""compressed-tensors' names of granularities."""
 ARGS = (
     *("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic"),
     *("actorder", "scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
@@ -27,7 +27,7 @@ def to_compressed_tensors(
 ) -> dict[str, Any]:
     """The `quantization_config` of a config.json that describes what `scheme` does to the KV cache, or to Q, K and V.
 
-    `targets` are the attention modules, by class or as `re:` and a pattern of their names; they count where Q has codes.
+    `targets` are the attention modules, by class or as `re:` and a pattern of their names; used only if Q is quantized.
 
     Raises SchemeError for every part of the scheme that cannot be expressed, with what could be; TypeError for other targets.
     """
@@ -81,13 +81,13 @@ def from_compressed_tensors(block: Mapping[str, Any]) -> QuantScheme:
 
 
 def attention_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a quantization_config says of attention: QuantizationArgs by their place in it."""
+    """The parts of a quantization_config that are about attention: QuantizationArgs by their dotted path."""
     found = {}
     if config.get("kv_cache_scheme") is not None:
         found["kv_cache_scheme"] = config["kv_cache_scheme"]
     groups = config.get("config_groups")
     for name, group in groups.items() if isinstance(groups, Mapping) else ():
-        # what has weights is a linear layer, those of attention too
+        # groups that quantize weights are of linear layers, even if the target is attention's
         if isinstance(group, Mapping) and group.get("weights") is None and group.get("input_activations") is not None:
             targets = str(group.get("targets")).lower()
             if "attn" in targets or "attention" in targets:
@@ -96,7 +96,7 @@ def attention_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fp8_scheme(granularity: str, q: bool = False) -> QuantScheme:
-    """What the field calls fp8 attention scales: e4m3 codes, `real = code * scale`, float32 scales that were calibrated."""
+    """The scheme of fp8 attention scales as engines use them: e4m3 codes, `real = code * scale`, calibrated float32 scales."""
     static = {"precision": "fp8_e4m3", "granularity": granularity, "scale": "static"}
     plain = {"precision": "fp16"}
     operands: dict[str, Any] = {"q": static if q else plain, "k": static, "v": static, "p": plain}
@@ -104,7 +104,7 @@ def fp8_scheme(granularity: str, q: bool = False) -> QuantScheme:
 
 
 def expressible(given: QuantScheme | SchemeMap | str) -> QuantScheme:
-    """The scheme, where it is one that those files can express. Raises SchemeError, with a line for each part that is not."""
+    """The scheme, if compressed-tensors can express it. Raises SchemeError, with a line for each part that it cannot."""
     found = read(given)
     if isinstance(found, SchemeMap) and found.only() is None:
         raise SchemeError(f"scheme: {found.name!r} is a map of layers, and a quantization_config has one scheme for them all")
@@ -117,11 +117,11 @@ def expressible(given: QuantScheme | SchemeMap | str) -> QuantScheme:
 
 
 def differences(scheme: QuantScheme, theirs: QuantScheme) -> list[tuple[str, str, str]]:
-    """The parts in which `scheme` does something else than `theirs`: place, value, and theirs.
+    """The parts in which `scheme` and `theirs` differ in effect, as (dotted path, value in `scheme`, value in `theirs`).
 
     Names, the 16-bit type of Q and P and the size of a page do not count.
     """
-    # part by part, so that a part that a scheme may have one day is not forgotten
+    # all fields are compared, so that a field that is added to schemes is not forgotten
     written, wanted = scheme.model_dump(mode="json", exclude={"name"}), theirs.model_dump(mode="json", exclude={"name"})
     if not scheme.q.scaled and not theirs.q.scaled:
         written["q"] = wanted["q"] | {"smooth": scheme.q.smooth}
@@ -136,7 +136,7 @@ def differences(scheme: QuantScheme, theirs: QuantScheme) -> list[tuple[str, str
 
 
 def _by_place(dump: dict[str, Any]) -> dict[str, str]:
-    """Every part of a scheme by its dotted path."""
+    """Every part of a scheme, as text, by its dotted path."""
     found = {}
     for name, part in dump.items():
         fields = {f"{name}.{field}": value for field, value in part.items()} if name in ("q", "k", "v") else {name: part}
@@ -145,7 +145,7 @@ def _by_place(dump: dict[str, Any]) -> dict[str, str]:
 
 
 def _text(value: object) -> str:
-    """A part as a scheme writes it."""
+    """A value as a YAML scheme writes it."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_text(part)}" for key, part in value.items()) + "}"
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -160,14 +160,14 @@ def _cannot(place: str, written: str, accepted: str) -> str:
 
 
 def _granularity(args: object, place: str) -> str:
-    """The granularity that QuantizationArgs mean. Raises SchemeError where they are not of the one kind above."""
+    """The granularity of QuantizationArgs. Raises SchemeError unless these are 8-bit floats with static scales."""
     if not isinstance(args, Mapping):
         raise SchemeError([(place, f"{quote(args)} is no mapping such as {{num_bits: 8, type: float, strategy: tensor}}")])
     found = []
     for key in args:
         if key not in ARGS:
             found.append((f"{place}.{str(key)[:40]}", f"unknown key; use {', '.join(ARGS)}{nearest(key, ARGS)}"))
-    # what is left out has the default of QuantizationArgs
+    # missing keys have the defaults of QuantizationArgs
     kind, bits = _lower(args.get("type", "int")), args.get("num_bits", 8)
     if kind != "float":
         text = f"{quote(kind)} is not read: its scales are absmax * 2 / (2^bits - 1), for codes that ours lack; use float"

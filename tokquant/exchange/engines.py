@@ -1,4 +1,4 @@
-"""Scales in the files that vLLM, ModelOpt's users and SGLang read."""
+"""Exports scales in the formats that vLLM, users of ModelOpt and SGLang read."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def export_checkpoint_scales(
     model_type: str | None = None,
     tp_size: int = 1,
 ) -> None:
-    """Write fp8 scales, `real = code * scale` in float32, as an engine reads them, atomically.
+    """Write fp8 scales, `real = code * scale` in float32, in the format of an inference engine, atomically.
 
     | format             | names                                              | scales                                     |
     |--------------------|----------------------------------------------------|--------------------------------------------|
@@ -57,7 +57,7 @@ def export_checkpoint_scales(
             f"{layer}.{name[0]}_proj.{name}": value for layer, part in scales.items() for name, value in part.tensors.items()
         }
     if scheme.k.granularity.kind == "tensor":
-        # ModelOpt's are scalars; vLLM takes either
+        # ModelOpt writes scalars; vLLM reads either shape
         tensors = {name: value.reshape([] if format == "modelopt" else [1]) for name, value in tensors.items()}
     written = {name: _float32(value) for name, value in tensors.items()}
     write_atomically(path, safetensors.torch.save(written, {"format": "pt"}))
@@ -84,7 +84,7 @@ def _sglang(scales: Scales, model_type: str | None, tp_size: int) -> dict[str, A
         numbers = re.findall(r"\d+", layer)
         if len(numbers) != 1:
             raise ScalesError(f"{layer}: sglang counts layers, and this name has not one number, as model.layers.0.self_attn")
-        # one number serves both: with the larger neither is clipped, and floats lose nothing but the smallest values
+        # K and V share one scale: with the larger neither is clipped, and fp8 loses precision only in the smallest values
         factors[int(numbers[0])] = max(_float32(value).item() for value in part.tensors.values())
     if sorted(factors) != list(range(len(scales))):
         raise ScalesError(f"sglang needs every layer from 0 on, once; there are {', '.join(list(scales)[:8])}")

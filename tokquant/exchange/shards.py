@@ -1,4 +1,4 @@
-"""The files of a checkpoint: where its tensors are, and those of its scales read, and nothing else."""
+"""The files of a checkpoint: finds its tensors, and reads those that are scales, and no others."""
 
 import json
 import re
@@ -24,7 +24,7 @@ MOST_HEADS = 2**16
 
 @dataclass(frozen=True)
 class Found:
-    """The name of a scale or zero point in a checkpoint: where it is, and whose."""
+    """A scale or zero point in a checkpoint: its file and name, and the layer and operand that it belongs to."""
 
     file: Path
     name: str
@@ -33,7 +33,7 @@ class Found:
     kind: str
 
     def error(self, text: str) -> ScalesError:
-        """That of this tensor."""
+        """An error that names this tensor."""
         return ScalesError(f"{self.file}: {self.name}: {text}")
 
 
@@ -71,7 +71,7 @@ def names(path: Path) -> dict[str, Path]:
 
 
 def find(files: Mapping[str, Path]) -> list[Found]:
-    """The scales and zero points among them, layer by layer. Raises ScalesError for names that contradict themselves."""
+    """The scales and zero points among these tensors, layer by layer. Raises ScalesError for contradictory names."""
     found: list[Found] = []
     for name, file in sorted(files.items(), key=lambda item: natural(item[0])):
         if not (match := NAME.fullmatch(name)):
@@ -87,7 +87,7 @@ def find(files: Mapping[str, Path]) -> list[Found]:
 
 
 def read(found: list[Found]) -> dict[tuple[str, str], Scale]:
-    """The scales by layer and role, in that order; zero points are looked at and left. Raises ScalesError for what is none."""
+    """The scales by layer and role, in the order of `found`. Raises ScalesError for invalid scales and nonzero zero points."""
     by_file: dict[Path, list[Found]] = defaultdict(list)
     for each in found:
         by_file[each.file].append(each)
@@ -110,14 +110,14 @@ def read(found: list[Found]) -> dict[tuple[str, str], Scale]:
                     raise each.error(f"the layer has {scales[key].at.name} too; one of them is to go")
                 if view.get_dtype() not in TYPES:
                     raise each.error(f"{view.get_dtype()} is no type for a scale; use {', '.join(TYPES)}")
-                value = file.get_tensor(each.name).to(torch.float32, copy=True)  # no page of the file
+                value = file.get_tensor(each.name).to(torch.float32, copy=True)  # a copy, not memory-mapped
                 _check_value(each, value)
                 scales[key] = Scale(each, "head" if len(shape) == 3 else "tensor", value.reshape(-1, 1, 1))
     return {key: scales[key] for each in found if (key := (each.layer, each.role)) in scales}
 
 
 def _check_shape(each: Found, shape: list[int]) -> None:
-    # before anything is read: what is not a scale may be large
+    # checked before the values are read: a tensor that is not a scale may be large
     per_head = len(shape) == 3 and shape[1:] == [1, 1] and 1 <= shape[0] <= MOST_HEADS
     if shape not in ([], [1]) and not per_head:
         raise each.error(f"shape {shape} is not [1] (per tensor) or [H, 1, 1] (per head)")

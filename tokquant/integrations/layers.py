@@ -1,4 +1,4 @@
-"""What a user gives for the layers of a model, beside the layers that the model has."""
+"""Checks of the scheme and scales that a user gives for a model's layers against the layers that the model has."""
 
 from collections.abc import Collection
 from fnmatch import fnmatchcase
@@ -12,12 +12,12 @@ from tokquant.schemes import HeadSchemes, QuantScheme, SchemeMap, of_layer, read
 
 
 def scheme_of_layers(scheme: Scheme) -> QuantScheme | SchemeMap:
-    """What a user gives for all layers. Raises SchemeError."""
+    """The scheme for all layers, or the map from layers to schemes, that a user gave. Raises SchemeError."""
     return SchemeMap((("*", scheme),)) if isinstance(scheme, HeadSchemes) else read(scheme)
 
 
 def check_scales_of(scheme: QuantScheme | SchemeMap, scales: object) -> None:
-    """Raise TypeError unless these are scales of layers, or None; ScalesError where no layer could have a use for them."""
+    """Raise TypeError unless `scales` is a Scales or None; ScalesError where no layer's scheme has a static part."""
     if scales is None:
         return
     if not isinstance(scales, Scales):
@@ -29,9 +29,9 @@ def check_scales_of(scheme: QuantScheme | SchemeMap, scales: object) -> None:
 def check_layers(
     scheme: QuantScheme | SchemeMap, scales: Scales | None, model: nn.Module, names: Collection[str], kind: str
 ) -> None:
-    """Raise SchemeError for a pattern of a map that matches none of these names of a `kind` of modules of a model.
+    """Raise SchemeError for a map's pattern that matches none of `names`, the model's layers; `kind` is what errors call these.
 
-    ScalesError for scales of none of them, or of one that has no use for them.
+    Raise ScalesError for scales of a layer that is not there, or whose scheme does not use them.
     """
     if isinstance(scheme, SchemeMap):
         for pattern, _ in scheme.layers:

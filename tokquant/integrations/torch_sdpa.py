@@ -1,4 +1,4 @@
-"""Models that call torch's scaled_dot_product_attention, quantized for the time of a block and without a change in them."""
+"""`quantized_sdpa`: inside a `with` block, calls of torch's scaled_dot_product_attention are quantized, models unchanged."""
 
 import inspect
 import warnings
@@ -29,15 +29,15 @@ class quantized_sdpa(TorchFunctionMode):
     thread goes to `tokquant.scaled_dot_product_attention`, including those of nn.MultiheadAttention and
     nn.TransformerEncoderLayer.
 
-    Blocks nest: the inner one is asked first, and what it leaves to torch goes to the outer one. The fused path of torch's
-    encoder layers, which never calls that function, is off inside.
+    Blocks nest: a call goes to the inner one first, and what that leaves to torch goes to the outer one. The fused path of
+    torch's encoder layers, which never calls that function, is disabled inside.
 
     Args:
         scheme, scales, backend: as for `tokquant.scaled_dot_product_attention`, for every call.
         fallback: what happens to a call that cannot be quantized: `error` raises and says why; `warn` runs it in torch and
             warns, once for each reason and place; `silent` runs it in torch.
 
-    Raises: SchemeError, ScalesError and ValueError at once for what no call could take.
+    Raises: SchemeError, ScalesError and ValueError, when it is made, for arguments that no call could use.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class quantized_sdpa(TorchFunctionMode):
             return torch_attention(*args, **kwargs)
 
     def _leave(self, error: Exception) -> None:
-        """A call is to run in torch: raise, warn or do nothing."""
+        """What `fallback` asks for before a call is left to torch: raise `error`, warn, or nothing."""
         if self.fallback == "error":
             raise error
         if self.fallback == "warn":
-            # the place that called torch
+            # stacklevel points at the line that called torch
             warnings.warn(f"scaled_dot_product_attention is torch's here, not quantized: {error}", stacklevel=4)

@@ -1,4 +1,4 @@
-"""Number formats. One file, one precision: a file in this folder registers itself by being there."""
+"""Number formats, one per file. All files of this folder are imported, and each registers its precision."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -1,4 +1,4 @@
-"""What a precision is, and the registry of them."""
+"""The definition of a precision, and the registry of all precisions."""
 
 import math
 import re
@@ -17,7 +17,7 @@ try:
 except ImportError:  # Triton has wheels for Linux only
 
     class Absent:
-        """What kernels name while their modules are imported; they are plain functions then, which nobody calls."""
+        """Stands in for `triton` and `tl` so that modules of kernels can be imported; kernels are then never called."""
 
         def jit(self, function: Callable) -> Callable:
             return function
@@ -39,13 +39,13 @@ STORED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch
 
 
 def same(codes: Tensor, *_: int) -> Tensor:
-    """Codes that are stored one an element need no packing."""
+    """The identity, for codes that are stored one per element and need no packing."""
     return codes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """How numbers are coded in a few bits: the definition in torch, and the same as fragments of kernels.
+    """How numbers are encoded in a few bits: the definition in torch, and the same as fragments of kernels.
 
     A scaled value `x / s`, clamped to [-largest, largest], goes through `encode` to a code; `decode` gives the
     number that a code stands for; `pack` and `unpack` turn codes into stored elements and back.
@@ -62,7 +62,7 @@ class Precision:
     roles: str = "qkv"
     """The operands that may have it, among q, k, v and p."""
     encode: Callable[[Tensor], Tensor]
-    """Scaled and clamped float32 values -> codes, one an element, rounded half to even."""
+    """Scaled and clamped float32 values -> codes, one per element, rounded half to even."""
     decode: Callable[[Tensor], Tensor]
     """Codes -> float32 values, exactly."""
     pack: Callable[[Tensor], Tensor] = same
@@ -70,15 +70,15 @@ class Precision:
     unpack: Callable[[Tensor, int], Tensor] = same
     """Stored elements and D -> codes `[..., D]`."""
     compute: str
-    """The Triton type of what `triton_decode` gives, as it is written in a kernel."""
+    """The Triton type that `triton_decode` returns, as text for a kernel."""
     triton_decode: Any
     """`@triton.jit`: a stored tile `[N, W]` -> values in `compute`: `[N, W]`, or where packed `[N, W, packed]`, as `tl.join`
     stacks them. How they are then laid side by side is the kernel's choice."""
     triton_decode_ptx: Any = None
     """Replaces `triton_decode` on NVIDIA GPUs: the same values in fewer instructions. It may use inline PTX."""
     triton_decode_high: Any = None
-    """For integers of fewer than 8 bits, the same with every code in the highest bits of its byte: int8, the values times
-    2^(8 - bits). Taken where a scale can undo that, as it needs fewer instructions."""
+    """For integers of fewer than 8 bits: as `triton_decode`, but with each code in the highest bits of its byte, so that the
+    int8 values are 2^(8 - bits) times as large. Used where a scale can undo that, as it needs fewer instructions."""
     triton_decode_high_ptx: Any = None
     """Replaces `triton_decode_high` on NVIDIA GPUs."""
     triton_encode: Any = None
@@ -94,8 +94,8 @@ class Precision:
     """C++: `static inline floats encode_p(floats p)`, which rounds P in units of its codes to what a code stands for. Needed
     for role p on a CPU."""
     cpp_decode: str = ""
-    """C++: an expression for the float32 numbers that the patterns in the low bits of `ints code` stand for. Without it they
-    are looked up in a table of all in memory, more slowly; tables that registers hold are looked up in any case."""
+    """C++: an expression for the float32 values of the stored codes in the low bits of `ints code`. Without it values are
+    looked up in a table in memory, which is slower; tables that fit in registers are used in any case."""
     cpp_quantize: str = ""
     """C++: an expression for the codes of scaled and clamped `floats x`, in the low bits of `ints`: those of `encode`, or of
     integers the number in two's complement. Without it `encode` quantizes on a CPU."""
@@ -128,7 +128,7 @@ class Precision:
 
     @property
     def stored_bits(self) -> float:
-        """Of memory that a code takes: more than `bits` where codes do not fill the element."""
+        """Bits of memory per code: more than `bits` where codes do not fill the stored element."""
         return 8 * self.stored.itemsize / self.packed
 
     @property
@@ -151,7 +151,7 @@ class Precision:
         return torch.equal(values, values.bfloat16().float())
 
     def of(self, dtype: torch.dtype) -> "Precision":
-        """What values of tensors of this type are kept in: 16-bit floats without a scale are the tensor's own."""
+        """The precision that values of a tensor are stored in: for unscaled 16-bit floats the tensor's own type."""
         own = self.bits == 16 and self.largest is None and dtype != torch.float32
         return get({torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]) if own else self
 
@@ -165,14 +165,14 @@ def _above_zero(x: Any) -> bool:
 
 PRECISIONS: dict[str, Precision] = {}
 WHEN_REPLACED: list[Callable[[], None]] = []
-"""What forgets what it made of precisions, which it knows by name."""
+"""Functions that clear caches of what was derived from precisions by name; called when one is replaced."""
 
 
 def register(precision: Precision, *, replace: bool = False) -> Precision:
     """Make a precision known by its name to schemes, quantization and kernels.
 
-    Raises ValueError if the name is taken, unless `replace` is True (useful in a notebook). Codes that were made before, and a
-    KVCache with the kernels that it has, are of the definition that was replaced: quantize again, and make another cache.
+    Raises ValueError if the name is taken, unless `replace` is True (useful in a notebook). Existing codes, and a KVCache with
+    its kernels, keep the definition that was replaced: quantize again, and make a new cache.
     """
     if not isinstance(precision, Precision):
         raise TypeError(f"precision: {quote(precision)}; give a tokquant.Precision")

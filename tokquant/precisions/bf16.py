@@ -22,7 +22,7 @@ def encode_tile(p):
 
 @triton.jit
 def quantize_tile_interpreted(x):
-    # the interpreter's cast cuts
+    # the interpreter's cast truncates instead of rounding
     bits = x.to(tl.int32, bitcast=True)
     rounded = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
     return rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)

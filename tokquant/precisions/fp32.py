@@ -1,4 +1,4 @@
-"""32-bit floats, what a kernel is checked with: stored as they are, without a scale."""
+"""32-bit floats, for checks of kernels without rounding: stored as they are, without a scale."""
 
 import torch
 from torch import Tensor

@@ -39,7 +39,8 @@ def unpack(stored: Tensor, size: int) -> Tensor:
 
 @triton.jit
 def decode_tile(tile):
-    # [N, W] bytes -> [N, W, 2] e4m3: move sign and exponent (its bias grows by 6); the one subnormal, 0.5, is 0x30
+    # [N, W] bytes -> [N, W, 2] e4m3: shift the sign, exponent and mantissa, and add 6 to the exponent, whose bias is 6 larger;
+    # the one subnormal number, 0.5, is 0x30
     code = tl.join(tile & 0xF, tile >> 4)
     magnitude = code & 7
     byte = tl.where(magnitude > 1, (magnitude << 2) + 48, magnitude * 48)
@@ -48,7 +49,7 @@ def decode_tile(tile):
 
 @triton.jit
 def quantize_tile(x):
-    # the midpoints that are passed, a tie going to the even code; a NaN passes none
+    # count the midpoints between values that |x| is above, a tie going to the even code; NaN is above none
     magnitude = tl.abs(x)
     code = (magnitude > 0.25).to(tl.int32) + (magnitude >= 0.75).to(tl.int32) + (magnitude > 1.25).to(tl.int32)
     code += (magnitude >= 1.75).to(tl.int32) + (magnitude > 2.5).to(tl.int32) + (magnitude >= 3.5).to(tl.int32)

@@ -34,8 +34,8 @@ def encode_tile_interpreted(x):
 
 @triton.jit
 def quantize_tile(x):
-    # four values, each rounded once: for compute capability 8.9 Triton 3.6 casts by way of float16, which it cuts, so that what
-    # is just above a tie becomes one
+    # four values, each rounded once. For compute capability 8.9 Triton 3.6 would cast by way of float16 and truncate to that,
+    # which turns values just above a tie into ties
     return tl.inline_asm_elementwise(
         """{
         .reg .b16 low, high;

@@ -27,7 +27,7 @@ def decode_tile(tile):
 
 @triton.jit
 def decode_tile_high(tile):
-    # a byte holds code + 2: with the sign's bit turned round, its two highest bits alone are 64 times the code
+    # a field holds code + 2: moved to the highest bits of a byte, with the sign bit flipped, it is 64 times the code as int8
     even = tl.join(tile << 6, (tile << 2) & 0xC0)
     odd = tl.join((tile << 4) & 0xC0, tile & 0xC0)
     return (tl.join(even, odd).reshape(tile.shape[0], tile.shape[1], 4) ^ 0x80).to(tl.int8, bitcast=True)

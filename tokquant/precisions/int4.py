@@ -30,7 +30,7 @@ def decode_tile(tile):
 
 @triton.jit
 def decode_tile_ptx(tile):
-    # four bytes at a time: with its highest bit set, a byte from which 8 is taken borrows nothing of the next
+    # four bytes at a time: as the highest bit of each byte is set, subtracting 8 from it never borrows from the next byte
     low, high = tl.inline_asm_elementwise(
         """{
         .reg .b32 t;
@@ -55,7 +55,7 @@ def decode_tile_ptx(tile):
 
 @triton.jit
 def decode_tile_high(tile):
-    # a byte holds code + 8: with the sign's bit turned round, its high half alone is 16 times the code
+    # a nibble holds code + 8: moved to the high half of a byte, with the sign bit flipped, it is 16 times the code as int8
     return tl.join((tile << 4) ^ 0x80, (tile & 0xF0) ^ 0x80).to(tl.int8, bitcast=True)
 
 

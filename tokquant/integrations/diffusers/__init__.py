@@ -1,4 +1,4 @@
-"""tokquant as the attention of diffusers' models: a backend under a name, or schemes for the layers of one model.
+"""tokquant as the attention of diffusers models: a named attention backend, or schemes for the layers of one model.
 
 Importing this does not import diffusers.
 """

@@ -1,4 +1,4 @@
-"""What diffusers calls: its arguments, in the words of `tokquant.attention`."""
+"""The function that diffusers calls: translates its arguments to those of `tokquant.attention`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,17 @@ from tokquant.schemes import HeadSchemes, LayerScheme
 
 
 def function_of(scheme: LayerScheme, scales: LayerScales | None, backend: Backend) -> Callable:
-    """Attention by a scheme as diffusers calls it. Raises SchemeError, ScalesError, TypeError or ValueError at once."""
+    """Attention by a scheme, with the signature of a diffusers backend.
+
+    Raises SchemeError, ScalesError, TypeError or ValueError for arguments that do not fit, before any call.
+    """
     check_backend(backend)
     if isinstance(scheme, HeadSchemes):
         check_heads(scheme, scheme.heads, scales)
     else:
         check_scales(scheme, scales)
 
-    # the names are diffusers', which gives a backend those that it has and drops the others without a word
+    # the parameters have diffusers' names: it passes a backend those that its signature has, and drops others silently
     def attend(
         query: Tensor,
         key: Tensor,
@@ -60,7 +63,7 @@ def function_of(scheme: LayerScheme, scales: LayerScales | None, backend: Backen
 
 
 def _mask(mask: object, batch: int, n_k: int) -> Tensor | None:
-    """A mask that broadcasts to `[B, H, N_q, N_k]`. One of `[B, N_k]` is of keys, as in diffusers' own backends."""
+    """A mask that broadcasts to `[B, H, N_q, N_k]`. A shape of `[B, N_k]` masks keys, as in diffusers' own backends."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):

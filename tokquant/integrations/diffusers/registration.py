@@ -1,4 +1,4 @@
-"""`register` and `use`: the two ways in which a model of diffusers comes to a scheme."""
+"""`register` and `use`: the two ways to give a diffusers model a scheme."""
 
 import re
 import warnings
@@ -24,17 +24,17 @@ def register(
     """Make a scheme known to diffusers as an attention backend.
 
     From then on `model.set_attention_backend(name)`, `attention_backend(name)` and the environment variable
-    DIFFUSERS_ATTN_BACKEND take it, the last if this comes before the first import of a model. Registering a name again replaces
-    its scheme, in models that have it too.
+    DIFFUSERS_ATTN_BACKEND accept it, the last if this call precedes the first import of a model. Registering a name again
+    replaces its scheme, also in models that use it already.
 
     Args:
         scheme: a QuantScheme, a preset's name, or the path of a YAML file. `use` takes maps of layers.
-        scales: for a static scheme, one layer's; they serve all layers. `use` takes those of each.
-        name: lower-case, and none of diffusers' own.
-        backend: as for `tokquant.attention`, but that `auto` always quantizes.
+        scales: for a static scheme, those of one layer, which are used in all layers. `use` takes scales per layer.
+        name: lower-case, and not the name of one of diffusers' own backends.
+        backend: as for `tokquant.attention`, except that `auto` always quantizes.
 
     Raises:
-        ImportError: diffusers is not installed. UnsupportedError: one whose backends are others than those known here.
+        ImportError: diffusers is not installed. UnsupportedError: a version of diffusers with other backends than supported.
         SchemeError, ScalesError, TypeError, ValueError: arguments that do not fit; nothing is registered then.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_.-]+", name):
@@ -50,26 +50,26 @@ def register(
 
 
 def unregister(name: str = "tokquant") -> None:
-    """Take a registered backend back. Models that still have it say so when they run. Raises ValueError for an unknown name."""
+    """Remove a registered backend. Models that still use it raise an error when they run. ValueError for an unknown name."""
     surface.remove(name)
 
 
 def use(model: Model, scheme: Scheme = "int8", *, scales: Scales | None = None, backend: Backend = "auto") -> Model:
-    """Let one model attend by a scheme, or each of its layers by its own. Returns the model.
+    """Quantize the attention of one model, all layers by one scheme or each by its own. Returns the model.
 
-    Nothing needs to be registered, and other models do not change. `model.reset_attention_backend()` takes it back.
+    Nothing needs to be registered, and other models do not change. `model.reset_attention_backend()` undoes it.
 
     Args:
         model: `pipe.transformer`, say. Layers have the names of `model.named_modules()`: `transformer_blocks.0.attn`.
         scheme: a QuantScheme, a preset's name, the path of a YAML file, or a SchemeMap of layers.
-        scales: for static schemes, of layers of the same names.
-        backend: as for `tokquant.attention`, but that `auto` always quantizes.
+        scales: for static schemes, those of each layer, by the same names.
+        backend: as for `tokquant.attention`, except that `auto` always quantizes.
 
     Raises:
         SchemeError: as `register`; a layer that no pattern of a map matches, or a pattern that matches no layer.
         ScalesError: scales that are missing, unused, or of a layer that is not there.
-        UnsupportedError: as `register`; a model whose attention takes no backends. Where that is some layers, it is a warning.
-        ImportError, TypeError, ValueError: as `register`. The model is then as it was.
+        UnsupportedError: as `register`; a model none of whose layers takes a backend. If only some do not, that is a warning.
+        ImportError, TypeError, ValueError: as `register`. After an error the model is as it was.
     """
     layers = _layers(model)
     given = scheme_of_layers(scheme)
@@ -91,11 +91,11 @@ def use(model: Model, scheme: Scheme = "int8", *, scales: Scales | None = None, 
 
 
 _shared: WeakValueDictionary[tuple[LayerScheme, Backend], Any] = WeakValueDictionary()
-"""Backends of schemes without scales, as long as a model has them."""
+"""Backends of schemes without scales, kept as long as a model uses them."""
 
 
 def _backend(scheme: LayerScheme, scales: LayerScales | None, backend: Backend) -> Any:
-    """One for all layers of a scheme, but for scales: torch.compile then compiles them once."""
+    """The backend of a scheme. Layers without scales share one, so that torch.compile compiles them only once."""
     made = _shared.get((scheme, backend)) if scales is None else None
     if made is None:
         made = surface.unlisted(function_of(scheme, scales, backend))
@@ -105,7 +105,7 @@ def _backend(scheme: LayerScheme, scales: LayerScales | None, backend: Backend) 
 
 
 def _layers(model: object) -> dict[str, Any]:
-    """The processors of a model's attention that take a backend, by the names of their modules."""
+    """The attention processors of a model that can take a backend, by the names of their modules."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: a {type(model).__name__}; give a torch.nn.Module, such as pipe.transformer")
     found = {name: module.processor for name, module in model.named_modules() if getattr(module, "processor", None) is not None}

@@ -1,7 +1,7 @@
-"""All that tokquant knows of diffusers that is not public.
+"""All uses of non-public parts of diffusers.
 
-diffusers takes no backends of others: its own are members of an enumeration, and functions in a registry. One is added to both,
-if they are as in the versions that were tried.
+diffusers has no API to add an attention backend: its own are members of an enumeration, with functions in a registry. This
+module adds to both, after a check that they have the form of the versions that were tried.
 """
 
 import inspect
@@ -19,16 +19,16 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "AttentionBackendName": ("NATIVE", "_member_map_", "_member_names_", "_value2member_map_"),
     "_AttentionBackendRegistry": ("register", "_active_backend", "_backends", "_constraints", "_supported_arg_names"),
 }
-"""What is used of diffusers.models.attention_dispatch."""
+"""The names that are used from diffusers.models.attention_dispatch, and their attributes."""
 
 _added: set[str] = set()
 _numbers = count(1)
 
 
 def add(name: str, function: Callable) -> None:
-    """List a backend, or give one that was added another function.
+    """Add a backend under a public name, or replace the function of one that was added.
 
-    Raises ValueError for the name of one of diffusers' own, ImportError, UnsupportedError.
+    Raises ValueError for the name of one of diffusers' own backends, ImportError, UnsupportedError.
     """
     names, registry = _surface(name)
     if name not in _added and name in names._value2member_map_:
@@ -44,7 +44,7 @@ def add(name: str, function: Callable) -> None:
 
 
 def remove(name: str) -> None:
-    """Take a backend from the list. Models that still have it say so when they run. Raises ValueError for one not added."""
+    """Remove an added backend. Models that still use it raise an error when they run. Raises ValueError for one not added."""
     if name not in _added:
         raise ValueError(f"name: no backend {quote(name)} was registered{nearest(name, _added)}")
     names, registry = _surface()
@@ -62,12 +62,12 @@ def remove(name: str) -> None:
 
 
 def unlisted(function: Callable) -> Any:
-    """A backend that only those processors have to which it is given. Nothing is left of it when the last of them is gone.
+    """A backend without a public name, for the processors that it is given to. It is removed when the last of them is gone.
 
     Raises ImportError, UnsupportedError.
     """
     names, registry = _surface()
-    # two that are equal: the registry would keep the one that is given alive
+    # two equal members: a registry key that is the given object itself would keep that alive
     kept, given = (_member(names, value) for value in [f"tokquant #{next(_numbers)}"] * 2)
     _fill(names, registry, kept, function)
     finalize(given, _forget, registry, kept)
@@ -80,26 +80,26 @@ def _forget(registry: Any, member: Any) -> None:
 
 
 def _member(names: Any, value: str) -> Any:
-    """What a class body of the enumeration would have made of `VALUE = value`."""
+    """The member that `VALUE = value` in the enumeration's class body would have created."""
     member = str.__new__(names, value)
     member._name_, member._value_, member._sort_order_ = value.upper(), value, len(names._member_names_)
     return member
 
 
 def _fill(names: Any, registry: Any, member: Any, function: Callable) -> None:
-    """Give a backend its function. Raises UnsupportedError where it lacks arguments of diffusers: they would be dropped."""
+    """Register a backend's function. Raises UnsupportedError if it lacks an argument of diffusers, which would be dropped."""
     if new := registry._supported_arg_names[names.NATIVE] - set(inspect.signature(function).parameters):
         raise _changed(f"its backends take {', '.join(sorted(new))}, which tokquant does not know")
     registry.register(member)(function)
 
 
 def _surface(adding: str | None = None) -> tuple[Any, Any]:
-    """The enumeration and the registry. Raises ImportError without diffusers, UnsupportedError where it is another."""
+    """The enumeration and the registry. Raises ImportError without diffusers, UnsupportedError for an unsupported version."""
     try:
         constants: Any = import_module("diffusers.utils.constants")
         asked = _asked()
         if asked == adding:
-            # looked up when it is first imported, before it can be added
+            # the first import looks up the backend of this name, which is not added yet: let it find a known one
             constants.DIFFUSERS_ATTN_BACKEND = "native"
         try:
             dispatch = import_module("diffusers.models.attention_dispatch")

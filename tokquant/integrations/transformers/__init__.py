@@ -1,4 +1,4 @@
-"""tokquant as the attention of transformers' models: schemes, caches in few bits, checkpoints that carry both.
+"""tokquant as the attention of transformers models: schemes, quantized KV caches, and checkpoints that include a scheme.
 
 Importing this imports transformers; importing tokquant does not.
 """

@@ -1,4 +1,4 @@
-"""transformers' attention interface: what a model asks for, in the words of `tokquant.attention`."""
+"""transformers' attention interface: translates a model's arguments to those of `tokquant.attention`."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ REFUSED = {
     "block_indices": "attention to chosen blocks of keys is not computed here; use attn_implementation='eager'",
     "sinks": "sinks of this form are not known here; use attn_implementation='eager'",
 }
-"""Arguments that would change the result, and are not taken."""
+"""Arguments that would change the result and are not supported, with the reason."""
 
 
 def attend(
@@ -36,9 +36,10 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of `module`: query `[B, H_q, N_q, D]`, key and value `[B, H_kv, N_k, D]` -> `[B, N_q, H_q, D]`, and no weights.
 
-    `registered` is what the implementation was registered with; it yields to a model's own setting, or does not.
+    `registered` is the setting that the implementation was registered with; if it `yields`, a model's own setting replaces it.
 
-    Raises, with the module's name in front: UnsupportedError for what is not computed here, else as `tokquant.attention`.
+    Raises, with the module's name in front: UnsupportedError for arguments that are not supported, else as
+    `tokquant.attention`.
     """
     name, setting = place_of(module, registered, yields, by_name=isinstance(key, Appended) and key.by_name)
     traced = setting.observe is None and not (operators.OLD and isinstance(setting.scheme, SchemeMap))
@@ -69,9 +70,9 @@ def _attend(
                 raise UnsupportedError(f"{argument}: {reason}")
         if rest.get("cu_seq_lens_q") is not None and attention_mask is None:
             raise UnsupportedError("cu_seq_lens_q: packed sequences are told by position_ids that begin anew; give those too")
-        if dropout:  # which a graph has as a symbol where layers differ
+        if dropout:  # in a graph this is a symbol where layers differ, hence float()
             raise UnsupportedError(f"dropout: {float(dropout)} of the probabilities is for training; call model.eval()")
-        # a mask that is written out has the order of tokens in it
+        # a dense mask already includes causality and windows
         causal, window, tokens = False, None, None
         if attention_mask is None:
             causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -107,7 +108,7 @@ def _attend(
             mask = attention_mask if not causal else None if tokens is None else tokens[:, None, None]
             scales = None if setting.scales is None else setting.scales.get(name)
             features |= dict(causal=causal, mask=mask, scales=scales, backend=quantizing(setting.backend, query.device))
-            # layers that differ in nothing but their names share what is compiled
+            # layers that differ only in their names share one compiled graph
             layer = name if setting.by_name else None
             out = attention(query, key, value, setting.scheme, layer=layer, **features)  # type: ignore[assignment]
     except (ValueError, TypeError, RuntimeError) as error:

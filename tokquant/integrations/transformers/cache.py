@@ -1,4 +1,4 @@
-"""TokquantCache: a cache of transformers that keeps codes, and is attended to on them."""
+"""TokquantCache: a transformers cache of quantized keys and values, which attention reads as codes."""
 
 from typing import Any
 
@@ -20,24 +20,24 @@ from tokquant.schemes import SchemeMap, resolve
 from tokquant.schemes.appending import check_append_only
 
 CODED = ("full_attention", "sliding_attention")
-"""Types of layers whose keys and values are kept in codes."""
+"""Types of layers whose keys and values are quantized."""
 
 OTHERS = ("linear_attention", "conv", "dummy")
 """Types of layers that keep no keys and values; they stay as transformers has them."""
 
 
 class TokquantCache(Cache):
-    """Keys and values of a model in the codes of a scheme, a `tokquant.KVCache` a layer, for `generate(past_key_values=...)`.
+    """A model's quantized keys and values, one `tokquant.KVCache` per layer, for `generate(past_key_values=...)`.
 
-    The model must attend by tokquant (`use`, or `attn_implementation="tokquant"`). Prompts and generated tokens alike are
-    attended to on the codes, so that a prompt in one piece, in chunks or token by token gives the same where the scheme keeps
-    no tokens in 16 bits. Padding is never kept, on whichever side it is. Beams share pages; `crop` (assisted decoding) takes
-    tokens back. Layers with a window let go of what it has passed. For a model with cross attention:
+    The model's attention must be tokquant's (`use`, or `attn_implementation="tokquant"`). It reads the codes for prompts and
+    generated tokens alike, so that a prompt in one piece, in chunks or token by token gives the same result if the scheme keeps
+    no tokens in 16 bits. Padding, on either side, is never stored. Beams share pages; `crop` (assisted decoding) removes the
+    newest tokens. Layers with a sliding window free the tokens that it has passed. For a model with cross attention:
     `EncoderDecoderCache(TokquantCache(...), DynamicCache())`.
 
     Args:
         model: a model, or the config of one.
-        scheme: as for `use`; no part of it may see later tokens. None for the model's own, with its scales and backend.
+        scheme: as for `use`; no part of it may depend on later tokens. None for the model's own, with its scales and backend.
         scales: those of a static scheme.
         capacity: tokens that the pages of each layer are made for, once, for all sequences together; they grow where None.
         backend: what keeps the pages: as for `tokquant.KVCache`.
@@ -85,14 +85,14 @@ class TokquantCache(Cache):
         super().__init__(layers=layers)
         self._first = next((i for i, layer in enumerate(layers) if isinstance(layer, TokquantLayer)), None)
         self._before = 0
-        """Columns of the first layer in codes before the call that is under way."""
+        """Columns that the first quantized layer held before the current forward pass."""
         self._fetched: list[tuple[Tensor, np.ndarray]] = []
-        """Which columns are tokens, as that call has them, and on the CPU."""
+        """Padding masks of that pass, each with its copy on the CPU."""
         self.number = cache_operator.numbered(self)
-        """What stands for it in a graph."""
+        """A tensor that stands for this cache in a graph."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """As `Cache.update`; of a layer in codes, what attention appends and attends to, in place of both keys and values."""
+        """As `Cache.update`; for a quantized layer an `Appended`, in place of both keys and values, which attention reads."""
         if layer_idx >= len(self.layers):
             raise ValueError(f"past_key_values: has {len(self.layers)} layers, and the model more; make a cache of this model")
         if not isinstance(self.layers[layer_idx], TokquantLayer):
@@ -128,11 +128,11 @@ class TokquantCache(Cache):
             return layer.attend(q, **features)
         except BaseException:
             if new is not None:
-                layer.crop(-new[0].shape[2])  # else the same call, made again, would append twice
+                layer.crop(-new[0].shape[2])  # or a retry of the same call would append twice
             raise
 
     def _on_host(self, tokens: Tensor | None) -> np.ndarray | None:
-        """`tokens`, fetched once for all layers; None where none is padding."""
+        """`tokens`, copied to the CPU once for all layers; None where none is padding."""
         if tokens is None:
             return None
         found = next((array for seen, array in self._fetched if seen is tokens), None)
@@ -146,12 +146,12 @@ class TokquantCache(Cache):
         self.number = cache_operator.numbered(self)  # a copy is another cache
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        # waits for a GPU once, not in each layer
+        # waits for the GPU once, not in every layer
         super().reorder_cache(beam_idx.cpu())  # type: ignore[arg-type]
 
     @property
     def memory(self) -> Memory:
-        """Bytes now taken by all layers in codes."""
+        """Bytes that all quantized layers take now."""
         parts = [layer.held.memory for layer in self.layers if isinstance(layer, TokquantLayer) and layer.held is not None]
         return Memory(*(sum(getattr(part, name) for part in parts) for name in ("packed", "slack", "windows")))
 
@@ -163,7 +163,7 @@ class TokquantCache(Cache):
 
 
 def _own(model: PreTrainedModel | PreTrainedConfig, scales: Scales | None, backend: Backend) -> Setting:
-    """The setting of a model for which a cache is given no scheme. Raises SchemeError where it has none."""
+    """The model's own setting, for a cache that is given no scheme. Raises SchemeError where it has none."""
     found = own(model) if isinstance(model, PreTrainedModel) else None
     if found is None or scales is not None or backend != "auto":
         raise SchemeError(

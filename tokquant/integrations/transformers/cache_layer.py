@@ -1,4 +1,4 @@
-"""One layer of a TokquantCache, and what it hands to attention in place of keys and values."""
+"""One layer of a TokquantCache, and the object that attention gets in place of its keys and values."""
 
 from typing import Any
 
@@ -16,11 +16,11 @@ from tokquant.operators import tracing
 from tokquant.transfer import to_device
 
 DRAFT = 128
-"""Tokens that are kept beyond a window, for `crop` to take as many back."""
+"""Tokens that are kept beyond a window, so that `crop` can remove as many of the newest."""
 
 
 class TokquantLayer(CacheLayerMixin):
-    """A KVCache of each sequence's own tokens, and which of the columns that the model counts they are."""
+    """A KVCache of each sequence's tokens without padding, and which of the model's columns are tokens."""
 
     is_croppable = True
     is_sliding = False  # columns are counted from the first token, so all layers are masked alike
@@ -38,21 +38,23 @@ class TokquantLayer(CacheLayerMixin):
         """`[B, columns]`, False where a column is padding; None where none is."""
         self.behind = 0
         self.forgotten = np.zeros(0, bool)
-        """Sequences of which tokens are gone that no query can see any more: those beyond `behind` before it."""
+        """`[B]`, whether tokens of a sequence were freed, which no query sees as they are more than `behind` before it."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
-        """Never called: `TokquantCache.update` gives attention what it appends to a layer."""
+        """Never called: `TokquantCache.update` returns an `Appended`, which attention appends."""
         raise NotImplementedError("a layer of a TokquantCache is appended to by attention; call update of the cache")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the first append makes the cache, as it knows its module's name."""
+        """Does nothing: the first `append` creates the cache, as only then the module's name is known."""
 
     def append(self, name: str, k: Tensor, v: Tensor, tokens: np.ndarray | None, behind: int | None) -> None:
-        """Add columns `[B, H_kv, n, D]` but for padding; `tokens` `[B, columns + n]` says what is none, all where None.
+        """Append columns `[B, H_kv, n, D]` without padding.
 
-        No query sees more than the `behind` tokens before it, or all where None.
+        Args:
+            tokens: `[B, columns + n]`, False where a column is padding; None where none is.
+            behind: tokens that a query sees before it; None for all.
 
-        Raises ValueError for another number of sequences, or where it says something else of earlier columns than it did then,
+        Raises ValueError for another number of sequences, or for `tokens` that differ from earlier calls in earlier columns,
         else as `KVCache`; the layer is then as it was.
         """
         (batch, heads, new, d), before, held = k.shape, self.columns, self.held
@@ -96,11 +98,11 @@ class TokquantLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        """Begin anew, with sequences of any number."""
+        """Empty the layer; any number of sequences may follow."""
         self._empty()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the newest `-tokens_to_remove` columns back. Raises ValueError for more than there are, or above zero."""
+        """Remove the newest `-tokens_to_remove` columns. Raises ValueError for more than there are, or a number above zero."""
         if not -self.columns <= tokens_to_remove <= 0:
             raise ValueError(f"crop: {tokens_to_remove} of {self.columns} columns; give minus the number to remove")
         if self.held is None or tokens_to_remove == 0:
@@ -117,7 +119,7 @@ class TokquantLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Go on with these sequences, which share pages with those they come from."""
+        """Replace the sequences by those of these indices, which share pages where they are copies."""
         if self.held is not None:
             chosen = indices.tolist()
             self.held = self.held.fork(chosen)
@@ -125,7 +127,7 @@ class TokquantLayer(CacheLayerMixin):
             self.forgotten = self.forgotten[chosen]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Go on with each sequence so many times."""
+        """Replace each sequence by `repeats` copies."""
         if self.held is not None:
             self.batch_select_indices(torch.arange(self.held.batch).repeat_interleave(repeats))
 
@@ -134,9 +136,9 @@ class TokquantLayer(CacheLayerMixin):
 
 
 class Appended:
-    """New keys and values of a layer, and by their order all that it holds; it stands for both.
+    """Stands for the keys and for the values of a layer: those that it holds, and new ones to append.
 
-    They are appended when they are first attended to, for only then it is known which of them are padding.
+    These are appended when they are first attended to, because only then it is known which of them are padding.
     """
 
     def __init__(self, cache: Any, index: int, k: Tensor, v: Tensor):
@@ -151,7 +153,7 @@ class Appended:
 
     @property
     def by_name(self) -> bool:
-        """Whether the layer has to be known by name."""
+        """Whether the layer's setting depends on its name."""
         return self._layer.setting.by_name
 
     @property
@@ -185,9 +187,9 @@ def _unread() -> UnsupportedError:
 
 
 def _packed(tokens: np.ndarray | None, new: int, device: torch.device) -> tuple[Tensor | None, list[int]]:
-    """The order in which the newest columns of each sequence have their tokens first `[B, new]`, and how many those are.
+    """The order `[B, new]` that puts tokens before padding in each sequence's newest columns, and each one's number of tokens.
 
-    None where all are.
+    None where there is no padding.
     """
     if tokens is None or tokens[:, -new:].all():
         return None, []

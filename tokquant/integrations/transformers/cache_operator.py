@@ -1,6 +1,6 @@
-"""What torch.compile sees of attention to a TokquantCache: one operator, which takes the cache by a number.
+"""Attention to a TokquantCache as torch.compile sees it: one custom operator, to which a number stands for the cache.
 
-All that a cache counts changes within the operator, so a graph depends on none of it but the length that a model asks for.
+The cache's lengths change only inside the operator, so a graph depends on none of them but the length that a model asks for.
 """
 
 from itertools import count
@@ -25,10 +25,10 @@ _numbers = count()
 
 
 def numbered(cache: Any) -> Tensor:
-    """What stands in a graph for a TokquantCache as long as it lives."""
+    """A number, as a tensor, that stands for a TokquantCache in a graph as long as the cache lives."""
     number = next(_numbers)
     _caches[number] = cache
-    with torch.inference_mode(False):  # wherever it is made, a graph may run in that mode or outside of it
+    with torch.inference_mode(False):  # a graph may run in that mode or outside of it, wherever the cache was made
         return torch.tensor(number, device="cpu")  # whatever device is torch's default
 
 
@@ -43,7 +43,7 @@ def attend(
     window: tuple[int, int] | None,
     **features: Any,
 ) -> Tensor:
-    """`TokquantCache.attend` of the cache that was `numbered`, as a graph has it."""
+    """`TokquantCache.attend` as an operator in a graph; `cache` is the tensor that `numbered` returned."""
     k, v = new or (None, None)
     behind = None if window is None else window[0]
     return torch.ops.tokquant.cached_attention(q, k, v, cache, index, name, tokens, behind=behind, **features)

@@ -1,4 +1,4 @@
-"""What schemes do to a language model: its logits beside those of 16-bit attention, for prompts and token by token."""
+"""Compares a language model's logits under schemes with those of 16-bit attention, for prompts and token by token."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ from tokquant.whole_numbers import whole_number
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One scheme."""
+    """The result for one scheme."""
 
     scheme: QuantScheme | SchemeMap
     prefill: Agreement
     """All tokens of each window at once."""
     decode: Agreement | None
-    """The last of each window one by one through a TokquantCache; None where that was not asked for, or cannot be."""
+    """The last tokens of each window one by one through a TokquantCache; None where not asked for, or not possible."""
     refusal: str = ""
-    """Why it cannot: the scheme sees later tokens, or the model has layers that cannot be kept in codes."""
+    """Why it is not possible: the scheme depends on later tokens, or the model has layers that a TokquantCache cannot hold."""
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""Masks of transformers: which of them are the order of tokens and padding alone, so that no pair has to be written out."""
+"""transformers' mask interface: a mask of causality, windows and padding alone is described, not stored as `[N_q, N_k]`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -43,14 +43,14 @@ METHODS = (
     "numel",
 )
 ASKED = {getattr(Tensor, name).__get__ for name in PROPERTIES} | {getattr(Tensor, name) for name in METHODS}
-"""What is asked of a mask without looking into it, by models and by what compiles them; a graph that is guarded by
-what the mask written out answers, which is another tensor, would not fit the one that it is given."""
+"""Properties and methods that models and torch.compile read without the mask's contents. An Ordered answers these itself:
+answered by the dense mask, which is another tensor, they would become guards that the Ordered does not pass."""
 
 
 class Ordered(Tensor):
-    """A boolean mask `[B, 1, N_q, N_k]` that says no more than causality, a window, and which keys are tokens.
+    """A boolean mask `[B, 1, N_q, N_k]` that consists of causality, a window and padding, and is not stored.
 
-    Attention reads `window` and `tokens`. For whoever else computes with it, it is the mask written out.
+    Attention reads `window` and `tokens`. Any other computation with it uses the dense mask, which is then made.
     """
 
     window: int | None
@@ -58,17 +58,17 @@ class Ordered(Tensor):
     tokens: Tensor | None
     """`[B, N_k]` boolean, False where a key is padding; None where none is."""
     whole: Callable[[], Tensor]
-    """The mask written out."""
+    """Makes the dense mask."""
 
     @classmethod
     def of(cls, shape: tuple[int, ...], window: int | None, tokens: Tensor | None, whole: Callable, device: Any) -> "Ordered":
-        """A mask of this shape; nothing is kept but one element."""
+        """A mask of this shape, which takes the memory of one element."""
         made = torch.ones((), dtype=torch.bool, device=device).expand(shape).as_subclass(cls)
         made.window, made.tokens, made.whole = window, tokens, whole
         return made
 
     def moved(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As `Tensor.to`: the same mask on another device, written out for another type."""
+        """As `Tensor.to`: an Ordered on another device, but the dense mask if it is converted to another type."""
         like = torch.empty(0, dtype=torch.bool, device=self.device).to(*args, **kwargs)
         if like.dtype != torch.bool:
             return self.whole().to(*args, **kwargs)
@@ -101,8 +101,8 @@ def mask(
 ) -> Tensor | None:
     """transformers' mask interface: None for causality alone, an Ordered, or a boolean mask (True = attend).
 
-    A query stands at the key of its own place, counted from the last of both; where it does not (a static cache), and for
-    every other pattern (chunks, packed sequences, overlays), all pairs are written out.
+    An Ordered assumes that the last query is at the last key. Where it is not (a static cache), and for every other pattern
+    (chunks, packed sequences, overlays), the mask is dense.
     """
 
     def whole() -> Tensor | None:
@@ -126,7 +126,7 @@ def mask(
         return whole()
     padded = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     tokens = None if padded is None else padded[:, kv_offset : kv_offset + kv_length]
-    # a graph does not look: attention to all tokens is the same with a mask
+    # a graph must not read values; if all are tokens, the result with the mask is the same
     if tokens is not None and not tracing() and bool(tokens.all()):
         tokens = None
     window = local_size if local_size is not None and local_size < kv_length else None

@@ -1,4 +1,4 @@
-"""Checkpoints that carry their scheme and its scales: `from_pretrained` applies them, `save_pretrained` keeps them."""
+"""Checkpoints that include a scheme and its scales: `save_pretrained` writes them, `from_pretrained` applies them."""
 
 from typing import Any
 
@@ -24,8 +24,7 @@ class TokquantConfig(QuantizationConfigMixin):
 
     `save_pretrained` writes the scheme into config.json, and static scales beside the weights, as
     `model.layers.0.self_attn.k_scale`. Loading that again applies them where `tokquant.integrations.transformers` is imported;
-    elsewhere the model is the plain one. Weights stay as they are, and `backend` is of this process
-    alone.
+    elsewhere the model is loaded without quantization. Weights are not changed, and `backend` is not saved.
 
     Args: as for `register`. Raises SchemeError, ScalesError, TypeError and ValueError as it does.
     """
@@ -41,9 +40,9 @@ class TokquantConfig(QuantizationConfigMixin):
         self.scheme, self.backend = _of_config(scheme) if isinstance(scheme, dict) else scheme_of_layers(scheme), backend
         self.scales = None if isinstance(scales, dict) else scales
         self.saved: dict | None = scales if isinstance(scales, dict) else None
-        """Of scales that are in the checkpoint: shape and type of each layer's, and a checksum."""
+        """Describes the scales in the checkpoint: shape and type of each layer's, and a checksum."""
         if self.saved is None:
-            Setting(self.scheme, self.scales, backend)  # what does not fit says so now
+            Setting(self.scheme, self.scales, backend)  # raises now for arguments that do not fit
 
     def to_dict(self) -> dict[str, Any]:
         scales: dict | None = self.saved
@@ -59,7 +58,7 @@ class TokquantConfig(QuantizationConfigMixin):
 
 @register_quantizer(NAME)
 class TokquantQuantizer(HfQuantizer):
-    """What transformers calls while it loads and saves a model with a TokquantConfig."""
+    """The hooks that transformers calls while it loads or saves a model with a TokquantConfig."""
 
     quantization_config: TokquantConfig
 
@@ -78,7 +77,7 @@ class TokquantQuantizer(HfQuantizer):
                     f"{layer}: has scales in the checkpoint, and is no module of {type(model).__name__}"
                 ) from None
             for name, form in tensors.items():
-                # of a type of its own, or it would be cast to the model's
+                # a buffer with an explicit dtype, or it would be cast to the model's
                 empty = torch.empty(form["shape"], dtype=getattr(torch, form["dtype"]), device="meta")
                 module.register_buffer(name, empty)
         return model
@@ -91,7 +90,7 @@ class TokquantQuantizer(HfQuantizer):
                 for layer, tensors in config.saved["layers"].items()
             }
             config.scales = Scales(_of_config(config.saved["scheme"]), layers)
-            # what a checkpoint lacks comes out as whatever was in memory
+            # tensors that the checkpoint lacks are left uninitialized
             if checksum(config.scales.tensors()) != config.saved["sha256"]:
                 raise ScalesError(
                     "scales: those of the checkpoint are missing, or are not those that were saved (checksum differs)"
@@ -116,7 +115,7 @@ class TokquantQuantizer(HfQuantizer):
 
 
 def _written(scheme: QuantScheme | SchemeMap) -> dict[str, Any]:
-    """As it stands in a config.json. A map as text: transformers sorts keys, and the first pattern decides."""
+    """As in a config.json. A map is written as text: transformers sorts keys, but the order of a map's patterns matters."""
     return {"map": scheme.to_yaml()} if isinstance(scheme, SchemeMap) else scheme.model_dump(mode="json", exclude_defaults=True)
 
 
@@ -129,7 +128,7 @@ def _form(x: Tensor) -> dict[str, Any]:
 
 
 def _taken(module: torch.nn.Module, name: str) -> Tensor:
-    """A buffer, that the module has no more: as one it would follow the model to other types."""
+    """Remove and return a buffer: left in the module, it would be cast together with the model."""
     value = module.get_buffer(name)
     del module._buffers[name]
     return value

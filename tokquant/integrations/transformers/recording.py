@@ -1,4 +1,4 @@
-"""What a model's attention is given: to calibrate on, to keep in a file."""
+"""Observes Q, K and V of a model's attention, for calibration or for a file of activations."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ from tokquant.integrations.transformers.settings import Observer
 
 @contextmanager
 def observing(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
-    """Inside, the model attends exactly (preset `none`), and each attention gives its module's name, q, k and v to `observer`.
+    """Inside, attention is exact (preset `none`), and each call passes its module's name, q, k and v to `observer`.
 
-    K is as it is cached, after RoPE, and K and V have their own heads: what `Calibrator.observe` takes. Afterwards the model
-    attends as before. Raises as `use`.
+    K is as it would be cached, after RoPE; K and V have their own number of heads, as `Calibrator.observe` expects. Afterwards
+    the model's attention is as before. Raises as `use`.
     """
     with kept(model):
         observe(model, observer)

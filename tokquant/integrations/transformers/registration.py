@@ -1,4 +1,4 @@
-"""`register` and `use`: the two ways in which a model of transformers comes to a scheme."""
+"""`register` and `use`: the two ways to give a transformers model a scheme."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,18 +16,18 @@ from tokquant.integrations.transformers.settings import ATTRIBUTE, IMPLEMENTATIO
 
 NAME = "tokquant"
 RESERVED = ("flash", "sdpa", "flex_attention", "eager", "/", "|", ":", "@")
-"""What transformers looks for in a name and then treats it as another implementation, or as a kernel to download."""
+"""Parts of a name by which transformers takes it for another implementation, or for a kernel to download."""
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def register(scheme: Scheme = "int8", *, scales: Scales | None = None, name: str = NAME, backend: Backend = "auto") -> None:
-    """Make `attn_implementation=name` known to transformers, with what runs in models that `use` gave no scheme of their own.
+    """Make `attn_implementation=name` known to transformers, with a scheme for models that `use` gave none of their own.
 
     Args:
         scheme: a QuantScheme, a preset's name, a path, or a SchemeMap of modules' names, `model.layers.0.self_attn`.
         scales: those of a static scheme, for modules of the same names.
-        name: another one, to have several at a time. Registering a name again replaces what it stood for.
+        name: another name, to have several schemes at a time. Registering a name again replaces its scheme.
         backend: as for `tokquant.attention`, except that `auto` always quantizes.
 
     Raises: SchemeError, ScalesError, TypeError and ValueError for what does not fit; nothing is registered then.
@@ -38,10 +38,9 @@ def register(scheme: Scheme = "int8", *, scales: Scales | None = None, name: str
 
 
 def use(model: Model, scheme: Scheme = "int8", *, scales: Scales | None = None, backend: Backend = "auto") -> Model:
-    """Let a model attend by a scheme from now on, whatever other models do. Returns the model.
+    """Quantize the attention of one model by a scheme; other models do not change. Returns the model.
 
-    `model.set_attn_implementation("sdpa")` takes it back; a second call replaces the first; a copy of the model goes on with
-    the same.
+    `model.set_attn_implementation("sdpa")` undoes it; a second call replaces the first; a copy of the model keeps the scheme.
 
     Args: as for `register`. Names are those of `model.named_modules()`.
 
@@ -53,7 +52,7 @@ def use(model: Model, scheme: Scheme = "int8", *, scales: Scales | None = None, 
 
 
 def observe(model: Model, observer: Observer) -> Model:
-    """Let a model attend exactly, and give name, q, k and v of each attention to `observer`."""
+    """Make a model's attention exact, and pass the name, q, k and v of each call to `observer`."""
     return _use(model, Setting("none", observe=observer))
 
 
@@ -78,7 +77,7 @@ def check_model(model: object) -> None:
 
 @contextmanager
 def kept(model: PreTrainedModel) -> Iterator[None]:
-    """Afterwards, the model attends as before. Raises TypeError for what is no model of transformers."""
+    """Restore the model's attention on exit. Raises TypeError for what is no model of transformers."""
     check_model(model)
     models = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
     implementations = [each.config._attn_implementation for each in models]
@@ -96,13 +95,13 @@ def kept(model: PreTrainedModel) -> Iterator[None]:
 
 
 def known() -> None:
-    """Make the implementation known, with nothing for models that have no scheme of their own."""
+    """Register the implementation, if it is not yet, for models with a scheme of their own; others get none."""
     if NAME not in IMPLEMENTATIONS:
         _register(NAME, None)
 
 
 def _register(name: str, setting: Setting | None) -> None:
     AttentionInterface.register(name, partial(attend, setting, name == NAME))
-    # without it transformers makes no masks at all
+    # without a mask function under this name transformers makes no masks at all
     AttentionMaskInterface.register(name, mask)
     IMPLEMENTATIONS.add(name)

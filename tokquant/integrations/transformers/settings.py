@@ -1,4 +1,4 @@
-"""What is in force in a module of a model: a scheme, its scales, and the module's name."""
+"""Which scheme, scales and backend apply to a module of a model, and under which name."""
 
 import gc
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from tokquant.operators import untraced
 from tokquant.schemes import LayerScheme, QuantScheme, SchemeMap, of_layer
 
 ATTRIBUTE = "_tokquant"
-"""Of a module: its Place."""
+"""The attribute of a module that holds its Place."""
 
 IMPLEMENTATIONS: set[str] = set()
 """Names under which tokquant's attention is registered."""
@@ -32,7 +32,7 @@ class Setting:
     scales: Scales | None = None
     backend: Backend = "auto"
     observe: Observer | None = None
-    """Sees name, q, k and v of each attention."""
+    """Is called with the name, q, k and v of each attention."""
 
     def __post_init__(self):
         object.__setattr__(self, "scheme", scheme_of_layers(self.scheme))
@@ -46,7 +46,7 @@ class Setting:
 
     @property
     def by_name(self) -> bool:
-        """Whether a layer has to be known by name."""
+        """Whether what applies to a layer depends on its name."""
         return isinstance(self.scheme, SchemeMap) or self.scales is not None or self.observe is not None
 
     def of(self, name: str) -> tuple[LayerScheme, LayerScales | None]:
@@ -60,7 +60,7 @@ class Setting:
         check_layers(self.scheme, self.scales, model, [name for name, _ in model.named_modules() if name], "module")
 
     def __deepcopy__(self, memo: dict) -> "Setting":
-        return self  # a copied model goes on with the same
+        return self  # shared by copies of a model
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class Place:
 
 
 def place(model: nn.Module, setting: Setting) -> None:
-    """Note in every module of a model what it is called, and what is in force."""
+    """Store in every module of a model its name, and the setting that applies."""
     for name, module in model.named_modules():
         setattr(module, ATTRIBUTE, Place(name, setting))
 
@@ -84,10 +84,10 @@ def own(model: nn.Module) -> Setting | None:
 
 
 def place_of(module: nn.Module, registered: Setting | None, yields: bool, by_name: bool = False) -> tuple[str, Setting]:
-    """The name of an attention module and what is in force there: its model's own setting where the registered one yields.
+    """The name of an attention module and the setting that applies: the model's own, if it has one and `registered` yields.
 
-    Where neither that nor the caller (`by_name`) needs a name, it may be that of the class. Raises ValueError where nothing is
-    in force, or a name is needed and there is none.
+    If neither the setting nor the caller (`by_name`) needs a name, it may be that of the class. Raises ValueError if no setting
+    applies, or if a name is needed and there is none.
     """
     found: Place | None = module.__dict__.get(ATTRIBUTE)
     setting = found.setting if found and found.setting and yields else registered
@@ -101,13 +101,13 @@ def place_of(module: nn.Module, registered: Setting | None, yields: bool, by_nam
 
 @untraced("the search for a module's name, which use(model, ...) spares,")
 def _name_modules(module: nn.Module) -> None:
-    """Note in all modules of the model that a module is part of what they are called. Raises ValueError where it is of none."""
+    """Store their names in all modules of the model that this module is part of. Raises ValueError if it is part of none."""
     for name, each in _model_of(module).named_modules():
         each.__dict__.setdefault(ATTRIBUTE, Place(name))
 
 
 def _model_of(module: nn.Module) -> PreTrainedModel:
-    """The outermost transformers model that a module is part of. Nothing leads up from a module, so all that live are asked."""
+    """The outermost transformers model that a module is part of. A module has no link to it, so search all live models."""
     alive = (x for x in gc.get_objects() if issubclass(type(x), PreTrainedModel))
     found = [model for model in alive if any(each is module for each in model.modules())]
     if not found:

@@ -1,4 +1,4 @@
-"""Local models, and texts as windows of their tokens."""
+"""Loads local models, and cuts texts into windows of tokens."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tokquant.errors import quote
 
 
 def load(path: str | os.PathLike, *, device: torch.device, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
-    """The model of a folder, of the class that it was saved as and in its own type where None, and its tokenizer.
+    """The model of a folder, of the class that it was saved as, and its tokenizer. Without `dtype` it keeps its own type.
 
     Raises ValueError naming the folder; nothing is downloaded.
     """
@@ -44,7 +44,7 @@ def read(path: str | os.PathLike) -> list[str]:
     """
     path = Path(path)
     try:
-        # lines as JSON has them: splitlines() would also cut at U+2028 and the like, which a string may hold as they are
+        # splitlines() would also cut at U+2028 and the like, which a JSON string may contain unescaped
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text ({error})") from None
@@ -71,7 +71,7 @@ def windows(tokenizer: Any, texts: Iterable[str], tokens: int, limit: int | None
     """
     ids: list[int] = []
     for text in texts:
-        # a newline is between lines, as in the file
+        # lines are separated by a newline, as in the file
         ids += tokenizer(text + "\n", add_special_tokens=not ids, verbose=False)["input_ids"]
         if limit is not None and len(ids) >= limit * tokens:
             break

@@ -6,78 +6,78 @@
 #include <cstdint>
 #include <cstring>
 
-#define INTEGERS 1  // whether codes are multiplied as bytes,
-#define FLOATS 1  // or decoded, as float32
+#define INTEGERS 1  // some products multiply codes as bytes,
+#define FLOATS 1  // or decoded, as floats
 #define INTEGER_K 1
 #define INTEGER_V 1
-#define BFLOAT_K 0  // or as bfloat16, which holds them all: two in a word
+#define BFLOAT_K 0  // decoded to bfloat16, where that holds every value: two in a word
 #define BFLOAT_V 0
-#define K_UNPACKED 0  // whether a tile is unpacked before it is multiplied,
+#define K_UNPACKED 0  // a tile is unpacked before it is multiplied,
 #define V_UNPACKED 0
-#define K_DECODED 0  // with its scales,
+#define K_DECODED 0  // with its scales applied,
 #define V_DECODED 0
-#define K_DECODED_ZERO 0  // and zeros,
+#define K_DECODED_ZERO 0  // and its zeros,
 #define V_DECODED_ZERO 0
-#define K_TABLES 0  // as what codes of a scale stand for, in a table
+#define K_TABLES 0  // through a table of the values of all codes, in registers,
 #define V_TABLES 0
-#define K_LOOKED_UP 0  // two of 8 bits at a time, as bfloat16
+#define K_LOOKED_UP 0  // or 8-bit codes in pairs, through a table of bfloat16 values
 #define V_LOOKED_UP 0
-#define Q_SCALED 1  // a scale a query
-#define K_SCALED 1  // a scale on the scores:
-#define K_UNIFORM 0  // one for a tile,
-#define K_EACH 1  // or one a key
+#define Q_SCALED 1  // Q has a scale per query
+#define K_SCALED 1  // K's scales are applied to the scores:
+#define K_UNIFORM 0  // one per tile,
+#define K_EACH 1  // or one per key,
 #define K_ZERO 0  // and zeros
-#define V_PER_TOKEN 0  // where V's scale enters: P,
-#define V_PER_TILE 1  // each tile's product,
-#define V_ON_OUTPUT 0  // or the output
+#define V_PER_TOKEN 0  // V's scale is applied to P,
+#define V_PER_TILE 1  // to each tile's product,
+#define V_ON_OUTPUT 0  // or to the output
 #define V_TOKEN_ZERO 0
 #define V_TILE_ZERO 0
 #define V_OUTPUT_ZERO 0
 #define V_ROTATED 0
 #define V_MEAN 0
-#define BLOCK_MEANS 0  // of Q, over 128 queries
-#define UNIT 0  // P against the running maximum
-#define QUANTIZED_NORMALIZER 0  // the sum is of P's codes
-#define LEFT 0  // whether a query's reach is bounded
-#define RIGHT 0
+#define BLOCK_MEANS 0  // Q has an offset per 128 queries, whose product with K is added to the logits
+#define UNIT 0  // P is scaled to the row's running maximum, not to that of the tile
+#define QUANTIZED_NORMALIZER 0  // the softmax's sum is of P as rounded
+#define LEFT 0  // the keys that a query sees are bounded before it,
+#define RIGHT 0  // and after it, as by causality
 #define BOUNDED 0
 #define SOFTCAP 0
-#define LOWERED_SOFTCAP 0  // K has lost an offset c; logits are lower by scale * q . c
+#define LOWERED_SOFTCAP 0  // K is stored without an offset c, so logits are lower by scale * q . c
 #define LOWERED_LOGITS 0
 #define BOOLEAN_MASK 0
 #define ADDITIVE_MASK 0
-#define PAIRS 0  // something is read for each pair
+#define PAIRS 0  // a mask or bias is read for each pair of a query and a key
 #define ALIBI 0
 #define KEY_VECTOR 0
 #define LOWRANK 0
 #define DENSE_BIAS 0
-#define NATURAL 0  // something has to happen to natural logits
+#define NATURAL 0  // a feature needs natural logits
 #define SINKS 0
 #define WITH_LSE 0
-#define BESIDE 0  // output and LSE hold attention to other keys, which is merged with
-#define BLOCK_OF_ONE_HEAD 0  // what is added to logits goes by the head
+#define BESIDE 0  // output and LSE already hold attention to other keys, to be merged with
+#define BLOCK_OF_ONE_HEAD 0  // what is added to logits depends on the head
 constexpr int D = 64;  // head_dim
 #define K_SCALE_TYPE float
 #define V_SCALE_TYPE float
-constexpr int TILE = 128;  // keys that P and V have a scale in common for
-constexpr int BLOCK = 64;  // rows that a thread takes at once
-constexpr int CHUNK = 2048;  // keys that it takes at most, where all rows of a head of K fit in one block
+constexpr int TILE = 128;  // keys of a tile
+constexpr int BLOCK = 64;  // rows that a thread computes at once
+constexpr int CHUNK = 2048;  // keys that a thread visits at most, if all rows of a head of K fit in one block
 constexpr int K_BITS = 8;  // of a code in memory
 constexpr int V_BITS = 8;
-constexpr int K_SCALE_TOKENS = 1;  // that share a scale
+constexpr int K_SCALE_TOKENS = 1;  // tokens that share a scale
 constexpr int V_SCALE_TOKENS = 128;
-constexpr int K_COLUMNS = 1;  // scales of a token
+constexpr int K_COLUMNS = 1;  // scales of a token, one for each group of channels
 constexpr int V_COLUMNS = 64;
-constexpr int K_LOWEST = -128;  // the code that the smallest pattern stands for
+constexpr int K_LOWEST = -128;  // the code that is stored as 0
 constexpr float K_HALF = 128.0f;  // a stored code of 0 is this many steps above an asymmetric operand's zero
 constexpr float V_HALF = 128.0f;
-constexpr float V_UNIT = 1.0f;  // of products: bytes of V with fewer bits hold them in the highest
-constexpr int RANK = 16;  // of the bias
+constexpr float V_UNIT = 1.0f;  // the value of a 1 in products: codes of V with fewer bits are in the high bits of their byte
+constexpr int RANK = 16;  // of the low-rank bias
 constexpr int ROTATION = 64;  // the largest power of two that divides D
 constexpr float ROTATION_NORM = 0.125f;
-constexpr float LOG2_LARGEST = 7.994353437f;  // of P's largest code: P is kept in units of its codes
+constexpr float LOG2_LARGEST = 7.994353437f;  // log2 of P's largest code: P is computed in units of its codes
 constexpr float LOGIT_BASE = 1.442695041f;  // log2(e), or 1 where NATURAL
-constexpr int REGISTER = 16;  // bytes
+constexpr int REGISTER = 16;  // bytes of a vector register
 
 #include "lanes.h"
 #include "portable.h"
@@ -97,19 +97,19 @@ static inline floats as_input(floats x) { return rounded_half(x); }
 
 constexpr int K_WORDS = (D * K_BITS + 31) / 32;  // of a panel
 constexpr int V_WORDS = TILE * V_BITS / 32;
-constexpr int64_t FEW = 1 << 20;  // pairs of a query and a key, times channels, that one thread is faster with
-constexpr int K_DEPTH = K_WORDS * (32 / K_BITS);  // with what fills up the last word
+constexpr int64_t FEW = 1 << 20;  // multiply-adds of Q K up to which one thread is faster than several
+constexpr int K_DEPTH = K_WORDS * (32 / K_BITS);  // D, padded to fill the last word
 constexpr int CHANNELS = (D + LANES - 1) / LANES;
 constexpr int WIDE = CHANNELS * LANES;
-constexpr int K_ROWS = K_SCALE_TOKENS < TILE ? TILE / K_SCALE_TOKENS : 1;  // of scales of a tile
+constexpr int K_ROWS = K_SCALE_TOKENS < TILE ? TILE / K_SCALE_TOKENS : 1;  // rows of scales of a tile
 
 constexpr int K_PANEL = K_WORDS * LANES;
 constexpr int V_PANEL = V_WORDS * LANES;
 
 #if INTEGER_K
-typedef uint8_t Keys;  // panels as products take them
+typedef uint8_t Keys;  // the element of panels as products read them
 #else
-constexpr int K_STEPS = BFLOAT_K ? (D + 1) / 2 : D;  // of products
+constexpr int K_STEPS = BFLOAT_K ? (D + 1) / 2 : D;  // steps of a product: multiply-adds per lane
 #if BFLOAT_K
 typedef uint32_t Keys;
 #else
@@ -140,13 +140,14 @@ static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 #include "attention_finish.h"
 
-// Blocks of rows of a head of K, which the heads of Q that share it have together: of one head, or all rows of a few.
+// A row is a query of one of the heads of Q that share a head of K. A thread takes a block of rows: up to BLOCK queries of one
+// head, or, where queries are few, all queries of several heads.
 extern "C" void attention(const Arguments* a) {
     const int64_t shared = a->heads / a->kv_heads, total = shared * a->n_q;
     const int64_t few = BLOCK_OF_ONE_HEAD ? 1 : most(1, least(shared, BLOCK / most(1, a->n_q)));
     const int64_t of_head = (a->n_q + BLOCK - 1) / BLOCK;
     const int64_t blocks = of_head > 1 ? shared * of_head : (shared + few - 1) / few;
-    // where they are so few, keys are divided too: never by how many threads there are, so that results do not depend on it
+    // with a single block keys are split into chunks too, of a fixed size, so that results do not depend on the threads
     int64_t chunks = blocks == 1 ? most(1, (a->n_k + CHUNK - 1) / CHUNK) : 1;
 #if LEFT
     chunks = least(chunks, (least(a->left, a->n_k) + a->n_q + 2 * CHUNK - 2) / CHUNK);  // wherever in a chunk a window begins
@@ -162,7 +163,7 @@ extern "C" void attention(const Arguments* a) {
             int64_t first = block * few * a->n_q;
             int rows = int(least(few * a->n_q, total - first));
             if (of_head > 1) {
-                // the last queries first: of a causal head they have most to do
+                // the last queries first: under causality they see the most keys, so the longest work starts first
                 const int64_t query = (of_head - 1 - block % of_head) * BLOCK;
                 first = block / of_head * a->n_q + query;
                 rows = int(least(BLOCK, a->n_q - query));
@@ -170,7 +171,7 @@ extern "C" void attention(const Arguments* a) {
             const int64_t batch = head / a->kv_heads, kv_head = head % a->kv_heads;
             int64_t from = chunk * CHUNK;
 #if LEFT
-            // the first one is that in which the window of the sequence's first query begins
+            // the first chunk is the one in which the window of the sequence's first query begins
             if (chunks > 1) from += most(0, first_place(*a, batch) - a->left) / CHUNK * CHUNK;
 #endif
             const int64_t to = chunks > 1 ? from + CHUNK : INT64_MAX;

@@ -1,4 +1,4 @@
-// What a caller gives, by names that it reads from here.
+// The arguments of a call. The caller in Python parses this struct, so it knows their names, types and order from here.
 struct Arguments {
     int64_t batch;
     int64_t heads;
@@ -7,20 +7,20 @@ struct Arguments {
     int64_t n_k;
     int64_t threads;
     float scale;
-    const int32_t* table;  // of pages [B, pages], or nothing: then a sequence is a page of its own
+    const int32_t* table;  // page table [B, pages]; or null, and each sequence is one page
     int64_t pages;
-    int64_t page;  // tokens of one
-    const int32_t* lengths;  // keys of each sequence, n_k where there is nothing
-    const int32_t* newer;  // and how many newer ones there are elsewhere
+    int64_t page;  // tokens of a page
+    const int32_t* lengths;  // [B], keys of each sequence; or null, and all have n_k
+    const int32_t* newer;  // [B], newer keys that are kept outside of the pages; or null
 #if INTEGER_K
     const int8_t* q;  // codes [B, H, N_q, D]
 #else
     const float* q;  // values [B, H, N_q, D]
 #endif
-    const uint32_t* k;  // in panels
-    int64_t k_page;  // words to the next page,
-    int64_t k_head;  // and to the next head
-    const uint32_t* v;  // in panels, a tile after another
+    const uint32_t* k;  // codes in panels of 16 tokens
+    int64_t k_page;  // stride of a page, in words,
+    int64_t k_head;  // and of a head
+    const uint32_t* v;  // codes in panels of 16 channels, tile after tile
     int64_t v_page;
     int64_t v_head;
     float* out;  // [B, H, N_q, D]
@@ -32,17 +32,17 @@ struct Arguments {
 #endif
 #if K_SCALED || K_DECODED
     const K_SCALE_TYPE* k_scale;
-    int64_t k_scale_page;  // scales to the next page,
-    int64_t k_scale_head;  // and to the next head
+    int64_t k_scale_page;  // stride of a page, in scales,
+    int64_t k_scale_head;  // and of a head
 #endif
 #if K_ZERO || K_DECODED_ZERO
     const K_SCALE_TYPE* k_zero;
 #endif
 #if K_ZERO
-    const float* q_sum;  // of codes [B, H, N_q]
+    const float* q_sum;  // sums of Q's codes over channels [B, H, N_q]
 #endif
 #if V_PER_TOKEN || V_PER_TILE || V_DECODED
-    const V_SCALE_TYPE* v_scale;  // below zero where a token's codes all are zero
+    const V_SCALE_TYPE* v_scale;  // negative for a token whose codes are all zero
     int64_t v_scale_page;
     int64_t v_scale_head;
 #endif
@@ -60,16 +60,16 @@ struct Arguments {
 #endif
 #if BLOCK_MEANS
     const float* q_mean;  // [B, H, ceil(N_q / 128), D]
-    const float* companion;  // keys in panels of floats
+    const float* companion;  // K minus its offset, unquantized, in panels of floats
 #endif
 #if LOWERED_SOFTCAP || LOWERED_LOGITS
     const float* logit_offset;  // q . c [B, H, N_q]
 #endif
 #if LEFT
-    int64_t left;  // keys seen before a query's own place,
+    int64_t left;  // keys that a query sees before its own position,
 #endif
 #if RIGHT
-    int64_t right;  // and after
+    int64_t right;  // and after it
 #endif
 #if SOFTCAP
     float softcap;
@@ -78,7 +78,7 @@ struct Arguments {
     const float* sinks;  // [H]
 #endif
 #if BOOLEAN_MASK
-    const uint8_t* mask;  // not zero where a pair attends
+    const uint8_t* mask;  // nonzero where a query attends to a key
 #endif
 #if ADDITIVE_MASK
     const float* mask;

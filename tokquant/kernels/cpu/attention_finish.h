@@ -1,6 +1,6 @@
-// What follows the last key.
+// After the last key: the sums are normalized to outputs, and partial sums of other threads are merged.
 #if V_ROTATED
-// butterflies from stride 1
+// x times a Hadamard matrix, which undoes V's rotation, by butterflies from stride 1
 static void hadamard(float* x) {
     for (int stride = 1; stride < ROTATION; stride *= 2)
         for (int first = 0; first < D; first += 2 * stride)
@@ -13,7 +13,7 @@ static void hadamard(float* x) {
 }
 #endif
 
-// Sums -> results.
+// The rows' sums -> outputs and LSE. Undoes what was done to V: its scales and zeros, rotation and mean.
 static void finish(const Arguments& a, int64_t batch, int64_t kv_head, int64_t first, int rows, Scratch& t) {
     const int64_t shared = a.heads / a.kv_heads, row = (batch * a.heads + kv_head * shared) * a.n_q + first;
     const int64_t kv = batch * a.kv_heads + kv_head;
@@ -26,7 +26,7 @@ static void finish(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
         if (l != 0) lowered = a.logit_offset[row + i] * a.scale;
 #endif
 #if WITH_LSE
-        // natural, without sinks; -inf where a row attends to nothing
+        // natural logarithm, without sinks; -inf for a row that attends to nothing
         float lse = (t.r[i] + std::log2(l) - LOG2_LARGEST) * 0.6931471806f + lowered;
 #endif
 #if BESIDE
@@ -39,7 +39,7 @@ static void finish(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
         a.lse[row + i] = lse;
 #endif
 #if SINKS
-        // a sink takes its part of the softmax and adds nothing
+        // a sink takes part in the softmax's sum and adds nothing to the output
         total += std::exp2((a.sinks[kv_head * shared + (first + i) / a.n_q] - lowered) * 1.442695041f - t.r[i] + LOG2_LARGEST);
 #endif
         (void)lowered;
@@ -63,7 +63,7 @@ static void finish(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 #if V_MEAN
             acc[d] += a.v_mean[kv * WIDE + d] * (l / total);
 #endif
-            // a row that attends to nothing, whatever its tiles hold
+            // 0 for a row that attends to nothing, even if V is not finite
             acc[d] = l == 0 ? 0 : acc[d];
 #if BESIDE
             acc[d] = (acc[d] * weight + out[d] * other_weight) / sum;
@@ -73,7 +73,7 @@ static void finish(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
     }
 }
 
-// Sums of some keys, to be merged with those of others: rows of acc, r, l, and the sum of V's zeros.
+// Partial sums over a chunk of keys, to be merged with those of other chunks. A row holds acc, r, l, and the sum of V's zeros.
 constexpr int KEPT = WIDE + 3;
 
 static void keep(const Scratch& t, int rows, float* to) {
@@ -101,7 +101,7 @@ static void merge(const float* kept, int64_t chunks, int rows, Scratch& t) {
 #endif
         for (int64_t c = 0; c < chunks; c++) {
             const float* own = kept + (c * rows + i) * KEPT;
-            if (own[WIDE + 1] == 0) continue;  // these keys are not seen
+            if (own[WIDE + 1] == 0) continue;  // the row sees no key of this chunk
             const float weight = std::exp2(own[WIDE] - t.r[i]);
             t.l[i] += own[WIDE + 1] * weight;
             for (int d = 0; d < WIDE; d++) t.acc[i][d] += own[d] * weight;

@@ -1,6 +1,6 @@
 // The loop over tiles of keys.
 #if PAIRS
-// 16 values from `at`, of which `there` exist; all the same where step is 0
+// 16 values for pairs of a query and a key from `at` on, `step` apart (0: broadcast); zeros beyond the first `there`
 template <class T>
 static inline floats pairs(const T* at, int64_t step, int there) {
     float x[LANES] = {};
@@ -13,7 +13,7 @@ static inline floats pairs(const T* at, int64_t step, int there) {
 #endif
 
 #if SOFTCAP
-// right at both ends, 1 - 2 / (2^126 + 1) and 1 - 2 / (0 + 1); near zero, where that cancels, the series
+// 1 - 2 / (exp(2 x) + 1) is right at both ends, where exp(2 x) is huge or 0; near zero it cancels, so there the series
 static inline floats tanh_of(floats x) {
     floats square = x * x;
     floats series = x + x * square * (-0.33333334f + square * (0.13333334f + square * -0.053968254f));
@@ -23,16 +23,17 @@ static inline floats tanh_of(floats x) {
 }
 #endif
 
-// Where the first query of a sequence stands among its keys.
+// The position of a sequence's first query among its keys: the last query is at the last key.
 static inline int64_t first_place(const Arguments& a, int64_t batch) {
     return (a.lengths ? a.lengths[batch] : a.n_k) - a.n_q + (a.newer ? a.newer[batch] : 0);
 }
 
-// Rows of a head of K from `first` on, over keys from `from` to `to`: what they are in `t`.
+// Attention of `rows` rows from `first` on, rows being the queries of all heads that share a head of K, to keys [from, to).
+// The sums go to `t`.
 static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t first, int rows, int64_t from, int64_t to, Scratch& t) {
     const int64_t shared = a.heads / a.kv_heads, row = (batch * a.heads + kv_head * shared) * a.n_q + first;
     const int64_t n_k = a.lengths ? a.lengths[batch] : a.n_k;
-    int64_t lowest = INT64_MAX, highest = INT64_MIN;  // places
+    int64_t lowest = INT64_MAX, highest = INT64_MIN;  // positions of these queries
     for (int i = 0; i < rows; i++) {
         t.head[i] = int(kv_head * shared + (first + i) / a.n_q);
         t.query[i] = int((first + i) % a.n_q);
@@ -74,7 +75,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
     begin = most(begin, most(0, lowest - a.left) / TILE * TILE);
 #endif
 #if K_UNPACKED || V_UNPACKED
-    // where they are all multiplied at once, what is unpacked is read once: always in one place, it stays in the nearest cache
+    // if all rows are multiplied at once, each unpacked panel is read only once: all then share one place, which stays in L1
     const bool alone = rows == ROWS || rows == 4 || rows == 1;
 #endif
     Tile next = begin < end ? tile_at(a, batch, kv_head, begin) : Tile();
@@ -82,12 +83,12 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
         const int there = int(least(TILE, n_k - start));
         const Tile tile = next;
         if (start + TILE < end) next = tile_at(a, batch, kv_head, start + TILE);
-        // memory is asked for the next tile while this one is computed: hardware does not know where it lies
+        // the next tile is prefetched while this one is computed: hardware cannot predict its page
         const int64_t k_ahead = (const char*)next.k - (const char*)tile.k, v_ahead = (const char*)next.v - (const char*)tile.v;
         (void)k_ahead, (void)v_ahead;
         spread_scales(a, tile, kv_head, there, t);
 #if K_UNPACKED
-        int k_unpacked = 0;  // panels: the first rows that come to them unpack them
+        int k_unpacked = 0;  // panels unpacked so far; the first rows that need a panel unpack it
 #endif
 #if V_UNPACKED
         int v_unpacked = 0;
@@ -103,8 +104,8 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 #endif
         for (int g = 0; g < rows; g += ROWS) {
             const int count = int(least(ROWS, rows - g));
-            int keys = there;  // that any of these rows sees
-            bool edge = false;
+            int keys = there;  // keys of the tile that at least one of these rows sees
+            bool edge = false;  // whether one of them sees fewer, so that masks are needed
 #if BOUNDED
             int64_t first_place = INT64_MAX, last_place = INT64_MIN;
             for (int i = g; i < g + count; i++)
@@ -155,7 +156,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 #endif
             });
 
-            // logits in base 2, and each row's largest
+            // scores to logits in base 2, and each row's maximum
             alignas(64) float largest[LANES], alpha[LANES], base[LANES];
             store(largest, all(NOTHING));
             for (int i = 0; i < count; i++) {
@@ -214,7 +215,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
                     s *= 1.442695041f;
 #endif
 #if V_PER_TOKEN
-                    // V's scale joins the exponent, so that P is rounded with its weight; l takes the weight out again
+                    // V's scale joins the exponent, so that P is rounded with its weight; the weight is taken out of l again
                     s += load(t.log2_weight + j);
 #endif
 #if BOOLEAN_MASK
@@ -236,16 +237,16 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
                 largest[i] = largest_of(top);
             }
 
-            // what P is scaled against, for all rows at once
+            // the maxima that P is scaled to, for all rows at once
             floats now = load(largest), m = maximum(load(t.m + g), now), before = load(t.r + g);
 #if UNIT
             floats reference = m;
 #else
             floats reference = maximum(now, m - 64.f);
 #endif
-            // up by an ulp, so that no rounding gives a code beyond the largest
+            // up by an ulp, so that rounding never gives a code above the largest
             reference += magnitude(reference) * 1.1920928955078125e-07f;
-            // a tile with nothing in it moves nothing
+            // a fully masked tile leaves the reference as it is
             reference = where(now == NOTHING, before, reference);
             floats fall = before - reference;
             store(alpha, exp2_of(where(fall > 65.f, all(65.f), fall)));
@@ -253,7 +254,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
             store(t.m + g, m);
             store(t.r + g, reference);
 
-            // P and its sums
+            // P in units of its codes, and its sums over the tile
             for (int i = 0; i < count; i++) {
                 floats total = all(0);
 #if V_TILE_ZERO

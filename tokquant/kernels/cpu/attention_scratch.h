@@ -1,23 +1,23 @@
-// What one thread needs: some rows of a head of K, and a tile's scores of the few that are in registers.
+// Memory of one thread: the state of a block of rows, and the scores of one tile for the few rows that are computed at once.
 struct Scratch {
     alignas(64) float acc[BLOCK][WIDE];
-    alignas(64) float m[BLOCK + LANES];  // the row's maximum so far
-    alignas(64) float r[BLOCK + LANES];  // what P, l and acc are relative to
-    alignas(64) float l[BLOCK + LANES];
+    alignas(64) float m[BLOCK + LANES];  // the row's running maximum
+    alignas(64) float r[BLOCK + LANES];  // the reference that P, l and acc are scaled to
+    alignas(64) float l[BLOCK + LANES];  // the row's sum of P
     alignas(64) float s[ROWS][TILE];
-    int head[BLOCK];  // of Q,
-    int query[BLOCK];  // which of its queries,
-    int64_t place[BLOCK];  // and where that is among the keys: the last query is at the last key
+    int head[BLOCK];  // the row's head of Q,
+    int query[BLOCK];  // its query of that head,
+    int64_t place[BLOCK];  // and that query's position among the keys: the last query is at the last key
 #if INTEGER_K
     alignas(64) int8_t q[BLOCK][K_DEPTH];
-    int start[BLOCK];  // of sums: K's codes are counted from the lowest, or as products read them
+    int start[BLOCK];  // initial value of a row's products, which corrects for codes of K that are stored with an offset
 #endif
 #if BFLOAT_K
     alignas(64) uint32_t q[BLOCK][WIDE / 2];
 #endif
 #if INTEGER_V
     alignas(64) uint8_t p[ROWS][TILE];
-    int flipped[ROWS];  // what sums begin with, as products read V
+    int flipped[ROWS];  // initial value of a row's products, which corrects for V's highest bits being flipped
 #else
     alignas(64) Values p[ROWS][V_STEPS];
 #endif
@@ -28,7 +28,7 @@ struct Scratch {
     alignas(64) Values v[WIDE * V_STEPS];
 #endif
 #if K_SCALED
-    alignas(64) float k_scale[TILE];  // of each key, or of all
+    alignas(64) float k_scale[TILE];  // one per key, all equal if one scale covers the tile
 #endif
 #if K_ZERO
     alignas(64) float k_zero[TILE];

@@ -1,4 +1,4 @@
-// Where a tile of keys lies.
+// Where a tile of keys and values is in memory.
 struct Tile {
     int64_t page;
     int64_t inner;  // tokens before it in the page
@@ -18,7 +18,7 @@ static inline Tile tile_at(const Arguments& a, int64_t batch, int64_t kv_head, i
 }
 
 #if K_SCALED
-// one a key, zeros beyond the last
+// scales or zeros, one per key of the tile; zeros beyond the last key
 static inline void of_keys(float* to, const K_SCALE_TYPE* from, int count) {
     if (K_SCALE_TOKENS == 1) return spread(to, from, count, TILE);
     for (int j = 0; j < TILE; j += LANES)
@@ -27,14 +27,14 @@ static inline void of_keys(float* to, const K_SCALE_TYPE* from, int count) {
 #endif
 
 #if V_PER_TILE
-// one a channel
+// scales or zeros, one per channel
 static inline void of_channels(float* to, const V_SCALE_TYPE* from) {
     if (V_COLUMNS == D) return spread(to, from, D, WIDE);
     for (int d = 0; d < WIDE; d += LANES) store(to + d, all(value(from[0])));
 }
 #endif
 
-// What else rows read of it is put into `t`.
+// Converts the tile's scales and zeros to float32 and lays them out in `t` as the loop over rows reads them.
 static inline void spread_scales(const Arguments& a, const Tile& tile, int64_t kv_head, int count, Scratch& t) {
     const auto [page, inner, k, v] = tile;
     (void)a, (void)page, (void)inner, (void)k, (void)v, (void)kv_head, (void)count, (void)t;
@@ -46,7 +46,7 @@ static inline void spread_scales(const Arguments& a, const Tile& tile, int64_t k
     of_keys(t.k_scale, a.k_scale + k_at, count);
 #endif
 #if K_ZERO
-    // what a stored code of 0 stands for
+    // the value of a stored code of 0
     of_keys(t.k_zero, a.k_zero + k_at, count);
     for (int j = 0; j < TILE; j += LANES) store(t.k_zero + j, load(t.k_zero + j) + load(t.k_scale + j) * K_HALF);
 #endif
@@ -65,10 +65,10 @@ static inline void spread_scales(const Arguments& a, const Tile& tile, int64_t k
     for (int j = 0; j < TILE; j += LANES) {
         const int64_t there = count - j;
         floats scale = there > 0 ? load(a.v_scale + v_at + j, there) : all(1);
-        scale = where(scale == 0, all(1), scale);  // beyond the last
-        // a token of nothing has the scale 1, and would outweigh the row it is in
+        scale = where(scale == 0, all(1), scale);  // beyond the last key
+        // a token of all zeros has the scale 1, marked by a minus: as a weight that could dwarf those of the other tokens
         floats weight = where(scale < 0, all(0x1p-32f), scale), inverse = 1.f / weight;
-        store(t.log2_weight + j, log2_of(weight) + (weight - weight));  // not a number where the weight is none
+        store(t.log2_weight + j, log2_of(weight) + (weight - weight));  // NaN where the weight is not finite
         store(t.inverse_weight + j, where((inverse == inverse) & (counted_from(j) < count), inverse, all(0)));
 #if V_TOKEN_ZERO
         floats zero = there > 0 ? load(a.v_zero + v_at + j, there) : all(0);

@@ -1,7 +1,7 @@
-// K, V and their scales as they lie in memory -> what products and sums take, a tile at a time.
+// Unpacks K, V and their scales from memory into the form that products and sums read, a tile at a time.
 
 #if K_UNPACKED || V_UNPACKED
-// the codes from the i-th of each word on, the lowest bits first
+// each word shifted so that its i-th code is in the lowest bits
 template <int BITS>
 static inline words codes_from(words x, int i) {
     return BITS == 32 ? x : x >> uint32_t(BITS < 8 ? 8 * (i % 4) + BITS * (i / 4) : BITS * i);
@@ -12,23 +12,23 @@ template <int BITS>
 static inline ints code_of(words x, int i) { return (ints)codes_from<BITS>(x, i) & int((1ll << BITS) - 1); }
 
 #if K_TABLES || V_TABLES
-// every code, one a lane: what is made of them is a table, and `picked` by the lowest four bits of codes
+// all possible codes, one per lane. Decoding these gives a table, from which `picked` takes lanes by a code's lowest four bits
 template <int BITS>
 static inline ints every_code() { return counted_from(0) & int((1ll << BITS) - 1); }
 #endif
 #endif
 
-// `there` numbers and zeros up to `size`, a multiple of 16
+// copies `there` numbers, and fills up with zeros to `size`, a multiple of 16
 template <class T>
 static inline void spread(float* to, const T* from, int64_t there, int size) {
     for (int i = 0; i < size; i += LANES) store(to + i, i < there ? load(from + i, there - i) : all(0));
 }
 
 #if K_DECODED
-constexpr bool K_OF_TOKENS = K_SCALE_TOKENS == 1;  // whether the tokens of a panel have scales of their own
+constexpr bool K_OF_TOKENS = K_SCALE_TOKENS == 1;  // whether each token has its own scales; else a panel's tokens share them
 constexpr int K_GROUPS = K_OF_TOKENS ? K_COLUMNS : 1;
 
-// those scales, or zeros, in a tile, for each group of channels
+// the scales (or zeros) of a panel's 16 tokens, for each group of channels
 static inline void of_panel(floats (&to)[K_GROUPS], const float* tile, int panel) {
     for (int c = 0; c < K_GROUPS && K_OF_TOKENS; c++) {
         float x[LANES];
@@ -37,7 +37,7 @@ static inline void of_panel(floats (&to)[K_GROUPS], const float* tile, int panel
     }
 }
 
-// of a channel
+// the scales (or zeros) of a panel's 16 tokens for channel d
 static inline floats of_channel(const floats (&panels)[K_GROUPS], const float* tile, int panel, int d) {
     const int group = d * K_COLUMNS / D;
     return K_OF_TOKENS ? panels[group % K_GROUPS] : all(tile[panel * LANES / K_SCALE_TOKENS * K_COLUMNS + group]);
@@ -45,13 +45,13 @@ static inline floats of_channel(const floats (&panels)[K_GROUPS], const float* t
 #endif
 
 #if K_UNPACKED
-// panels that are unpacked at once: those for which a table of numbers holds
+// panels that are unpacked at once: as many as can use the same table
 constexpr int K_AT_ONCE = K_TABLES ? 2 : 1;
 
-// panels of a tile, of whose tokens some are there: [words][16] -> [D][16], or two channels in a word
+// unpacks panels of a tile that has `there` tokens: [words][16] -> [D][16], or two channels in a word
 static void unpack_keys(Keys* to, const Scratch& t, const uint32_t* tile, int panel, int there, int64_t ahead) {
     const uint32_t* from = tile + panel * K_PANEL;
-    const int64_t next = (panel + 1) * LANES < there ? K_PANEL : 0;  // behind the last panel is no memory
+    const int64_t next = (panel + 1) * LANES < there ? K_PANEL : 0;  // there may be no memory behind the last panel
     (void)next, (void)t;
 #if K_DECODED
     floats scale[K_GROUPS];
@@ -120,10 +120,10 @@ static void unpack_keys(Keys* to, const Scratch& t, const uint32_t* tile, int pa
 #endif
 
 #if V_UNPACKED
-// panels that are unpacked at once: those for which a table of numbers holds
+// panels that are unpacked at once: as many as can use the same table
 constexpr int V_AT_ONCE = V_TABLES ? 2 : 1;
 
-// panels of a tile: [words][16] -> [TILE][16], or two tokens in a word
+// unpacks panels of a tile: [words][16] -> [TILE][16], or two tokens in a word
 static void unpack_values(Values* to, const Scratch& t, const uint32_t* tile, int panel, int64_t ahead) {
     const uint32_t* from = tile + panel * V_PANEL;
     (void)t;

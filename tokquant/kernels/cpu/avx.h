@@ -1,5 +1,5 @@
-// What processors with AVX2 do, whatever their products.
-// the low bytes of what `x + SHIFT` holds: x rounded, from 0 to 255
+// What all processors with AVX2 share, whatever instructions they multiply with.
+// stores each lane's low byte of `x + SHIFT`: x in 0 to 255, rounded to the nearest integer
 static inline void store_bytes(uint8_t* at, floats x) {
     const ints y = as_ints(x + SHIFT) & 255;
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)y.low, (__m256i)y.high), 0xd8);

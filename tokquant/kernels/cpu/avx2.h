@@ -1,4 +1,4 @@
-// Four products a lane by pairs of 16-bit numbers: the byte instruction of AVX2 saturates.
+// Four byte products per lane, as two multiplications of 16-bit pairs: the byte instruction of AVX2 would saturate.
 #include <immintrin.h>
 constexpr int ROWS = 4;
 constexpr int PANELS = 1;

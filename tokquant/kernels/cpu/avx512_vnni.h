@@ -1,4 +1,4 @@
-// Four products a lane in one instruction, which takes unsigned bytes by signed ones.
+// Four byte products per lane in one instruction, which multiplies unsigned bytes by signed ones.
 #include <immintrin.h>
 constexpr int ROWS = 8;
 constexpr int PANELS = 2;
@@ -15,20 +15,20 @@ static inline floats maximum(floats a, floats b) { return (floats)_mm512_max_ps(
 static inline float largest_of(floats x) { return _mm512_reduce_max_ps((__m512)x); }
 static inline float sum_of(floats x) { return _mm512_reduce_add_ps((__m512)x); }
 
-// 2^x for x up to 126; 0 where it is less than float32 holds
+// 2^x for x up to 126; 0 where that underflows float32
 static inline floats exp2_of(floats x) {
-    // of a NaN the second operand is kept
+    // if an operand is NaN, max returns the second one: NaN stays NaN
     __m512 y = _mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);
     __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return (floats)_mm512_scalef_ps((__m512)exp2_of_fraction((floats)_mm512_sub_ps(y, whole)), whole);
 }
 
-// the low bytes of what `x + SHIFT` holds: x rounded, from 0 to 255
+// stores each lane's low byte of `x + SHIFT`: x in 0 to 255, rounded to the nearest integer
 static inline void store_bytes(uint8_t* at, floats x) {
     _mm_storeu_si128((__m128i*)at, _mm512_cvtepi32_epi8((__m512i)(x + SHIFT)));
 }
 
-// what 2^BITS patterns, or 16, stand for
+// the values of codes in a table of 2^BITS entries, at least 16
 template <int BITS>
 static inline floats looked_up(const float* values, ints code) {
     if (BITS > 4) return (floats)_mm512_i32gather_ps((__m512i)code, values, 4);

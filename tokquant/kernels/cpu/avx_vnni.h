@@ -1,4 +1,4 @@
-// Four products a lane in one instruction, which takes unsigned bytes by signed ones.
+// Four byte products per lane in one instruction, which multiplies unsigned bytes by signed ones.
 #include <immintrin.h>
 constexpr int ROWS = 4;
 constexpr int PANELS = 1;

@@ -1,4 +1,4 @@
-// From float32 to the codes of narrower types, to the nearest, half to even.
+// Rounds float32 to the codes of narrower types: to the nearest, half to even.
 
 struct bfloat { uint16_t bits; };
 static inline floats load(const bfloat* at) {
@@ -17,7 +17,7 @@ static inline float sum_of(floats x) {
     return folded<float>(x, [](auto a, auto b) { return a + b; });
 }
 
-// each lane changes places with the one STRIDE away
+// each lane swapped with the one STRIDE away
 template <int STRIDE>
 static inline floats swapped(floats x) {
     float from[LANES], y[LANES];
@@ -26,14 +26,14 @@ static inline floats swapped(floats x) {
     return load(y);
 }
 
-// in the low bits: the nearest integer in two's complement. A NaN has none: its group's scale says so
+// the nearest integer in two's complement, in the low bits. NaN becomes 0; the scale of its group is NaN, which keeps it
 static inline ints nearest_integers(floats x) { return as_ints(where(x == x, x, all(0)) + SHIFT); }
 
-// a float of so many bits of mantissa, whose numbers below 2^LEAST are subnormal; its exponents are counted from 1 - LEAST
+// the code of |x| as a float with MANTISSA bits of mantissa, exponent bias 1 - LEAST, and subnormal numbers below 2^LEAST
 template <int MANTISSA, int LEAST>
 static inline ints narrow(floats x) {
     constexpr uint32_t CUT = 23 - MANTISSA;
-    const words bits = (words)as_ints(magnitude(x));  // unsigned: what rounds a NaN's may pass the largest
+    const words bits = (words)as_ints(magnitude(x));  // unsigned, as rounding the bits of a NaN may overflow int32
     ints normal = (ints)((bits + ((1u << (CUT - 1)) - 1) + (bits >> CUT & 1u)) >> CUT) - ((126 + LEAST) << MANTISSA);
     if (LEAST > -126) {
         const floats shift = all(1.5f * __builtin_ldexpf(1, 23 + LEAST - MANTISSA));
@@ -49,7 +49,7 @@ static inline ints to_half(floats x) {
     return where(x == x, code, ints{} + 0x7e00) | sign_at(x, 15);
 }
 static inline ints to_bfloat(floats x) { return where(x == x, narrow<7, -126>(x), ints{} + 0x7fc0) | sign_at(x, 15); }
-// the midpoints that are passed, a tie going to the even code; a NaN passes none
+// counts the midpoints between values that |x| is above, a tie going to the even code; NaN is above none
 static inline ints to_e2m1(floats x) {
     const floats y = magnitude(x);
     return -((y > 0.25f) + (y >= 0.75f) + (y > 1.25f) + (y >= 1.75f) + (y > 2.5f) + (y >= 3.5f) + (y > 5.f)) | sign_at(x, 3);

@@ -1,11 +1,11 @@
-// 16 numbers at a time, in as many registers as that takes, by the compilers' own vector types. GCC keeps a vector that is wider
-// than a register in memory, so that it is two halves here.
+// Vectors of 16 numbers, in as many registers as that takes, by the compilers' vector extensions. GCC would keep a vector wider
+// than a register in memory, so that such a vector is a struct of two halves here.
 constexpr int LANES = 16;
 
 template <class T, int N> struct Two;
 template <class T, int N, bool FITS = (sizeof(T) * N <= REGISTER)> struct Vector { using type = Two<T, N>; };
 template <class T, int N> struct Vector<T, N, true> { typedef T type __attribute__((vector_size(sizeof(T) * N))); };
-template <class T> using Register = typename Vector<T, REGISTER / 4>::type;  // as many as it has numbers of 4 bytes
+template <class T> using Register = typename Vector<T, REGISTER / 4>::type;  // one register's worth of 4-byte lanes
 typedef Vector<float, LANES>::type floats;
 typedef Vector<int32_t, LANES>::type ints;
 typedef Vector<uint32_t, LANES>::type words;
@@ -45,7 +45,7 @@ template <class T, int N> struct Two {
     Two& operator^=(Two x) { return *this = *this ^ x; }
 };
 
-// What operators do not say: of a register, and of two halves.
+// What has no operator: each function for one register, and for two halves.
 template <class M, class V> static inline V where(M condition, V x, V y) { return condition ? x : y; }
 template <class T, int N> static inline Two<T, N> where(Two<int32_t, N> condition, Two<T, N> x, Two<T, N> y) {
     return {where(condition.low, x.low, y.low), where(condition.high, x.high, y.high)};
@@ -61,14 +61,14 @@ static inline Register<float> to_floats(Register<int32_t> x) { return __builtin_
 template <int N> static inline Two<float, N> to_floats(Two<int32_t, N> x) { return {to_floats(x.low), to_floats(x.high)}; }
 static inline floats to_floats(floats x) { return x; }
 
-// integers of fewer bytes
+// loads integers of fewer bytes as int32
 template <class T> static inline void widen(Register<int32_t>& x, const T* at) {
     Register<T> narrow;
     std::memcpy(&narrow, at, sizeof narrow);
     x = __builtin_convertvector(narrow, Register<int32_t>);
 }
 template <class T, int N> static inline void widen(Two<int32_t, N>& x, const T* at) { widen(x.low, at), widen(x.high, at + N / 2); }
-// the low bits, as integers of fewer bytes
+// stores the low bits as integers of fewer bytes
 template <class T> static inline void store_low(T* at, Register<int32_t> x) {
     const Register<T> narrow = __builtin_convertvector(x, Register<T>);
     std::memcpy(at, &narrow, sizeof narrow);
@@ -77,14 +77,14 @@ template <class T, int N> static inline void store_low(T* at, Two<int32_t, N> x)
     store_low(at, x.low), store_low(at + N / 2, x.high);
 }
 
-// four bytes in each lane
+// the same four bytes in every lane
 static inline Register<uint32_t> in_all_lanes(const void* four) {
     uint32_t word;
     std::memcpy(&word, four, 4);
     return word - Register<uint32_t>{};
 }
 
-// all numbers as one, by halves
+// reduces all lanes to one number by f, halving their count each time
 template <class T, int N = LANES, class V, class F> static inline T folded(V x, F f) {
     if constexpr (N == 1) {
         return x[0];
@@ -108,11 +108,11 @@ static inline ints counted_from(int first) {
     return load(NUMBERS) + first;
 }
 constexpr float NOTHING = -INFINITY;
-// 1.5 * 2^23 leaves no bits for fractions: the sum holds the nearest integer, half to even
+// adding 1.5 * 2^23 leaves no bits for a fraction: the low bits of the sum are the nearest integer, half to even
 constexpr float SHIFT = 12582912.f;
 static inline floats nearest(floats x) { return (x + SHIFT) - SHIFT; }
 
-// the polynomial of least relative error, 1.4e-7, between -1/2 and 1/2
+// 2^f for f from -1/2 to 1/2: the minimax polynomial, of relative error 1.4e-7
 static inline floats exp2_of_fraction(floats f) {
     floats p = all(0.001331027247942984f);
     p = p * f + 0.009672376327216625f;
@@ -122,7 +122,7 @@ static inline floats exp2_of_fraction(floats f) {
     return p * f + 1.0f;
 }
 
-// x >= 0 with so many bits of mantissa, half to even; numbers below 2^LEAST are subnormal
+// x >= 0 rounded to MANTISSA bits of mantissa, half to even; numbers below 2^LEAST are rounded as subnormal ones
 template <int MANTISSA, int LEAST>
 static inline floats rounded(floats x) {
     floats power = as_floats(as_ints(x) & 0x7f800000), least = all(__builtin_ldexpf(1, LEAST));
@@ -131,13 +131,13 @@ static inline floats rounded(floats x) {
     return (x + shift) - shift;
 }
 
-// what is nearest in bfloat16, half to even
+// rounded to bfloat16, half to even
 static inline floats rounded_bfloat(floats x) {
     const words bits = (words)as_ints(x);
     return as_floats((ints)((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u));
 }
 
-// patterns in the low bits of each lane, as the numbers they stand for
+// decode the bits of a narrower float, in the low bits of each lane
 static inline floats from_half(ints x) {
     floats y = as_floats((x & 0x7fff) << 13) * 0x1p112f;
     y = where((x & 0x7c00) == 0x7c00, as_floats((x & 0x3ff) << 13 | 0x7f800000), y);
@@ -154,7 +154,7 @@ static inline floats from_e2m1(ints x) {
     return as_floats(as_ints(y) | (x & 8) << 28);
 }
 
-// 16 numbers from memory, in whatever type they lie there
+// load 16 numbers as float32, whatever type they have in memory
 struct half { uint16_t bits; };
 struct e4m3 { uint8_t bits; };
 static inline floats load(const half* at) {
@@ -167,7 +167,7 @@ static inline floats load(const e4m3* at) {
     widen(x, &at->bits);
     return from_e4m3(x);
 }
-// of which only the first ones exist; zeros beyond
+// the same where only the first `there` exist; zeros beyond
 template <class T>
 static inline floats load(const T* at, int64_t there) {
     if (there >= LANES) return load(at);
@@ -180,9 +180,9 @@ static inline float value(float x) { return x; }
 static inline float value(half x) { return from_half(ints{} + x.bits)[0]; }
 static inline float value(e4m3 x) { return from_e4m3(ints{} + x.bits)[0]; }
 
-// of positive normal numbers, by the series of the area tangent: the rest of it is under 1e-9
+// log2 of positive normal numbers, by the series of ln m in (m - 1) / (m + 1), whose remainder is under 1e-9
 static inline floats log2_of(floats x) {
-    ints power = (as_ints(x) - 0x3f3504f3) >> 23;  // so that what is left lies between sqrt(1/2) and sqrt(2)
+    ints power = (as_ints(x) - 0x3f3504f3) >> 23;  // so that the mantissa m is between sqrt(1/2) and sqrt(2)
     floats m = as_floats(as_ints(x) - (power << 23)), z = (m - 1.f) / (m + 1.f), square = z * z;
     floats series = 2.885390082f + square * (0.961796694f + square * (0.577078016f + square * (0.412198583f + square * 0.320598898f)));
     return to_floats(power) + z * series;

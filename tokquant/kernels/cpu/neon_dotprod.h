@@ -1,4 +1,5 @@
-// Four products a lane in one instruction, which takes bytes of one kind: the highest bit of K and V is turned over.
+// Four byte products per lane in one instruction, whose operands are both signed or both unsigned. So the highest bit of K and
+// V is flipped, which shifts their codes by 128; sums begin with a value that corrects for that.
 #include <arm_neon.h>
 constexpr int FLIPPED = 128;
 

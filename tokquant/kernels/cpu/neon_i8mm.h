@@ -1,4 +1,4 @@
-// Four products a lane in one instruction, which takes unsigned bytes by signed ones.
+// Four byte products per lane in one instruction, which multiplies unsigned bytes by signed ones.
 #include <arm_neon.h>
 constexpr int FLIPPED = 0;
 

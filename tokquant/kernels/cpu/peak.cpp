@@ -1,4 +1,4 @@
-// What a processor multiplies and adds at most: all of it in registers.
+// Measures the peak rate of a processor's multiply-adds, with all operands in registers.
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX2__)
@@ -17,10 +17,10 @@ constexpr int WIDTH = 16;
 typedef float floats __attribute__((vector_size(WIDTH)));
 typedef int32_t ints __attribute__((vector_size(WIDTH)));
 
-// one instruction of products; the sum is an operand of each, or the compiler would take it out of the loop
+// one multiply-add instruction; it depends on the sum, or the compiler would move it out of the loop
 static inline floats step(floats sum) { return sum * 0.5f + 0.5f; }
 
-// sums of products of two numbers of bfloat16 a lane
+// sums of bfloat16 products, two per lane
 struct bfloats {
     floats sum;
     float operator[](int i) const { return sum[i]; }
@@ -32,7 +32,7 @@ static inline bfloats step(bfloats x) {
     return {(floats)_mm512_dpbf16_ps((__m512)x.sum, one, one)};
 }
 #else
-constexpr int BFLOATS = 0;  // there is none
+constexpr int BFLOATS = 0;  // no such instruction
 static inline bfloats step(bfloats x) { return x; }
 #endif
 
@@ -53,11 +53,11 @@ static inline ints step(ints sum) { return (ints)_mm256_madd_epi16((__m256i)sum,
 constexpr int PRODUCTS = 16;
 static inline ints step(ints sum) { return vdotq_s32(sum, vdupq_n_s8(3), vdupq_n_s8(5)); }
 #else
-constexpr int PRODUCTS = 0;  // there is none
+constexpr int PRODUCTS = 0;  // no such instruction
 static inline ints step(ints sum) { return sum + 1; }
 #endif
 
-// so many sums that none waits for its own last one, and no more than registers hold
+// enough independent sums to hide the latency of an instruction, and no more than registers hold
 constexpr int SUMS = 12;
 
 template <class T>
@@ -66,7 +66,7 @@ static uint64_t chains(int64_t steps, int threads) {
 #pragma omp parallel for num_threads(threads) reduction(+ : kept)
     for (int thread = 0; thread < threads; thread++) {
         T sums[SUMS];
-        // unlike one another, or the compiler would compute one of them
+        // different initial values, or the compiler would compute only one of the sums
 #pragma GCC unroll 12
         for (int i = 0; i < SUMS; i++) std::memset(&sums[i], i, sizeof(T));
         for (int64_t n = 0; n < steps; n++)
@@ -79,7 +79,7 @@ static uint64_t chains(int64_t steps, int threads) {
 }
 
 extern "C" {
-// multiply-adds of a thread in a step
+// multiply-adds of one thread in a step
 int64_t products_of_integers() { return SUMS * PRODUCTS; }
 int64_t products_of_bfloats() { return SUMS * BFLOATS; }
 int64_t products_of_floats() { return SUMS * WIDTH / 4; }

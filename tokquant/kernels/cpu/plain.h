@@ -1,4 +1,4 @@
-// What instruction sets without an own way do.
+// Functions in plain C++, for instruction sets that have no instruction of their own for them.
 static inline floats maximum(floats a, floats b) { return where(a > b, a, b); }
 
 static inline float largest_of(floats x) {
@@ -17,7 +17,7 @@ static inline floats exp2_of(floats x) {
     return where(x < -126.f, all(0), y);
 }
 
-// what 2^BITS patterns, or 16, stand for
+// the values of codes in a table of 2^BITS entries, at least 16
 template <int BITS>
 static inline floats looked_up(const float* values, ints code) {
     float x[LANES];

@@ -1,4 +1,4 @@
-// Four products a lane, for any processor.
+// Four byte products per lane, for any processor.
 constexpr int ROWS = 4;
 constexpr int PANELS = 1;
 constexpr int FLIPPED = 0;
@@ -12,7 +12,7 @@ static inline Register<int32_t> dot(Register<int32_t> sum, const A* four, Regist
     return sum;
 }
 
-// the low bytes of what `x + SHIFT` holds: x rounded, from 0 to 255
+// stores each lane's low byte of `x + SHIFT`: x in 0 to 255, rounded to the nearest integer
 static inline void store_bytes(uint8_t* at, floats x) { store_low(at, as_ints(x + SHIFT)); }
 
 #include "plain.h"

@@ -1,12 +1,13 @@
-// C[R][W] += A[R rows] B[W panels]: R rows of A and W panels of B stay in registers, so each load serves several products. Each is
-// a function of its own: inlined, compilers take registers from these loops for what is around them.
+// C[R][W] += A[R rows] B[W panels], with C in registers, so that each load of A or B serves several products. Functions are not
+// inlined, as compilers would give some of the registers that these loops need to the code around them.
 #if INTEGERS
 template <int N, class A, class B>
 static inline Two<int32_t, N> dot(Two<int32_t, N> sum, const A* four, Two<uint32_t, N> panel, const B* kind) {
     return {dot(sum.low, four, panel.low, kind), dot(sum.high, four, panel.high, kind)};
 }
 
-// the i-th byte-wide plane of words: what is unsigned in the low bits, what is signed in the high ones, where its sign belongs
+// the i-th code of each byte, in a byte of its own: unsigned codes in its low bits, signed ones in its high bits, where the sign
+// belongs
 template <int BITS> static inline words plane(words x, int i, const uint8_t*) {
     return BITS == 8 ? x : x >> uint32_t(i * BITS) & ((1u << BITS) - 1) * 0x01010101u;
 }
@@ -16,7 +17,7 @@ template <int BITS> static inline words plane(words x, int i, const int8_t*) {
 
 template <int BITS, int R, int W, class A, class B>
 [[gnu::noinline]] static void multiply(ints (&c)[R][W], const A* a, int64_t row, const B* b, int64_t panel, int lines, int64_t ahead) {
-    constexpr int CHAINS = R * W * 64 / REGISTER < 8 ? 2 : 1;  // sums of every other line, where few wait for one another
+    constexpr int CHAINS = R * W * 64 / REGISTER < 8 ? 2 : 1;  // independent sums for every other line, if there are too few to hide an instruction's latency
     ints sum[CHAINS][R][W] = {};
     const auto line = [&](ints (&sum)[R][W], const A* a, const B* b) {
         words x[W];
@@ -45,7 +46,7 @@ template <int BITS, int R, int W, class A, class B>
 #if FLOATS
 static inline floats dot(floats sum, float a, floats panel) { return sum + a * panel; }
 
-// of floats, or of two numbers of bfloat16 in each word
+// the same for floats, or for words of two bfloat16 numbers
 template <int R, int W, class T>
 [[gnu::noinline]] static void multiply(floats (&c)[R][W], const T* a, int64_t row, const T* b, int64_t panel, int steps) {
     floats sum[R][W];
@@ -61,7 +62,7 @@ template <int R, int W, class T>
 
 template <int N> struct Count { static constexpr int value = N; };
 
-// `f(Count<R>, first row)` until all rows are done, as many at a time as registers hold
+// calls `f(Count<R>, first row)` until all rows are done, R at a time: as many as registers hold, then 4, then 1
 template <class F>
 static inline void in_rows(int rows, F f) {
     int at = 0;
@@ -70,7 +71,7 @@ static inline void in_rows(int rows, F f) {
     for (; at < rows; at++) f(Count<1>(), at);
 }
 
-// `f(Count<W>, first panel)` likewise
+// calls `f(Count<W>, first panel)` likewise, AT_ONCE panels at a time, then 1
 template <int AT_ONCE = PANELS, class F>
 static inline void in_panels(int panels, F f) {
     int at = 0;
@@ -81,7 +82,7 @@ static inline void in_panels(int panels, F f) {
 #if !INTEGER_V
 static inline floats weighed(float, floats v) { return v; }
 
-// a weight of zero takes nothing of V, be it infinite or not a number
+// P V where a weight of zero contributes nothing, even if V is inf or NaN there: a product that is not finite is computed anew
 template <class T>
 static inline floats kept(floats product, const T* p, const T* v, int steps) {
     floats odd = product - product;  // 0 where finite

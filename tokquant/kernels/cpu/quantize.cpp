@@ -7,54 +7,54 @@
 #include <cstdint>
 #include <cstring>
 
-#define QUERIES 0  // where codes go: a token after another,
+#define QUERIES 0  // codes are stored token after token,
 #define KEYS 1  // into panels of tokens,
-#define VALUES 0  // or into panels of channels, a tile after another
+#define VALUES 0  // or into panels of channels, tile after tile
 #define OFFSET 1
 #define BALANCED 0
 #define ROTATED 0
 #define FOLDED 0  // K's scale per channel is multiplied into Q
-#define LOGITS 0  // what Q's logits lack:
+#define LOGITS 0  // also write what Q's logits lack:
 #define K_OFFSET 0  // q times the offset of K,
-#define K_ORIGIN 0  // and times what K's codes of 0 stand for, per channel
+#define K_ORIGIN 0  // and times the values of K's codes of 0, per channel
 #define SCALED 1
-#define SCALE_HERE 1  // made of the tokens of a chunk,
-#define SPANNING 0  // or of more, whose extremes come first,
-#define SCALE_GIVEN 0  // or there before the codes
+#define SCALE_HERE 1  // a scale covers tokens of one chunk, and is computed with their codes;
+#define SPANNING 0  // or it covers more, and is computed in a first pass;
+#define SCALE_GIVEN 0  // scales are known before the codes: from that pass, or static ones
 #define SYMMETRIC 1
 #define ASYMMETRIC 0
-#define EXACT_SCALE 1  // its type: float32,
+#define EXACT_SCALE 1  // the scale's type: float32,
 #define HALF_SCALE 0  // 16 bits,
 #define SMALL_SCALE 0  // or e4m3,
-#define SCALE_UP 0  // of which the next number is taken
-#define CHECKED 0  // whether a type may not hold a value
-#define CHECKED_CODES 0  // the 16-bit one of codes among them
-#define COUNTED 1  // codes are counted from the lowest
-#define CODE_SUM 0  // Q: over channels
-#define MET_BYTES 0  // Q: what products read beside codes that lie closer,
-#define MET_FLOATS 0
-#define TILE_SUMS 0  // V: over each tile
-#define SIGNED_SCALE 0  // V per token: below zero where all codes are zero
+#define SCALE_UP 0  // rounded up
+#define CHECKED 0  // values that overflow their type are reported: scales and zeros,
+#define CHECKED_CODES 0  // or 16-bit codes
+#define COUNTED 1  // codes are stored as their distance from the lowest code
+#define CODE_SUM 0  // Q: also sum the codes over channels
+#define MET_BYTES 0  // Q: also write the operand of products, where that is not the stored codes: bytes,
+#define MET_FLOATS 0  // or floats
+#define TILE_SUMS 0  // V: also sum the codes over each tile
+#define SIGNED_SCALE 0  // V per token: a negative scale marks a token whose codes are all zero
 constexpr int D = 64;  // head_dim
 #define SOURCE float
 #define SCALE_TYPE float
-constexpr int TOKENS = 16;  // of a chunk
+constexpr int TOKENS = 16;  // tokens of a chunk
 constexpr int ITEM = 128;  // tokens that a thread takes at once
-constexpr int TILE = 128;
-constexpr int OFFSET_TOKENS = 1073741824;  // under one offset
-constexpr int SCALE_TOKENS = 1;  // under one scale
-constexpr int SCALE_CHANNELS = 64;
+constexpr int TILE = 128;  // tokens of a tile of attention
+constexpr int OFFSET_TOKENS = 1073741824;  // tokens under one offset
+constexpr int SCALE_TOKENS = 1;  // tokens under one scale
+constexpr int SCALE_CHANNELS = 64;  // channels under one scale
 constexpr int BITS = 8;  // of a code in memory
 constexpr int ROTATION = 64;  // the largest power of two that divides D
 constexpr float ROTATION_NORM = 0.125f;
 constexpr int LEAST_CODE = 0;  // V per token: the code of the number 0,
-constexpr int NOT_SIGN = 255;  // whatever its sign
-constexpr float LARGEST = 127.0f;  // R
+constexpr int NOT_SIGN = 255;  // compared under this mask, which leaves out its sign
+constexpr float LARGEST = 127.0f;  // what a group's largest magnitude maps to
 constexpr float LEVELS = 255.0f;  // steps of an asymmetric operand
 constexpr float HALF = 128.0f;  // a stored code of 0 is this many steps above an asymmetric operand's zero
-constexpr float SCALE_LARGEST = 3.4028234663852886e+38f;  // number of its type,
+constexpr float SCALE_LARGEST = 3.4028234663852886e+38f;  // largest number of the scale's type,
 constexpr float SCALE_SMALLEST = 1.1754943508222875e-38f;  // and smallest normal one
-constexpr int REGISTER = 16;  // bytes
+constexpr int REGISTER = 16;  // bytes of a vector register
 
 #include "lanes.h"
 #include "codes.h"
@@ -66,18 +66,18 @@ static inline ints encode(floats x) { return nearest_integers(x); }
 constexpr int CHANNELS = (D + LANES - 1) / LANES;
 constexpr int WIDE = CHANNELS * LANES;
 constexpr int COLUMNS = D / SCALE_CHANNELS;  // scales of a token
-constexpr int ROWS = SCALE_TOKENS == 1 ? TOKENS : 1;  // of scales of a chunk
+constexpr int ROWS = SCALE_TOKENS == 1 ? TOKENS : 1;  // rows of scales of a chunk
 constexpr int SCALES = (ROWS * COLUMNS + LANES - 1) / LANES * LANES;
-constexpr int BYTES = BITS < 8 ? 1 : BITS / 8;  // of a code that is by itself
-constexpr int PART = 128;  // tokens whose extremes are taken together, where a scale spans more
-constexpr int64_t FEW = 1 << 16;  // values that one thread is faster with
+constexpr int BYTES = BITS < 8 ? 1 : BITS / 8;  // of an unpacked code
+constexpr int PART = 128;  // tokens whose extremes are computed together, if a scale covers more
+constexpr int64_t FEW = 1 << 16;  // values up to which one thread is faster than several
 
-// What one thread needs: tokens in their frame, their scales and codes.
+// Memory of one thread: transformed tokens of a chunk, their scales and codes.
 struct Scratch {
     alignas(64) float y[TOKENS][WIDE];
     alignas(64) uint8_t line[LANES][WIDE * BYTES];
 #if SCALE_HERE || SPANNING
-    alignas(64) int32_t highest[SCALES];  // as integers of the same order
+    alignas(64) int32_t highest[SCALES];  // as integers in the same order
     alignas(64) int32_t lowest[SCALES];
 #endif
 #if SCALED
@@ -85,7 +85,7 @@ struct Scratch {
     alignas(64) float zero[SCALES];
 #endif
 #if SIGNED_SCALE
-    bool nothing[TOKENS];  // all codes are zero
+    bool nothing[TOKENS];  // whether all codes of the token are zero
 #endif
 #if TILE_SUMS
     alignas(64) int32_t sum[WIDE];
@@ -108,7 +108,7 @@ static inline void lose(const Arguments& a) {
 
 #include "quantize_codes.h"
 
-// Tokens of a chunk from `lo` to `hi`, whose first is at place `token` of its sequence, which begins at `first`.
+// Quantizes tokens `lo` to `hi` of a chunk. The chunk begins at position `token` of its sequence, the new tokens at `first`.
 static void take(const Arguments& a, int64_t batch, int64_t head, int64_t token, int64_t first, int lo, int hi, Scratch& t) {
     turn(a, batch, head, token - first, lo, hi, t);
 #if SCALED
@@ -145,7 +145,8 @@ static void take(const Arguments& a, int64_t batch, int64_t head, int64_t token,
 }
 
 #if SPANNING
-// Scales of more tokens than a chunk: the extremes of parts in any order, those of each scale's parts together.
+// The first pass for scales of more tokens than a chunk: threads compute the extremes of parts, in any order; then the extremes
+// of the parts under one scale are reduced to it.
 static void span(const Arguments& a) {
     const int64_t planes = a.batch * a.heads, parts = (a.n + PART - 1) / PART;
     int32_t *highest = new int32_t[planes * parts * SCALES], *lowest = new int32_t[planes * parts * SCALES];
@@ -166,7 +167,7 @@ static void span(const Arguments& a) {
         }
         delete t;
     }
-    // a scale's parts: some of a head's, all of them, or everything where heads share it
+    // the parts under one scale: some or all of a head's, or those of all heads where they share it
     const bool shared = planes > 1 && a.scale_page == 0 && a.scale_head == 0;
     const int64_t of_scale = shared ? planes * parts : least(SCALE_TOKENS / PART, parts);
     Scratch* t = new Scratch;
@@ -192,7 +193,7 @@ static void span(const Arguments& a) {
 }
 #endif
 
-// Items of tokens that lie together in memory: a thread writes no word that another one writes.
+// Threads take items of adjacent tokens, aligned so that no two threads write to the same word.
 extern "C" void quantize(const Arguments* a) {
 #if SPANNING
     span(*a);

@@ -1,8 +1,8 @@
-// Codes, and where they are kept.
-// Where a token of a sequence and head is kept.
+// Computes codes and stores them.
+// Where a token's codes and scales are stored.
 struct Place {
     int64_t page;
-    int64_t inner;  // its place there
+    int64_t inner;  // the token's index in the page
 };
 
 static inline Place place_of(const Arguments& a, int64_t batch, int64_t token) {
@@ -22,13 +22,13 @@ static inline floats over(const float* scale, int i, int d) {
 }
 #endif
 
-// the code of 16 channels of a token, in the low bits
+// the codes of 16 channels of a token, in the low bits
 static inline ints code_of(const Arguments& a, const Scratch& t, int i, int d) {
     (void)a;
     floats y = load(t.y[i] + d);
 #if SYMMETRIC
     y = y / over(t.scale, i, d);
-    // by selection: a NaN stays one
+    // clamps by selection, which keeps NaN
     y = where(y > LARGEST, all(LARGEST), y);
     y = where(y < -LARGEST, all(-LARGEST), y);
 #endif
@@ -36,7 +36,7 @@ static inline ints code_of(const Arguments& a, const Scratch& t, int i, int d) {
     y = (y - over(t.zero, i, d)) / over(t.scale, i, d);
     y = where(y > LEVELS, all(LEVELS), y);
     y = where(y < 0, all(0), y);
-    // the nearest integer before the half goes off, which could round
+    // round to the nearest integer before HALF is subtracted, which could round too
     y = nearest(y) - HALF;
 #endif
     ints code = encode(y);
@@ -47,12 +47,12 @@ static inline ints code_of(const Arguments& a, const Scratch& t, int i, int d) {
     return code;
 }
 
-// what a code of 16 channels stands for, where it is an integer
+// the values of integer codes: their low bits with the sign extended
 static inline ints number(ints code) { return code << (32 - BITS) >> (32 - BITS); }
 
 static inline floats decode(ints code) { return to_floats(number(code)); }
 
-// as it lies in memory: nothing beyond the last channel
+// the bits that are stored: as in memory, and zero beyond the last channel
 static inline ints pattern(ints code, int d) {
 #if COUNTED
     code ^= 1 << (BITS - 1);

@@ -1,4 +1,4 @@
-// Extremes to scales and zeros.
+// Reduces the extremes of groups to scales and zeros.
 #if SCALE_HERE || SPANNING
 #if EXACT_SCALE
 static inline floats in_scale_type(floats x) { return x; }
@@ -15,7 +15,7 @@ static inline floats in_scale_type(floats x) { return from_e4m3(to_e4m3(x)); }
 static inline floats rounded_scale(floats x) {
     ints code = to_e4m3(x);
 #if SCALE_UP
-    // the next number: a scale rounded down by up to 1/16 would clip eight of the 127 levels
+    // round up in e4m3: a scale rounded down by up to 1/16 would clip eight of the 127 levels
     code = where(from_e4m3(code) < x, code + 1, code);
 #endif
     return where(x <= SCALE_LARGEST, from_e4m3(code), all(NAN));
@@ -23,24 +23,24 @@ static inline floats rounded_scale(floats x) {
 static inline e4m3 scale_code(float x) { return {uint8_t(to_e4m3(all(x))[0])}; }
 #endif
 
-// of a chunk, which hold them exactly
+// stores the scales of a chunk, which were rounded to this type before
 static inline void keep_scales(SCALE_TYPE* to, const float* from, int first, int end) {
     for (int i = first; i < end; i++) to[i] = scale_code(from[i]);
 }
 
 #if SYMMETRIC
 constexpr int32_t BOTTOM = 0;
-// of what a maximum is taken; a NaN is above everything
+// |x| as integers in the same order, for maxima; NaN is above everything
 static inline ints ordered(floats x) { return as_ints(magnitude(x)); }
 #endif
 #if ASYMMETRIC
 constexpr int32_t BOTTOM = INT32_MIN;
-// integers in the order of the numbers; a NaN is beyond either end
+// integers in the same order as the floats; NaN is beyond either end, by its sign
 static inline ints ordered(floats x) { return as_ints(x) ^ (as_ints(x) >> 31 & INT32_MAX); }
 static inline floats unordered(ints x) { return as_floats(x ^ (x >> 31 & INT32_MAX)); }
 #endif
 
-// of a vector's lanes that are channels
+// extends the extremes by a vector's lanes, those that are channels
 static inline void reach(ints& highest, ints& lowest, floats y, int d) {
     ints x = ordered(y);
 #if SYMMETRIC
@@ -62,7 +62,7 @@ static inline void nothing_yet(Scratch& t) {
     for (int i = 0; i < SCALES; i += LANES) store(t.highest + i, ints{} + BOTTOM), store(t.lowest + i, ints{} + INT32_MAX);
 }
 
-// Take tokens `lo` to `hi` of the chunk into the extremes of their groups.
+// Extends the extremes of their groups by tokens `lo` to `hi` of the chunk.
 static void extremes(int lo, int hi, Scratch& t) {
     if (SCALE_CHANNELS == 1) {
         for (int d = 0; d < WIDE; d += LANES) {
@@ -86,7 +86,7 @@ static void extremes(int lo, int hi, Scratch& t) {
         }
 }
 
-// Scales and zeros, as their type holds them, of extremes.
+// Computes scales and zeros from extremes, rounded to the type that they are stored in.
 static void scales(const Arguments& a, Scratch& t) {
     (void)a;
     for (int i = 0; i < SCALES; i += LANES) {
@@ -98,10 +98,10 @@ static void scales(const Arguments& a, Scratch& t) {
         const floats highest = unordered(load(t.highest + i));
         floats lowest = unordered(load(t.lowest + i));
         lowest = where(highest != highest, all(NAN), lowest);
-        // past the largest that its type holds there is no zero
+        // a zero that overflows its type becomes NaN
         const floats zero = in_scale_type(where(magnitude(lowest) > SCALE_LARGEST, all(NAN), lowest));
         const floats span = highest - zero, step = span / LEVELS;
-        // a zero rounded past the maximum takes the smallest scale
+        // if the zero was rounded above the maximum, the scale becomes the smallest
         floats exact = where(step < 0, all(0), step);
         store(t.zero + i, zero);
 #endif
@@ -111,7 +111,7 @@ static void scales(const Arguments& a, Scratch& t) {
 #if ASYMMETRIC
         lost |= (finite(lowest) & ~finite(zero)) | (finite(highest) & finite(zero) & ~finite(span));
 #endif
-        // lanes of no group lose nothing
+        // lanes that belong to no group never overflow
         if (largest_of(lost & 1)) lose(a);
 #endif
         store(t.scale + i, where(scale < SCALE_SMALLEST, all(SCALE_SMALLEST), scale));

@@ -1,6 +1,6 @@
-// Tokens to the frame that their codes are taken in.
+// Transforms tokens to the frame in which they are quantized: offset, balance, rotation and folded scales applied.
 #if ROTATED
-// butterflies from stride 1
+// y times a Hadamard matrix, not normalized, by butterflies from stride 1
 template <int STRIDE>
 static inline void butterflies(float* y) {
     if (STRIDE >= ROTATION) return;
@@ -22,7 +22,7 @@ static inline void butterflies(float* y) {
 }
 #endif
 
-// Tokens `lo` to `hi` of a chunk in their frame. Its first, the tensor's `token`, may lie before that tensor.
+// Transforms tokens `lo` to `hi` of a chunk, which begins at index `token` of the tensor: negative if it begins before that.
 static void turn(const Arguments& a, int64_t batch, int64_t head, int64_t token, int lo, int hi, Scratch& t) {
     const SOURCE* x = a.x + batch * a.x_batch + head * a.x_head + token * a.x_row;
     const int64_t plane = batch * a.heads + head;

@@ -1,10 +1,11 @@
-// What AVX-512 looks up in registers.
+// Tables of the values of codes, held in AVX-512 registers.
 #if K_TABLES || V_TABLES
-// what lanes of a table are, by the lowest four bits of each lane
+// lanes of a table, indexed by the lowest four bits of each lane of `at`
 static inline floats picked(floats table, words at) { return (floats)_mm512_permutexvar_ps((__m512i)at, (__m512)table); }
 
 #if BFLOAT_K || BFLOAT_V
-// two tables of 16, and the pairs in a word that the bits from 0 to 3 choose in the first, those from 8 to 11 in the second
+// two tables of 16 values as bfloat16 in one register; `picked` gives a word of two values: of the first table by bits 0 to 3
+// of `at`, of the second by bits 8 to 11
 static inline words tables(floats first, floats second) {
     return (words)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
@@ -16,11 +17,12 @@ static inline words picked(words tables, words at) {
 #endif
 
 #if K_LOOKED_UP || V_LOOKED_UP
-// bfloat16 numbers of bytes whose highest bit is a sign, by the magnitudes of the others: bytes 0 and 1 of each word, and 2 and 3
+// 8-bit codes with a sign bit -> bfloat16 values, by a table of magnitudes for the other 7 bits. `pairs[0]` has the values of
+// bytes 0 and 1 of each word of x, `pairs[1]` those of bytes 2 and 3
 static inline void looked_up(words (&pairs)[2], const uint16_t* magnitudes, words x) {
     __m512i table[4];
     for (int i = 0; i < 4; i++) table[i] = _mm512_loadu_si512(magnitudes + 32 * i);
-    // bytes 0, 2, 1 and 3
+    // reorders the bytes of each word to 0, 2, 1, 3, so that the low bytes of 16-bit halves are bytes 0 and 1
     const __m512i low = _mm512_shuffle_epi8((__m512i)x, _mm512_set4_epi32(0x0f0d0e0c, 0x0b090a08, 0x07050604, 0x03010200));
     const __m512i high = _mm512_srli_epi16(low, 8), sign = _mm512_set1_epi16(int16_t(0x8000));
     const auto numbers = [&](__m512i at, __m512i signs) {

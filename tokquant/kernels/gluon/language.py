@@ -1,4 +1,4 @@
-"""Gluon under the names that fragments know, so that those of the portable kernel serve here too."""
+"""Gluon as `tl` and `triton`: the names that the portable kernel's fragments use, so that these work here too."""
 
 from triton.experimental import gluon as triton
 from triton.experimental.gluon import language as tl

@@ -1,10 +1,11 @@
-"""Flash attention on Hopper with its holes filled for int8: while a tile's softmax is computed, P V of the tile before runs.
+"""Flash attention on Hopper, its holes filled for int8: P V of a tile runs while the softmax of the next tile is computed.
 
-Codes, sums and their order are those of the portable kernel. Tile j begins Q K(j) and P(j - 1) V(j - 1), which tensor cores do
-by themselves, waits for the former alone, and adds the latter up when its own P is known: softmax never waits for P V.
+Codes, sums and their order are those of the portable kernel. Iteration j starts Q K(j) and P(j - 1) V(j - 1), which tensor
+cores compute asynchronously, waits for the former alone, and adds the latter to the sums when P(j) is known: softmax never
+waits for P V.
 
-A warpgroup, four warps, has 64 queries. A block of one copies keys and values itself. A block of two has a third that only
-copies, a producer for two consumers: they meet at the barriers of each slot and nowhere else.
+A warpgroup, which is four warps, has 64 queries. In a block of one warpgroup this copies keys and values itself. A block of two
+has a third one that only copies: a producer with two consumers, which synchronize at each slot's barriers and nowhere else.
 """
 
 import inspect
@@ -37,43 +38,43 @@ PARTS = (
     parts.stay_behind,
 )
 LANGUAGE = inspect.getsource(language).split('"""')[2].partition("__all__")[0].strip()
-"""What a kernel's text begins with."""
+"""The imports that a generated kernel begins with."""
 
 D = tl.constexpr(64)  # head_dim
-SHARED_HEADS = tl.constexpr(1)  # heads of Q to one of K and V
-V_TOKENS = tl.constexpr(16)  # V holds whole groups of so many
-TOKENS_FIRST = tl.constexpr(False)  # V has 16 bits and lies as it came,
-TOKENS_LAST = tl.constexpr(True)  # or 8, with the tokens of a channel side by side
+SHARED_HEADS = tl.constexpr(1)  # heads of Q that share one of K and V
+V_TOKENS = tl.constexpr(16)  # V's tokens are padded to a multiple of this
+TOKENS_FIRST = tl.constexpr(False)  # V has 16 bits and is [N, D],
+TOKENS_LAST = tl.constexpr(True)  # or it has 8 and is [D, N]
 Q_GROUP = tl.constexpr(1)  # tokens under one scale
 K_GROUP = tl.constexpr(1)
 V_GROUP = tl.constexpr(1)
-Q_TYPE = tl.constexpr(tl.int8)  # what the two products take
+Q_TYPE = tl.constexpr(tl.int8)  # types of the products' operands
 K_TYPE = tl.constexpr(tl.int8)
 P_TYPE = tl.constexpr(tl.int8)
 V_TYPE = tl.constexpr(tl.int8)
-LOG2_LARGEST = tl.constexpr(6.988684686772166)  # of P's largest code: P is kept in units of its codes
+LOG2_LARGEST = tl.constexpr(6.988684686772166)  # log2 of P's largest code: P is computed in units of its codes
 LOGIT_BASE = tl.constexpr(1.4426950408889634)  # log2(e)
-Q_HAS_SCALE = tl.constexpr(True)  # whether there are scales at all
+Q_HAS_SCALE = tl.constexpr(True)  # whether it has scales that the kernel reads
 K_HAS_SCALE = tl.constexpr(True)
 V_HAS_SCALE = tl.constexpr(True)
 Q_SCALED = tl.constexpr(True)
 K_PER_KEY = tl.constexpr(True)  # K has several scales in a tile,
 K_PER_TILE = tl.constexpr(False)  # or one
-V_PER_TILE = tl.constexpr(False)  # where V's scale enters: each tile's product,
-V_PER_TOKEN = tl.constexpr(False)  # P,
-V_ON_OUTPUT = tl.constexpr(True)  # or the output
+V_PER_TILE = tl.constexpr(False)  # V's scale is applied to each tile's product,
+V_PER_TOKEN = tl.constexpr(False)  # to P,
+V_ON_OUTPUT = tl.constexpr(True)  # or to the output
 V_COLUMN = tl.constexpr(0)  # 1 where V has a scale per channel
 V_MEAN = tl.constexpr(False)
 UNSIGNED_P = tl.constexpr(False)
-RIGHT = tl.constexpr(False)  # whether a query's reach is bounded
-LOWERED_LOGITS = tl.constexpr(False)  # K has lost an offset c; logits are lower by scale * q . c
+RIGHT = tl.constexpr(False)  # whether the keys after a query that it sees are bounded, as by causality
+LOWERED_LOGITS = tl.constexpr(False)  # K is stored without an offset c, so logits are lower by scale * q . c
 JOINED = tl.constexpr(False)  # whether something is added to the logits
-MAY_BE_EMPTY = tl.constexpr(False)  # whether scores of floats may all be -inf
+MAY_BE_EMPTY = tl.constexpr(False)  # whether all scores of a row may be -inf, as floats can be
 WITH_LSE = tl.constexpr(False)
 
 
 class Head(NamedTuple):
-    """Which head of Q, which of K and V it shares, and their places among the heads of all sequences."""
+    """A sequence, a head of Q and its head of K and V, and the index of each head among those of all sequences."""
 
     batch: Any
     q: Any
@@ -83,7 +84,7 @@ class Head(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """Slots in shared memory: each for the keys of a tile, the values of the tile before, and what these have beside codes."""
+    """A ring buffer of slots in shared memory. A slot has a tile's keys, the values of the tile before, and scales of both."""
 
     k: Any
     v: Any
@@ -92,13 +93,13 @@ class Ring(NamedTuple):
     v_inverses: Any
     v_scales: Any
     corrections: Any
-    full: Any  # mbarriers of a producer
-    free: Any
+    full: Any  # with a producer, an mbarrier for each slot: its copies have arrived,
+    free: Any  # and another: both consumers have read it
 
 
 @triton.jit
 def fill(ring, slot, K, V, head, start, n_k, end):
-    # begins to copy what the tile at `start` wants; what lies beyond keys and values comes as zeros
+    # begin to copy the keys of the tile at `start` and the values of the tile before; zeros beyond the last key
     BLOCK_N: tl.constexpr = ring.k.shape[1]
     behind = start - BLOCK_N
     wanted = (behind >= 0) & (behind < end)
@@ -145,7 +146,7 @@ def produce(ring, K, V, head, n_k, end):
 
 @triton.jit
 def consume(q, ring, Q, K, V, Out, Lse, F, scale, n_q, n_k, head, first, end, COPIES: tl.constexpr):
-    # scores and sums lie in registers as tensor cores leave them, P as they take it; each warp has 16 rows of its own
+    # in registers, scores and sums have the layout of tensor cores' results, P that of an operand; each warp has 16 rows
     STAGES: tl.constexpr = ring.k.shape[0]
     BLOCK_N: tl.constexpr = ring.k.shape[1]
     BLOCK_M: tl.constexpr = q.shape[0]
@@ -181,23 +182,23 @@ def consume(q, ring, Q, K, V, Out, Lse, F, scale, n_q, n_k, head, first, end, CO
     if Q_SCALED:
         q_scale *= tl.load(Q.scale + q_group + (i // Q_GROUP) * Q.scale_row, mask=here, other=0.0).to(tl.float32)
 
-    # tiles before `edge` are seen by all of these queries: those need no mask. It is never beyond `end`, also where a consumer
-    # has no queries, so all consumers free as many tiles
+    # tiles before `edge` are visible to all of these queries, so they need no mask. It is never beyond `end`, not even if a
+    # consumer has no queries, so all consumers visit and free the same tiles
     edge = n_k // BLOCK_N * BLOCK_N
     if RIGHT:
         edge = tl.minimum(edge, tl.maximum(first + n_k - n_q + F.right + 1, 0) // BLOCK_N * BLOCK_N)
 
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32, ROWS)  # the row's maximum so far
-    r = tl.zeros([BLOCK_M], tl.float32, ROWS)  # what P and l are relative to, and acc one tile later
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32, ROWS)  # the row's running maximum
+    r = tl.zeros([BLOCK_M], tl.float32, ROWS)  # the reference that P and l are scaled to, and acc one tile later
     l = tl.zeros([BLOCK_M], tl.float32, ROWS)
     alpha_before = tl.zeros([BLOCK_M], tl.float32, ROWS)
     acc = tl.zeros([BLOCK_M, D], tl.float32, SUMS)
-    # P of no tile is zero, and so are its values
+    # before the first tile there is none: its P is zero, and so are its values in the slot
     p_before = in_words(tl.zeros([BLOCK_M, BLOCK_N], tl.float32, TAKEN).to(P_TYPE), BLOCK_M, BLOCK_N)
     no_scores = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if tl.int8 == Q_TYPE else tl.float32, SCORES)
     no_sums = tl.zeros([BLOCK_M, D], tl.int32 if tl.int8 == P_TYPE else tl.float32, SUMS)
     for phase in tl.static_range(1, 3):
-        # 1: whole tiles; 2: to the right edge
+        # 1: full tiles; 2: masked tiles at the right edge
         low = 0
         high = edge
         if phase == 2:
@@ -207,12 +208,12 @@ def consume(q, ring, Q, K, V, Out, Lse, F, scale, n_q, n_k, head, first, end, CO
             tile = start // BLOCK_N
             slot = tile % STAGES
             if COPIES:
-                # the slot is filled for all threads; that of the tile before has been read by all
+                # after this all threads see this slot filled, and all have read the slot of the tile before
                 async_copy.wait_group(STAGES - 2)
                 barrier()
             else:
                 mbarrier.wait(ring.full.index(slot), tile // STAGES & 1)
-            fence_async_shared()  # and for tensor cores
+            fence_async_shared()  # tensor cores see it filled too
             p = tl.convert_layout(of_words(p_before, P_TYPE, BLOCK_M, BLOCK_N), TAKEN)
             s = warpgroup_mma(q, ring.k.index(slot).permute((1, 0)), no_scores, use_acc=False, is_async=True)
             if TOKENS_LAST:
@@ -220,7 +221,7 @@ def consume(q, ring, Q, K, V, Out, Lse, F, scale, n_q, n_k, head, first, end, CO
             if TOKENS_FIRST:
                 pv = warpgroup_mma(p, ring.v.index(slot), acc, is_async=True)
             if COPIES:
-                # the slot that was read last is filled for a later tile
+                # the slot of the tile before is free: fill it for a later tile
                 later = tile + STAGES - 1
                 fill(ring, later % STAGES, K, V, head, later * BLOCK_N, n_k, end)
                 async_copy.commit_group()
@@ -232,7 +233,7 @@ def consume(q, ring, Q, K, V, Out, Lse, F, scale, n_q, n_k, head, first, end, CO
             if K_PER_KEY:
                 s = s.to(tl.float32) * ring.k_scales.index(slot).load(KEYS)[None, :]
             if V_PER_TOKEN:
-                # V's scale joins the exponent, so that P is rounded with its weight; l takes the weight out again
+                # V's scale joins the exponent, so that P is rounded with its weight; the weight is taken out of l again
                 s = s.to(tl.float32) * c[:, None]
                 s += ring.v_weights.index(slot).load(KEYS)[None, :]
                 c = tl.full([BLOCK_M], 1.0, tl.float32, ROWS)
@@ -247,10 +248,10 @@ def consume(q, ring, Q, K, V, Out, Lse, F, scale, n_q, n_k, head, first, end, CO
             largest = tl.max(s, 1).to(tl.float32) * c
             m = tl.maximum(m, largest)
             reference = row_reference(largest, m)
-            # up by an ulp, so that no rounding gives a code beyond the largest
+            # up by an ulp, so that rounding never gives a code above the largest
             reference += tl.abs(reference) * 1.1920928955078125e-07
             if phase != 1 or MAY_BE_EMPTY or JOINED:
-                # a tile with nothing in it moves nothing
+                # a fully masked tile leaves the reference as it is
                 reference = tl.where(largest == float("-inf"), r, reference)
             alpha = tl.exp2(tl.minimum(r - reference, 65.0))
             r = reference
@@ -260,7 +261,7 @@ def consume(q, ring, Q, K, V, Out, Lse, F, scale, n_q, n_k, head, first, end, CO
                 counted *= ring.v_inverses.index(slot).load(KEYS)[None, :]
             l = l * alpha + tl.sum(counted, 1)
 
-            # P V of the tile before; P is encoded after it, since the registers of the P that it takes must not change
+            # wait for P V of the tile before. Only then is the new P encoded, as the product reads the old one in registers
             stay_behind(l)
             pv, p = warpgroup_mma_wait(0, deps=(pv, p))
             codes = tl.convert_layout(order_p(encode_p(p).to(P_TYPE), BLOCK_M, BLOCK_N), TAKEN)
@@ -269,15 +270,15 @@ def consume(q, ring, Q, K, V, Out, Lse, F, scale, n_q, n_k, head, first, end, CO
             if V_PER_TILE:
                 pv *= ring.v_scales.index(slot).load(CHANNELS)[None, :]
             if UNSIGNED_P:
-                # what the product of codes that fit a signed unit lacks
+                # unsigned codes of P were shifted to fit signed integers: add what the product lacks
                 pv += ring.corrections.index(slot).load(CHANNELS)[None, :]
             if not COPIES:
-                # one arrival, behind a barrier of these four warps
+                # synchronizes these four warps, then counts as one arrival
                 mbarrier.arrive(ring.free.index(slot))
             if TOKENS_LAST:
                 acc = acc * tl.convert_layout(alpha_before, SUM_ROWS)[:, None] + pv
             if TOKENS_FIRST:
-                # sums of 16 bits are added up where they are
+                # a product of 16-bit operands accumulates in registers: pv already includes acc
                 acc = pv * tl.convert_layout(alpha, SUM_ROWS)[:, None]
             alpha_before = alpha
 
@@ -311,7 +312,7 @@ def consume(q, ring, Q, K, V, Out, Lse, F, scale, n_q, n_k, head, first, end, CO
     if V_MEAN:
         mean = tl.load(V.offset + head.kv_place * D + column).to(tl.float32)
         o += tl.convert_layout(l * inverse_total, SUM_ROWS)[:, None] * mean[None, :]
-    # a row that attends to nothing, whatever its tiles hold
+    # 0 for a row that attends to nothing, even if V is not finite
     o = tl.where(tl.convert_layout(l == 0.0, SUM_ROWS)[:, None], 0.0, o)
     out_row = first + tl.arange(0, BLOCK_M, layout=SUM_ROWS)
     out_at = Out.data + head.batch * Out.batch + head.q * Out.head + out_row.to(tl.int64)[:, None] * Out.row + column[None, :]
@@ -321,7 +322,7 @@ def consume(q, ring, Q, K, V, Out, Lse, F, scale, n_q, n_k, head, first, end, CO
         lowered = tl.zeros([BLOCK_M], tl.float32, ROWS)
         if LOWERED_LOGITS:
             lowered = tl.where(l == 0.0, 0.0, tl.load(Q.logit_offset + row, mask=here, other=0.0) * scale)
-        # natural; -inf where a row attends to nothing
+        # natural logarithm; -inf for a row that attends to nothing
         tl.store(Lse + row, tl.fma(r + tl.log2(l) - LOG2_LARGEST, 0.6931471805599453, lowered), mask=here)
 
 
@@ -331,7 +332,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     q_head = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
     if RIGHT:
-        # the last queries see most keys: they come first, of some heads of all sequences side by side, and what is short last
+        # the longest programs start first, to end together: the last queries, which see most keys, of a group of heads
         place = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
         batch = (place // heads).to(tl.int64)
         q_head = (place % heads).to(tl.int64)
@@ -339,7 +340,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     kv_head = q_head // SHARED_HEADS
     head = Head(batch, q_head, kv_head, batch * heads + q_head, batch * (heads // SHARED_HEADS) + kv_head)
     first = block * BLOCK_M
-    # keys before `end` are seen by some of these queries
+    # keys before `end` are visible to some of these queries
     end = n_k
     if RIGHT:
         # bottom-right: the last query sees the last key
@@ -354,7 +355,7 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
     if TOKENS_FIRST:
         V_TILE: tl.constexpr = tl.NVMMASharedLayout.get_default_for([BLOCK_N, D], V_TYPE)
         v = tl.allocate_shared_memory(V_TYPE, [STAGES, BLOCK_N, D], V_TILE)
-    # of these, what nothing reads or writes takes no memory
+    # the compiler removes the allocations that nothing reads or writes
     FLAT: tl.constexpr = tl.SwizzledSharedLayout(1, 1, 1, [0])
     k_scales = tl.allocate_shared_memory(tl.float32, [STAGES, BLOCK_N], FLAT)
     v_weights = tl.allocate_shared_memory(tl.float32, [STAGES, BLOCK_N], FLAT)
@@ -371,8 +372,8 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
         for slot in tl.static_range(STAGES):
             mbarrier.init(full.index(slot), 128)
             mbarrier.init(free.index(slot), 2)
-        # all threads meet before their parts begin, so all find these barriers. Three threads, one of each warpgroup, have 504
-        # registers: 240 for the second, 24 for the third, and for the first the 240 that these leave
+        # warp_specialize synchronizes all threads first, so all see these barriers initialized. Three threads, one of each
+        # warpgroup, have 504 registers together: 240 for the second, 24 for the third, so 240 are left for the first
         tl.warp_specialize(
             [
                 (consume, (q.index(0), ring, Q, K, V, Out, Lse, F, scale, n_q, n_k, head, first, end, False)),
@@ -385,4 +386,4 @@ def attention(Q, K, V, Out, Lse, F, scale, n_q, n_k, heads, BLOCK_M: tl.constexp
 
 
 KERNEL = (fill, produce, consume)
-"""What the kernel is made of beside itself."""
+"""Functions that are part of the kernel."""
