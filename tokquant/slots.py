@@ -51,10 +51,7 @@ class Slots:
         """Write K and V `[n, H_kv, D]` to n slots, or to one slot of every sequence."""
         at = self._at(sequences, slots)
         for x, index, tokens in zip((self.k, self.v), at, (k, v), strict=True):
-            channels = x.shape[len(index) :]
-            more = channels.numel() - self.head_dim
-            tokens = torch.nn.functional.pad(tokens, (0, more)) if more else tokens
-            x[index] = tokens.reshape(*tokens.shape[:2], *channels)
+            x[index] = tokens
 
     def _at(self, sequences: np.ndarray | slice, slots: np.ndarray | int) -> list[Any]:
         """What indexes `k` and `v`."""

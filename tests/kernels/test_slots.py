@@ -53,6 +53,13 @@ def test_a_slot_holds_what_was_written_to_it_last(kind, dtype, d):
     assert all(torch.equal(found, x[2, :, [69, 3]].transpose(0, 1)) for found, x in zip(of_one, (k, v), strict=True))
 
 
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_tokens_may_begin_anywhere_in_memory(kind):
+    slots, tokens = kind(1, 2, 3, 8, torch.float16, CPU), torch.randn(17).half()[1:].view(1, 2, 8)
+    slots.put(slice(None), 2, tokens, tokens)
+    assert all(torch.equal(found, tokens) for found in slots.get(np.array([0]), np.array([2])))
+
+
 def case(dtype, n_q, d=80, count=70):
     """Queries, slots, which of them are seen, and what they hold that is no number. The first query of the second sequence
     sees nothing, and some slots none does."""
@@ -98,6 +105,17 @@ def test_attention_is_that_to_the_slots_that_are_seen_and_to_the_keys_before(kin
     assert (out[1, :, 0] == 0).all() and (lse[1, :, 0] == -INF).all()
     torch.testing.assert_close(lse.double(), expected_lse, atol=2e-5, rtol=1e-5)
     assert error(out, expected) <= near * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_came_before_and_is_no_number_is_none_after_it(kind):
+    q, k, v, attends = case(torch.float32, 3)
+    before = torch.randn(q.shape), torch.randn(q.shape[:3])
+    for x in before:
+        x[1] = NAN  # whose first query sees no slot
+    out, lse = filled(kind, k, v).attention(q, attends.numpy(), Features(scale=0.2), before)
+    assert lse[1].isnan().all() and out[1].isnan().all()
+    assert not lse[0].isnan().any()
 
 
 @pytest.mark.parametrize("n_q", [1, 5])

@@ -32,8 +32,8 @@ static void finish(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 #if BESIDE
         const float other = a.lse[row + i], top = other > lse ? other : lse, reference = top == NOTHING ? 0 : top;
         const float weight = std::exp(lse - reference), other_weight = std::exp(other - reference);
-        const float sum = top == NOTHING ? 1 : weight + other_weight;
-        lse = top == NOTHING ? top : top + std::log(sum);
+        const float sum = weight + other_weight, divisor = sum == 0 ? 1 : sum;
+        lse = reference + std::log(sum);
 #endif
 #if WITH_LSE
         a.lse[row + i] = lse;
@@ -66,7 +66,7 @@ static void finish(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
             // 0 for a row that attends to nothing, even if V is not finite
             acc[d] = l == 0 ? 0 : acc[d];
 #if BESIDE
-            acc[d] = (acc[d] * weight + out[d] * other_weight) / sum;
+            acc[d] = (acc[d] * weight + out[d] * other_weight) / divisor;
 #endif
             out[d] = acc[d];
         }

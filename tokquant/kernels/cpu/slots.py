@@ -1,6 +1,7 @@
 """The 16-bit tokens of a KV cache, in the panels that a C++ kernel attends to."""
 
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,6 +30,19 @@ class CpuSlots(Slots):
         )
         return k.permute(0, 1, 2, 4, 3, 5), v.permute(0, 1, 2, 4, 6, 3, 5)
 
+    @cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """`k`, a word an element, and `v` as NumPy sees them."""
+        return _bits(self.k).view(np.int32)[..., 0], _bits(self.v)
+
+    def put(self, sequences: np.ndarray | slice, slots: np.ndarray | int, k: Tensor, v: Tensor) -> None:
+        # NumPy finds the places of a few tokens several times as fast as torch
+        (keys, values), (at_k, at_v) = self._arrays, self._places(slots)
+        words = _bits(_padded(k, self.k.shape[4:].numel()))
+        keys[sequences, :, *at_k] = np.ascontiguousarray(words).view(np.int32)
+        panels = self.v.shape[5:]
+        values[sequences, :, *at_v] = _bits(_padded(v, panels.numel())).reshape(*v.shape[:2], *panels)
+
     def _places(self, slots: np.ndarray | int) -> tuple[Place, Place]:
         (words, each), tile = self.v.shape[3:5], self.scheme.key_tile
         return (slots // LANES, slots % LANES), (slots // tile, slots // each % words, slots % each)
@@ -50,3 +64,14 @@ class CpuSlots(Slots):
             v=self.v, v_page=self.v.stride(0) // words, v_head=self.v.stride(1) // words,
         ))  # fmt: skip
         return out, lse
+
+
+def _padded(tokens: Tensor, channels: int) -> Tensor:
+    """Tokens `[n, H_kv, D]` with so many channels."""
+    more = channels - tokens.shape[2]
+    return torch.nn.functional.pad(tokens, (0, more)) if more else tokens
+
+
+def _bits(x: Tensor) -> np.ndarray:
+    """The same memory: NumPy has no bfloat16."""
+    return x.view({2: torch.int16, 4: torch.int32}[x.itemsize]).numpy()
