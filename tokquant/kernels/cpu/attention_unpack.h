@@ -47,6 +47,7 @@ static inline floats of_channel(const floats (&panels)[K_GROUPS], const float* t
 #if K_UNPACKED
 // panels that are unpacked at once: as many as can use the same table
 constexpr int K_AT_ONCE = K_TABLES ? 2 : 1;
+static_assert(K_AT_ONCE == 1 || K_AT_ONCE == PANELS, "what is unpacked into one place is multiplied before the next");
 
 // unpacks panels of a tile that has `there` tokens: [words][16] -> [D][16], or two channels in a word
 static void unpack_keys(Keys* to, const Scratch& t, const uint32_t* tile, int panel, int there, int64_t ahead) {
@@ -122,6 +123,7 @@ static void unpack_keys(Keys* to, const Scratch& t, const uint32_t* tile, int pa
 #if V_UNPACKED
 // panels that are unpacked at once: as many as can use the same table
 constexpr int V_AT_ONCE = V_TABLES ? 2 : 1;
+static_assert(V_AT_ONCE == 1 || V_AT_ONCE == PANELS, "what is unpacked into one place is multiplied before the next");
 
 // unpacks panels of a tile: [words][16] -> [TILE][16], or two tokens in a word
 static void unpack_values(Values* to, const Scratch& t, const uint32_t* tile, int panel, int64_t ahead) {
