@@ -30,7 +30,8 @@ constexpr int K_GROUPS = K_OF_TOKENS ? K_COLUMNS : 1;
 
 // the scales (or zeros) of a panel's 16 tokens, for each group of channels
 static inline void of_panel(floats (&to)[K_GROUPS], const float* tile, int panel) {
-    for (int c = 0; c < K_GROUPS && K_OF_TOKENS; c++) {
+    if (!K_OF_TOKENS) return;
+    for (int c = 0; c < K_GROUPS; c++) {
         float x[LANES];
         for (int i = 0; i < LANES; i++) x[i] = tile[(panel * LANES + i) * K_COLUMNS + c];
         to[c] = load(x);
@@ -40,7 +41,7 @@ static inline void of_panel(floats (&to)[K_GROUPS], const float* tile, int panel
 // the scales (or zeros) of a panel's 16 tokens for channel d
 static inline floats of_channel(const floats (&panels)[K_GROUPS], const float* tile, int panel, int d) {
     const int group = d * K_COLUMNS / D;
-    return K_OF_TOKENS ? panels[group % K_GROUPS] : all(tile[panel * LANES / K_SCALE_TOKENS * K_COLUMNS + group]);
+    return K_OF_TOKENS ? panels[group] : all(tile[panel * LANES / K_SCALE_TOKENS * K_COLUMNS + group]);
 }
 #endif
 
@@ -77,7 +78,7 @@ static void unpack_keys(Keys* to, const Scratch& t, const uint32_t* tile, int pa
             floats y = decode_k(every_code<K_BITS>());
 #else
 #if K_LOOKED_UP
-            floats y = as_floats((ints)(i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16u));
+            floats y = from_pairs(pairs, i);
 #else
             floats y = decode_k(code_of<K_BITS>(x[0], i));
 #endif
@@ -144,7 +145,7 @@ static void unpack_values(Values* to, const Scratch& t, const uint32_t* tile, in
             floats y = decode_v(every_code<V_BITS>());
 #else
 #if V_LOOKED_UP
-            floats y = as_floats((ints)(i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16u));
+            floats y = from_pairs(pairs, i);
 #else
             floats y = decode_v(code_of<V_BITS>(x[0], i));
 #endif

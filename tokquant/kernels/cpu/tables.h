@@ -34,4 +34,9 @@ static inline void looked_up(words (&pairs)[2], const uint16_t* magnitudes, word
     pairs[0] = numbers(low, _mm512_slli_epi16(low, 8));
     pairs[1] = numbers(high, low);
 }
+
+// the i-th of those four values as float32
+static inline floats from_pairs(const words (&pairs)[2], int i) {
+    return as_floats((ints)(i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16u));
+}
 #endif
