@@ -7,10 +7,18 @@ import torch
 from torch import Tensor
 
 
+def _available(kind: str) -> bool:
+    """Whether torch has an autocast for devices of this kind."""
+    return torch.amp.is_autocast_available(kind)
+
+
+# torch 2.11 cannot trace it; as torch.compiler.assume_constant_result would, which imports the whole compiler
+_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def in_their_types(device: torch.device) -> AbstractContextManager:
     """A block in which tensors are multiplied and joined as they are."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _available(device.type) else nullcontext()
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -25,7 +33,7 @@ def as_torch_takes_them(*tensors: Tensor) -> tuple[Tensor, ...]:
     For what stands in its place: within autocast a model's rotated Q and K are float32 and V, of a product, is not.
     """
     kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     to = torch.get_autocast_dtype(kind)
     return tuple(x.to(to) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -44,7 +44,7 @@ def tracing() -> bool:
 def begin_with(name: str, error: Exception) -> None:
     """Put a layer's name in front of what an error says, once."""
     if tracing():  # which can change no error: it is raised uncompiled, or quoted with fullgraph=True
-        torch._dynamo.graph_break(str(error))
+        torch._dynamo.graph_break(str(error.args[0]))
     if not str(error).startswith(name):
         error.args = (f"{name}: {error}",)
 

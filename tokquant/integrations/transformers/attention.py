@@ -10,7 +10,7 @@ from tokquant.autocast import as_torch_takes_them
 from tokquant.errors import UnsupportedError
 from tokquant.integrations.transformers.cache_layer import Appended
 from tokquant.integrations.transformers.masks import Ordered
-from tokquant.integrations.transformers.settings import Setting, place_of
+from tokquant.integrations.transformers.settings import Place, Setting, place_of
 from tokquant.operators import begin_with
 from tokquant.schemes import SchemeMap
 
@@ -41,14 +41,14 @@ def attend(
     Raises, with the module's name in front: UnsupportedError for arguments that are not supported, else as
     `tokquant.attention`.
     """
-    name, setting = place_of(module, registered, yields, by_name=isinstance(key, Appended) and key.by_name)
+    place, setting = place_of(module, registered, yields, by_name=isinstance(key, Appended) and key.by_name)
     traced = setting.observe is None and not (operators.OLD and isinstance(setting.scheme, SchemeMap))
     run = _attend if traced else _attend_untraced
-    return run(name, setting, module, query, key, value, attention_mask, **given)
+    return run(place, setting, module, query, key, value, attention_mask, **given)
 
 
 def _attend(
-    name: str,
+    place: Place,
     setting: Setting,
     module: nn.Module,
     query: Tensor,
@@ -92,7 +92,7 @@ def _attend(
                     "nothing else; leave it out (for cross attention: EncoderDecoderCache(TokquantCache(...), DynamicCache()))"
                 )
             (query,) = as_torch_takes_them(query)
-            out = key.attend(query, name, tokens, **features)
+            out = key.attend(query, place.name, tokens, **features)
         else:
             assert not isinstance(value, Appended)
             if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
@@ -102,17 +102,17 @@ def _attend(
                 )
             query, key, value = as_torch_takes_them(query, key, value)
             if setting.observe is not None:
-                setting.observe(name, query.detach(), key.detach(), value.detach())
+                setting.observe(place.name, query.detach(), key.detach(), value.detach())
             if position_bias is not None:
                 features["bias"] = bias.dense(position_bias[..., : key.shape[2]])
             mask = attention_mask if not causal else None if tokens is None else tokens[:, None, None]
-            scales = None if setting.scales is None else setting.scales.get(name)
+            scales = None if setting.scales is None else setting.scales.get(place.name)
             features |= dict(causal=causal, mask=mask, scales=scales, backend=quantizing(setting.backend, query.device))
             # layers that differ only in their names share one compiled graph
-            layer = name if setting.by_name else None
+            layer = place.name if setting.by_name else None
             out = attention(query, key, value, setting.scheme, layer=layer, **features)  # type: ignore[assignment]
     except (ValueError, TypeError, RuntimeError) as error:
-        begin_with(name, error)
+        begin_with(place.name, error)
         raise
     return out.transpose(1, 2).contiguous(), None
 

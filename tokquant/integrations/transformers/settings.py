@@ -83,10 +83,11 @@ def own(model: nn.Module) -> Setting | None:
     return found.setting if found else None
 
 
-def place_of(module: nn.Module, registered: Setting | None, yields: bool, by_name: bool = False) -> tuple[str, Setting]:
-    """The name of an attention module and the setting that applies: the model's own, if it has one and `registered` yields.
+def place_of(module: nn.Module, registered: Setting | None, yields: bool, by_name: bool = False) -> tuple[Place, Setting]:
+    """The place of an attention module and the setting that applies: the model's own, if it has one and `registered` yields.
 
-    If neither the setting nor the caller (`by_name`) needs a name, it may be that of the class. Raises ValueError if no setting
+    If neither the setting nor the caller (`by_name`) needs a name, it may be that of the class. It is read where it is needed,
+    because a graph that read it belongs to one layer before torch 2.12. Raises ValueError if no setting
     applies, or if a name is needed and there is none.
     """
     found: Place | None = module.__dict__.get(ATTRIBUTE)
@@ -96,7 +97,7 @@ def place_of(module: nn.Module, registered: Setting | None, yields: bool, by_nam
     if found is None and (setting.by_name or by_name):
         _name_modules(module)
         found = module.__dict__[ATTRIBUTE]
-    return found.name if found else type(module).__name__, setting
+    return found or Place(type(module).__name__), setting
 
 
 @untraced("the search for a module's name, which use(model, ...) spares,")
