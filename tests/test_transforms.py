@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from factories import pairwise, qkv, scheme
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokquant import attention, quantize, reference
+from tokquant import attention, quantize, reference, transforms
 from tokquant.attention import features_of
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.quantize import frames
@@ -302,3 +303,29 @@ class TestAlgebra:
         s, mean = q @ shared(k).mT, v.mean(dim=2, keepdim=True)
         turned = hadamard(self.output(s, shared(hadamard(v - mean)))) + shared(mean)
         assert torch.allclose(turned, self.output(s, shared(v)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 130, 8), (1, 3, 300, 16), (40, 2, 1, 32)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("reduced", [mean_over_tokens, mean_over_blocks, key_maxima, pair_norms], ids=lambda f: f.__name__)
+def test_some_heads_at_a_time_give_what_all_at_once_do(reduced, dtype, shape, monkeypatch):
+    x = torch.randn(shape).to(dtype)
+    for each in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+        whole = reduced(each)
+        for piece in (1, each[0].numel(), 2 * each[0, :2].numel()):
+            monkeypatch.setattr(transforms, "PIECE", piece)
+            assert torch.equal(reduced(each), whole)
+
+
+def test_a_mean_of_many_tokens_copies_few_of_them_to_float32(monkeypatch):
+    x, sizes = torch.randn(1, 8, 65536, 8).half(), []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            sizes.extend([args[0].numel()] if function is torch.ops.aten.mean.dim else [])
+            return found
+
+    with Sizes():
+        mean_over_tokens(x)
+    assert sum(sizes) == x.numel() and max(sizes) <= 2 * transforms.PIECE

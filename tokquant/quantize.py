@@ -254,7 +254,7 @@ def _balance(q: Tensor, frame: Frame, k: Tensor, rule: ChannelBalance | RopePair
         assert scales is not None
         return scales.balance(k)
     check_balance(rule, k.shape[3])
-    centred = Frame(offset=frame.offset).apply(k)
+    centred = k if frame.offset is None else Frame(offset=frame.offset).apply(k)
     if isinstance(rule, ChannelBalance):
         return channel_factors(query_maxima(q, k.shape[1]), key_maxima(centred), rule.alpha)
     return rope_pair_factors(pair_norms(centred), key_maxima(centred), rule.alpha, rule.beta, rule.top_k)
@@ -277,7 +277,7 @@ def for_query_heads(x: Tensor, q: Tensor | QuantizedTensor, k: Tensor | Quantize
 
 def less_offset(k: Tensor, frame: Frame) -> Tensor:
     """K as block means of Q meet it: less its offset, in its own type."""
-    return Frame(offset=frame.offset).apply(k).to(k.dtype).contiguous()
+    return (k if frame.offset is None else k - frame.offset).to(k.dtype).contiguous()
 
 
 def log2_weight(scale: Tensor, weightless: Tensor) -> Tensor:

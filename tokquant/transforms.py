@@ -4,7 +4,9 @@ In exact arithmetic `softmax(Q K^T) V` stays what it was: a constant subtracted 
 factors of K are divided out of Q, a rotation turns both, and V's mean is added back.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -15,12 +17,35 @@ from tokquant.schemes.granularity import WHOLE
 BLOCK_MEAN = 128
 """Queries under one mean of `smooth: block_mean`."""
 
+PIECE = 2**18
+"""Values whose float32 copy stays in a CPU's cache."""
+
+
+def by_heads(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function`, which takes each head of its tensors `[B, H, ...]` by itself, on a CPU called with some heads at a time.
+
+    Reductions in float32 copy a 16-bit tensor first. A copy of a large one takes ten times as long as its sums.
+    """
+
+    @wraps(function)
+    def in_pieces(x: Tensor, *others: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.numel() <= PIECE:
+            return function(x, *others)
+        heads = max(1, PIECE * x.shape[0] * x.shape[1] // x.numel())
+        batches = max(1, heads // x.shape[1])
+        rows = zip(*(tensor.split(batches) for tensor in (x, *others)), strict=True)
+        pieces = (zip(*(tensor.split(heads, dim=1) for tensor in row), strict=True) for row in rows)
+        return torch.cat([torch.cat([function(*piece) for piece in row], dim=1) for row in pieces])
+
+    return in_pieces
+
 
 def sixteen_bit(dtype: torch.dtype) -> torch.dtype:
     """The 16-bit type that offsets of a tensor are kept in: its own, or bf16, which holds every float32's magnitude."""
     return torch.bfloat16 if dtype == torch.float32 else dtype
 
 
+@by_heads
 def mean_over_tokens(x: Tensor) -> Tensor:
     """`[B, H, N, D] -> [B, H, 1, D]`, summed in float32 and rounded to 16 bits."""
     if x.is_cuda and x.dtype == sixteen_bit(x.dtype):
@@ -28,6 +53,7 @@ def mean_over_tokens(x: Tensor) -> Tensor:
     return x.mean(dim=2, keepdim=True, dtype=torch.float32).to(sixteen_bit(x.dtype))
 
 
+@by_heads
 def mean_over_blocks(x: Tensor) -> Tensor:
     """`[B, H, N, D] -> [B, H, ceil(N / 128), D]`: the mean of each block of queries, rounded to 16 bits."""
     blocks, rest = divmod(x.shape[2], BLOCK_MEAN)
@@ -57,14 +83,16 @@ def hadamard(x: Tensor) -> Tensor:
 
 def query_maxima(q: Tensor, kv_heads: int) -> Tensor:
     """max |Q| of each channel over tokens and the heads that share one of K: `[B, H_q, N, D] -> [B, H_kv, 1, D]`."""
-    return _wide(q).abs().amax(dim=2, keepdim=True).unflatten(1, (kv_heads, -1)).amax(dim=2)
+    return key_maxima(q).unflatten(1, (kv_heads, -1)).amax(dim=2)
 
 
+@by_heads
 def key_maxima(k: Tensor) -> Tensor:
     """max |K| of each channel over tokens: `[B, H, N, D] -> [B, H, 1, D]`."""
     return _wide(k).abs().amax(dim=2, keepdim=True)
 
 
+@by_heads
 def pair_norms(k: Tensor) -> Tensor:
     """The largest norm of each pair of channels (f, f + D/2), which RoPE keeps: `[B, H, N, D] -> [B, H, 1, D/2]`."""
     return torch.hypot(*_wide(k).chunk(2, dim=-1)).amax(dim=2, keepdim=True)
