@@ -55,6 +55,7 @@
 #define SINKS 0
 #define WITH_LSE 0
 #define BESIDE 0  // output and LSE already hold attention to other keys, to be merged with
+#define ROUNDED_OUTPUT 0  // the output is of 16 bits
 #define BLOCK_OF_ONE_HEAD 0  // what is added to logits depends on the head
 constexpr int D = 64;  // head_dim
 #define K_SCALE_TYPE float
@@ -85,6 +86,9 @@ constexpr int REGISTER = 16;  // bytes of a vector register
 #if K_TABLES || V_TABLES || K_LOOKED_UP || V_LOOKED_UP
 #include "tables.h"
 #endif
+#if ROUNDED_OUTPUT
+#include "narrow.h"
+#endif
 
 static inline floats encode_p(floats p) { return nearest(p); }
 static inline floats decode_k(ints code) { return decoded_half(code); }
@@ -92,6 +96,7 @@ static inline floats decode_v(ints code) { return decoded_half(code); }
 static inline void look_up_k(words (&pairs)[2], words x) { pairs[0] = pairs[1] = x; }
 static inline void look_up_v(words (&pairs)[2], words x) { pairs[0] = pairs[1] = x; }
 static inline floats as_input(floats x) { return rounded_half(x); }
+static inline ints as_output(floats x) { return as_ints(x); }
 
 #include "attention_arguments.h"
 

@@ -23,7 +23,11 @@ struct Arguments {
     const uint32_t* v;  // codes in panels of 16 channels, tile after tile
     int64_t v_page;
     int64_t v_head;
+#if ROUNDED_OUTPUT
+    uint16_t* out;  // bits [B, H, N_q, D]
+#else
     float* out;  // [B, H, N_q, D]
+#endif
 #if WITH_LSE
     float* lse;  // [B, H, N_q]
 #endif

@@ -19,7 +19,7 @@ static void finish(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
     const int64_t kv = batch * a.kv_heads + kv_head;
     (void)kv;
     for (int i = 0; i < rows; i++) {
-        float* out = a.out + (row + i) * D;
+        auto* out = a.out + (row + i) * D;
         const float l = t.l[i];
         float lowered = 0, total = l;
 #if LOWERED_LOGITS
@@ -68,8 +68,17 @@ static void finish(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 #if BESIDE
             acc[d] = (acc[d] * weight + out[d] * other_weight) / divisor;
 #endif
+#if !ROUNDED_OUTPUT
             out[d] = acc[d];
+#endif
         }
+#if ROUNDED_OUTPUT
+        for (int d = 0; d < D; d += LANES) {
+            uint16_t bits[LANES];
+            store_low(bits, as_output(load(acc + d)));
+            std::memcpy(out + d, bits, 2 * least(LANES, D - d));
+        }
+#endif
     }
 }
 

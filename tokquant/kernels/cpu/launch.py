@@ -52,8 +52,9 @@ def attention(
     if q.device.type != "cpu":
         raise UnsupportedError(f"backend: 'cpu' takes tensors in memory, and q is on {q.device}; move them, or use 'triton'")
     (b, heads, n_q, d), n_k = q.shape, k.shape[2]
-    made = plan(scheme, head_dim=d, dtype=v.dtype, wanted=Wanted.of(features, return_lse), instructions=build.instructions())
-    out = torch.empty(q.shape, dtype=torch.float32, device="cpu")
+    kinds: dict[str, Any] = dict(dtype=v.dtype, output=q.dtype, instructions=build.instructions())
+    made = plan(scheme, head_dim=d, wanted=Wanted.of(features, return_lse), **kinds)
+    out = torch.empty(q.shape, dtype=q.dtype, device="cpu")
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu") if return_lse else None
     left, right = features.reach()
     given: dict[str, Any] = dict(
@@ -63,7 +64,7 @@ def attention(
         **laid_out(q, scheme), **laid_out(k, scheme), **laid_out(v, scheme), **of_features(features),
     )  # fmt: skip
     start(made, given)
-    return out.to(q.dtype), lse
+    return out, lse
 
 
 def start(made: CpuPlan, given: Mapping[str, Any]) -> None:

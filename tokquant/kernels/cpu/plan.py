@@ -25,6 +25,8 @@ CHUNK = 2048
 CPP_TYPES = {"fp32": "float", "fp16": "half", "fp8_e4m3": "e4m3"}
 ROUNDED = {torch.float16: "rounded_half(x)", torch.bfloat16: "rounded_bfloat(x)", torch.float32: "x"}
 """C++: x as an input's type holds it."""
+BITS = {torch.float16: "to_half(x)", torch.bfloat16: "to_bfloat(x)", torch.float32: "as_ints(x)"}
+"""C++: the bits of x, rounded to an output's type."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,15 @@ class CpuPlan:
 
 
 @lru_cache(maxsize=256)
-def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Wanted, instructions: str) -> CpuPlan:
+def plan(
+    scheme: QuantScheme,
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    wanted: Wanted,
+    instructions: str,
+    output: torch.dtype = torch.float32,
+) -> CpuPlan:
     """The plan for operands that were of type `dtype`. Raises UnsupportedError for what no C++ kernel can do."""
     encoder = scheme.p.format.of(dtype)
     _refuse(scheme, encoder)
@@ -131,6 +141,7 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
         "SINKS": wanted.sinks,
         "WITH_LSE": wanted.lse,
         "BESIDE": wanted.beside,
+        "ROUNDED_OUTPUT": output != torch.float32,
         "BLOCK_OF_ONE_HEAD": q.smooth == "block_mean" or wanted.bias == "lowrank",
     }
     constants = {name: int(value) for name, value in constants.items()} | {
@@ -169,6 +180,7 @@ def plan(scheme: QuantScheme, *, head_dim: int, dtype: torch.dtype, wanted: Want
                 "look_up_k": _magnitudes("k", k.format) if looked_up_k else "",
                 "look_up_v": _magnitudes("v", v.format) if looked_up_v else "",
                 "as_input": f"static inline floats as_input(floats x) {{ return {ROUNDED[dtype]}; }}",
+                "as_output": f"static inline ints as_output(floats x) {{ return {BITS[output]}; }}",
             }.items()
         ),
         instructions=instructions,

@@ -57,6 +57,7 @@ constexpr float SCALE_SMALLEST = 1.1754943508222875e-38f;  // and smallest norma
 constexpr int REGISTER = 16;  // bytes of a vector register
 
 #include "lanes.h"
+#include "narrow.h"
 #include "codes.h"
 
 static inline ints encode(floats x) { return nearest_integers(x); }
