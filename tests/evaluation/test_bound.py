@@ -277,6 +277,15 @@ def test_kernels_stay_below_the_same_bound(name, backend):
     assert torch.allclose(of_codes, canonical, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("seed, d", [(709, 64), (790, 96), (1043, 128), (1054, 96)])
+def test_an_origin_is_rounded_as_the_terms_that_cancel_in_it(seed, d):
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(1, 1, 1, d) for _ in "qkv")
+    v = v * [1, 1000, 30][seed % 3]  # of a single token, whose zero and steps nearly cancel
+    error = (tq.attention(q, k, v, "kv-int4", backend="reference").double() - v.double()).abs().amax(dim=-1)
+    assert (error <= tq.error_bound(q, k, v, "kv-int4").total).all()
+
+
 @pytest.mark.parametrize("rotate_v", ["none", "hadamard"])
 @pytest.mark.parametrize(
     "of_q, of_k, of_v, scale",

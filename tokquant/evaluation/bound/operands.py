@@ -61,7 +61,7 @@ def known(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor, tensors: t
     if k.origin is not None and place(k.spec) == "scores":
         # codes and origins are two products
         origin = k.spread(k.origin).double()
-        k_norm = (k_turned - origin).norm(dim=-1, keepdim=True) + k.shape[3] ** 0.5 * origin.abs()
+        k_norm = (k_turned - origin).norm(dim=-1, keepdim=True) + k.shape[3] ** 0.5 * k.spread(_origin_terms(k)).double()
     means = None
     if k.companion is not None:
         means = q.frame.offset_of_tokens(q.shape[2]).double()
@@ -133,8 +133,15 @@ def _lowered_terms(q: QuantizedTensor, turned: Tensor, k: QuantizedTensor) -> Te
     if k.offset is not None:
         terms = product(q.frame.undo(turned), k.offset)
     if place(k.spec) == "q" and k.origin is not None:
-        terms = terms + product(turned / q.frame.fold.double(), k.origin)  # type: ignore[union-attr]
+        terms = terms + product(turned / q.frame.fold.double(), _origin_terms(k))  # type: ignore[union-attr]
     return terms
+
+
+def _origin_terms(x: QuantizedTensor) -> Tensor:
+    """The magnitudes that an origin is summed from, and rounded by: its zero and a multiple of its step, which may cancel."""
+    assert x.zero is not None and x.origin is not None
+    zero = x.zero.float()
+    return zero.abs() + (x.origin - zero).abs()
 
 
 def _with_p(v: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +157,7 @@ def _with_p(v: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor]:
     terms = (met if v.log2_weight is None else met * v.log2_weight.double().exp2()).abs()
     constant = torch.zeros_like(met[:, :, :1])
     if origin is not None:
-        terms = terms + origin.abs()
+        terms = terms + v.spread(_origin_terms(v)).double()
         constant = constant + origin if where == "output" else constant
     return replace(v.frame, offset=None).undo(met), terms, v.frame.undo(constant)
 
