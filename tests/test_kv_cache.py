@@ -40,7 +40,7 @@ def state(cache):
     known = [cache.lengths, cache.free_pages, cache.memory]
     for b in range(cache.batch):
         known += [x.tolist() for x in cache.windows(b)]
-        known += [codes.dequantize().tolist() for codes in cache.codes(b)] if cache._held.packed[b] else []
+        known += [codes.dequantize().tolist() for codes in cache.codes(b)] if cache._sequences.packed[b] else []
     return known
 
 
@@ -109,7 +109,7 @@ def test_a_hundred_thousand_tokens_in_mixed_chunks_are_those_of_one_shot(name, m
         size = [1, 1, 2, 7, 33, 250, 1500][int(torch.randint(7, (), generator=generator))]
         chunks.append(min(size, n - sum(chunks)))
     append_in(cache, k, v, chunks)
-    packed = int(cache._held.packed[0])
+    packed = int(cache._sequences.packed[0])
     expected = quantize_operands(k[:, :, :packed], k[:, :, :packed], v[:, :, :packed], cache.scheme)[1:]
     for found, right in zip(cache.codes(0), expected, strict=True):
         for part in ("codes", "scale", "zero"):
@@ -245,11 +245,11 @@ def test_a_token_takes_the_bits_that_the_scheme_says(s, bits):
     memory = cache.memory
     assert memory.packed == 10 * cache.page * 2 * 2 * 128 * bits / 8
     assert memory.packed + memory.slack + memory.windows == cache.nbytes
-    assert memory.windows == 2 * 2 * 2 * 128 * cache._held.windows.slots
+    assert memory.windows == 2 * 2 * 2 * 128 * cache._sequences.windows.slot_count
 
 
 def windows_of(cache):
-    return cache._held.windows.sink + cache._held.windows.recent
+    return cache._sequences.windows.sink + cache._sequences.windows.recent
 
 
 def test_slack_is_what_pages_have_room_for():
@@ -444,7 +444,7 @@ def test_an_append_that_is_refused_changes_nothing(changes, error, message):
         (lambda c: c.evict(-1), "sequences: -1; there are"),
         (lambda c: c.evict(torch.tensor([[0]])), "sequences: a Tensor; give numbers"),
         (lambda c: c.codes(2), "sequences: 2; there are sequences 0 to 1"),
-        (lambda c: c.windows([0, 1]), r"sequence: \[0, 1\]; give the number of one"),
+        (lambda c: c.windows([0, 1]), r"sequence: \[0, 1\]; give the number of one sequence"),
     ],
 )
 def test_what_no_sequence_has_is_refused_and_changes_nothing(call, message):

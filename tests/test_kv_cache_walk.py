@@ -114,7 +114,7 @@ class Walk:
         """Codes and windows are those of quantizing all at once, bit for bit, and pages are held as often as counted."""
         for cache, plain in self.pairs:
             assert cache.lengths == [len(own) for own in plain.sequences]
-            assert cache._held.table.held.tolist() == self.pages(cache, [own.packed for own in plain.sequences])
+            assert cache._sequences.table.page_counts.tolist() == self.pages(cache, [own.packed for own in plain.sequences])
             for b, own in enumerate(plain.sequences):
                 for found, expected in zip(cache.windows(b), plain.ends(b), strict=True):
                     assert torch.equal(found, expected)
@@ -124,9 +124,9 @@ class Walk:
                         for part in ("codes", "scale", "zero", "code_sum", "log2_weight"):
                             one, other = getattr(found, part), getattr(expected, part)
                             assert (one is None and other is None) or torch.equal(one, other), part
-        for pool in {cache._held.table.pool for cache, _ in self.pairs}:
-            tables = [cache._held.table for cache, _ in self.pairs if cache._held.table.pool is pool]
-            rows = [row[:held] for table in tables for row, held in zip(table.numbers, table.held, strict=True)]
+        for pool in {cache._sequences.table.pool for cache, _ in self.pairs}:
+            tables = [cache._sequences.table for cache, _ in self.pairs if cache._sequences.table.pool is pool]
+            rows = [row[:held] for table in tables for row, held in zip(table.pages, table.page_counts, strict=True)]
             spare = [] if pool._spare is None else [np.array([pool._spare])]
             counted = np.bincount(np.concatenate([*rows, *spare]), minlength=len(pool.holders))
             assert counted.tolist() == pool.holders.tolist() and sorted(pool.free) == np.nonzero(counted == 0)[0].tolist()

@@ -26,13 +26,13 @@ def table_of(batch=2, pages=4, fixed=True, page=16):
 
 
 def fill(table, first, counts, error=None):
-    with table.room(np.array(first), np.array(counts)):
+    with table.allocate(np.array(first), np.array(counts)):
         if error:
             raise error
 
 
 def rows(table):
-    return [row[:held].tolist() for row, held in zip(table.numbers, table.held, strict=True)]
+    return [row[:held].tolist() for row, held in zip(table.pages, table.page_counts, strict=True)]
 
 
 def test_pages_of_a_fresh_pool_come_in_order():
@@ -52,10 +52,10 @@ def test_a_sequence_takes_pages_for_its_tokens_and_no_more():
 def test_what_is_cut_is_free_again():
     table, _ = table_of()
     fill(table, [0, 0], [32, 32])
-    table.cut(0, 17)
+    table.truncate(0, 17)
     assert not table.pool.free
-    table.cut(0, 16)
-    table.cut(1, 0)
+    table.truncate(0, 16)
+    table.truncate(1, 0)
     assert len(table.pool.free) == 3 and rows(table)[1] == []
 
 
@@ -103,7 +103,7 @@ def test_the_last_of_two_that_write_at_once_keeps_the_page():
     table, _ = table_of(batch=1, pages=2)
     fill(table, [0], [4])
     pair = table.fork(np.array([0, 0]))
-    table.cut(0, 0)
+    table.truncate(0, 0)
     fill(pair, [4, 4], [1, 1])
     assert sorted(rows(pair)) == [[0], [1]] and not table.pool.free
 
@@ -123,22 +123,22 @@ def test_pages_whose_table_is_gone_are_free():
 def test_room_in_ones_own_pages_is_counted():
     table, _ = table_of(batch=2, pages=4)
     fill(table, [0, 0], [3, 16])
-    assert table.left(np.array([3, 16])) == 0
+    assert table.room_left(np.array([3, 16])) == 0
     fill(table, [3, 16], [0, 9])
-    assert table.left(np.array([3, 25])) == 7
+    assert table.room_left(np.array([3, 25])) == 7
     other = table.fork(np.array([1]))
-    assert table.left(np.array([3, 25])) == 0
+    assert table.room_left(np.array([3, 25])) == 0
     del other
-    assert table.left(np.array([3, 25])) == 7
+    assert table.room_left(np.array([3, 25])) == 7
 
 
 def test_tokens_of_shared_pages_count_once():
     table, _ = table_of(batch=2, pages=4)
     fill(table, [0, 0], [20, 5])
-    assert table.tokens(np.array([20, 5])) == 25
+    assert table.count_tokens(np.array([20, 5])) == 25
     pair = table.fork(np.array([0, 0]))
-    assert pair.tokens(np.array([20, 20])) == 20
-    assert pair.tokens(np.array([18, 20])) == 20
+    assert pair.count_tokens(np.array([20, 20])) == 20
+    assert pair.count_tokens(np.array([18, 20])) == 20
 
 
 def holders_of(tables, pages):
@@ -165,14 +165,14 @@ def test_holders_are_what_tables_hold_whatever_happens(seed):
             case 2:
                 b = int(chance.integers(len(held)))
                 held[b] = chance.integers(0, held[b] + 1)
-                tables[at].cut(b, int(held[b]))
+                tables[at].truncate(b, int(held[b]))
             case 3:
                 chosen = chance.integers(0, len(held), chance.integers(1, 5))
                 tables.append(tables[at].fork(chosen))
                 tokens.append(held[chosen])
             case 4 if len(tables) > 1:
                 del tables[at], tokens[at]
-        assert [table.held.tolist() for table in tables] == [(-(-lengths // 16)).tolist() for lengths in tokens]
+        assert [table.page_counts.tolist() for table in tables] == [(-(-lengths // 16)).tolist() for lengths in tokens]
         counted = holders_of(tables, 12)
         assert counted.tolist() == pool.holders.tolist() and sorted(pool.free) == np.nonzero(counted == 0)[0].tolist()
     assert full

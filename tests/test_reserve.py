@@ -214,7 +214,7 @@ def test_eager_steps_read_nothing_back_and_give_what_they_do_without_room():
         beside.append(k, v)
         if 0 < i < 6:
             with NothingIsRead(), pytest.MonkeyPatch.context() as patch:
-                patch.setattr(type(cache._held.store), "check", lambda self: None)  # on a GPU only of more tokens
+                patch.setattr(type(cache._sequences.store), "check", lambda self: None)  # on a GPU only of more tokens
                 cache.append(k, v)
         else:
             cache.append(k, v)
@@ -308,7 +308,7 @@ def test_what_cannot_be_reserved_is_refused_and_nothing_changes(given, error, te
     free = cache.free_pages
     with pytest.raises(error, match=text):
         cache.reserve(**given)
-    assert cache.free_pages == free and cache._held._reserved
+    assert cache.free_pages == free and cache._sequences._reserved
     assert_same(cache, beside)
 
 
@@ -357,8 +357,8 @@ class WalkWithRoom(Walk):
         self.replay(*self.pairs[at])
 
     def pages(self, cache, packed):
-        least, held = super().pages(cache, packed), cache._held.table.held.tolist()
-        return held if cache._held._reserved and held >= least else least
+        least, held = super().pages(cache, packed), cache._sequences.table.page_counts.tolist()
+        return held if cache._sequences._reserved and held >= least else least
 
     def replay(self, cache, plain):
         tokens, beyond = self.chance.randint(1, 20), self.chance.random() < 0.3
@@ -367,7 +367,7 @@ class WalkWithRoom(Walk):
             cache.reserve(tokens, longest=longest)
         except (tq.CacheFullError, tq.UnsupportedError):  # loaded without a capacity
             return
-        graphs, room = self.graphs.setdefault(cache, []), cache._held._reservation._capacity
+        graphs, room = self.graphs.setdefault(cache, []), cache._sequences._reservation._capacity
         if len(graphs) < 3:
             x = torch.zeros(cache.batch, 2, self.chance.choice([1, 1, 3]), 16)
             graph = Graph()

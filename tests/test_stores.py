@@ -9,7 +9,7 @@ from plain_cache import SCHEMES, block_of, features, scales_for
 import tokquant as tq
 from tokquant import reference
 from tokquant.kv_cache import STORES
-from tokquant.pages import growing
+from tokquant.pages import stored_parts
 from tokquant.quantize import quantize_operands
 
 H, D = 2, 32
@@ -42,7 +42,7 @@ def store_of(backend, s, pages=6):
 
 def same(found, expected):
     """Codes, scales and zeros alike; other layouts' codes by what they stand for."""
-    one, other = growing(found), growing(expected)
+    one, other = stored_parts(found), stored_parts(expected)
     assert one.keys() == other.keys() and found.shape == expected.shape
     for name in one:
         assert torch.equal(one[name], other[name]), name

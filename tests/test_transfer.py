@@ -90,7 +90,7 @@ def test_a_cuda_graph_would_freeze_lengths_and_is_refused(capturing):
     cache = tq.KVCache("kv-int8", batch=1, kv_heads=2, head_dim=32, backend="reference")
     x = torch.randn(1, 2, 20, 32).half()
     cache.append(x, x)
-    cache._held.device = GPU
+    cache._sequences.device = GPU
     with pytest.raises(tq.UnsupportedError, match=r"lengths of a KVCache.*reserve.* at every replay of a CUDA graph"):
         cache.append(x, x)
     assert cache.lengths == [20]

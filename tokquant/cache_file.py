@@ -1,4 +1,4 @@
-"""KV caches to and from safetensors: canonical codes, which any backend reads, with scheme and scales beside them."""
+"""Reads and writes KV caches as safetensors files: codes in the canonical layout, the scheme and its scales."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import CacheFileError, quote
 from tokquant.files import write_atomically
 from tokquant.inputs import DTYPE_NAMES
-from tokquant.pages import growing, operand, sizes
+from tokquant.pages import operand, part_sizes, stored_parts
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.appending import check_append_only, unit, windows
 from tokquant.tensor import QuantizedTensor
@@ -22,15 +22,15 @@ from tokquant.whole_numbers import whole_number
 
 FORMAT = "1"
 LARGEST = 2**20
-"""Heads and channels that a file may claim."""
+"""The most heads, and channels, that a file may have."""
 
 Sequence = tuple[QuantizedTensor | None, QuantizedTensor | None, Tensor, Tensor]
-"""K and V packed `[1, H_kv, n, D]`, None where nothing is, and those of the windows."""
+"""Packed K and V of a sequence `[1, H_kv, n, D]`, None where nothing is packed; then K and V of its 16-bit windows."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds."""
+    """The contents of a file."""
 
     scheme: QuantScheme
     kv_heads: int
@@ -41,19 +41,19 @@ class Content:
 
 
 def write(path: str | os.PathLike, content: Content) -> None:
-    """Write a cache as `<b>.k.codes`, `<b>.k.scale`, `<b>.window.k` ..., atomically; the rest is in the metadata."""
+    """Write a cache atomically: tensors `<b>.k.codes`, `<b>.k.scale`, `<b>.window.k` ...; scheme and sizes are metadata."""
     tensors = {f"scales.{name}": value for name, value in content.scales.tensors.items()} if content.scales else {}
-    for b, (k, v, *ends) in enumerate(content.sequences):
+    for b, (k, v, *window) in enumerate(content.sequences):
         for x in (k, v):
             if x is not None:
-                tensors |= {f"{b}.{x.spec.role}.{name}": part for name, part in growing(x).items()}
-        tensors |= {f"{b}.window.{name}": x for name, x in zip("kv", ends, strict=True)}
+                tensors |= {f"{b}.{x.spec.role}.{name}": part for name, part in stored_parts(x).items()}
+        tensors |= {f"{b}.window.{name}": x for name, x in zip("kv", window, strict=True)}
     tensors = {name: value.cpu().contiguous().clone() for name, value in tensors.items()}
     shape = {
         "kv_heads": content.kv_heads,
         "head_dim": content.head_dim,
         "dtype": str(content.dtype).removeprefix("torch."),
-        "tokens": [[0 if k is None else k.shape[2], ends.shape[2]] for k, _, ends, _ in content.sequences],
+        "tokens": [[0 if k is None else k.shape[2], window.shape[2]] for k, _, window, _ in content.sequences],
     }
     metadata = {
         "format": "pt",
@@ -66,7 +66,7 @@ def write(path: str | os.PathLike, content: Content) -> None:
 
 
 def read(path: str | os.PathLike, device: torch.device) -> Content:
-    """Read what `write` wrote, check all of it, and put it there. Raises CacheFileError naming the file and what is wrong."""
+    """Read and check a file of `write`, with tensors on `device`. Raises CacheFileError naming the file and what is wrong."""
     tensors, metadata = read_tensors(path, CacheFileError)
     if "tokquant.cache" not in metadata:
         raise CacheFileError(f"{path}: holds no KV cache; it was not written by KVCache.save")
@@ -106,11 +106,11 @@ def _content(tensors: dict[str, Tensor], metadata: dict[str, str], device: torch
 
     operands = scheme.k, scheme.v
     expected = {f"scales.{name}": (tuple(value.shape), value.dtype) for name, value in scales.items()}
-    for b, (packed, ends) in enumerate(tokens):
+    for b, (packed, in_window) in enumerate(tokens):
         for spec in operands if packed else ():
-            grown = sizes(spec, (1, heads, packed, d), kind)
-            expected |= {f"{b}.{spec.role}.{name}": size for name, size in grown.items()}
-        expected |= {f"{b}.window.{role}": ((1, heads, ends, d), kind) for role in "kv"}
+            sizes = part_sizes(spec, (1, heads, packed, d), kind)
+            expected |= {f"{b}.{spec.role}.{name}": size for name, size in sizes.items()}
+        expected |= {f"{b}.window.{role}": ((1, heads, in_window, d), kind) for role in "kv"}
     check_forms(tensors, expected, "a cache", "a cache of these sizes has")
 
     tensors = {name: value.to(device) for name, value in tensors.items()}
@@ -123,12 +123,12 @@ def _content(tensors: dict[str, Tensor], metadata: dict[str, str], device: torch
 
 def _document(metadata: dict[str, str], name: str) -> dict[str, Any]:
     try:
-        found = json.loads(metadata.get(name, ""))
+        document = json.loads(metadata.get(name, ""))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its {name} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"its {name} cannot be read: {quote(found)} is no mapping")
-    return found
+    if not isinstance(document, dict):
+        raise ValueError(f"its {name} cannot be read: {quote(document)} is no mapping")
+    return document
 
 
 def _operand(
@@ -140,10 +140,10 @@ def _operand(
     shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> QuantizedTensor | None:
-    """K or V of a sequence, None where nothing is packed. Raises ValueError for codes and scales that none has."""
+    """Packed K or V of a sequence, None where nothing is packed. Raises ValueError for invalid codes and scales."""
     if not shape[2]:
         return None
-    parts = {name: tensors[f"{b}.{spec.role}.{name}"] for name in sizes(spec, shape, dtype)}
+    parts = {name: tensors[f"{b}.{spec.role}.{name}"] for name in part_sizes(spec, shape, dtype)}
     if "scale" in parts and bool((parts["scale"].float() <= 0).any()):
         raise ValueError(f"'{b}.{spec.role}.scale' holds a scale that is not above zero")
     x = operand(parts, spec, scheme, scales, shape, dtype)
@@ -154,10 +154,10 @@ def _operand(
 
 
 def _check_tokens(b: int, pair: object, scheme: QuantScheme) -> None:
-    """Raise ValueError unless a sequence can have so many tokens packed, and so many in its windows."""
-    ends, together = windows(scheme), unit(scheme)
+    """Raise ValueError unless `pair` is a possible number of packed tokens and of tokens in windows of a sequence."""
+    sizes, block = windows(scheme), unit(scheme)
     if not isinstance(pair, list) or len(pair) != 2 or any(type(n) is not int or not 0 <= n < 2**31 for n in pair):
         raise ValueError(f"tokens: {quote(pair)} of sequence {b} is not a pair of numbers")
-    packed, newest = pair[0], pair[1] - min(sum(pair), ends.sink)
-    if packed % together or newest < 0 or newest > ends.recent + together - 1:
-        raise ValueError(f"tokens: {quote(pair)} of sequence {b} is no state of a cache with {ends} and blocks of {together}")
+    packed, newest = pair[0], pair[1] - min(sum(pair), sizes.sink)
+    if packed % block or newest < 0 or newest > sizes.recent + block - 1:
+        raise ValueError(f"tokens: {quote(pair)} of sequence {b} is no state of a cache with {sizes} and blocks of {block}")

@@ -1,4 +1,4 @@
-"""The errors tokquant raises beside the built-in ones. Each names the argument and what would work."""
+"""The error types of tokquant, and helpers for messages, which name the argument and say what would work."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class SchemeError(ValueError):
-    """A scheme that cannot be read, or that contradicts itself or the tensors it meets.
+    """A scheme that cannot be read, or that contradicts itself or the tensors it is used with.
 
     `problems` holds one `(place, text)` pair for each thing that is wrong, the place as a dotted path.
     """
@@ -18,25 +18,25 @@ class SchemeError(ValueError):
 
 
 class ScalesError(ValueError):
-    """Calibrated scales, or a file of them or of a calibration, that cannot be used. Names what is wrong and its layer."""
+    """Calibrated scales that cannot be used, or a file of scales or of a calibration. Names the layer and what is wrong."""
 
 
 class CacheFullError(RuntimeError):
-    """A KV cache without room for what was to be appended; it is as it was before."""
+    """A KV cache has no room for an append. It is as it was before."""
 
 
 class CacheFileError(ValueError):
-    """A file of a KV cache that cannot be used. Names the file and what is wrong with it."""
+    """A KV cache's file that cannot be used. Names the file and what is wrong with it."""
 
 
 class UnsupportedError(NotImplementedError):
-    """What no kernel of the chosen target can do."""
+    """Something that the chosen backend cannot do."""
 
 
 def quote(value: object, limit: int = 60) -> str:
     """`value` as the user would recognize it, cut to `limit` characters.
 
-    Nested values are summarized by type, so that quoting stays cheap whatever was passed.
+    Nested values are summarized by type, so that quoting any value is cheap.
     """
     if isinstance(value, str):
         text = repr(value[: limit + 1])
@@ -54,12 +54,12 @@ def quote(value: object, limit: int = 60) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without the stack that torch appends; its kind where it says nothing."""
+    """The first line of an error's message, without the stack that torch appends; its type where the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def nearest(name: object, names: Iterable[str]) -> str:
-    """`"; did you mean 'int8'?"`, or nothing where no name is near."""
+    """`"; did you mean 'int8'?"` with the most similar of `names`, or an empty string if none is similar."""
     if not isinstance(name, str):
         return ""
     match = difflib.get_close_matches(name[:64].lower(), list(names), n=1, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""Writing a file so that a reader sees the old bytes or the new ones, never a part."""
+"""Writes a file atomically: a reader sees either the old bytes or all of the new ones."""
 
 import contextlib
 import errno
@@ -10,7 +10,7 @@ from pathlib import Path
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     """Write `data` beside `path`, flush it to disk, then rename it into place.
 
-    Raises OSError as the file system does, naming `path`; whatever stood there is then untouched.
+    Raises OSError as the file system does, naming `path`; an existing file is then unchanged.
     """
     path = Path(path)
     if path.is_dir():

@@ -1,7 +1,7 @@
-"""Factors of balance multiplied into the weights that make Q and K, so that nothing is left to do at run time.
+"""Folds balance factors into the weights of the Q and K projections, so that nothing is left to multiply at run time.
 
-The factors are those of a static balance, `scales["layer"].tensors["k_balance"]`. FireQ (arXiv 2505.20839, 3.3) folds those
-that it takes before RoPE, and multiplies the others in after it.
+The factors are those of a static balance, `scales["layer"].tensors["k_balance"]`. FireQ (arXiv 2505.20839, 3.3) folds the
+factors that it applies before RoPE, and multiplies by the others after it.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -12,11 +12,11 @@ from torch import Tensor
 from tokquant.errors import quote
 
 Rope = Literal["half", "interleaved", "none"]
-"""Which channels RoPE turns together: f and f + D/2 (Llama in transformers), 2f and 2f + 1 (its paper), or there is no RoPE."""
+"""The pairs of channels that RoPE rotates: f and f + D/2 (Llama in transformers), 2f and 2f + 1 (its paper), or no RoPE."""
 
 
 class Folded(NamedTuple):
-    """New weights and biases of the projections, in the types of the old."""
+    """New weights and biases of the projections, in the types of the old ones."""
 
     q_weight: Tensor
     k_weight: Tensor
@@ -33,19 +33,21 @@ def fold(
     k_bias: Tensor | None = None,
     rope: Rope = "half",
 ) -> Folded:
-    """Weights whose K is multiplied by the factors and whose Q is divided by them; Q K^T stays what it was, to rounding.
+    """Weights that multiply K by the factors and divide Q by them, so that Q K^T stays the same except for rounding.
 
-    RoPE, which turns all channels, is the only thing that may come between the projections and attention: not a norm of Q
-    and K, which would take the factors out again. A static offset of K moves along: it is multiplied by the factors.
+    Only RoPE, over all channels, may come between the projections and attention. A norm of Q and K would remove the factors
+    again. A static offset of K is to be multiplied by the factors too.
 
     Args:
         q_weight: `[H_q D, hidden]`, as torch.nn.Linear has it.
-        k_weight: `[H_kv D, hidden]`, H_q a multiple of H_kv; q_bias and k_bias `[H_q D]` and `[H_kv D]` where there are some.
-        factors: `[H_kv, 1, D]`, above zero, equal over each pair of channels that RoPE turns together; `split` gives such.
+        k_weight: `[H_kv D, hidden]`, H_q a multiple of H_kv.
+        q_bias, k_bias: `[H_q D]` and `[H_kv D]`, if the projections have them.
+        factors: `[H_kv, 1, D]`, above zero, equal for both channels of each pair that RoPE rotates, as the first result of
+            `split`.
         rope: which channels are pairs.
 
-    Raises TypeError for what is no tensor of floats, and ValueError for shapes that do not fit and for factors that a pair
-    does not share, naming its channels.
+    Raises TypeError for anything but tensors of floats; ValueError for shapes that do not fit, and for a pair with different
+    factors, naming its channels.
     """
     _check_factors(factors, rope)
     given = {"q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}
@@ -63,34 +65,34 @@ def fold(
         if bias is not None and bias.shape != (rows,):
             raise ValueError(f"{name}_bias: shape {list(bias.shape)} is not that of the weight's rows, [{rows}]")
     partner = _partners(d, rope)
-    apart = (factors != factors[..., partner]).nonzero().tolist()
-    if apart:
-        head, _, one = apart[0]
+    unequal = (factors != factors[..., partner]).nonzero().tolist()
+    if unequal:
+        head, _, one = unequal[0]
         other = partner[one]
         values = " and ".join(f"{factors[head, 0, channel]:.4g}" for channel in (one, other))
         raise ValueError(
             f"factors: channels {one} and {other} of head {head} have {values}, and RoPE turns them together "
-            f"({len(apart) // 2} such pairs); fold the first part of tokquant.folding.split, and keep the second as k_balance"
+            f"({len(unequal) // 2} such pairs); fold the first part of tokquant.folding.split, and keep the second as k_balance"
         )
-    of_keys = factors.detach().double()
-    of_queries = 1 / of_keys.repeat_interleave(q_weight.shape[0] // k_weight.shape[0], dim=0)
+    k_factors = factors.detach().double()
+    q_factors = 1 / k_factors.repeat_interleave(q_weight.shape[0] // k_weight.shape[0], dim=0)
     return Folded(
-        _times(q_weight, of_queries),
-        _times(k_weight, of_keys),
-        None if q_bias is None else _times(q_bias, of_queries),
-        None if k_bias is None else _times(k_bias, of_keys),
+        _times(q_weight, q_factors),
+        _times(k_weight, k_factors),
+        None if q_bias is None else _times(q_bias, q_factors),
+        None if k_bias is None else _times(k_bias, k_factors),
     )
 
 
 def split(factors: Tensor, rope: Rope = "half") -> tuple[Tensor, Tensor]:
-    """Factors `[H_kv, 1, D]` as those that can be folded before RoPE and those that are left for after it, 1 elsewhere."""
+    """Split factors `[H_kv, 1, D]` into those to `fold` and those to apply after RoPE, each with 1 in place of the other."""
     _check_factors(factors, rope)
     shared = factors == factors[..., _partners(factors.shape[2], rope)]
     return torch.where(shared, factors, 1.0), torch.where(shared, 1.0, factors)
 
 
 def _partners(d: int, rope: Rope) -> list[int]:
-    """The channel that each is turned together with; itself where there is no RoPE."""
+    """The other channel of each channel's RoPE pair; the channel itself without RoPE."""
     return [{"half": (c + d // 2) % d, "interleaved": c ^ 1, "none": c}[rope] for c in range(d)]
 
 
@@ -106,6 +108,6 @@ def _check_factors(factors: object, rope: str) -> None:
 
 
 def _times(weight: Tensor, factors: Tensor) -> Tensor:
-    """Rows of a weight `[rows, hidden]` or bias `[rows]` times factors of as many elements, rounded once."""
+    """A weight `[rows, hidden]` or bias `[rows]`, each row times its factor, rounded once."""
     by_row = factors.flatten().to(weight.device)
     return (weight.detach() * (by_row[:, None] if weight.ndim == 2 else by_row)).to(weight.dtype)

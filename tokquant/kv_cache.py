@@ -1,4 +1,4 @@
-"""KVCache: the keys and values of sequences that grow, in the codes of a scheme."""
+"""KVCache: the quantized keys and values of growing sequences."""
 
 import os
 import warnings
@@ -33,15 +33,15 @@ from tokquant.whole_numbers import Numbers, sequence_numbers, whole_number, whol
 from tokquant.windows import Windows
 
 STORES: dict[str, Any] = {"triton": TritonPages, "cpu": CpuPages, "reference": ReferencePages}
-"""What keeps pages, by backend; each is made and used as `ReferencePages` is."""
+"""The store of pages of each backend, a class with the interface of `ReferencePages`."""
 
 MOST = 2**31 - 1
-"""Of sequences, heads, channels and tokens: what 32 bits count."""
+"""The most sequences, heads, channels and tokens: counts are 32-bit integers."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a cache: `packed` holds tokens in codes, `slack` is room in pages, `windows` the slots for tokens in 16 bits."""
+    """Bytes of a cache: `packed` tokens, `slack` (empty room in pages), and `windows`, all slots for 16-bit tokens."""
 
     packed: int
     slack: int
@@ -49,23 +49,24 @@ class Memory:
 
 
 class KVCache:
-    """Keys and values of `batch` growing sequences, packed in a scheme's codes page by page, for `tokquant.decode` to read.
+    """Keys and values of `batch` growing sequences, quantized by a scheme and stored in pages, which `tokquant.decode` reads.
 
-    From its oldest token, a sequence has `sink` tokens in 16 bits, then packed tokens, then in 16 bits the `recent` newest and
-    those that do not fill a block yet, as the scheme's `cache` says. Codes equal those of quantizing everything at once.
+    From its oldest token to its newest, a sequence has `sink` tokens in 16 bits, then packed (quantized) tokens, then again in
+    16 bits the `recent` newest and those that do not fill a block yet. The scheme's `cache` sets `sink` and `recent`. Codes
+    equal those of quantizing everything at once.
 
     Args:
         scheme: a QuantScheme, a preset's name, a path, or a SchemeMap whose `layer` has one scheme for all heads. No part of
             it may depend on later tokens.
-        batch, kv_heads, head_dim: sizes of what is appended, `[batch, kv_heads, n, head_dim]`.
-        dtype: of what is appended: float16, bfloat16 or float32 (whose windows are in 32 bits).
-        capacity: tokens of all sequences together to allocate pages for, once; None lets the pages grow. Every sequence
-            leaves part of its last page empty.
+        batch, kv_heads, head_dim: sizes of the tensors to append, `[batch, kv_heads, n, head_dim]`.
+        dtype: type of these tensors: float16, bfloat16 or float32 (which keeps windows in 32 bits).
+        capacity: allocate pages once, for this many tokens of all sequences together, where part of each sequence's last page
+            stays empty. None lets the pages grow.
         scales: one layer's calibrated scales, for a scheme with static parts.
-        backend: what stores and reads the pages, as for `attention`.
+        backend: stores and reads the pages; names as for `attention`.
 
     Raises: SchemeError for a scheme that depends on later tokens; ScalesError, TypeError, ValueError as `attention`;
-    UnsupportedError for a backend that keeps no pages.
+    UnsupportedError for a backend that cannot store pages of this scheme.
     """
 
     def __init__(
@@ -88,23 +89,23 @@ class KVCache:
         head_dim = whole_number("head_dim", head_dim, 1, MOST)
         capacity = None if capacity is None else whole_number("capacity", capacity, 1, MOST)
         if dtype not in DTYPES:
-            found = dtype if isinstance(dtype, torch.dtype) else quote(dtype)
-            raise TypeError(f"dtype: {found}; use torch.float16, torch.bfloat16 or torch.float32")
+            written = dtype if isinstance(dtype, torch.dtype) else quote(dtype)
+            raise TypeError(f"dtype: {written}; use torch.float16, torch.bfloat16 or torch.float32")
         check_append_only(scheme)
         check_scales(scheme, scales)
         self.device, self.dtype, self.scales = check_device(device), dtype, scales
         self._shape = batch, kv_heads, head_dim
         token = torch.zeros(1, kv_heads, 1, head_dim, dtype=dtype, device=self.device)
-        for spec in (scheme.k, scheme.v):  # groups and scales of other sizes say so now
+        for spec in (scheme.k, scheme.v):  # quantize one token, which raises for groups and scales of other sizes
             in_frame(token, frame_of(token, spec, scheme, scales), spec, scales)
-        ends = windows(scheme)
-        pages = batch if capacity is None else -(-capacity // ends.page)
+        layout = windows(scheme)
+        pages = batch if capacity is None else -(-capacity // layout.page)
         sizes: dict[str, Any] = dict(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, device=self.device, pages=pages)
-        with torch.inference_mode(False):  # what is made in it cannot be written outside of it
-            self.backend, store = _store_of(backend, scheme, page=ends.page, scales=scales, **sizes)
-        table = BlockTable(Pool(store, ends.page, pages, fixed=capacity is not None), batch)
+        with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it
+            self.backend, store = _make_store(backend, scheme, page=layout.page, scales=scales, **sizes)
+        table = BlockTable(Pool(store, layout.page, pages, fixed=capacity is not None), batch)
         slots = partial(store.slots, batch, kv_heads, head_dim=head_dim, dtype=dtype, device=self.device)
-        self._held = Sequences(store, table, Windows(ends.sink, ends.recent, unit(scheme), slots), self.device)
+        self._sequences = Sequences(store, table, Windows(layout.sink, layout.recent, unit(scheme), slots), self.device)
 
     # ------------------------------------------------------------------ tokens
 
@@ -113,11 +114,12 @@ class KVCache:
         """Add tokens `[batch, kv_heads, n, head_dim]` to the ends of the sequences.
 
         Args:
-            counts: how many of the n each sequence takes, its first ones; all where None.
-            positions: where the caller expects the first new token to be, one number or one per sequence. Other values than
-                `lengths` are refused, because a token was lost or given twice.
+            counts: how many of its n tokens each sequence appends, its first ones; all where None.
+            positions: the position of the first new token by the caller's count, one number or one per sequence. Any that
+                differs from `lengths` is refused, because a token was lost or given twice.
 
-        Raises: TypeError, ValueError and RuntimeError for what does not fit; CacheFullError. The cache is then as it was.
+        Raises: TypeError, ValueError and RuntimeError for arguments that do not fit the cache; CacheFullError where no page is
+        free. The cache is then as it was.
         """
         for name, x in (("k", k), ("v", v)):
             check_beside_cache(name, x, self._shape, self.dtype, self.device)
@@ -125,31 +127,32 @@ class KVCache:
             raise ValueError(f"v: shape {list(v.shape)} is not that of k, {list(k.shape)}")
         if positions is not None:
             self._check_positions(positions)
-        self._held.append(k, v, None if counts is None else whole_numbers("counts", counts, k.shape[0], k.shape[2]))
+        self._sequences.append(k, v, None if counts is None else whole_numbers("counts", counts, k.shape[0], k.shape[2]))
 
     def reserve(self, tokens: int, *, longest: int | None = None) -> None:
-        """Hold pages for `tokens` more of every sequence, and on a GPU count lengths there: so a CUDA graph can append.
+        """Reserve pages for `tokens` more of every sequence, and count lengths on the GPU, so that a CUDA graph can append.
 
         A graph may then capture `append` of up to a page of tokens for every sequence, without `counts` and `positions`, and
-        `decode` without `counts`. Each replay goes on where the last one ended. Anything else that changes the cache gives the
-        pages back, and so do `fork` and an append of more than they hold: call `reserve` again before the next replay.
-        `lengths`, and what depends on them, wait for the GPU. Keep the cache as long as the graph. Where there are no CUDA
-        graphs, on a CPU and with backend `reference`, pages are held and nothing else is different.
+        `decode` without `counts`. Each replay continues where the last one ended. Anything else that changes the cache releases
+        the reserved pages, and so do `fork` and an append of more tokens than they hold: call `reserve` again before the next
+        replay. `lengths`, and everything that depends on them, waits for the GPU. Keep the cache as long as the graph. Where
+        there are no CUDA graphs, on a CPU and with backend `reference`, pages are reserved and nothing else changes.
 
         Args:
-            longest: the most tokens that a sequence will have while what is captured from now on is replayed. Where None, as
-                earlier, or those of the longest sequence and `tokens` more. With another number than earlier, capture again.
+            longest: the most tokens that a sequence will have during replays of graphs that are captured from now on. None
+                stands for the value of the last call, or at first for the longest sequence and `tokens` more. After a change,
+                capture again.
 
-        Raises: CacheFullError for more pages than are free, of which the first call takes one for itself; UnsupportedError for
-        a cache without `capacity`, whose pages move as they grow, and for schemes that keep tokens in 16 bits, whose places the
-        CPU counts; ValueError. The cache is then as it was. Tokens of replays without room are lost, and whatever asks for
-        lengths next raises CacheFullError, once.
+        Raises: CacheFullError for more pages than are free (the first call takes one more, as a spare page); UnsupportedError
+        for a cache without `capacity`, whose pages move as they grow, and for schemes that keep tokens in 16 bits, whose slots
+        the CPU counts; ValueError for numbers out of range, or if a sequence could outgrow `longest`. The cache is then as it
+        was. A replay without room loses its tokens, and the next call that needs lengths raises CacheFullError, once.
         """
         refuse_capture(self.device, "the pages of a KVCache, which are counted on the CPU,")
-        pool = self._held.table.pool
+        pool = self._sequences.table.pool
         if not pool.fixed:
             raise UnsupportedError("capacity: None, so pages move as they grow; make the cache with capacity=")
-        if self._held.windows.slots:
+        if self._sequences.windows.slot_count:
             raise UnsupportedError(
                 f"scheme {self.scheme.name!r}: it keeps tokens in 16 bits, whose places the CPU counts; use a scheme without "
                 "cache.sink, cache.recent and blocks of tokens"
@@ -159,142 +162,148 @@ class KVCache:
         most = max(self.lengths) + tokens
         if longest is not None and whole_number("longest", longest, 1, capacity) < most:
             raise ValueError(f"longest: {longest}, and with tokens={tokens} a sequence may have {most}")
-        self._held.reserve(tokens, longest)
+        self._sequences.reserve(tokens, longest)
 
     def truncate(self, lengths: Numbers) -> None:
         """Drop the newest tokens: keep `lengths`, one number or one per sequence.
 
-        Where that cuts a block that shares scales, the tokens before the cut go back to 16 bits, with the values of their
-        codes, and are packed again when the block is full. Raises ValueError for more than there is.
+        If that cuts a block that shares a scale, the tokens of it that stay are dequantized to 16 bits, and packed again when
+        the block is full. Raises ValueError for more tokens than a sequence has.
         """
-        self._held.truncate(whole_numbers("lengths", lengths, self.batch, self._held.lengths))
+        self._sequences.truncate(whole_numbers("lengths", lengths, self.batch, self._sequences.lengths))
 
     def forget(self, keep: int) -> list[int]:
-        """Free whole pages of each sequence's oldest tokens, and none of its `keep` newest: for attention within a window.
+        """Free whole pages of each sequence's oldest tokens, but none of its `keep` newest: for attention within a window.
 
-        `lengths` and positions count what is left from then on, and `decode` sees no difference within the window. Where the
-        scheme keeps tokens in 16 bits, nothing is freed. Returns how many tokens of each sequence are gone.
+        From then on `lengths` and positions count the remaining tokens; `decode` gives the same result if its window reaches
+        none of the others. If the scheme keeps tokens in 16 bits, nothing is freed. Returns how many tokens of each sequence
+        were freed.
         """
-        return self._held.forget(whole_number("keep", keep, 0)).tolist()
+        return self._sequences.forget(whole_number("keep", keep, 0)).tolist()
 
     def evict(self, sequences: Numbers) -> None:
-        """Empty these sequences and free their pages; others can begin in their places."""
-        lengths = self._held.lengths.copy()
+        """Empty these sequences and free their pages. New sequences can take their places in the batch."""
+        lengths = self._sequences.lengths.copy()
         lengths[sequence_numbers(sequences, self.batch)] = 0
-        self._held.truncate(lengths)
+        self._sequences.truncate(lengths)
 
     def fork(self, sequences: Numbers) -> "KVCache":
-        """A cache whose sequence i goes on from sequence `sequences[i]` of this one, any number of them in any order.
+        """A cache whose sequence i continues sequence `sequences[i]` of this one. Any number may be given, in any order.
 
-        Pages are shared, and copied when one of their holders appends to them; 16-bit windows are copied at once. The caches
-        are independent, and a page is freed when no cache holds it.
+        Pages are shared, and copied when a sequence that shares one appends to it; 16-bit windows are copied at once. The
+        caches are independent, and a page is freed when no cache holds it.
         """
         chosen = sequence_numbers(sequences, self.batch)
         forked = object.__new__(type(self))
         forked.__dict__.update(self.__dict__)
         forked._shape = len(chosen), *self._shape[1:]
-        forked._held = self._held.fork(chosen)
+        forked._sequences = self._sequences.fork(chosen)
         return forked
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
-        # pages need no copy before somebody writes, and pointers of kernels cannot have one
+        # pages need no copy before one is written, and pointers for kernels cannot be copied
         return self.fork(range(self.batch))
 
     def __reduce__(self) -> Any:
-        # as it stands it would be half of a cache, and what appends to one would change the other
+        # a shallow copy would share the sequences, so that an append to one copy would change the other
         raise TypeError(
             "cache: a KVCache cannot be pickled, nor copied without its pages; save(path) and KVCache.load(path) bring it to "
             "another process, and copy.deepcopy or fork go on from it in this one"
         )
 
-    # ------------------------------------------------------------------ what it holds
+    # ------------------------------------------------------------------ contents and sizes
 
     @property
     def batch(self) -> int:
-        """Sequences."""
+        """Number of sequences."""
         return self._shape[0]
 
     @property
     def kv_heads(self) -> int:
-        """Heads of K and V."""
+        """Number of heads of K and V."""
         return self._shape[1]
 
     @property
     def head_dim(self) -> int:
-        """Channels of a head."""
+        """Channels per head."""
         return self._shape[2]
 
     @property
     def page(self) -> int:
-        """Tokens a page."""
-        return self._held.table.pool.page
+        """Tokens per page."""
+        return self._sequences.table.pool.page
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence, windows included."""
-        return self._held.lengths.tolist()
+        """Tokens of each sequence, 16-bit windows included."""
+        return self._sequences.lengths.tolist()
 
     @property
     def bits_per_value(self) -> float:
-        """Bits of codes, scales and zeros for a value in a full page; windows and slack are in `memory`."""
-        return self._held.store.bits_per_value
+        """Bits of codes, scales and zeros per value of a full page. `memory` has windows and slack."""
+        return self._sequences.store.bits_per_value
 
     @property
     def memory(self) -> Memory:
-        """Bytes now taken. A page that several sequences hold counts once; their caches share one pool."""
-        table, nbytes = self._held.table, self._held.store.nbytes
-        packed = nbytes * table.tokens(self._held.packed) // (len(table.pool.holders) * self.page)
-        return Memory(packed=packed, slack=nbytes - packed, windows=self._held.windows.memory.nbytes)
+        """Bytes that are allocated now. A shared page counts once, and forks share one pool of pages."""
+        table, nbytes = self._sequences.table, self._sequences.store.nbytes
+        packed = nbytes * table.count_tokens(self._sequences.packed) // (len(table.pool.holders) * self.page)
+        return Memory(packed=packed, slack=nbytes - packed, windows=self._sequences.windows.slots.nbytes)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pages and windows."""
-        return self._held.store.nbytes + self._held.windows.memory.nbytes
+        return self._sequences.store.nbytes + self._sequences.windows.slots.nbytes
 
     @property
     def free_pages(self) -> int:
-        """Pages that nobody holds."""
-        return len(self._held.table.pool.free)
+        """Number of free pages."""
+        return len(self._sequences.table.pool.free)
 
     def codes(self, sequence: int) -> tuple[QuantizedTensor, QuantizedTensor]:
         """K and V of a sequence's packed tokens `[1, kv_heads, n, head_dim]`."""
         b = self._one(sequence)
-        return self._held.read(b, 0, int(self._held.packed[b]))
+        return self._sequences.read(b, 0, int(self._sequences.packed[b]))
 
     def windows(self, sequence: int) -> tuple[Tensor, Tensor]:
-        """K and V of a sequence's tokens in 16 bits `[1, kv_heads, n, head_dim]`: first the sink, then the newest."""
-        return self._held.ends(self._one(sequence))
+        """K and V of a sequence's 16-bit tokens `[1, kv_heads, n, head_dim]`: first the sink, then the newest."""
+        return self._sequences.ends(self._one(sequence))
 
     def __repr__(self) -> str:
         tokens, (batch, heads, d) = sum(self.lengths), self._shape
-        what = f"{batch} sequences, {tokens} tokens of {heads} heads of {d} channels"
-        return f"KVCache({self.scheme.name!r}, {what}, {self.bits_per_value:g} bits a value, {self.backend} on {self.device})"
+        sizes = f"{batch} sequences, {tokens} tokens of {heads} heads of {d} channels"
+        return f"KVCache({self.scheme.name!r}, {sizes}, {self.bits_per_value:g} bits a value, {self.backend} on {self.device})"
 
     # ------------------------------------------------------------------ attention
 
     def attention(self, q: Tensor, features: Features, backend: str, deterministic: bool = False) -> tuple[Tensor, Tensor]:
-        """Attention to everything here, for `decode`, which adds sinks: out and natural LSE, float32."""
+        """Attention to all tokens, without attention sinks, for `decode`: out and natural LSE, float32."""
         by_reading = None if backend == self.backend else (self.scheme, self.scales)
-        return self._held.attention(q, features, by_reading, deterministic)
+        return self._sequences.attention(q, features, by_reading, deterministic)
 
     def launch(self, q: Tensor, features: Features) -> Call:
-        """The launch of what `attention` has a kernel do on pages, for `tune_decode`. Raises UnsupportedError where none does,
-        ValueError where nothing is packed."""
-        if not isinstance(self._held.store, TritonPages):
+        """The launch of the kernel that reads the pages in `attention`, for `tune_decode`.
+
+        Raises UnsupportedError for a backend without Triton kernels, ValueError where nothing is packed.
+        """
+        if not isinstance(self._sequences.store, TritonPages):
             raise UnsupportedError(f"cache: kept by {self.backend}, which has nothing to tune; make it on a GPU")
-        if not self._held.packed.any():
+        if not self._sequences.packed.any():
             raise ValueError("cache: nothing is packed in it yet; append as many tokens as there will be")
-        table, lengths, offset = self._held.places()
-        return self._held.store.prepare(q, table, lengths, features, offset=offset, longest=int(self._held.packed.max()))
+        table, lengths, offset = self._sequences.places()
+        longest = int(self._sequences.packed.max())
+        return self._sequences.store.prepare(q, table, lengths, features, offset=offset, longest=longest)
 
     # ------------------------------------------------------------------ files
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write all sequences to a safetensors file, atomically: canonical codes, so that any backend reads them, the scheme
-        and its scales. Sequences that share pages are written in full. Raises OSError as the file system does."""
+        """Write all sequences to a safetensors file, atomically: codes in a layout that any backend reads, scheme and scales.
+
+        Sequences that share pages are each written in full. Raises OSError as the file system does.
+        """
         sequences = []
         for b in range(self.batch):
-            k, v = self.codes(b) if self._held.packed[b] else (None, None)
+            k, v = self.codes(b) if self._sequences.packed[b] else (None, None)
             sequences.append((k, v, *self.windows(b)))
         cache_file.write(path, Content(self.scheme, self.kv_heads, self.head_dim, self.dtype, self.scales, sequences))
 
@@ -307,9 +316,9 @@ class KVCache:
         capacity: int | None = None,
         backend: Backend = "auto",
     ) -> "KVCache":
-        """A cache as `save` wrote it, on any device and backend; `capacity` as for a new one.
+        """Load a cache that `save` wrote, on any device and backend; `capacity` as for a new one.
 
-        Raises CacheFileError, naming the file and what is wrong: a file that is cut short, changed or of something else.
+        Raises CacheFileError, naming the file and what is wrong, for a file that is cut short, changed or no cache;
         CacheFullError where `capacity` is too small.
         """
         content = cache_file.read(path, check_device(device))
@@ -329,7 +338,7 @@ class KVCache:
             raise
         except (SchemeError, ScalesError, RuntimeError, MemoryError) as error:
             raise CacheFileError(f"{path}: {error}") from None
-        cache._held.fill(content.sequences)
+        cache._sequences.fill(content.sequences)
         return cache
 
     # ------------------------------------------------------------------ checks
@@ -337,18 +346,18 @@ class KVCache:
     def _one(self, sequence: int) -> int:
         chosen = sequence_numbers(sequence, self.batch)
         if len(chosen) != 1:
-            raise ValueError(f"sequence: {quote(sequence)}; give the number of one")
+            raise ValueError(f"sequence: {quote(sequence)}; give the number of one sequence")
         return int(chosen[0])
 
     def _check_positions(self, positions: Numbers) -> None:
         given = whole_numbers("positions", positions, self.batch, MOST)
-        if (wrong := np.nonzero(given != self._held.lengths)[0]).size:
+        if (wrong := np.nonzero(given != self._sequences.lengths)[0]).size:
             b = wrong[0]
-            raise ValueError(f"positions: {given[b]} for sequence {b}, whose next token is at {self._held.lengths[b]}")
+            raise ValueError(f"positions: {given[b]} for sequence {b}, whose next token is at {self._sequences.lengths[b]}")
 
 
-def _store_of(backend: str, scheme: QuantScheme, **sizes: Any) -> tuple[str, Store]:
-    """A store and the backend that it is of. `auto` takes the reference, and warns, where its first choice has none such."""
+def _make_store(backend: str, scheme: QuantScheme, **sizes: Any) -> tuple[str, Store]:
+    """A backend and a new store of it. `auto` warns and takes the reference if its first choice does not support the scheme."""
     chosen = choose_backend(backend, sizes["device"])
     if chosen in STORES:
         try:

@@ -1,4 +1,4 @@
-"""Pages of a KV cache: which are free, who holds which, and copies made before a shared one is written."""
+"""Allocates the pages of a KV cache: a pool with reference counts, and block tables that copy shared pages on write."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,23 +14,23 @@ from tokquant.transfer import to_device
 
 
 class Pool:
-    """Pages of one store and how many sequences hold each. Caches that were forked share a pool."""
+    """The free pages of one store, and the reference counts of the others. A cache and its forks share a pool."""
 
     def __init__(self, store: Store, page: int, pages: int, fixed: bool):
         self.store, self.page, self.fixed = store, page, fixed
-        self.holders = np.zeros(pages, np.int32)
+        self.holders = np.zeros(pages, np.int32)  # sequences that hold each page
         self.free = list(range(pages))[::-1]
         self._spare: int | None = None
 
     @property
     def spare(self) -> int:
-        """A page for what nobody is to read. Raises CacheFullError where none is free at first."""
+        """A page to write what nobody reads, taken at the first call, which raises CacheFullError if none is free."""
         if self._spare is None:
             [self._spare] = self.take(1)
         return self._spare
 
     def take(self, wanted: int) -> list[int]:
-        """Free pages, lowest numbers first. Raises CacheFullError, before anything changes, where there are too few."""
+        """Take `wanted` free pages, the last freed first. Raises CacheFullError, before any change, where there are fewer."""
         if wanted > len(self.free):
             self._grow(wanted)
         pages = [self.free.pop() for _ in range(wanted)]
@@ -38,11 +38,11 @@ class Pool:
         return pages
 
     def share(self, pages: np.ndarray) -> None:
-        """One more holder for each."""
+        """Add one holder to each page."""
         np.add.at(self.holders, pages, 1)
 
     def give(self, pages: Iterable[int]) -> None:
-        """One holder fewer for each; what nobody holds is free."""
+        """Remove one holder from each page; pages without holders are free again."""
         for page in pages:
             self.holders[page] -= 1
             if not self.holders[page]:
@@ -63,92 +63,95 @@ class Pool:
 
 
 class BlockTable:
-    """The pages of each sequence of a batch, in order: token t of what is packed lies in page `numbers[b, t // page]`."""
+    """The block table of a batch: packed token t of sequence b is in page `pages[b, t // page]`.
+
+    Only the first `page_counts[b]` entries of row b are valid.
+    """
 
     def __init__(self, pool: Pool, batch: int):
         self.pool = pool
-        self.numbers = np.zeros((batch, 1), np.int32)
-        self.held = np.zeros(batch, np.int64)
+        self.pages = np.zeros((batch, 1), np.int32)
+        self.page_counts = np.zeros(batch, np.int64)
         self._tensor: Tensor | None = None
 
     def __del__(self):
-        for row, held in zip(self.numbers, self.held, strict=True):
-            self.pool.give(row[:held])
+        for row, count in zip(self.pages, self.page_counts, strict=True):
+            self.pool.give(row[:count])
 
     def tensor(self, device: torch.device) -> Tensor:
-        """The numbers, int32 `[B, columns]`, on the store's device."""
+        """The table, int32 `[B, columns]`, on the store's device."""
         if self._tensor is None:
-            self._tensor = to_device(self.numbers, device)
+            self._tensor = to_device(self.pages, device)
         return self._tensor
 
     @contextmanager
-    def room(self, first: np.ndarray, counts: np.ndarray) -> Iterator[None]:
-        """Hold, inside, pages of one's own for `counts[b]` tokens from token `first[b]`; whatever raises leaves no trace.
+    def allocate(self, first: np.ndarray, counts: np.ndarray) -> Iterator[None]:
+        """Give sequence b exclusive pages for `counts[b]` tokens from token `first[b]`, copying those that it shares.
 
-        Raises CacheFullError before anything changes.
+        If the body of the `with` raises, the table is as it was before. Raises CacheFullError before anything changes.
         """
         page, pool = self.pool.page, self.pool
         ends = -(-(first + counts) // page)
         changes: list[tuple[int, int, int | None]] = []
-        leaving: Counter[int] = Counter()
+        replaced: Counter[int] = Counter()
         for b in np.nonzero(counts)[0].tolist():
             for column in range(int(first[b]) // page, int(ends[b])):
-                old = int(self.numbers[b, column]) if column < self.held[b] else None
-                if old is None or pool.holders[old] - leaving[old] > 1:
+                old = int(self.pages[b, column]) if column < self.page_counts[b] else None
+                if old is None or pool.holders[old] - replaced[old] > 1:
                     changes.append((b, column, old))
-                    leaving.update([] if old is None else [old])
+                    replaced.update([] if old is None else [old])
         taken = pool.take(len(changes))
-        if (missing := int(ends.max()) - self.numbers.shape[1]) > 0:
-            self.numbers = np.pad(self.numbers, ((0, 0), (0, max(missing, self.numbers.shape[1]))))
+        if (missing := int(ends.max()) - self.pages.shape[1]) > 0:
+            self.pages = np.pad(self.pages, ((0, 0), (0, max(missing, self.pages.shape[1]))))
         self._tensor = None if changes else self._tensor
-        held = self.held.copy()
+        page_counts = self.page_counts.copy()
         try:
             for (b, column, old), new in zip(changes, taken, strict=True):
                 if old is not None:
                     pool.store.copy(old, new)
-                self.numbers[b, column] = new
-                self.held[b] = max(self.held[b], column + 1)
+                self.pages[b, column] = new
+                self.page_counts[b] = max(self.page_counts[b], column + 1)
             yield
         except BaseException:
             for b, column, old in changes:
-                self.numbers[b, column] = old or 0
-            self.held, self._tensor = held, None
+                self.pages[b, column] = old or 0
+            self.page_counts, self._tensor = page_counts, None
             pool.give(taken)
             raise
         pool.give(old for _, _, old in changes if old is not None)
 
-    def left(self, tokens: np.ndarray) -> int:
-        """Tokens that each sequence, of so many, can append to a page of its own."""
+    def room_left(self, lengths: np.ndarray) -> int:
+        """Tokens that every sequence, of these packed lengths, can append to its last page without allocating."""
         page = self.pool.page
-        last = self.numbers[np.arange(len(tokens)), np.maximum(self.held - 1, 0)]
-        own = (self.held > 0) & (self.pool.holders[last] == 1)
-        return int(np.where(own, self.held * page - tokens, 0).min())
+        last = self.pages[np.arange(len(lengths)), np.maximum(self.page_counts - 1, 0)]
+        exclusive = (self.page_counts > 0) & (self.pool.holders[last] == 1)
+        return int(np.where(exclusive, self.page_counts * page - lengths, 0).min())
 
-    def tokens(self, tokens: np.ndarray) -> int:
-        """Of sequences of so many tokens, those in all pages, shared ones once."""
+    def count_tokens(self, lengths: np.ndarray) -> int:
+        """Tokens in all pages of sequences of these packed lengths. A shared page counts once."""
         filled: dict[int, int] = {}
-        for row, held, n in zip(self.numbers, self.held, tokens.tolist(), strict=True):
-            for column, page in enumerate(row[:held].tolist()):
+        for row, count, n in zip(self.pages, self.page_counts, lengths.tolist(), strict=True):
+            for column, page in enumerate(row[:count].tolist()):
                 filled[page] = max(filled.get(page, 0), min(self.pool.page, max(n - column * self.pool.page, 0)))
         return sum(filled.values())
 
-    def cut(self, b: int, tokens: int) -> None:
-        """Let go of the pages that lie behind so many tokens."""
+    def truncate(self, b: int, tokens: int) -> None:
+        """Release the pages of sequence b that hold none of its first `tokens` tokens."""
         keep = -(-tokens // self.pool.page)
-        self.pool.give(self.numbers[b, keep : self.held[b]])
-        self.held[b] = keep
+        self.pool.give(self.pages[b, keep : self.page_counts[b]])
+        self.page_counts[b] = keep
 
     def forget(self, b: int, pages: int) -> None:
-        """Let go of a sequence's first pages."""
-        left = self.held[b] - pages
-        self.pool.give(self.numbers[b, :pages])
-        self.numbers[b, :left] = self.numbers[b, pages : self.held[b]]
-        self.held[b], self._tensor = left, None
+        """Release the first `pages` pages of sequence b."""
+        left = self.page_counts[b] - pages
+        self.pool.give(self.pages[b, :pages])
+        self.pages[b, :left] = self.pages[b, pages : self.page_counts[b]]
+        self.page_counts[b], self._tensor = left, None
 
     def fork(self, sequences: np.ndarray) -> "BlockTable":
-        """A table of these sequences, whose pages are shared until one of them is written."""
+        """A table of these sequences, which shares their pages. `allocate` copies a shared page before it is written."""
         forked = BlockTable(self.pool, len(sequences))
-        forked.numbers, forked.held = self.numbers[sequences], self.held[sequences]
-        for row, held in zip(forked.numbers, forked.held, strict=True):
-            self.pool.share(row[:held])
+        forked.pages, forked.page_counts = self.pages[sequences], self.page_counts[sequences]
+        for row, count in zip(forked.pages, forked.page_counts, strict=True):
+            self.pool.share(row[:count])
         return forked

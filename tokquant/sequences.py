@@ -14,7 +14,7 @@ from tokquant.pages import Store, attention_by_reading
 from tokquant.paging import BlockTable
 from tokquant.reservation import Reservation
 from tokquant.schemes import QuantScheme
-from tokquant.slots import nothing
+from tokquant.slots import attention_to_nothing
 from tokquant.tensor import QuantizedTensor
 from tokquant.transfer import capturing, refuse_capture, to_device
 from tokquant.windows import Windows
@@ -35,7 +35,7 @@ class Sequences:
 
     def __init__(self, store: Store, table: BlockTable, windows: Windows, device: torch.device):
         self.store, self.table, self.windows, self.device = store, table, windows, device
-        self._lengths, self._packed = (np.zeros(len(table.held), np.int32) for _ in range(2))
+        self._lengths, self._packed = (np.zeros(len(table.page_counts), np.int32) for _ in range(2))
         # tokens that every sequence can take before anything but its lengths changes, into its last page or into its ring
         self._page_room = self._ring_room = 0
         self._reserved = False
@@ -79,15 +79,15 @@ class Sequences:
             return
         counts = np.full(batch, n) if counts is None else counts
         split = self.windows.split(k, v, self._lengths, self._packed, counts)
-        with self.table.room(self._packed, split.moved):
+        with self.table.allocate(self._packed, split.newly_packed):
             if most := split.k.shape[2]:
-                moved, rows = split.moved[split.rows], split.rows
+                moved, rows = split.newly_packed[split.rows], split.rows
                 table, first = self.table.tensor(self.device), self._tensor(self._packed[rows])
                 table = table if len(rows) == batch else table[to_device(rows, self.device)]
                 self.store.write(split.k, split.v, table, first, None if (moved == most).all() else self._tensor(moved))
         self.windows.put(k, v, split.kept)
         self._lengths += counts.astype(np.int32)
-        self._packed += split.moved.astype(np.int32)
+        self._packed += split.newly_packed.astype(np.int32)
         self._count_room()
 
     def reserve(self, tokens: int, longest: int | None) -> None:
@@ -96,26 +96,26 @@ class Sequences:
         Raises ValueError where a sequence could outgrow what an earlier graph was captured for.
         """
         pool, reservation, lengths = self.table.pool, self._reservation, self.lengths
-        room = self.table.room(lengths, np.full(len(lengths), tokens))
+        allocation = self.table.allocate(lengths, np.full(len(lengths), tokens))
         if not self.store.replayable:
-            with room:
+            with allocation:
                 self._reserved = True
             return self._count_room()
         most = int(lengths.max()) + tokens
-        columns = max(-(-max(most, longest or 0) // pool.page), int(self.table.held.max()))
+        columns = max(-(-max(most, longest or 0) // pool.page), int(self.table.page_counts.max()))
         if reservation is not None and longest is None:
             if reservation.captured and columns > reservation.columns:
                 captured = reservation.columns * pool.page
                 text = f"{tokens}, so a sequence may have {most}, and a CUDA graph was captured for {captured}"
                 raise ValueError(f"tokens: {text}; truncate or evict it, or give longest= and capture another")
             columns = max(columns, reservation.columns)
-        with room:  # the spare page may be one too many
+        with allocation:  # the spare page may be one too many
             if reservation is None or reservation.columns != columns:
                 reservation = Reservation(len(lengths), columns, pool.spare, self.store)
         if self._reservation is not None and self._reservation is not reservation and self._reservation.captured:
             self._reservation.end()
             self._former.append(self._reservation)
-        reservation.begin(self.table.numbers, self.table.held, lengths)
+        reservation.begin(self.table.pages, self.table.page_counts, lengths)
         self._reservation, self._page_room, self._reserved = reservation, 0, True  # no room: appends go to the reservation
 
     def truncate(self, lengths: np.ndarray) -> None:
@@ -131,7 +131,7 @@ class Sequences:
                     cut = slice(packed % page, packed % page + left - packed)
                     self.windows.restore(b, packed, k.dequantize()[:, :, cut], v.dequantize()[:, :, cut])
                 self._packed[b] = packed
-                self.table.cut(b, packed)
+                self.table.truncate(b, packed)
             self._lengths[b] = lengths[b]
         self._count_room()
 
@@ -140,7 +140,7 @@ class Sequences:
         self._release()
         page = self.table.pool.page
         pages = np.maximum(self._lengths - min(keep, 2**31 - 1), 0) // page
-        if self.windows.slots:  # a token's slot depends on its position, counted from the first token
+        if self.windows.slot_count:  # a token's slot depends on its position, counted from the first token
             pages = np.zeros_like(pages)
         for b in np.nonzero(pages)[0].tolist():
             self.table.forget(b, int(pages[b]))
@@ -164,7 +164,7 @@ class Sequences:
     def fill(self, contents: list[tuple[QuantizedTensor | None, QuantizedTensor | None, Tensor, Tensor]]) -> None:
         """Fill empty sequences, each from packed K and V (None where there are none) and 16-bit K and V of its windows."""
         packed = np.array([0 if k is None else k.shape[2] for k, *_ in contents], np.int32)
-        with self.table.room(self._packed, packed):
+        with self.table.allocate(self._packed, packed):
             for b, (k, v, *ends) in enumerate(contents):
                 if k is not None and v is not None:
                     self.store.store(self.table.tensor(self.device)[b], 0, k, v)
@@ -204,26 +204,26 @@ class Sequences:
                 found = self.store.attention(q, table, lengths, features, **options)
             else:
                 found = attention_by_reading(self.store, *by_reading, q, table, lengths, features, offset)
-        if self.windows.slots and (self._lengths > self._packed).any():
-            memory, (left, _) = self.windows.memory, features.reach()
-            attends = self.windows.attends(self._lengths, self._packed, q.shape[2], left)
-            found = (memory.attention if by_reading is None else memory.define)(q, attends, features, found)
-        return nothing(q) if found is None else found
+        if self.windows.slot_count and (self._lengths > self._packed).any():
+            slots, (left, _) = self.windows.slots, features.reach()
+            mask = self.windows.mask(self._lengths, self._packed, q.shape[2], left)
+            found = (slots.attention if by_reading is None else slots.attention_in_torch)(q, mask, features, found)
+        return attention_to_nothing(q) if found is None else found
 
     def places(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Where a store finds the packed tokens: page table, packed lengths, and how many newer tokens lie in the ring."""
         offset = None
-        if self.windows.slots:
+        if self.windows.slot_count:
             newer = self._lengths - self._packed - np.minimum(self._lengths, self.windows.sink)
             offset = self._tensor(newer) if newer.any() else None
         return self.table.tensor(self.device), self._tensor(self._packed), offset
 
     def _count_room(self) -> None:
         """Count the tokens that `append` can take without looking again where they go."""
-        self._page_room, self._ring_room = self.table.left(self._packed), 0
-        if self.windows.slots:
-            self._ring_room = self.windows.left(self._lengths, self._packed)
-            self._page_room = self._page_room if self.windows.passes(self._lengths) else 0
+        self._page_room, self._ring_room = self.table.room_left(self._packed), 0
+        if self.windows.slot_count:
+            self._ring_room = self.windows.room_left(self._lengths, self._packed)
+            self._page_room = self._page_room if self.windows.bypassed(self._lengths) else 0
 
     def _tensor(self, x: np.ndarray) -> Tensor:
         return to_device(x.astype(np.int32, copy=False), self.device)
@@ -277,6 +277,6 @@ class Sequences:
         if self._reservation is not None:
             self._reservation.end()
         for b, tokens in enumerate(self._packed.tolist()):
-            self.table.cut(b, tokens)
+            self.table.truncate(b, tokens)
         self._reserved = False
         self._count_room()

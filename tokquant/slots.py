@@ -1,4 +1,4 @@
-"""Tokens in 16 bits, in numbered slots beside the pages of a KV cache: where they lie, and attention to them."""
+"""Storage for the 16-bit tokens of a KV cache, in numbered slots, and attention to them."""
 
 from typing import Any
 
@@ -11,58 +11,59 @@ from tokquant.features import Features
 from tokquant.reference import matmul_kept
 from tokquant.transfer import to_device
 
-Place = tuple[np.ndarray | int, ...]
+SlotIndex = tuple[np.ndarray | int, ...]
+"""Indices into the slot dimensions of K or of V."""
 
 
 class Slots:
-    """K and V of the tokens in the slots of each sequence, as kernels of a backend read them. Here, for torch: as they come.
+    """K and V of 16-bit tokens: `count` slots for each sequence of a batch. This class stores plain tensors, for torch.
 
-    A backend lays out `k` and `v` as views `[B, H_kv, *slots, *channels]`, where `_places` finds the slots, and may attend by
-    its own kernels.
+    A subclass may store them as the kernels of its backend read them, and attend by these: `k` and `v` are then views
+    `[B, H_kv, *slots, *channels]`, and `_slot_indices` maps the number of a slot to indices.
     """
 
     def __init__(self, batch: int, heads: int, count: int, head_dim: int, dtype: torch.dtype, device: torch.device):
         self.batch, self.heads, self.count, self.head_dim = batch, heads, count, head_dim
         self.dtype, self.device = dtype, device
-        with torch.inference_mode(False):  # what is made in it cannot be written outside of it
-            self.k, self.v = self._room()
+        with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it
+            self.k, self.v = self._allocate()
 
-    def _room(self) -> tuple[Tensor, Tensor]:
-        made = torch.zeros(2, self.batch, self.heads, self.count, self.head_dim, dtype=self.dtype, device=self.device)
-        return made[0], made[1]
+    def _allocate(self) -> tuple[Tensor, Tensor]:
+        both = torch.zeros(2, self.batch, self.heads, self.count, self.head_dim, dtype=self.dtype, device=self.device)
+        return both[0], both[1]
 
-    def _places(self, slots: np.ndarray | int) -> tuple[Place, Place]:
-        """Where these slots are in the dimensions of K's and of V's."""
+    def _slot_indices(self, slots: np.ndarray | int) -> tuple[SlotIndex, SlotIndex]:
+        """Indices of these slots in the slot dimensions of `k` and of `v`."""
         return (slots,), (slots,)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
+        """Bytes of K and V."""
         return sum(x.numel() * x.element_size() for x in (self.k, self.v))
 
     def get(self, sequences: np.ndarray, slots: np.ndarray) -> tuple[Tensor, Tensor]:
-        """K and V `[..., H_kv, D]` of these slots of these sequences `[...]`, as arrays broadcast."""
-        at = self._at(sequences, slots)
-        found = (x[index] for x, index in zip((self.k, self.v), at, strict=True))
-        k, v = (x.flatten(np.broadcast(sequences, slots).ndim + 1)[..., : self.head_dim] for x in found)
+        """K and V `[..., H_kv, D]` at these sequences and slots, two index arrays that broadcast to `[...]`."""
+        indices = self._indices(sequences, slots)
+        selected = (x[index] for x, index in zip((self.k, self.v), indices, strict=True))
+        k, v = (x.flatten(np.broadcast(sequences, slots).ndim + 1)[..., : self.head_dim] for x in selected)
         return k, v
 
     def put(self, sequences: np.ndarray | slice, slots: np.ndarray | int, k: Tensor, v: Tensor) -> None:
-        """Write K and V `[n, H_kv, D]` to n slots, or to one slot of every sequence."""
-        at = self._at(sequences, slots)
-        for x, index, tokens in zip((self.k, self.v), at, (k, v), strict=True):
+        """Write K and V `[n, H_kv, D]` of n tokens, to n slots or to the same slot of n sequences."""
+        indices = self._indices(sequences, slots)
+        for x, index, tokens in zip((self.k, self.v), indices, (k, v), strict=True):
             x[index] = tokens
 
-    def _at(self, sequences: np.ndarray | slice, slots: np.ndarray | int) -> list[Any]:
-        """What indexes `k` and `v`."""
+    def _indices(self, sequences: np.ndarray | slice, slots: np.ndarray | int) -> list[Any]:
+        """The indices of these sequences and slots in `k` and in `v`, on their device."""
 
-        def there(x: Any) -> Any:
+        def on_device(x: Any) -> Any:
             return to_device(x, self.device) if isinstance(x, np.ndarray) else x
 
-        return [(there(sequences), slice(None), *map(there, place)) for place in self._places(slots)]
+        return [(on_device(sequences), slice(None), *map(on_device, index)) for index in self._slot_indices(slots)]
 
     def fork(self, sequences: np.ndarray) -> "Slots":
-        """A copy of these sequences' slots."""
+        """A copy of the slots of these sequences."""
         forked = type(self)(len(sequences), self.heads, self.count, self.head_dim, self.dtype, self.device)
         rows = to_device(sequences, self.device)
         forked.k.copy_(self.k[rows])
@@ -70,41 +71,43 @@ class Slots:
         return forked
 
     def attention(
-        self, q: Tensor, attends: np.ndarray, features: Features, before: tuple[Tensor, Tensor] | None = None
+        self, q: Tensor, mask: np.ndarray, features: Features, onto: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Attention of q `[B, H_q, n_q, D]` to the slots that it `attends` to `[B, 1, n_q, slots]`, merged with that to other
-        keys, which came `before`: out `[B, H_q, n_q, D]` and natural LSE, float32, perhaps in the memory of those.
+        """Attention of q `[B, H_q, n_q, D]` to slots: out `[B, H_q, n_q, D]` and natural LSE, float32.
 
-        What is in other slots reaches nothing, even if it is not a number. Of the features, scale and softcap.
+        Args:
+            mask: `[B, 1, n_q, slots]`, True where a query sees a slot. Other slots may hold anything, NaN included.
+            features: only scale and softcap are used.
+            onto: output and LSE of attention to other keys, which the result is merged with, perhaps in place.
         """
-        return self.define(q, attends, features, before)
+        return self.attention_in_torch(q, mask, features, onto)
 
-    def define(
-        self, q: Tensor, attends: np.ndarray, features: Features, before: tuple[Tensor, Tensor] | None = None
+    def attention_in_torch(
+        self, q: Tensor, mask: np.ndarray, features: Features, onto: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The same in torch, in float32."""
-        every = np.arange(self.batch)[:, None], np.arange(self.count)[None]
-        k, v = (x.transpose(1, 2).float() for x in self.get(*every))
+        """`attention` in torch, in float32."""
+        all_slots = np.arange(self.batch)[:, None], np.arange(self.count)[None]
+        k, v = (x.transpose(1, 2).float() for x in self.get(*all_slots))
         grouped = q.float().reshape(q.shape[0], self.heads, -1, self.head_dim)
         with in_their_types(q.device):
             s = (grouped @ k.mT).reshape(*q.shape[:3], -1) * features.scale
             if features.softcap is not None:
                 s = features.softcap * torch.tanh(s / features.softcap)
-            s = torch.where(to_device(attends, q.device), s, -torch.inf)
+            s = torch.where(to_device(mask, q.device), s, -torch.inf)
             lse = s.logsumexp(dim=-1)
             p = torch.exp(s - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
             out = matmul_kept(p.reshape(*grouped.shape[:3], -1), v).reshape(q.shape)
-        return (out, lse) if before is None else merged(before, (out, lse))
+        return (out, lse) if onto is None else merge(onto, (out, lse))
 
 
-def nothing(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of q `[B, H, N, D]` to no keys, float32: its output and its LSE."""
+def attention_to_nothing(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and LSE of queries `[B, H, N, D]` that see no key, float32: zeros and -inf."""
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     return out, torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
 
 
-def merged(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention to all keys, of output and natural LSE of that to parts of them."""
-    lse = torch.stack([each for _, each in parts]).logsumexp(dim=0)
-    total = torch.where(lse == -torch.inf, 0.0, lse)
-    return torch.stack([out * torch.exp(each - total)[..., None] for out, each in parts]).sum(dim=0), lse
+def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge the outputs and natural LSEs of attention to disjoint sets of keys into those of attention to all."""
+    lse = torch.stack([part_lse for _, part_lse in parts]).logsumexp(dim=0)
+    finite = torch.where(lse == -torch.inf, 0.0, lse)
+    return torch.stack([out * torch.exp(part_lse - finite)[..., None] for out, part_lse in parts]).sum(dim=0), lse

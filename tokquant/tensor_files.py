@@ -1,4 +1,4 @@
-"""Safetensors files: opened with an error that names the file, read whole, and a checksum of what they hold."""
+"""Opens, reads and checks safetensors files, with errors that name the file, and computes checksums of tensors."""
 
 import hashlib
 import os
@@ -13,12 +13,13 @@ from torch import Tensor
 from tokquant.errors import quote
 
 Form = tuple[tuple[int, ...], torch.dtype]
+"""Shape and type of a tensor."""
 
 
 def open_tensors(path: str | os.PathLike, error_type: type[Exception]) -> Any:
-    """A safetensors file of which nothing is read yet but its names; as a context manager it is closed at the end.
+    """Open a safetensors file, as a context manager that closes it. Only its header is read yet.
 
-    Raises `error_type`, naming the file, where there is no whole one.
+    Raises `error_type`, naming the file, if there is none or it is cut short.
     """
     path = Path(path)
     try:
@@ -35,13 +36,15 @@ def read_tensors(path: str | os.PathLike, error_type: type[Exception]) -> tuple[
     """The tensors and metadata of a safetensors file. Raises as `open_tensors`."""
     with open_tensors(path, error_type) as file:
         metadata = file.metadata() or {}
-        # copies: what safetensors gives are pages of the file, which change with it, and are no more where it is cut
+        # copies, because safetensors maps the file into memory: tensors would change with it, and crash if it is cut short
         return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
 
 
 def check_forms(tensors: dict[str, Tensor], expected: Mapping[str, Form], of: str, right: str) -> None:
-    """Raise ValueError unless there are just these tensors, of these shapes and types; errors say what the file is `of`, and
-    with `right` what would be."""
+    """Raise ValueError unless these are the expected tensors, with the expected shapes and types.
+
+    Messages name the kind of file by `of`, as in "a cache", and introduce what was expected by `right`, as in "a cache has".
+    """
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
             raise ValueError(f"{quote(name)} is missing")
@@ -54,12 +57,12 @@ def check_forms(tensors: dict[str, Tensor], expected: Mapping[str, Form], of: st
 
 
 def checksum(tensors: dict[str, Tensor], scheme: str = "") -> str:
-    """SHA-256 of names, types, shapes and bytes, and of the scheme that gives them their meaning."""
+    """SHA-256 of the tensors' names, types, shapes and bytes, and of the text of their scheme."""
     digest = hashlib.sha256(scheme.encode())
     for name in sorted(tensors):
         value = tensors[name].cpu()
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        # a copy: an empty tensor or one of size 1 may have strides of 0, through which torch shows no bytes
+        # a copy, because an empty tensor or one of size 1 may have strides of 0, which torch cannot view as bytes
         flat = value.flatten().clone(memory_format=torch.contiguous_format)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

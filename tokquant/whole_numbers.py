@@ -1,4 +1,4 @@
-"""Whole numbers as arguments, of any type: Python's, NumPy's, tensors'."""
+"""Checks arguments that are whole numbers, of any type: Python's, NumPy's, or tensors."""
 
 import operator
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from torch import Tensor
 from tokquant.errors import quote
 
 Numbers = int | Sequence[int] | Tensor
-"""A whole number for all sequences, or one for each."""
+"""One whole number for all sequences, or one per sequence."""
 
 
 def whole_number(name: str, given: Any, least: int, most: int | None = None, instead: str = "") -> int:
-    """A whole number of any type from `least` to `most`, which are at least 0.
+    """`given` as an int, if it is a whole number of any type from `least` to `most`; both are at least 0.
 
-    Raises ValueError, which says `instead` what else would work.
+    Raises ValueError, whose message ends with `instead`, to say what else would work.
     """
     try:
         number = -1 if isinstance(given, bool) else operator.index(given)
@@ -29,7 +29,7 @@ def whole_number(name: str, given: Any, least: int, most: int | None = None, ins
 
 
 def whole_numbers(name: str, given: Numbers, size: int, most: int | np.ndarray) -> np.ndarray:
-    """One whole number for each of `size` sequences, from 0 to `most`. Raises ValueError."""
+    """`given` as an array of `size` whole numbers from 0 to `most`, one per sequence. Raises ValueError."""
     numbers = _integers(given)
     if numbers is None or numbers.shape not in ((), (size,)):
         raise ValueError(f"{name}: {quote(given)}; give a whole number, or {size}, one for each sequence")
@@ -40,7 +40,7 @@ def whole_numbers(name: str, given: Numbers, size: int, most: int | np.ndarray) 
 
 
 def sequence_numbers(given: Numbers, size: int) -> np.ndarray:
-    """Numbers of some of `size` sequences, in any order and as often as one likes. Raises ValueError."""
+    """`given` as an array of indices of `size` sequences, which may repeat, in any order. Raises ValueError."""
     numbers = _integers(given)
     if numbers is None or numbers.ndim > 1 or not numbers.size:
         raise ValueError(f"sequences: {quote(given)}; give numbers of sequences, such as [0, 0, 1]")
@@ -52,6 +52,6 @@ def sequence_numbers(given: Numbers, size: int) -> np.ndarray:
 def _integers(given: object) -> np.ndarray | None:
     try:
         numbers = np.asarray(given.tolist() if isinstance(given, Tensor) else given)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor without numbers
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a meta or fake tensor, which has no data
         return None
     return numbers if numbers.dtype.kind in "iu" else None

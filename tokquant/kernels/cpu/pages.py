@@ -18,7 +18,7 @@ from tokquant.kernels.cpu.quantize import queries
 from tokquant.kernels.cpu.quantize_plan import task_of
 from tokquant.kernels.cpu.slots import CpuSlots
 from tokquant.kernels.wanted import Wanted
-from tokquant.pages import Part, Store, growing, indexable, sizes
+from tokquant.pages import Part, Store, indexable, part_sizes, stored_parts
 from tokquant.quantize import frame_of_queries, in_frame
 from tokquant.schemes import Operand
 from tokquant.schemes.placement import as_bytes, place
@@ -107,7 +107,7 @@ class CpuPages(Store["_Panels"]):
 
 class _Panels(Part):
     """`codes`, K's `[pages, H_kv, panels, words, 16]`, V's with tiles before the panels; and scales and zeros as
-    `tokquant.pages.sizes` says. V's scales are below zero for tokens whose codes all are zero."""
+    `tokquant.pages.part_sizes` says. V's scales are below zero for tokens whose codes all are zero."""
 
     def __init__(self, spec: Operand, store: Store, pages: int):
         super().__init__(spec, store, pages)
@@ -119,7 +119,7 @@ class _Panels(Part):
 
     def grow(self, pages: int) -> None:
         self.shape = torch.Size((pages, *self.shape[1:]))
-        found = sizes(self.spec, self.shape, self.dtype)
+        found = part_sizes(self.spec, self.shape, self.dtype)
         _, heads, page, d = self.shape
         words, panels = 32 // self.bits, -(-d // blocks.LANES)
         if self.spec.role == "k":
@@ -184,7 +184,7 @@ class _Panels(Part):
         # the definition says what does not fit, or does what no kernel does
         coded = in_frame(x, self.frame, self.spec, self.scales)
         for b in range(len(x)):
-            parts = {name: part[b : b + 1] for name, part in growing(coded).items()}
+            parts = {name: part[b : b + 1] for name, part in stored_parts(coded).items()}
             place = first[b] + torch.arange(x.shape[2])
             self.put(table[b, place // self.shape[2]], place % self.shape[2], self.operand(parts, x.shape[2]))
 
@@ -198,7 +198,7 @@ class _Panels(Part):
             self.parts["codes"][touched] = blocks.of_keys(by_page, self.bits)
         else:
             self.parts["codes"][touched] = blocks.of_values(by_page, self.bits, self.scheme.key_tile)
-        for name, part in growing(x).items():
+        for name, part in stored_parts(x).items():
             if name == "codes":
                 continue
             if name == "scale" and self.weighted:
