@@ -16,7 +16,7 @@ from tokquant.calibration.scales import LayerScales
 from tokquant.errors import SchemeError
 from tokquant.kernels.cpu import bound, build, generate, launch, quantize_plan
 from tokquant.kernels.cpu import quantize as kernels
-from tokquant.kernels.cpu.bound import Bound
+from tokquant.kernels.cpu.bound import BoundKernel
 from tokquant.kernels.cpu.quantize_plan import lacking
 from tokquant.precisions import PRECISIONS, register
 from tokquant.quantize import quantize_operands
@@ -42,7 +42,7 @@ def differing(q, k, v, made, scales=None):
     operands = kernels.quantize_operands(q, k, v, made, scales)
     found = [f"{name} of {one}" for one, other in zip(expected, operands, strict=True) for name in differences(one, other)]
     for place, name in ((0, "q"), (2, "v_scale")):
-        read = [launch.laid_out(x[place], made).get(name) for x in (expected, operands)]
+        read = [launch.operand_arguments(x[place], made).get(name) for x in (expected, operands)]
         found += [] if same(*read) else [f"{name} as attention reads it"]
     return found
 
@@ -282,7 +282,8 @@ def test_what_calls_look_up_is_that_of_their_own_shapes_types_and_instructions(m
 
 def test_a_kernel_takes_what_every_call_says_anew_first():
     for role in "qkv":
-        assert launch.load(quantize_plan.plan(task_of(role, "int8"), "portable"))[1][: len(bound.OF_CALL)] == bound.OF_CALL
+        names = launch.load(quantize_plan.plan(task_of(role, "int8"), "portable"))[1]
+        assert names[: len(bound.CALL_ARGUMENTS)] == bound.CALL_ARGUMENTS
 
 
 def test_codes_do_not_depend_on_the_number_of_threads():
@@ -319,13 +320,13 @@ def check_pages(made, role, d, page=128, n=300):
     rotated = role == "k" and made.rotate == "hadamard"
     task = quantize_plan.task_of(made, role, d, torch.float32, Frame(rotated=rotated).steps(), paged=True)
     columns = spec.granularity.scale_shape((1, 1, page, d))[3] if spec.scaled else 1
-    size = kernels.room(torch.Size((9, 2, page, d)), task).shape
+    size = kernels.allocate_codes(torch.Size((9, 2, page, d)), task).shape
     codes = garbage(*size, dtype=torch.int32)
     scale = garbage(9, 2, page, columns, dtype=SCALE_TYPES[spec.scale_dtype]) if spec.scaled else None
     zero = garbage(9, 2, page, columns, dtype=SCALE_TYPES[spec.scale_dtype]) if spec.scaled and not spec.symmetric else None
     kept = [None if y is None else y.clone() for y in (codes, scale, zero)]
     given = {"codes": codes, "scale": scale, "zero": zero}
-    append = Bound(quantize_plan.plan(task, build.instructions()), given, page)
+    append = BoundKernel(quantize_plan.plan(task, build.instructions()), given, page)
     table = torch.tensor([[3, 0, 7], [8, 1, 4]], dtype=torch.int32)
     # the second sequence is 37 tokens ahead
     assert append(x[1:, :, :37], table[1:].contiguous(), torch.zeros(1, dtype=torch.int32))
@@ -335,7 +336,7 @@ def check_pages(made, role, d, page=128, n=300):
         assert append(new, table, lengths)
         lengths += count
     expected = launch.packed(quantize_operands(x, x, x, made), made)["qkv".index(role)]
-    fields = launch.laid_out(expected, made)
+    fields = launch.operand_arguments(expected, made)
     back = blocks.keys_of if role == "k" else blocks.values_of
     for b in range(2):
         end = int(lengths[b])
@@ -356,9 +357,9 @@ def check_pages(made, role, d, page=128, n=300):
 
 def test_tokens_that_do_not_fit_a_page_s_type_are_told():
     task = task_of("k", "kv-int8")
-    codes = kernels.room(torch.Size((1, 1, 16, 64)), task)
+    codes = kernels.allocate_codes(torch.Size((1, 1, 16, 64)), task)
     given = {"codes": codes, "scale": torch.empty(1, 1, 16, 1, dtype=torch.float16)}
-    append = Bound(quantize_plan.plan(task, build.instructions()), given, 16)
+    append = BoundKernel(quantize_plan.plan(task, build.instructions()), given, 16)
     table, first = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
     assert not append(torch.full((1, 1, 1, 64), 1e9), table, first)
     assert append(torch.ones(1, 1, 1, 64), table, first)

@@ -1,4 +1,4 @@
-"""Attention to pages, launched: how keys are split between programs, the grid, and the parts merged."""
+"""Launches attention to pages: splits keys between programs, computes the grid, and merges partial results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,24 +19,24 @@ from tokquant.schemes import QuantScheme
 from tokquant.tensor import QuantizedTensor
 
 RUN = 512
-"""Keys that a program takes where results must depend on nothing but the sequence."""
+"""Keys of a run where the bits of a result must depend only on the sequence."""
 
 SHORTEST = 256
-"""Keys that are worth a program of their own."""
+"""The fewest keys of a run that are worth a program of their own."""
 
 TOGETHER = 16
-"""Runs that merging takes at once."""
+"""Runs that the merging kernel reads at once."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """Attention to pages, but for the launch."""
+    """A prepared launch of attention to pages."""
 
     planned: Callable[..., DecodePlan]
-    """The plan of the kernel, by `one_run`: whether a program goes over all keys, so that nothing is merged."""
+    """Makes the plan of the kernel, given `one_run`: whether one program visits all keys, so that nothing is merged."""
     config: Config
     split: int | None
-    """Programs for each multiprocessor that keys are split for; None for runs of a fixed length."""
+    """Programs per multiprocessor that the keys are split into; None for runs of a fixed length."""
     scheme: QuantScheme
     target: Target
     wanted: Wanted
@@ -47,21 +47,21 @@ class Call:
     features: Features
     scale: float
     longest: int
-    """No sequence has more keys in pages."""
+    """Keys in pages of the longest sequence, or an upper bound."""
 
     @cached_property
     def plan(self) -> DecodePlan:
-        """Of the kernel that goes over all keys, whose name is that of both."""
+        """The plan of the kernel whose programs visit all keys; tuning knows both kernels by its name."""
         return self.planned(one_run=True)
 
     @cached_property
     def seen(self) -> int:
-        """Keys of the longest sequence that queries see."""
+        """Keys of the longest sequence that its queries see."""
         return keys_seen(self.longest, self.q.shape[2], self.features.left)
 
     @cached_property
     def blocks(self) -> int:
-        """Of queries, for each head of K and V."""
+        """Blocks of queries per head of K and V."""
         rows = self.q.shape[1] // self.k.codes.shape[1] * self.q.shape[2]
         return -(-rows // self.config.block_m)
 
@@ -73,26 +73,26 @@ class Call:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Blocks of queries with each run of keys, heads of K and V, and batch. Raises UnsupportedError as `launch.grid`."""
+        """(blocks of queries times runs, heads of K and V, batch). Raises UnsupportedError as `launch.grid`."""
         return launch.grid("q", self.blocks * self.runs.count, self.k.codes.shape[1], self.q.shape[0])
 
     def compiled(self) -> Any:
-        """Triton's compiled kernel, which this launch is of; it is not started."""
+        """Triton's compiled kernel for these arguments, without launching it."""
         with launch.on(self.q.device):
             return self._kernel().warmup(*self._arguments(*self._parts()), grid=self.grid, **self.config.options())
 
     def run(self) -> tuple[Tensor, Tensor]:
-        """Launch. Returns output `[B, H_q, n_q, D]` and natural LSE, float32."""
+        """Launch, and merge if there are several runs. Returns output `[B, H_q, n_q, D]` and natural LSE, float32."""
         parts, lses = self._parts()
         with launch.on(self.q.device):
             self._kernel()[self.grid](*self._arguments(parts, lses), **self.config.options())
-            return (parts[0], lses[0]) if self.runs.count == 1 else merged(parts, lses)
+            return (parts[0], lses[0]) if self.runs.count == 1 else merge_runs(parts, lses)
 
     def _kernel(self) -> Any:
         return generate.load(self.plan if self.runs.count == 1 else self.planned(one_run=False))
 
     def _parts(self) -> tuple[Tensor, Tensor]:
-        """Memory for output and LSE of each run."""
+        """Memory for the output and LSE of each run."""
         options: dict[str, Any] = dict(dtype=torch.float32, device=self.q.device)
         shape = (self.runs.count, *self.q.shape)
         return torch.empty(*shape, **options), torch.empty(*shape[:4], **options)
@@ -107,42 +107,42 @@ class Runs:
     """How the keys of every sequence are split between programs."""
 
     keys: int
-    """Of a run, in whole tiles."""
+    """Keys of a run, a multiple of those of a tile."""
     count: int
-    """Runs, as many as the sequence with most keys to read needs."""
+    """Runs of the sequence with the most keys to read."""
     step: int
-    """The first run begins at a multiple of it: at 0, or the last before the window of the first query."""
+    """The first run begins at a multiple of this many keys: at 0, or at the last one before the first query's window."""
 
     @classmethod
     def of(cls, longest: int, seen: int, programs: int, tile: int, target: Target, split: int | None) -> "Runs":
-        """Runs so short that there are about `split` programs for each multiprocessor.
+        """Split keys into runs, so that there are about `split` programs per multiprocessor.
 
-        Where `split` is None, runs have a fixed length and begin at the same keys whatever is asked about them, so that results
-        depend on the sequence alone; and as sums round by their order, so do those that are merged at once.
+        If `split` is None, runs have a fixed length and begin at the same keys for all queries, so that results depend only on
+        the sequence. Groups of `TOGETHER` runs also begin at fixed keys, because the order of merging changes the rounding.
 
         Args:
-            longest, seen: keys of the longest sequence, and those of them that its queries see.
-            programs: that take the same run, of other queries, heads and sequences.
+            longest, seen: keys of the longest sequence, and how many of them its queries see.
+            programs: programs per run: one for each block of queries, head of K and V, and sequence.
             tile: keys of a tile.
         """
         keys = max(RUN, tile)
         step = tile if split is not None else keys * TOGETHER
-        # the window may begin anywhere
+        # the first run begins up to step - 1 keys before the window
         read = min(longest, seen + step - 1)
         if split is not None:
-            many = max(1, min(-(-split * target.multiprocessors // programs), seen // max(SHORTEST, tile)))
-            # wherever a window begins, it is one run where that was wanted; several may become one more
-            keys = max(1, -(-(read if many == 1 else seen) // (many * tile))) * tile
+            count = max(1, min(-(-split * target.multiprocessors // programs), seen // max(SHORTEST, tile)))
+            # a single run also covers the keys before the window; with several there may be one more run than `count`
+            keys = max(1, -(-(read if count == 1 else seen) // (count * tile))) * tile
         return cls(keys, max(1, -(-read // keys)), step)
 
 
 def keys_seen(longest: int, n_q: int, left: int | None) -> int:
-    """Of so many keys, those that the last n_q queries see, each as many as `left` before its own place."""
+    """How many of a sequence's `longest` keys its last n_q queries see, each its own and `left` before it (all where None)."""
     return longest if left is None else min(longest, left + n_q)
 
 
-def merged(parts: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over all keys, of that over runs of them: parts `[runs, B, H, n_q, D]` and natural LSEs, float32."""
+def merge_runs(parts: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge the outputs `[runs, B, H, n_q, D]` and natural LSEs of attention to runs of keys, float32."""
     runs, *_, d = parts.shape
     out, lse = torch.empty_like(parts[0]), torch.empty_like(lses[0])
     sizes = dict(D=d, D_TILE=1 << (d - 1).bit_length(), BLOCK=TOGETHER)

@@ -21,16 +21,17 @@ from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import place
 
 LANES = 32
-"""Partial sums over keys that no two threads share: one per thread of a row, of four warps side by side."""
+"""Partial sums over keys in a row, so many that even with four warps side by side each belongs to one thread."""
 
 Table = tuple[tuple[int, int], ...]
 """Launches as (num_warps, num_stages)."""
 
 INTEGERS: Table = ((2, 3), (4, 3), (2, 2), (4, 2))
-"""For at most 16 rows and integer products: with few warps, few load the same data and wait for each other's maxima."""
+"""For at most 16 rows and integer products. With few warps, fewer load the same data and wait for each other's row maxima."""
 FLOATS: Table = ((4, 3), (4, 2), (8, 3), (2, 2))
-"""For operands in 16 bits, or more rows, which overfill the registers of two warps."""
+"""For 16-bit operands or 17 to 32 rows, which do not fit the registers of two warps."""
 MANY_ROWS: Table = ((4, 2), (4, 3), (8, 2), (4, 1))
+"""For more than 32 rows."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -97,7 +98,7 @@ def decode_plan(
     k_unit, v_unit = _unit(k, base.products[1]), _unit(v, base.products[3])
     only_scales = at["k"] == "scores" and k.symmetric and k.scale == "dynamic"
     one_per_tile = only_scales and k.granularity.cover(WHOLE, 1)[0] % tile == 0 and tile <= page
-    made: dict[str, Any] = {
+    added: dict[str, Any] = {
         "PAGE": page,
         "LANES": LANES,
         "K_PLANES": together,
@@ -127,7 +128,7 @@ def decode_plan(
     for role, operand in (("K", k), ("V", v)):
         rows_of_page, pairs, columns = sides_shape(operand, head_dim, page)
         tokens, channels = operand.granularity.cover(WHOLE, head_dim) if operand.scaled else (1, head_dim)
-        made |= {
+        added |= {
             f"{role}_VIA": "tl.float32" if at[role.lower()] == "operand" else constants[f"{role}_VIA"],
             f"{role}_HAS_SCALE": operand.scaled and at[role.lower()] != "q",
             f"{role}_SIDE": pairs * columns,
@@ -137,7 +138,7 @@ def decode_plan(
             f"{role}_PARTS": padded if channels == 1 else max(1, padded // channels),
             f"{role}_BY_CHANNEL": constants[f"{role}_DECODED"] == "True" and channels == 1,
         }
-    constants |= {name: value if isinstance(value, str) else repr(value) for name, value in made.items()}
+    constants |= {name: value if isinstance(value, str) else repr(value) for name, value in added.items()}
     spans = tile > page
     holes = dict(base.holes)
     for hole in ("scale_scores", "address_v"):

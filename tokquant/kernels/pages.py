@@ -1,4 +1,4 @@
-"""Keys and values in pages, kept and read by Triton kernels: no copy of them is ever decoded in memory."""
+"""The store of pages for Triton kernels, which quantize tokens into pages and attend to the codes where they are."""
 
 from functools import partial
 from typing import Any
@@ -22,9 +22,9 @@ from tokquant.transfer import capturing
 
 
 class TritonPages(Store[Pool]):
-    """A store whose kernels write and read pages.
+    """A store whose pages are written and read by Triton kernels.
 
-    Raises SchemeError for a scheme that sees later tokens, UnsupportedError for what no kernel does.
+    Raises SchemeError for a scheme that depends on later tokens, UnsupportedError for one that no kernel supports.
     """
 
     replayable = True
@@ -38,20 +38,20 @@ class TritonPages(Store[Pool]):
             )
         check_pages(self.scheme, self.page)
         self.interpreted, self._target = launch.interpreted(), targets.of(self.device)
-        self._tokens_last = eight_bits(self._plan(PLAIN, 1))  # which refuses what no kernel does
+        self._tokens_last = eight_bits(self._plan(PLAIN, 1))  # raises for what no kernel supports
         for spec in (self.scheme.k, self.scheme.v):
             if lacking := quantize_task.lacking(spec, self.head_dim, None if self.interpreted else self._target):
                 raise UnsupportedError(f"{lacking}; use backend='reference'")
-        self._lost = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._lost = torch.zeros(1, dtype=torch.int32, device=self.device)  # set to 1 by kernels if a scale overflows its type
 
     def _part(self, spec: Operand, pages: int) -> Pool:
         return Pool(spec, self, pages, tokens_last=spec.role == "v" and self._tokens_last)
 
     def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
-        """As `Store.write`, but up to 16 tokens on a GPU, or in a graph, raise only once `check` or a larger write looks."""
+        """As `Store.write`. On a GPU, writes of up to 16 tokens or in a graph do not raise; `check` or a larger write does."""
         with launch.on(k.device):
-            where = Table(table, table.stride(0), first, counts)
-            checked = [pool.write(x, where, self._lost) for pool, x in ((self._k, k), (self._v, v))]
+            paged = Table(table, table.stride(0), first, counts)
+            checked = [pool.write(x, paged, self._lost) for pool, x in ((self._k, k), (self._v, v))]
         if any(checked) and (k.device.type != "cuda" or k.shape[2] > FEW) and not capturing(k.device):
             self.check()
 
@@ -61,14 +61,14 @@ class TritonPages(Store[Pool]):
             kinds = " and ".join(f"{x.role}'s {x.scale_dtype}" for x in (self.scheme.k, self.scheme.v) if x.scaled)
             raise ValueError(f"a value that was appended is too large for scale_dtype, {kinds}; use scale_dtype: fp32")
 
-    def attention(self, q: Tensor, table: Tensor, lengths: Tensor, features: Features, **how: Any) -> tuple[Tensor, Tensor]:
-        """As `Store.attention`. Where `longest` is None, it is what all pages of the table hold.
+    def attention(self, q: Tensor, table: Tensor, lengths: Tensor, features: Features, **options: Any) -> tuple[Tensor, Tensor]:
+        """As `Store.attention`. Where `longest` is None, it is the number of tokens that a row of the table has pages for.
 
-        With `deterministic`, keys are split alike on every device and in every batch, and what tuning has learned is left out.
+        `deterministic` splits keys the same way on every device and in every batch, and ignores tuning.
 
         Raises UnsupportedError for a mask, a bias or sinks.
         """
-        return self.prepare(q, table, lengths, features, **how).run()
+        return self.prepare(q, table, lengths, features, **options).run()
 
     def prepare(
         self,
@@ -81,21 +81,21 @@ class TritonPages(Store[Pool]):
         longest: int | None = None,
         deterministic: bool = False,
     ) -> Call:
-        """The same but for the launch."""
+        """Prepare the launch of `attention`, with its arguments. Raises as that."""
         launch.check(q.device, features)
         if features.mask is not None or features.bias is not None:
-            raise UnsupportedError("mask, bias: no kernel reads them beside pages; use causal and window")
+            raise UnsupportedError("mask, bias: kernels that read pages take neither; use causal and window")
         if features.sinks is not None:
             raise UnsupportedError(
-                "sinks: no kernel of pages has them; they enter where parts are merged, as tokquant.decode does"
+                "sinks: kernels that read pages take none; use tokquant.decode, which applies them to the result"
             )
         b, heads, n_q, _ = q.shape
-        wanted, given = Wanted.of(features, True), launch.arguments_of(features)
+        wanted, arguments = Wanted.of(features, True), launch.arguments_of(features)
         longest = table.shape[1] * self.page if longest is None else longest
         planned = partial(self._plan, wanted, heads // self.kv_heads, n_q, newer=offset is not None)
-        # one kernel's name stands for both: keys that are one run today are several later
+        # tuning entries for any number of runs have the name of the kernel for one, as one run becomes several while keys grow
         plan = planned(one_run=True)
-        seen = keys_seen(longest, n_q, given.left)
+        seen = keys_seen(longest, n_q, arguments.left)
         config, split = (plan.config, None) if deterministic else tuned.choose(plan, q.device, b * heads, n_q, seen)
         return Call(
             planned=planned,
@@ -108,7 +108,7 @@ class TritonPages(Store[Pool]):
             k=self._k.argument(),
             v=self._v.argument(),
             table=Table(table, table.stride(0), lengths, newer=offset),
-            features=given,
+            features=arguments,
             scale=features.scale,
             longest=longest,
         )

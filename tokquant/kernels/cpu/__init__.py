@@ -1,1 +1,1 @@
-"""The CPU target: one C++ file a plan, built once, called through a plain C interface."""
+"""Kernels for CPUs: each plan becomes a C++ file, which is built once and called through a C interface."""

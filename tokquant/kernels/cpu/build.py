@@ -1,4 +1,4 @@
-"""Find a C++ compiler, build a kernel with it, and load it from nowhere that others can write to."""
+"""Finds a C++ compiler, builds kernels with it, and loads them only from folders that no other user can write to."""
 
 import ctypes
 import hashlib
@@ -20,7 +20,7 @@ import torch
 from tokquant.errors import UnsupportedError, quote
 from tokquant.files import write_atomically
 from tokquant.kernels import store
-from tokquant.kernels.cpu.instructions import INSTRUCTIONS, chosen, of_macros
+from tokquant.kernels.cpu.instructions import INSTRUCTIONS, check_name, of_macros
 
 COMPILERS = ("g++", "clang++")
 # no -ffast-math: NaN, infinities and the order of sums are part of the result
@@ -34,15 +34,15 @@ extern "C" int threads() {
     return found;
 }
 """
-"""What needs OpenMP's runtime."""
+"""A program that needs OpenMP's runtime, to find the flags with which one can be built and loaded."""
 CHOICE = "TOKQUANT_CPU_INSTRUCTIONS"
-"""The environment variable that forces a set."""
-SECONDS = 300
-"""After which a compiler is given up."""
+"""The environment variable that chooses an instruction set."""
+TIMEOUT = 300
+"""Seconds after which a compiler is stopped."""
 BUILDING: defaultdict[str, Lock] = defaultdict(Lock)
-"""Held while a library is looked for and built, by its name: other threads wait and find it, instead of building it too."""
+"""A lock per library, by name, held while it is looked up and built, so that other threads wait instead of building it too."""
 if hasattr(os, "register_at_fork"):  # not on Windows, which forks nothing
-    os.register_at_fork(after_in_child=BUILDING.clear)  # who held one is not in the child
+    os.register_at_fork(after_in_child=BUILDING.clear)  # the thread that held a lock does not exist in the child
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Compiler:
 
     command: tuple[str, ...]
     version: str
-    """The first line of what it says about itself."""
+    """The first line that it prints for `--version`."""
     instructions: tuple[str, ...]
-    """What it builds for this processor, the fastest first."""
+    """The sets that it can build for this processor, the fastest first."""
 
     @cached_property
     def threads(self) -> tuple[str, ...]:
-        """The first flags for OpenMP with which it builds what can be loaded; none where kernels must run on one thread."""
-        # torch's own runtime is in the process already; Apple's compiler comes without one
-        beside_torch = Path(torch.__file__).parent / "lib"
-        of_torch = ("-Xpreprocessor", *OPENMP, f"-L{beside_torch}", "-lomp", f"-Wl,-rpath,{beside_torch}")
-        for flags in (OPENMP, of_torch):
+        """OpenMP flags with which a library can be built and loaded; empty if there are none, so kernels run on one thread."""
+        # Apple's compiler comes without a runtime; torch has its own, which this process has loaded already
+        folder = Path(torch.__file__).parent / "lib"
+        with_torch = ("-Xpreprocessor", *OPENMP, f"-L{folder}", "-lomp", f"-Wl,-rpath,{folder}")
+        for flags in (OPENMP, with_torch):
             with tempfile.TemporaryDirectory(prefix="tokquant-") as private:
                 source, library = Path(private) / "threads.cpp", Path(private) / "threads.so"
                 source.write_text(THREADED, encoding="utf-8")
@@ -74,7 +74,7 @@ class Compiler:
 
 
 def compiler() -> Compiler:
-    """The compiler that `CXX` names, else g++ or clang++ on the path. Raises UnsupportedError where there is none."""
+    """The compiler that `CXX` names, else g++ or clang++ on the path. Raises UnsupportedError if none can be run."""
     return _compiler(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
 
 
@@ -88,79 +88,81 @@ def available() -> bool:
 
 
 def instructions() -> str:
-    """The fastest set that compiler and processor have, or the one that `TOKQUANT_CPU_INSTRUCTIONS` names.
+    """The fastest set that compiler and processor support, or the one that `TOKQUANT_CPU_INSTRUCTIONS` names.
 
-    Raises UnsupportedError for one that they lack, ValueError for one that is none.
+    Raises UnsupportedError for one that they do not support, ValueError for an unknown name.
     """
-    here = compiler()
-    found = here.instructions
+    found = compiler()
+    supported = found.instructions
     wanted = os.environ.get(CHOICE)
     if not wanted:
-        return found[0]
-    if chosen(wanted, CHOICE) not in found:
+        return supported[0]
+    if check_name(wanted, CHOICE) not in supported:
         raise UnsupportedError(
-            f"{CHOICE}: {' '.join(here.command)} has no {wanted} for this processor; use one of {', '.join(found)}"
+            f"{CHOICE}: {' '.join(found.command)} has no {wanted} for this processor; use one of {', '.join(supported)}"
         )
     return wanted
 
 
 def libraries() -> Path:
-    """The folder that they are kept in."""
+    """The folder that built libraries are kept in."""
     return store.folder() / "cpu"
 
 
 def load(name: str, text: str, instructions: str, more: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The library of a kernel's text, built for an instruction set, or found built.
+    """Load the library of a kernel's text for an instruction set, and build it first unless it was kept.
 
-    It is found only in a folder that this user owns with mode 0700, in a file that is this user's alone, under a name that
-    hashes text, compiler and flags, and with its own hash at its end. Otherwise it is built, and kept there if possible.
+    A kept library is loaded only from a folder that this user owns with mode 0700, and only from this user's own file, which
+    nobody else can write and which ends with its own hash. Its name is a hash of text, compiler and flags. A new one is kept
+    there if possible.
 
-    Raises UnsupportedError where there is no compiler, with the first lines of what it says where it fails, and where no folder
-    is one that libraries can be loaded from.
+    Raises UnsupportedError if there is no compiler, if it fails (with the first lines that it prints), or if there is no folder
+    that libraries can be loaded from.
     """
     built_by = compiler()
 
-    def of(threads: tuple[str, ...]) -> tuple[tuple[str, ...], Path]:
+    def flags_and_path(threads: tuple[str, ...]) -> tuple[tuple[str, ...], Path]:
         flags = (*FLAGS, *threads, *INSTRUCTIONS[instructions].flags, *more)
         identity = "\0".join((text, *built_by.command, built_by.version, *flags))
         return flags, libraries() / f"{name}_{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
 
-    _, usual = of(OPENMP)
+    _, usual = flags_and_path(OPENMP)
     with BUILDING[usual.name]:
-        if (found := _kept(usual)) is not None:
-            return found  # before a compiler is asked for OpenMP, which takes as long as to build something small
-        flags, path = of(built_by.threads)
+        # first by the usual flags, because finding out those for OpenMP compiles a program
+        if (library := _load_kept(usual)) is not None:
+            return library
+        flags, path = flags_and_path(built_by.threads)
         store.keep(Path("kernels") / f"{path.stem}.cpp", text)
-        return _kept(path) or _built(built_by, text, flags, path)
+        return _load_kept(path) or _build(built_by, text, flags, path)
 
 
-def _built(built_by: Compiler, text: str, flags: tuple[str, ...], path: Path) -> ctypes.CDLL:
-    """A new library, which is kept at `path` if possible."""
+def _build(built_by: Compiler, text: str, flags: tuple[str, ...], path: Path) -> ctypes.CDLL:
+    """Build and load a library, and keep it at `path` if possible."""
     with tempfile.TemporaryDirectory(prefix="tokquant-") as private:
         library = Path(private) / path.name
         _compile(built_by, text, flags, library)
-        if _own_folder(path.parent):
+        if _is_trusted_folder(path.parent):
             data = library.read_bytes()
             with suppress(OSError):
                 write_atomically(path, data + hashlib.sha256(data).digest())
         try:
-            return ctypes.CDLL(str(library))  # which stays mapped after the folder is gone
+            return ctypes.CDLL(str(library))  # stays mapped after the folder is deleted
         except OSError as error:
-            if (found := _kept(path)) is not None:
-                return found
+            if (kept := _load_kept(path)) is not None:
+                return kept
             raise UnsupportedError(
                 f"backend: a kernel was built and cannot be loaded: {error}; set TOKQUANT_CACHE_DIR or TMPDIR to a folder of "
                 "yours on a file system that programs may be run from, or use backend='reference'"
             ) from None
 
 
-def _kept(path: Path) -> ctypes.CDLL | None:
-    """The library that was kept there, where nobody else can have written it."""
-    if not (_own_folder(path.parent) and _own_file(path)):
+def _load_kept(path: Path) -> ctypes.CDLL | None:
+    """The library that was kept at `path`, if nobody else can have written it and it can be loaded."""
+    if not (_is_trusted_folder(path.parent) and _is_trusted_file(path)):
         return None
     try:
         return ctypes.CDLL(str(path))
-    except OSError:  # a bad entry is a miss
+    except OSError:  # a library that cannot be loaded is built again
         return None
 
 
@@ -169,32 +171,32 @@ def _compile(built_by: Compiler, text: str, flags: tuple[str, ...], library: Pat
     source.write_text(text, encoding="utf-8")
     command = [*built_by.command, *flags, str(source), "-o", str(library)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, errors="replace")
+        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, errors="replace")
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnsupportedError(f"backend: {built_by.command[0]} cannot be run: {error}; use backend='reference'") from None
-    if done.returncode:
-        said = "\n".join((done.stderr or done.stdout).replace(str(source), source.name).splitlines()[:8])
+    if result.returncode:
+        output = "\n".join((result.stderr or result.stdout).replace(str(source), source.name).splitlines()[:8])
         raise UnsupportedError(
             f"backend: {' '.join(built_by.command)} ({built_by.version}) fails on {source.name}; set CXX to another compiler "
-            f"(g++ from 9, clang++ from 14), or use backend='reference'. It says:\n{said}"
+            f"(g++ from 9, clang++ from 14), or use backend='reference'. It says:\n{output}"
         )
 
 
-def _own_folder(folder: Path) -> bool:
-    """Whether libraries may be kept in and loaded from it; it is made where there is none."""
+def _is_trusted_folder(folder: Path) -> bool:
+    """Whether only this user can write to the folder, which is created if missing."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = os.lstat(folder)
+        status = os.lstat(folder)
     except OSError:
         return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) == 0o700
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o700
 
 
-def _own_file(path: Path) -> bool:
-    """Whether it is a file of this user, that no other can write, whole."""
+def _is_trusted_file(path: Path) -> bool:
+    """Whether the file is this user's, nobody else can write it, and it ends with the hash of its contents."""
     try:
-        found = os.lstat(path)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
             return False
         data = path.read_bytes()
     except OSError:
@@ -206,15 +208,15 @@ def _own_file(path: Path) -> bool:
 def _compiler(wanted: str, path: str) -> Compiler:
     try:
         commands = [shlex.split(wanted)] if wanted.strip() else [[name] for name in COMPILERS]
-    except ValueError:  # a quotation that does not end
+    except ValueError:  # a quotation mark is not closed
         commands = []
     for command in commands:
         if shutil.which(command[0], path=path) is None:
             continue
-        said = _run([*command, "--version"])
-        if said is None:
+        output = _run([*command, "--version"])
+        if output is None:
             continue
-        version = said.splitlines()[0] if said else "unknown"
+        version = output.splitlines()[0] if output else "unknown"
         return Compiler(tuple(command), version, of_macros(_macros(command)))
     sought = f"CXX={quote(wanted)}" if wanted.strip() else " and ".join(COMPILERS)
     raise UnsupportedError(
@@ -224,17 +226,17 @@ def _compiler(wanted: str, path: str) -> Compiler:
 
 
 def _macros(command: list[str]) -> set[str]:
-    """What a compiler defines for this processor: what both can do."""
+    """The macros that a compiler defines for this processor, which name the instructions that both support."""
     for native in ("-march=native", "-mcpu=native"):  # clang for Arm takes the latter
-        said = _run([*command, native, "-dM", "-E", "-x", "c++", os.devnull])
-        if said is not None:
-            return {line.split()[1] for line in said.splitlines() if line.startswith("#define ")}
+        output = _run([*command, native, "-dM", "-E", "-x", "c++", os.devnull])
+        if output is not None:
+            return {line.split()[1] for line in output.splitlines() if line.startswith("#define ")}
     return set()
 
 
 def _run(command: list[str]) -> str | None:
-    """What a command prints; None where it fails."""
+    """The output of a command; None if it fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True, errors="replace").stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True, errors="replace").stdout
     except (OSError, subprocess.SubprocessError):
         return None

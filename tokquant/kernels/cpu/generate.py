@@ -1,7 +1,7 @@
-"""Write a plan's kernel: the template and its fragments, copied as they stand, into one C++ file that needs nothing else.
+"""Generates a plan's kernel from a template: one self-contained C++ file.
 
-Three edits are made. An `#include "..."` gives way to the file, the constants on top take the plan's values, and lines between
-`#if CONSTANT` and `#endif` stay or go.
+Each `#include "..."` is replaced by the file, constants on top get the plan's values, `#if` on constants is resolved, and the
+plan's fragments replace functions of the same name.
 """
 
 import re
@@ -18,14 +18,14 @@ CONDITION = re.compile(r"#if ((?:!?[A-Z]\w+)(?: \|\| !?[A-Z]\w+)*)")
 
 @lru_cache(maxsize=256)
 def render(plan: CpuPlan) -> str:
-    """The text of the plan's kernel."""
+    """The C++ text of the plan's kernel."""
     constants = dict(plan.constants)
     template = (HERE / f"{plan.template}.cpp").read_text(encoding="utf-8").replace("TITLE", plan.title, 1)
     head, body = template.split('#include "lanes.h"\n')
     body = f'#include "lanes.h"\n{body}'.replace('"portable.h"', f'"{plan.instructions}.h"')
     while '#include "' in body:
         body = re.sub(r'#include "([\w.]+)"\n', lambda m: f"// {m[1]}\n{(HERE / m[1]).read_text(encoding='utf-8')}", body)
-    body = _living(body, constants)
+    body = _preprocessed(body, constants)
     for name, text in plan.fragments:
         line = rf"static inline \w+ {name}\(.*\n"
         used = len(re.findall(rf"\b{name}\(", body)) > 1
@@ -42,24 +42,24 @@ def render(plan: CpuPlan) -> str:
     return "\n".join(lines) + "\n" + re.sub(r"\n{3,}", "\n\n", body)
 
 
-def _living(text: str, constants: dict[str, str]) -> str:
-    """`text` without what `#if` on constants leaves out, and without those lines themselves. Other conditions stay."""
-    kept, states = [], []  # of each open condition: whether it is on constants, and whether its lines stay
+def _preprocessed(text: str, constants: dict[str, str]) -> str:
+    """`text` with every `#if` on constants resolved. Other conditions stay."""
+    kept, states = [], []  # a state per open condition: whether it is on constants, and whether its lines stay
     for line in text.splitlines(keepends=True):
-        word = line.strip()
-        if match := CONDITION.fullmatch(word):
+        directive = line.strip()
+        if match := CONDITION.fullmatch(directive):
             names = match[1].split(" || ")
             states.append((True, any((constants[name.lstrip("!")] == "1") != name.startswith("!") for name in names)))
-        elif word.startswith("#if"):
+        elif directive.startswith("#if"):
             states.append((False, True))
-        elif states and states[-1][0] and word in ("#else", "#endif"):
-            ours, stays = states.pop()
-            if word == "#else":
-                states.append((ours, not stays))
+        elif states and states[-1][0] and directive in ("#else", "#endif"):
+            _, stays = states.pop()
+            if directive == "#else":
+                states.append((True, not stays))
             continue
-        elif word.startswith("#endif"):
+        elif directive.startswith("#endif"):
             states.pop()
-        if all(stays for _, stays in states) and not CONDITION.fullmatch(word):
+        if all(stays for _, stays in states) and not CONDITION.fullmatch(directive):
             kept.append(line)
     assert not states, "the template closes every #if"
     return "".join(kept)

@@ -1,4 +1,4 @@
-"""Instruction sets that kernels are written for, and how compilers are told and asked of them."""
+"""The instruction sets that kernels are written for, their compiler flags, and the macros that show a processor has them."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,18 @@ from tokquant.errors import nearest, quote
 
 @dataclass(frozen=True)
 class Instructions:
-    """A set, whose products are in the file of its name."""
+    """An instruction set. Its products are in the header of its name."""
 
     flags: tuple[str, ...] = ()
-    """What a compiler is told. No -march=native: a cache folder may be shared by machines."""
+    """Compiler flags. Never -march=native, because machines may share a cache folder."""
     macros: tuple[str, ...] = ()
-    """What a compiler defines for a processor that has it."""
+    """Macros that a compiler defines for a processor with this set."""
     register: int = 16
-    """Bytes."""
+    """Bytes of a register."""
     bfloats: bool = False
-    """Whether there is a product of two numbers of bfloat16 a lane."""
+    """Whether one instruction computes two bfloat16 products per lane."""
     tables: bool = False
-    """Whether lanes choose among the 16 of a register."""
+    """Whether each lane can look up one of the 16 numbers of a register."""
 
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -40,13 +40,14 @@ INSTRUCTIONS = {
 """The fastest first."""
 
 
-def of_macros(found: set[str]) -> tuple[str, ...]:
-    """The sets of a processor, the fastest first, by what a compiler defines for it."""
-    return tuple(name for name, one in INSTRUCTIONS.items() if found.issuperset(one.macros))
+def of_macros(defined: set[str]) -> tuple[str, ...]:
+    """The sets of a processor for which a compiler defines these macros, the fastest first."""
+    return tuple(name for name, instructions in INSTRUCTIONS.items() if defined.issuperset(instructions.macros))
 
 
-def chosen(name: str, of: str) -> str:
-    """A name of a set as it was given, in `of`. Raises ValueError for one that is none."""
+def check_name(name: str, variable: str) -> str:
+    """Return `name` if there is such a set. Raises ValueError naming the environment variable that it comes from."""
     if name not in INSTRUCTIONS:
-        raise ValueError(f"{of}: {quote(name)} is not valid; use one of {', '.join(INSTRUCTIONS)}{nearest(name, INSTRUCTIONS)}")
+        names = ", ".join(INSTRUCTIONS)
+        raise ValueError(f"{variable}: {quote(name)} is not valid; use one of {names}{nearest(name, INSTRUCTIONS)}")
     return name

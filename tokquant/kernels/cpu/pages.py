@@ -1,4 +1,4 @@
-"""Pages of a KV cache for C++ kernels: codes in panels, written and read where they lie."""
+"""The store of pages for C++ kernels, which quantize tokens into panels and attend to the codes where they are."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -11,8 +11,8 @@ from tokquant import blocks
 from tokquant.errors import UnsupportedError
 from tokquant.features import Features
 from tokquant.kernels.cpu import build, quantize_plan
-from tokquant.kernels.cpu.bound import Bound
-from tokquant.kernels.cpu.launch import laid_out, of_channels, of_scales, start
+from tokquant.kernels.cpu.bound import BoundKernel
+from tokquant.kernels.cpu.launch import operand_arguments, per_channel, run, scale_arguments
 from tokquant.kernels.cpu.plan import CpuPlan, plan
 from tokquant.kernels.cpu.quantize import queries
 from tokquant.kernels.cpu.quantize_plan import task_of
@@ -26,7 +26,7 @@ from tokquant.tensor import QuantizedTensor, canonical
 
 
 class CpuPages(Store["_Panels"]):
-    """Pages in panels, as `tokquant.blocks` says, each page with panels of its own."""
+    """Pages in the panels of `tokquant.blocks`; no panel spans two pages."""
 
     slots = CpuSlots
 
@@ -41,24 +41,24 @@ class CpuPages(Store["_Panels"]):
                 f"cache.page: {page} tokens are no whole tiles of {scheme.key_tile} keys, which P of scheme {scheme.name!r} "
                 f"has its scales for; use page: {scheme.key_tile} or backend='reference'"
             )
-        self._last: dict[Any, tuple[Bound, CpuPlan, dict[str, Any]]] = {}
-        """The last kernels that ran, that of Q and that of attention: steps of decoding differ in nothing but tensors."""
+        self._last_step: dict[Any, tuple[BoundKernel, CpuPlan, dict[str, Any]]] = {}
+        """By shape and features of the last call: its bound kernel for Q, its plan, and the arguments that do not change."""
 
     def _part(self, spec: Operand, pages: int) -> "_Panels":
         return _Panels(spec, self, pages)
 
     def grow(self, pages: int) -> None:
-        self._last.clear()
+        self._last_step.clear()
         super().grow(pages)
 
     def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
-        for panels, x in ((self._k, k), (self._v, v)):
+        for part, x in ((self._k, k), (self._v, v)):
             if counts is None:
-                panels.write(x, table, first)
+                part.write(x, table, first)
             else:
                 for b, n in enumerate(counts.tolist()):
                     if n:
-                        panels.write(x[b : b + 1, :, :n], table[b : b + 1], first[b : b + 1])
+                        part.write(x[b : b + 1, :, :n], table[b : b + 1], first[b : b + 1])
 
     def attention(
         self,
@@ -71,43 +71,46 @@ class CpuPages(Store["_Panels"]):
         longest: int | None = None,
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """As `Store.attention`; results depend neither on threads nor on the batch."""
+        """As `Store.attention`. Results never depend on the number of threads or on the batch."""
         if not (features.mask is None and features.bias is None and features.sinks is None):
             raise UnsupportedError(
-                "mask, bias, sinks: kernels of a cache have none; use window, or tokquant.attention on tensors"
+                "mask, bias, sinks: kernels that read pages take none; use window, or tokquant.attention on tensors"
             )
         left, right = features.reach()
         if q.shape[2] == 1 and right == 0:
-            right = None  # nothing is later than the last query
+            right = None  # no key is after the last query
         out, lse = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in (q.shape, q.shape[:3]))
         n_k = int(lengths.max()) if longest is None else longest
-        given: dict[str, Any] = dict(
+        changing: dict[str, Any] = dict(
             n_k=n_k, threads=torch.get_num_threads(), out=out, lse=lse, table=table, pages=table.shape[1], lengths=lengths,
             newer=offset, left=left, right=right, scale=features.scale, softcap=features.softcap,
         )  # fmt: skip
-        asked = (q.shape, left is None, right is None, features.softcap is None, build.instructions())
-        if asked in self._last:
-            bind, made, fixed = self._last[asked]
-            if bind(q):
-                start(made, fixed | given)
+        key = (q.shape, left is None, right is None, features.softcap is None, build.instructions())
+        if key in self._last_step:
+            quantize_q, planned, fixed = self._last_step[key]
+            if quantize_q(q):
+                run(planned, fixed | changing)
                 return out, lse
         (b, heads, n_q, d), kv_heads = q.shape, self._k.shape[1]
         kq = self._k.any_token(b)
         qq, bound = queries(q, frame_of_queries(q, kq, kq.frame), kq, self.scheme, self.scales)
-        fields = laid_out(qq, self.scheme)
-        fixed = fields | self._k.fields | self._v.fields | self._v.of_sequences(b)
+        of_q = operand_arguments(qq, self.scheme)
+        fixed = of_q | self._k.arguments | self._v.arguments | self._v.sequence_arguments(b)
         fixed |= dict(batch=b, heads=heads, kv_heads=kv_heads, n_q=n_q, page=self.page)
         wanted = Wanted(left=left is not None, right=right is not None, softcap=features.softcap is not None, lse=True)
-        made = plan(self.scheme, head_dim=d, dtype=q.dtype, wanted=wanted, instructions=asked[-1])
-        start(made, fixed | given)
-        if bound is not None and bound.fills(x for x in fields.values() if isinstance(x, Tensor)):
-            self._last = {asked: (bound, made, fixed)}
+        planned = plan(self.scheme, head_dim=d, dtype=q.dtype, wanted=wanted, instructions=key[-1])
+        run(planned, fixed | changing)
+        if bound is not None and bound.uses(x for x in of_q.values() if isinstance(x, Tensor)):
+            self._last_step = {key: (bound, planned, fixed)}
         return out, lse
 
 
 class _Panels(Part):
-    """`codes`, K's `[pages, H_kv, panels, words, 16]`, V's with tiles before the panels; and scales and zeros as
-    `tokquant.pages.part_sizes` says. V's scales are below zero for tokens whose codes all are zero."""
+    """Pages of K or V in panels.
+
+    Codes of K are `[pages, H_kv, panels, words, 16]`, those of V `[pages, H_kv, tiles, panels, words, 16]`. Scales and zeros
+    have the shapes of `tokquant.pages.part_sizes`. V scales per token are negative where all codes are zero.
+    """
 
     def __init__(self, spec: Operand, store: Store, pages: int):
         super().__init__(spec, store, pages)
@@ -119,16 +122,16 @@ class _Panels(Part):
 
     def grow(self, pages: int) -> None:
         self.shape = torch.Size((pages, *self.shape[1:]))
-        found = part_sizes(self.spec, self.shape, self.dtype)
+        sizes = part_sizes(self.spec, self.shape, self.dtype)
         _, heads, page, d = self.shape
-        words, panels = 32 // self.bits, -(-d // blocks.LANES)
+        in_word, panels = 32 // self.bits, -(-d // blocks.LANES)
         if self.spec.role == "k":
-            codes = (page // blocks.LANES, -(-d // words), blocks.LANES)
+            codes = (page // blocks.LANES, -(-d // in_word), blocks.LANES)
         else:
-            codes = (page // self.scheme.key_tile, panels, self.scheme.key_tile // words, blocks.LANES)  # type: ignore[assignment]
-        found["codes"] = ((pages, heads, *codes), torch.int32)
-        for name, (size, kind) in found.items():
-            # the pages of a head one after another: those of a sequence mostly are neighbours, which memory likes
+            codes = (page // self.scheme.key_tile, panels, self.scheme.key_tile // in_word, blocks.LANES)  # type: ignore[assignment]
+        sizes["codes"] = ((pages, heads, *codes), torch.int32)
+        for name, (size, kind) in sizes.items():
+            # heads outermost: the pages of a sequence are mostly consecutive, so reading those of a head is sequential
             size = (size[1], size[0], *size[2:])
             larger = (
                 torch.zeros(size, dtype=torch.uint8 if kind.itemsize == 1 else kind, device="cpu").view(kind).transpose(0, 1)
@@ -137,91 +140,91 @@ class _Panels(Part):
                 old = self.parts[name]
                 indexable(larger)[: len(old)] = indexable(old)
             self.parts[name] = larger
-        for name in ("bound", "fields"):
-            self.__dict__.pop(name, None)  # what has pointers to the old ones
+        for name in ("append_kernel", "arguments"):
+            self.__dict__.pop(name, None)  # cached properties that have pointers to the old tensors
 
     @cached_property
-    def given(self) -> dict[str, Tensor]:
-        """Scales and zeros that are the same for every token."""
+    def static_scales(self) -> dict[str, Tensor]:
+        """Static scales and zeros; empty where they are dynamic."""
         if self.spec.scale != "static" or self.scales is None:
             return {}
         like = torch.empty(1, device="cpu").expand(1, self.shape[1], 1, self.shape[3])
-        found = {"scale": self.scales.scale(self.spec, like), "zero": self.scales.zero(self.spec, like)}
-        return {name: x.contiguous() for name, x in found.items() if x is not None}
+        static = {"scale": self.scales.scale(self.spec, like), "zero": self.scales.zero(self.spec, like)}
+        return {name: x.contiguous() for name, x in static.items() if x is not None}
 
     @cached_property
-    def bound(self) -> Bound | None:
-        """The kernel that writes tokens here; None where the definition has to quantize them."""
+    def append_kernel(self) -> BoundKernel | None:
+        """The kernel that quantizes tokens into these pages; None where torch has to."""
         task = task_of(self.scheme, self.spec.role, self.shape[3], self.dtype, self.frame.steps(), paged=True)
         if task is None:
             return None
-        given = {**self.parts, **self.given, "offset": self.frame.offset, "balance": self.frame.balance}
-        return Bound(quantize_plan.plan(task, build.instructions()), given, self.shape[2])
+        tensors = {**self.parts, **self.static_scales, "offset": self.frame.offset, "balance": self.frame.balance}
+        return BoundKernel(quantize_plan.plan(task, build.instructions()), tensors, self.shape[2])
 
     @cached_property
-    def fields(self) -> dict[str, Any]:
-        """What an attention kernel reads here, by the names in its text."""
-        role, codes, scales = self.spec.role, self.parts["codes"], self.parts | self.given
-        found: dict[str, Any] = {role: codes, f"{role}_page": codes.stride(0), f"{role}_head": codes.stride(1)}
-        return found | (of_scales(role, scales["scale"], scales.get("zero")) if "scale" in scales else {})
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of an attention kernel that are these pages."""
+        role, codes, scales = self.spec.role, self.parts["codes"], self.parts | self.static_scales
+        arguments: dict[str, Any] = {role: codes, f"{role}_page": codes.stride(0), f"{role}_head": codes.stride(1)}
+        return arguments | (scale_arguments(role, scales["scale"], scales.get("zero")) if "scale" in scales else {})
 
-    def of_sequences(self, batch: int) -> dict[str, Any]:
-        """What an attention kernel reads of V for each of so many sequences."""
+    def sequence_arguments(self, batch: int) -> dict[str, Any]:
+        """The arguments of an attention kernel that V has per sequence: its offset, and scales and zeros of the output."""
         like = self.any_token(batch)
-        found = {} if like.offset is None else {"v_mean": of_channels(like, like.offset)}
+        arguments = {} if like.offset is None else {"v_mean": per_channel(like, like.offset)}
         if place(self.spec) == "output":
-            found |= {"v_scale": of_channels(like, like.scale)}  # type: ignore[arg-type]
-            found |= {} if like.origin is None else {"v_zero": of_channels(like, like.origin)}
-        return found
+            arguments |= {"v_scale": per_channel(like, like.scale)}  # type: ignore[arg-type]
+            arguments |= {} if like.origin is None else {"v_zero": per_channel(like, like.origin)}
+        return arguments
 
     def any_token(self, batch: int) -> QuantizedTensor:
-        """A token of each of so many sequences, for what does not change from token to token."""
+        """One uninitialized token for each of `batch` sequences, for what all tokens share."""
         return self.operand({"codes": torch.empty(1, device="cpu").expand(batch, self.shape[1], 1, self.shape[3])}, 1, batch)
 
     def write(self, x: Tensor, table: Tensor, first: Tensor) -> None:
-        if self.bound is not None and self.bound(x, table, first):
+        if self.append_kernel is not None and self.append_kernel(x, table, first):
             return
-        # the definition says what does not fit, or does what no kernel does
+        # torch raises for a value that overflows its type, and quantizes what no kernel can
         coded = in_frame(x, self.frame, self.spec, self.scales)
         for b in range(len(x)):
             parts = {name: part[b : b + 1] for name, part in stored_parts(coded).items()}
-            place = first[b] + torch.arange(x.shape[2])
-            self.put(table[b, place // self.shape[2]], place % self.shape[2], self.operand(parts, x.shape[2]))
+            position = first[b] + torch.arange(x.shape[2])
+            self.put(table[b, position // self.shape[2]], position % self.shape[2], self.operand(parts, x.shape[2]))
 
     def put(self, page: Tensor, slot: Tensor, x: QuantizedTensor) -> None:
-        touched, inside = page.unique_consecutive(), int(slot[0])
-        whole = self._patterns(touched)
+        pages, start = page.unique_consecutive(), int(slot[0])
+        whole = self._patterns(pages)
         codes = x.spec.format.unpack(x.codes, x.shape[3])
-        whole[:, inside : inside + x.shape[2]] = blocks.patterns(codes, x.spec.format, self.bits, self.as_bytes, x.spec.role)[0]
+        whole[:, start : start + x.shape[2]] = blocks.patterns(codes, x.spec.format, self.bits, self.as_bytes, x.spec.role)[0]
         by_page = whole.unflatten(1, (-1, self.shape[2])).transpose(0, 1)  # [pages, H_kv, page, D]
         if x.spec.role == "k":
-            self.parts["codes"][touched] = blocks.of_keys(by_page, self.bits)
+            self.parts["codes"][pages] = blocks.of_keys(by_page, self.bits)
         else:
-            self.parts["codes"][touched] = blocks.of_values(by_page, self.bits, self.scheme.key_tile)
+            self.parts["codes"][pages] = blocks.of_values(by_page, self.bits, self.scheme.key_tile)
         for name, part in stored_parts(x).items():
             if name == "codes":
                 continue
             if name == "scale" and self.weighted:
-                nothing = (x.code_values() == 0).all(dim=-1, keepdim=True)
-                part = torch.where(nothing, -part.float(), part.float()).to(part.dtype)
+                all_zero = (x.code_values() == 0).all(dim=-1, keepdim=True)
+                part = torch.where(all_zero, -part.float(), part.float()).to(part.dtype)
             rows = self.parts[name]
             tokens = self.shape[2] // rows.shape[2]
             indexable(rows)[page[::tokens], :, slot[::tokens] // tokens] = indexable(part)[0].transpose(0, 1)
 
     def get(self, pages: Tensor, tokens: int) -> QuantizedTensor:
-        found = {}
+        parts = {}
         for name, part in self.parts.items():
             if name != "codes":
                 rows = -(-tokens * part.shape[2] // self.shape[2])
-                found[name] = indexable(part)[pages].transpose(0, 1).flatten(1, 2)[None, :, :rows].view(part.dtype)
+                parts[name] = indexable(part)[pages].transpose(0, 1).flatten(1, 2)[None, :, :rows].view(part.dtype)
         if self.weighted:
-            found["scale"] = found["scale"].float().abs().to(found["scale"].dtype)
+            parts["scale"] = parts["scale"].float().abs().to(parts["scale"].dtype)
         words = self.parts["codes"][pages].transpose(0, 1).flatten(1, 2)[None]
-        x = self.operand({"codes": words, **found}, tokens)
+        x = self.operand({"codes": words, **parts}, tokens)
         return replace(x, codes=canonical(replace(x, layout="blocks")).codes)
 
     def _patterns(self, pages: Tensor) -> Tensor:
-        """`[H_kv, tokens, D]` of whole pages."""
+        """The bit patterns `[H_kv, tokens, D]` of these pages' codes, as `blocks.patterns` makes them."""
         words = self.parts["codes"][pages].transpose(0, 1).flatten(1, 2)
-        back = blocks.keys_of if self.spec.role == "k" else blocks.values_of
-        return back(words[None], self.bits, len(pages) * self.shape[2], self.shape[3])[0].contiguous()
+        unpack = blocks.keys_of if self.spec.role == "k" else blocks.values_of
+        return unpack(words[None], self.bits, len(pages) * self.shape[2], self.shape[3])[0].contiguous()

@@ -1,4 +1,4 @@
-"""What this processor multiplies at most, to be timed beside kernels: a share of it says how much of the machine one uses."""
+"""The peak rate of this processor's multiply-adds, to be timed beside kernels and compared with theirs."""
 
 import ctypes
 from collections.abc import Callable
@@ -8,23 +8,24 @@ from pathlib import Path
 from tokquant.kernels.cpu import build
 
 KINDS = ("integers", "bfloats", "floats")
-"""Of products, as a plan names them."""
+"""Kinds of products, by the names that plans use."""
 STEPS = 2**21
-"""Some milliseconds."""
+"""Iterations of a call, for some milliseconds."""
 
 
 def peaks(threads: int) -> dict[str, tuple[Callable[[], int], int]]:
-    """`integers`, `bfloats`, `floats` -> a call, and the multiplications and additions of so many threads, all in registers.
+    """For each kind of product, a function to time, which multiplies in registers, and the operations of one call.
 
-    Those that the instruction set has no product of are missing. Raises UnsupportedError without a compiler.
+    Operations are multiplications and additions of all threads. Kinds without an instruction are missing. Raises
+    UnsupportedError without a compiler.
     """
     library = _library(build.instructions())
-    found: dict[str, tuple[Callable[[], int], int]] = {}
+    peaks: dict[str, tuple[Callable[[], int], int]] = {}
     for kind in KINDS:
         if products := getattr(library, f"products_of_{kind}")():
             call = partial(getattr(library, f"multiply_{kind}"), STEPS, threads)
-            found[kind] = (call, 2 * products * STEPS * threads)
-    return found
+            peaks[kind] = (call, 2 * products * STEPS * threads)
+    return peaks
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""What is fixed before a CPU kernel is written: from a scheme and the features asked for to constants and fragments."""
+"""Makes all decisions about a C++ attention kernel: from a scheme and features to its constants and fragments."""
 
 import math
 from dataclasses import dataclass
@@ -17,41 +17,41 @@ from tokquant.schemes.placement import as_bytes, in_bfloat, lowers_logits, place
 from tokquant.schemes.scheme import Operand
 
 LARGEST_TILE = 1024
-"""Keys whose scores a thread holds at once."""
+"""The largest tile of keys: a thread holds the scores of a tile at once."""
 SCRATCH = 2**16
-"""Bytes of sums that a thread holds at once, where head_dim allows it."""
+"""Bytes for the output sums of the queries that a thread takes at once; more if 8 queries need more."""
 CHUNK = 2048
-"""Keys that a thread takes of a head at most, where few queries leave the others nothing to do."""
+"""Keys of a chunk. Where few queries would leave threads without work, the keys of a head are divided into chunks."""
 CPP_TYPES = {"fp32": "float", "fp16": "half", "fp8_e4m3": "e4m3"}
 ROUNDED = {torch.float16: "rounded_half(x)", torch.bfloat16: "rounded_bfloat(x)", torch.float32: "x"}
-"""C++: x as an input's type holds it."""
+"""C++ that rounds the float x to an input's type."""
 BITS = {torch.float16: "to_half(x)", torch.bfloat16: "to_bfloat(x)", torch.float32: "as_ints(x)"}
-"""C++: the bits of x, rounded to an output's type."""
+"""C++ for the bits of x, rounded to an output's type."""
 
 
 @dataclass(frozen=True)
 class CpuPlan:
-    """Everything that is fixed before a kernel is written. Equal plans give equal kernels."""
+    """The complete description of a kernel before it is generated. Equal plans give equal kernels."""
 
     name: str
     title: str
     constants: tuple[tuple[str, str], ...]
-    """Names and C++ literals; 0 and 1 say whether there is such a thing."""
+    """Names and values in C++. Those that turn parts of the template on or off are 0 or 1."""
     fragments: tuple[tuple[str, str], ...]
-    """Functions of the template and what stands in their place: how P is rounded, how codes of K and V are decoded."""
+    """Functions of the template and the C++ that replaces them: for example, that rounds P or decodes codes of K and V."""
     instructions: str
-    """The file with the products of an instruction set."""
+    """The instruction set; the header of this name has its products."""
     template: str = "attention"
-    """The file that becomes the kernel, and the function in it."""
+    """The file that becomes the kernel, and the name of its function."""
     flags: tuple[str, ...] = ()
-    """What the compiler is told beside the flags that all kernels have."""
+    """Compiler flags besides those of all kernels."""
 
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
     def _hash(self) -> int:
-        # every call looks its kernel up
+        # cached, as every call looks its kernel up
         return hash((self.name, self.constants, self.fragments, self.instructions, self.template, self.flags))
 
     def __repr__(self) -> str:
@@ -68,7 +68,7 @@ def plan(
     instructions: str,
     output: torch.dtype = torch.float32,
 ) -> CpuPlan:
-    """The plan for operands that were of type `dtype`. Raises UnsupportedError for what no C++ kernel can do."""
+    """The plan of an attention kernel for tensors of `dtype`. Raises UnsupportedError for what no C++ kernel can do."""
     encoder = scheme.p.format.of(dtype)
     _refuse(scheme, encoder)
     q, k, v = scheme.q, scheme.k, scheme.v
@@ -76,9 +76,9 @@ def plan(
     products_k, products_v = (products(scheme, role, dtype, instructions) for role in "kv")
     integer_k, integer_v = products_k == "integers", products_v == "integers"
     k_bits, v_bits = (blocks.bits_of(x.format, x.format.of(dtype).stored, as_bytes(scheme, x.role)) for x in (k, v))
-    k_each = at["k"] == "scores"
+    k_scales_scores = at["k"] == "scores"
     k_tokens, v_tokens = (x.granularity.cover(WHOLE, head_dim)[0] if x.scaled else 1 for x in (k, v))
-    # one scale of K for a tile joins the factor of the queries
+    # one scale of K for a whole tile is multiplied into the factor of the queries
     uniform = k.symmetric and k_tokens >= scheme.key_tile
     rotation = head_dim & -head_dim
     lowered = lowers_logits(scheme)
@@ -86,7 +86,7 @@ def plan(
     tables = INSTRUCTIONS[instructions].tables
     looked_up_k = tables and not integer_k and _signed(k.format, k_bits)
     looked_up_v = tables and not integer_v and _signed(v.format, v_bits)
-    # numbers are made for all codes of two panels at once, where a scale holds for both
+    # a table of decoded values serves two panels, so a scale must cover both
     tables_k = tables and at["k"] == "operand" and k_bits <= 4 and k_tokens % (2 * blocks.LANES) == 0
     v_channels = head_dim // columns(v, head_dim)
     tables_v = tables and at["v"] == "operand" and v_bits <= 4 and v_channels % (2 * blocks.LANES) == 0
@@ -109,10 +109,10 @@ def plan(
         "V_TABLES": tables_v,
         "K_LOOKED_UP": looked_up_k,
         "V_LOOKED_UP": looked_up_v,
-        "K_SCALED": k_each,
-        "K_UNIFORM": k_each and uniform,
-        "K_EACH": k_each and not uniform,
-        "K_ZERO": k_each and not k.symmetric,
+        "K_SCALED": k_scales_scores,
+        "K_UNIFORM": k_scales_scores and uniform,
+        "K_EACH": k_scales_scores and not uniform,
+        "K_ZERO": k_scales_scores and not k.symmetric,
         "V_PER_TOKEN": at["v"] == "p",
         "V_PER_TILE": at["v"] == "tile",
         "V_ON_OUTPUT": at["v"] == "output",
@@ -191,14 +191,14 @@ precisions.base.WHEN_REPLACED.append(plan.cache_clear)
 
 
 def products(scheme: QuantScheme, role: str, dtype: torch.dtype, instructions: str) -> Literal["integers", "bfloats", "floats"]:
-    """What K is multiplied as with Q, or V with P."""
+    """The type of the products of Q and K, or of P and V."""
     if as_bytes(scheme, role):
         return "integers"
     return "bfloats" if INSTRUCTIONS[instructions].bfloats and in_bfloat(scheme, role, dtype) else "floats"
 
 
 def columns(operand: Operand, head_dim: int) -> int:
-    """Scales of a token."""
+    """Scales per token."""
     return head_dim // operand.granularity.cover(WHOLE, head_dim)[1] if operand.scaled else 1
 
 
@@ -216,9 +216,9 @@ def _refuse(scheme: QuantScheme, encoder: precisions.Precision) -> None:
 
 
 def _decoder(operand: Operand, dtype: torch.dtype, bits: int, tables: bool) -> str:
-    """C++ that gives the numbers which codes of so many bits stand for, where they are not multiplied as bytes.
+    """C++ that decodes codes of this many bits to floats, for operands that are not multiplied as bytes.
 
-    Those that are multiplied with scales and zeros count from 0.
+    Codes with a zero point that are decoded by scale and zero count from 0.
     """
     name, precision = f"decode_{operand.role}", operand.format
     if bits == 32:
@@ -226,9 +226,9 @@ def _decoder(operand: Operand, dtype: torch.dtype, bits: int, tables: bool) -> s
     if bits == 16:
         decode = "decoded_half" if precision.of(dtype).stored == torch.float16 else "from_bfloat"
         return f"static inline floats {name}(ints code) {{ return {decode}(code); }}"
-    counted = not operand.symmetric and place(operand) == "operand"
-    half = 2.0 ** (precision.bits - 1) if counted else 0.0
-    if precision.cpp_decode and not (tables and bits <= 4):  # 16 numbers that lie in a register are found at once
+    from_zero = not operand.symmetric and place(operand) == "operand"
+    half = 2.0 ** (precision.bits - 1) if from_zero else 0.0
+    if precision.cpp_decode and not (tables and bits <= 4):  # a register holds 16 numbers, which one instruction looks up
         number = precision.cpp_decode + (f" + {literal(half)}" if half else "")
         return f"static inline floats {name}(ints code) {{ return {number}; }}"
     values = blocks.table(precision) + half
@@ -240,7 +240,7 @@ def _decoder(operand: Operand, dtype: torch.dtype, bits: int, tables: bool) -> s
 
 
 def _signed(precision: precisions.Precision, bits: int) -> bool:
-    """Whether codes are bytes of a sign and a magnitude, and bfloat16 holds what they stand for."""
+    """Whether codes are bytes of a sign and a magnitude, with values that bfloat16 holds exactly."""
     if bits != 8 or not precision.in_bfloat:
         return False
     above, below = blocks.table(precision).chunk(2)
@@ -248,7 +248,7 @@ def _signed(precision: precisions.Precision, bits: int) -> bool:
 
 
 def _magnitudes(role: str, precision: precisions.Precision) -> str:
-    """C++ that looks up codes of a sign and a magnitude."""
+    """C++ that looks up the values of codes of a sign and a magnitude."""
     numbers = ", ".join(f"0x{x:x}" for x in blocks.table(precision)[:128].bfloat16().view(torch.uint16).tolist())
     return (
         f"static const uint16_t magnitudes_{role}[] = {{{numbers}}};\n"
@@ -257,7 +257,7 @@ def _magnitudes(role: str, precision: precisions.Precision) -> str:
 
 
 def literal(x: float) -> str:
-    """A float32 as C++ writes it."""
+    """A float32 as a C++ literal."""
     if not math.isfinite(x):
         return "NAN" if math.isnan(x) else f"{'-' * (x < 0)}INFINITY"
     return f"{torch.tensor(x, dtype=torch.float64).float().item()!r}f"

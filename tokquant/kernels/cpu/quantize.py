@@ -1,7 +1,7 @@
-"""Q, K and V to codes by C++ kernels: what `tokquant.quantize` defines, code for code and scale for scale, in panels.
+"""Quantizes Q, K and V by C++ kernels, with the codes and scales that `tokquant.quantize` defines, and K and V in panels.
 
-Each tensor is read once where the tokens of a scale lie in one chunk, twice where a scale spans more of the sequence. Means and
-factors of balance are torch's, and so is an operand that no kernel takes (`quantize_plan.lacking` says why).
+Each tensor is read once if the tokens of a scale fit one chunk, and twice if a scale spans more. Torch computes means and
+balance factors, and quantizes operands that no kernel can (`quantize_plan.lacking` says why).
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from torch import Tensor
 from tokquant import blocks
 from tokquant.calibration.scales import LayerScales
 from tokquant.kernels.cpu import build
-from tokquant.kernels.cpu.bound import Bound
-from tokquant.kernels.cpu.launch import READ
+from tokquant.kernels.cpu.bound import BoundKernel
+from tokquant.kernels.cpu.launch import PREPARED
 from tokquant.kernels.cpu.quantize_plan import Task, plan, task_of
 from tokquant.kernels.launch import Operands
 from tokquant.quantize import frames, keys, less_offset, log2_weight, of_keys, values
@@ -30,51 +30,51 @@ from tokquant.transforms import Frame
 Tensors = Mapping[str, Tensor | None]
 
 MET = {"bytes": torch.int8, "floats": torch.float32}
-"""Types of Q as products read it."""
+"""Types of Q as products read it, by `Task.met`."""
 
 
 def quantize_operands(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None = None) -> Operands:
-    """As `tokquant.quantize.quantize_operands`, laid out for attention kernels. Raises what that raises.
+    """`tokquant.quantize.quantize_operands`, but with K and V in panels. Raises as that.
 
-    Everything is equal bit for bit, but `logit_offset`, whose float32 sums are taken in another order.
+    All results are equal bit for bit except `logit_offset`, whose float32 sums are added in another order.
     """
     q_frame, k_frame, v_frame = frames(q, k, v, scheme, scales)
     run = _Run(scheme, scales)
     kq = run.keys(k, k_frame)
     qq = run.queries(q, q_frame, kq)
     vq = run.values(v, v_frame)
-    if not run.held:
-        # the definition says what does not fit
+    if not run.fits:
+        # raises, and says which value overflows its type
         define(q, k, v, scheme, scales)
     return qq, kq, vq
 
 
 def queries(
     q: Tensor, frame: Frame, k: QuantizedTensor, scheme: QuantScheme, scales: LayerScales | None = None
-) -> tuple[QuantizedTensor, Bound | None]:
-    """As `tokquant.quantize.queries`, by a kernel, and that kernel, bound to what was made: it can be filled again."""
+) -> tuple[QuantizedTensor, BoundKernel | None]:
+    """`tokquant.quantize.queries`, and the kernel that computed it, which can be called to overwrite it; None for torch."""
     run = _Run(scheme, scales)
     qq = run.queries(q, frame, k)
-    return (qq, run.bound) if run.held else (define_queries(q, frame, k, scheme, scales), None)
+    return (qq, run.bound) if run.fits else (define_queries(q, frame, k, scheme, scales), None)
 
 
 class _Run:
-    """The kernels of one call."""
+    """Quantizes the operands of one call, each by its kernel or by torch."""
 
     def __init__(self, scheme: QuantScheme, scales: LayerScales | None):
         self.scheme = scheme
         self.scales = scales
         self.instructions = build.instructions()
-        self.held = True
-        """Whether every type held its values."""
-        self.bound: Bound | None = None
+        self.fits = True
+        """Whether no value has overflowed its type so far."""
+        self.bound: BoundKernel | None = None
         """The last kernel that ran."""
 
     def keys(self, k: Tensor, frame: Frame) -> QuantizedTensor:
         task = task_of(self.scheme, "k", k.shape[3], k.dtype, frame.steps())
         if task is None:
             return in_blocks(keys(k, frame, self.scheme, self.scales), self.scheme)
-        kq = self._coded(k, frame, task)
+        kq = self._quantize(k, frame, task)
         if self.scheme.q.smooth == "block_mean":
             kq = replace(kq, companion=less_offset(k, frame))
         return kq
@@ -88,13 +88,13 @@ class _Run:
         b, h, n, _ = q.shape
         logit_offset = torch.empty(b, h, n, 1, dtype=torch.float32, device="cpu") if any(of_k.values()) else None
         code_sum = torch.empty(b, h, n, 1, dtype=torch.float32, device="cpu") if task.code_sum else None
-        read = torch.empty(q.shape, dtype=MET[task.met], device="cpu") if task.met else None
-        made = {"logit_offset": logit_offset, "code_sum": code_sum}
-        qq = self._coded(q, turned, task, made, {"k_offset": k_offset, "k_origin": k_origin, "met": read})
+        unpacked = torch.empty(q.shape, dtype=MET[task.met], device="cpu") if task.met else None
+        fields = {"logit_offset": logit_offset, "code_sum": code_sum}
+        qq = self._quantize(q, turned, task, fields, {"k_offset": k_offset, "k_origin": k_origin, "met": unpacked})
         if needs_query_sums(self.scheme) and code_sum is None:
             qq = replace(qq, code_sum=met(qq).sum(dim=-1, keepdim=True))
-        if read is not None:
-            READ[qq] = read
+        if unpacked is not None:
+            PREPARED[qq] = unpacked
         return qq
 
     def values(self, v: Tensor, frame: Frame) -> QuantizedTensor:
@@ -103,24 +103,24 @@ class _Run:
         if task is None:
             return in_blocks(values(v, frame, self.scheme, self.scales), self.scheme)
         sums = torch.empty(b, h, -(-n // task.tile), d, dtype=torch.int32, device="cpu") if task.code_sum else None
-        vq = self._coded(v, frame, task, {"code_sum": sums})
+        vq = self._quantize(v, frame, task, {"code_sum": sums})
         if not task.weighted:
             return vq
         assert vq.scale is not None
         signed = vq.scale.float()
         scale = signed.abs()
         weighted = replace(vq, scale=scale.to(vq.scale.dtype), log2_weight=log2_weight(scale, signed < 0))
-        READ[weighted] = vq.scale
+        PREPARED[weighted] = vq.scale
         return weighted
 
-    def _coded(
-        self, x: Tensor, frame: Frame, task: Task, made: Tensors = MappingProxyType({}), more: Tensors = MappingProxyType({})
+    def _quantize(
+        self, x: Tensor, frame: Frame, task: Task, fields: Tensors = MappingProxyType({}), more: Tensors = MappingProxyType({})
     ) -> QuantizedTensor:
-        """`x` in `frame` and in codes, with what is `made` beside them. The kernel reads or fills what `more` holds too."""
-        codes, (scale, zero) = room(x.shape, task), self._scales(x, task.spec)
-        given = dict(codes=codes, scale=scale, zero=zero, offset=frame.offset, balance=frame.balance, fold=frame.fold)
-        self.bound = Bound(plan(task, self.instructions), {**given, **made, **more})
-        self.held &= self.bound(x)
+        """Quantize `x` in `frame`. The kernel also writes `fields` of the result, and reads or writes the tensors in `more`."""
+        codes, (scale, zero) = allocate_codes(x.shape, task), self._scales(x, task.spec)
+        tensors = dict(codes=codes, scale=scale, zero=zero, offset=frame.offset, balance=frame.balance, fold=frame.fold)
+        self.bound = BoundKernel(plan(task, self.instructions), {**tensors, **fields, **more})
+        self.fits &= self.bound(x)
         return QuantizedTensor(
             codes=codes,
             scale=scale,
@@ -131,11 +131,11 @@ class _Run:
             shape=x.shape,
             dtype=x.dtype,
             layout="canonical" if task.spec.role == "q" else "blocks",
-            **made,
+            **fields,
         )
 
     def _scales(self, x: Tensor, spec: Operand) -> tuple[Tensor | None, Tensor | None]:
-        """Scales and zeros: calibrated, or room for what the kernel makes."""
+        """Calibrated scales and zeros, or empty tensors for the kernel to write."""
         if not spec.scaled:
             return None, None
         if spec.scale == "static":
@@ -147,8 +147,8 @@ class _Run:
         return scale, None if spec.symmetric else torch.empty_like(scale)
 
 
-def room(shape: torch.Size, task: Task) -> Tensor:
-    """Where the codes of `[B, H, N, D]` will be."""
+def allocate_codes(shape: torch.Size, task: Task) -> Tensor:
+    """Memory for the codes of `[B, H, N, D]`."""
     b, h, n, d = shape
     role, codes = task.spec.role, 32 // task.bits
     if role == "q":
@@ -157,6 +157,6 @@ def room(shape: torch.Size, task: Task) -> Tensor:
         tokens, size = blocks.LANES, (-(-d // codes), blocks.LANES)
     else:
         tokens, size = task.tile, (-(-d // blocks.LANES), task.tile // codes, blocks.LANES)  # type: ignore[assignment]
-    # a kernel writes what belongs to tokens; beyond the last lie zeros
+    # a kernel writes the codes of tokens only; those that fill up the last panels are zeros
     make = torch.zeros if n % tokens else torch.empty
     return make(b, h, -(-n // tokens), *size, dtype=torch.int32, device="cpu")

@@ -1,4 +1,4 @@
-"""What is fixed before a CPU kernel that quantizes is written: from an operand and what is done to it to constants."""
+"""Makes all decisions about a C++ quantization kernel: from an operand and its transforms to constants and fragments."""
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -19,35 +19,36 @@ from tokquant.schemes.scheme import SCALE_TYPES
 from tokquant.transforms import Steps
 
 LONGEST = 128
-"""Tokens of a chunk, at most. The extremes of scales of more tokens are taken first, then codes."""
+"""The most tokens of a chunk. Scales of more tokens need two passes: extremes first, then codes."""
 SOURCES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}
+"""C++ types of the tensor that is quantized."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task(OperandTask):
-    """What a C++ kernel does with one operand; of V, `code_sum` is wanted for each tile."""
+    """What a C++ quantization kernel does with one operand. Of V, `code_sum` is for each tile."""
 
     as_bytes: bool
-    """Whether its codes are multiplied as bytes: how K's lie in memory goes by that."""
+    """Whether products take its codes as bytes, which decides how `tokquant.blocks` stores them."""
     tile: int
-    """V: tokens that its panels cover."""
+    """V: tokens of a tile, which has panels of its own."""
     met: Literal["", "bytes", "floats"] = ""
-    """Q: as what products read it, where that is not its codes."""
+    """Q: also write it as products read it, as unpacked `bytes` or decoded `floats`; empty if they read its codes."""
 
-    __hash__ = OperandTask.__hash__  # which a dataclass would replace
+    __hash__ = OperandTask.__hash__  # a dataclass would replace it
 
     @cached_property
     def stored(self) -> torch.dtype:
-        """The type of stored elements in the canonical layout, which is Q's."""
+        """The type of stored elements in the canonical layout, which Q has."""
         return self.spec.format.of(self.dtype).stored
 
     @cached_property
     def bits(self) -> int:
-        """Of a code in memory."""
+        """Bits of a code in memory."""
         return blocks.bits_of(self.spec.format, self.stored, self.as_bytes)
 
 
-@lru_cache(maxsize=1024)  # every call asks for three
+@lru_cache(maxsize=1024)  # every call looks up three tasks
 def task_of(
     scheme: QuantScheme,
     role: str,
@@ -59,7 +60,7 @@ def task_of(
     k_origin: bool = False,
     paged: bool = False,
 ) -> Task | None:
-    """What a kernel does with an operand; None where the definition quantizes it: no kernel does, or Q stays as it is.
+    """The task for an operand; None where torch quantizes it, because no kernel can, or where Q stays as it is.
 
     Raises SchemeError where its granularity does not fit head_dim.
     """
@@ -69,7 +70,7 @@ def task_of(
     elif role == "q" and not any(steps) and spec.format.of(dtype).stored == dtype:
         return None
     sums = {
-        # the sum of integers is one in any order
+        # sums of integers are exact in any order; others are left to torch
         "q": needs_query_sums(scheme) and spec.format.kind == "int" and place(spec) == "scores",
         "k": False,
         "v": needs_code_sums(scheme) and not paged,
@@ -91,16 +92,16 @@ def task_of(
 
 
 def _met(scheme: QuantScheme) -> Literal["", "bytes", "floats"]:
-    """As what products read Q, where a kernel makes that with the codes."""
+    """`Task.met` for a scheme. Empty also where the values have to be computed from the codes afterwards."""
     q = scheme.q
     if as_bytes(scheme, "k"):
         return "bytes" if q.format.kind == "int" and q.format.packed > 1 else ""
-    known = q.format.kind == "int" or bool(q.format.cpp_decode)
-    return "floats" if known and place(q) != "operand" else ""
+    decodable = q.format.kind == "int" or bool(q.format.cpp_decode)
+    return "floats" if decodable and place(q) != "operand" else ""
 
 
 def lacking(task: Task) -> str | None:
-    """Why no kernel quantizes this operand, so that the definition does, in torch; None where a kernel does."""
+    """Why no kernel can quantize this operand, so that torch does; None where one can."""
     spec = task.spec
     precision = spec.format
     if not precision.of(task.dtype).cpp_quantize:
@@ -120,18 +121,18 @@ def lacking(task: Task) -> str | None:
 
 
 def _side_by_side(precision: precisions.Precision) -> bool:
-    """Whether codes are packed as kernels write those of Q: the first in the lowest bits, integers counted from the lowest."""
+    """Whether codes are packed as kernels pack those of Q: the first in the lowest bits, integers counted from the lowest."""
     bits = 8 // precision.packed
     stored = torch.arange(256, dtype=torch.uint8, device="cpu")
     codes = precision.unpack(stored.view(precision.stored)[:, None], precision.packed).view(torch.uint8)
     first = 2 ** (bits - 1) if precision.kind == "int" else 0
-    each = stored[:, None] >> torch.arange(0, 8, bits, dtype=torch.uint8, device="cpu")
-    return torch.equal(codes & (2**bits - 1), (each - first) & (2**bits - 1))
+    shifted = stored[:, None] >> torch.arange(0, 8, bits, dtype=torch.uint8, device="cpu")
+    return torch.equal(codes & (2**bits - 1), (shifted - first) & (2**bits - 1))
 
 
 @lru_cache(maxsize=256)
 def plan(task: Task, instructions: str) -> CpuPlan:
-    """The plan of the kernel that does `task`, which `lacking` has nothing against."""
+    """The plan of the kernel for a task for which `lacking` returns None."""
     spec, d, precision = task.spec, task.head_dim, task.spec.format
     tokens, channels = spec.granularity.cover(WHOLE, d) if spec.scaled else (1, d)
     dynamic = spec.scaled and spec.scale == "dynamic"
@@ -166,7 +167,7 @@ def plan(task: Task, instructions: str) -> CpuPlan:
         # a symmetric scale in fp32 always fits
         "CHECKED": (dynamic and (spec.scale_dtype != "fp32" or not spec.symmetric)) or input_codes,
         "CHECKED_CODES": input_codes,
-        # packed integers of Q lie as the precision stores them, which counts them so
+        # count integers from the lowest: K's that are multiplied as bytes, and Q's that precisions pack so
         "COUNTED": integers and (task.as_bytes if spec.role == "k" else spec.role == "q" and packed),
         "CODE_SUM": spec.role == "q" and task.code_sum,
         "MET_BYTES": task.met == "bytes",
@@ -207,7 +208,7 @@ def plan(task: Task, instructions: str) -> CpuPlan:
         ),
         instructions=instructions,
         template="quantize",
-        # torch rounds a product before it adds
+        # torch rounds a product before it adds, so no fused multiply-adds
         flags=("-ffp-contract=off",),
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokquant.blocks import LANES
 from tokquant.features import Features
 from tokquant.kernels.cpu import build
-from tokquant.kernels.cpu.launch import of_features, start
+from tokquant.kernels.cpu.launch import feature_arguments, run
 from tokquant.kernels.cpu.plan import plan
 from tokquant.kernels.slots import unquantized
 from tokquant.kernels.wanted import Wanted
@@ -59,7 +59,7 @@ class CpuSlots(Slots):
         planned = plan(self.scheme, head_dim=self.head_dim, dtype=self.dtype, wanted=wanted, instructions=build.instructions())
         words = 4 // self.dtype.itemsize
         (b, heads, n_q, _), kv_heads = q.shape, self.heads
-        start(planned, of_features(masked) | dict(
+        run(planned, feature_arguments(masked) | dict(
             batch=b, heads=heads, kv_heads=kv_heads, n_q=n_q, n_k=self.count, threads=torch.get_num_threads(),
             scale=features.scale, softcap=features.softcap, table=None, pages=0, page=0, lengths=None, newer=None,
             q=q.float().contiguous(), out=out, lse=lse,
