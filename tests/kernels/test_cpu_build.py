@@ -222,6 +222,18 @@ def test_a_compiler_that_has_another_word_for_this_processor_is_asked_by_that(co
     assert build.compiler().instructions == here
 
 
+def test_a_compiler_that_cannot_be_asked_once_is_asked_again(compiler_that, tmp_path):
+    here, asked = build.compiler().instructions, tmp_path / "asked"
+    compiler_that(f"-march=native) [ -e {asked} ] || {{ touch {asked}; exit 1; }};;")
+    assert build.compiler().instructions == here and asked.exists()
+
+
+def test_kernels_without_vector_instructions_are_told_of(compiler_that):
+    compiler_that("-march=native|-mcpu=native) exit 1;;")
+    with pytest.warns(UserWarning, match=r"use no vector instructions.*; set CXX"):
+        assert build.instructions() == "portable"
+
+
 def test_a_compiler_may_say_what_it_is_in_another_encoding(compiler_that):
     compiler_that(r"--version) printf 'c++ \251\n'; exit;;")
     assert build.compiler().version == "c++ \N{REPLACEMENT CHARACTER}"

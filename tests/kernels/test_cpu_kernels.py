@@ -13,7 +13,7 @@ import tokquant as tq
 from tokquant.inputs import features_of
 from tokquant.kernels.cpu import build, launch
 from tokquant.kernels.cpu.instructions import INSTRUCTIONS, Instructions
-from tokquant.kernels.cpu.launch import start
+from tokquant.kernels.cpu.launch import run
 from tokquant.kernels.cpu.plan import plan
 from tokquant.kernels.wanted import Wanted
 from tokquant.precisions import PRECISIONS, register
@@ -249,12 +249,12 @@ def test_sixteen_bit_outputs_are_those_of_32_bits_rounded(d, dtype, instructions
     large = 6e4 if dtype == torch.float16 else 3e38
     v[..., 1::4], v[..., 2::4], v[..., 0, 3], v[..., 3, 4] = large, 3e-8, float("nan"), -float("inf")
     seen = []
-    monkeypatch.setattr(launch, "start", lambda *given: seen.append(given) or start(*given))
+    monkeypatch.setattr(launch, "run", lambda *given: seen.append(given) or run(*given))
     s = scheme(q="fp32", k="fp32", v="fp32", p="fp32")
     out = tq.attention(q, k, v, s, causal=True, backend="cpu")
     kinds = dict(dtype=dtype, instructions=build.instructions())
     made, wide = plan(s, head_dim=d, wanted=Wanted(right=True), **kinds), torch.empty(q.shape)
-    start(made, seen[0][1] | {"out": wide})
+    run(made, seen[0][1] | {"out": wide})
     assert out.dtype == dtype and wide.isnan().any() and (wide.abs() > 1e3).any()
     assert torch.equal(out.nan_to_num(7.0), wide.to(dtype).nan_to_num(7.0)) and torch.equal(out.isnan(), wide.isnan())
 

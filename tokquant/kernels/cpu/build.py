@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import warnings
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
@@ -96,6 +97,13 @@ def instructions() -> str:
     supported = found.instructions
     wanted = os.environ.get(CHOICE)
     if not wanted:
+        if supported == ("portable",):
+            # once: Python shows a warning of one place a single time
+            warnings.warn(
+                f"kernels use no vector instructions and are many times slower: {' '.join(found.command)} reports none for "
+                f"this processor that tokquant knows; set CXX to another compiler, or {CHOICE}=portable to accept it",
+                stacklevel=1,
+            )
         return supported[0]
     if check_name(wanted, CHOICE) not in supported:
         raise UnsupportedError(
@@ -227,7 +235,8 @@ def _compiler(wanted: str, path: str) -> Compiler:
 
 def _macros(command: list[str]) -> set[str]:
     """The macros that a compiler defines for this processor, which name the instructions that both support."""
-    for native in ("-march=native", "-mcpu=native"):  # clang for Arm takes the latter
+    # asked twice, as a busy machine may fail to start a process; clang for Arm takes the last one
+    for native in ("-march=native", "-march=native", "-mcpu=native"):
         output = _run([*command, native, "-dM", "-E", "-x", "c++", os.devnull])
         if output is not None:
             return {line.split()[1] for line in output.splitlines() if line.startswith("#define ")}

@@ -30,12 +30,12 @@ def render(plan: CpuPlan) -> str:
         line = rf"static inline \w+ {name}\(.*\n"
         used = len(re.findall(rf"\b{name}\(", body)) > 1
         body = re.sub(line, (text + "\n").replace("\\", r"\\") if used else "", body)
-    lines = []
+    lines, words = [], set(re.findall(r"\w+", body))
     for line in head.splitlines():
         constant = CONSTANT.fullmatch(line)
         if constant is None:
             lines.append(line)
-        elif re.search(rf"\b{constant['name']}\b", body):
+        elif constant["name"] in words:
             name, value, comment = constant["name"], constants[constant["name"]], constant["comment"] or ""
             macro = constant["kind"] == "#define"
             lines.append(f"#define {name} {value}{comment}" if macro else f"{constant['kind']} {name} = {value};{comment}")
