@@ -1,4 +1,4 @@
-"""Arithmetic instructions, as functions of arrays with one element, of raw bits, per thread."""
+"""Arithmetic instructions as functions of arrays, with one element per thread."""
 
 from collections.abc import Callable
 from functools import cache
@@ -12,18 +12,19 @@ Function = Callable[..., Array | tuple[Array, ...]]
 RAW = {1: np.dtype(bool), 8: np.dtype(np.uint8), 16: np.dtype(np.uint16), 32: np.dtype(np.uint32), 64: np.dtype(np.uint64)}
 FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
 INTEGERS = {f"{sign}{bits}": np.dtype(f"{kind}{bits // 8}") for sign, kind in ("si", "uu", "bu") for bits in (8, 16, 32, 64)}
-OF_EXTREMES = {"ftz", "NaN", "relu", "xorsign", "abs"}
+EXTREME_MODES = {"ftz", "NaN", "relu", "xorsign", "abs"}
 MODES = {
-    "min": OF_EXTREMES, "max": OF_EXTREMES, "mul": {"rn", "ftz", "lo", "hi", "wide"},
+    "min": EXTREME_MODES, "max": EXTREME_MODES, "mul": {"rn", "ftz", "lo", "hi", "wide"},
     "cvt": {"rn", "rz", "rni", "rzi", "sat", "satfinite"}, "cvta": {"local"},
 }  # fmt: skip
-"""Modifiers that are supported, by instruction; any other is an error."""
-USUAL_MODES = {"rn", "ftz", "approx", "full", "lo", "wide"}
+"""Supported modifiers by instruction; any other raises an error."""
+DEFAULT_MODES = {"rn", "ftz", "approx", "full", "lo", "wide"}
+"""Supported modifiers of all other instructions."""
 
 
 @cache
 def bits(kind: str) -> int:
-    """The bits of a type, of both halves for a pair."""
+    """Width of a type in bits; for a pair, of both halves together."""
     if kind == "pred":
         return 1
     name, _, pair = kind.partition("x")
@@ -31,7 +32,7 @@ def bits(kind: str) -> int:
 
 
 def typed(raw: Array, kind: str) -> Array:
-    """Registers' values: an element a thread, or two where the type is a pair, the lower first."""
+    """Interpret registers' bits as a type: one value per thread, or two for a pair, the lower half first."""
     if kind == "pred":
         return raw
     name, _, pair = kind.partition("x")
@@ -45,98 +46,98 @@ def typed(raw: Array, kind: str) -> Array:
 
 
 def raw(values: Array, kind: str) -> Array:
-    """Of values, rounded to the type to nearest even; 8-bit floats saturate."""
+    """The inverse of `typed`: bits of values, rounded to the type to nearest even; 8-bit floats saturate."""
     if kind == "pred":
         return values
     name, _, pair = kind.partition("x")
     if name in ("bf16", "e4m3", "e5m2"):
-        found = torch.from_numpy(np.ascontiguousarray(values, np.float32))
+        result = torch.from_numpy(np.ascontiguousarray(values, np.float32))
         if name != "bf16":
             largest = torch.finfo(TORCH[name]).max
-            found = found.clamp(-largest, largest)  # NaN stays
-        found = found.to(TORCH[name]).view(torch.int16 if name == "bf16" else torch.int8).numpy()
+            result = result.clamp(-largest, largest)  # keeps NaN
+        result = result.to(TORCH[name]).view(torch.int16 if name == "bf16" else torch.int8).numpy()
     else:
         with np.errstate(over="ignore"):
-            found = np.asarray(values, FLOATS.get(name) or INTEGERS[name])
-    found = np.ascontiguousarray(found).view(RAW[bits(name)])
-    return found.view(RAW[bits(kind)])[..., 0] if pair else found
+            result = np.asarray(values, FLOATS.get(name) or INTEGERS[name])
+    result = np.ascontiguousarray(result).view(RAW[bits(name)])
+    return result.view(RAW[bits(kind)])[..., 0] if pair else result
 
 
 TORCH = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
-def cut(x: Array) -> Array:
+def to_half_toward_zero(x: Array) -> Array:
     """Convert to float16, rounding toward zero."""
-    found = x.astype(np.float16)
-    return np.where(np.abs(found.astype(x.dtype)) > np.abs(x), np.nextafter(found, np.float16(0)), found)
+    result = x.astype(np.float16)
+    return np.where(np.abs(result.astype(x.dtype)) > np.abs(x), np.nextafter(result, np.float16(0)), result)
 
 
-def flushed(x: Array) -> Array:
+def flush(x: Array) -> Array:
     """Flush subnormal numbers to zero."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
-def fused(a: Array, b: Array, c: Array) -> Array:
-    """`a b + c` of float32 or less, rounded once: the sum in float64 has an odd last bit where it lost something, so that to
-    round it again is as if it had lost nothing."""
+def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
+    """`a b + c` of float32 or less, rounded once: the float64 sum is rounded to odd, so rounding it again gives the same as
+    rounding the exact sum."""
     product = a.astype(np.float64) * b
     total = np.asarray(product + c)
-    part = total - product
-    lost = (product - (total - part)) + (c - part)
+    added = total - product
+    error = (product - (total - added)) + (c - added)
     bits = total.view(np.int64)
-    wrong = np.isfinite(total) & (lost != 0) & (bits % 2 == 0)
-    return (bits + np.where(wrong, np.where((lost > 0) == (total > 0), 1, -1), 0)).view(np.float64).astype(a.dtype)
+    adjust = np.isfinite(total) & (error != 0) & (bits % 2 == 0)
+    return (bits + np.where(adjust, np.where((error > 0) == (total > 0), 1, -1), 0)).view(np.float64).astype(a.dtype)
 
 
-def wide(function: Function) -> Function:
-    """Of operands of twice their width."""
-    return lambda a, b, *c: function(a.astype(twice(a.dtype)), b.astype(twice(a.dtype)), *c)
+def widened(function: Function) -> Function:
+    """The function applied to operands extended to twice their width."""
+    return lambda a, b, *c: function(a.astype(doubled(a.dtype)), b.astype(doubled(a.dtype)), *c)
 
 
-def twice(kind: np.dtype) -> np.dtype:
+def doubled(kind: np.dtype) -> np.dtype:
     return np.dtype(f"{kind.kind}{2 * kind.itemsize}")
 
 
-def truncated(a: Array, b: Array) -> Array:
+def quotient_toward_zero(a: Array, b: Array) -> Array:
     """Integer division toward zero."""
     return (np.sign(a) * np.sign(b)).astype(a.dtype) * (np.abs(a) // np.abs(np.where(b == 0, 1, b))).astype(a.dtype)
 
 
-def shifted(function: Function) -> Function:
+def clamped_shift(function: Function) -> Function:
     """Shift, with larger counts clamped to the width, for which numpy leaves the result undefined."""
 
-    def shift(a: Array, by: Array) -> Array:
-        most = 8 * a.dtype.itemsize
-        within = function(a, np.minimum(by, most - 1).astype(a.dtype))
+    def shift(a: Array, count: Array) -> Array:
+        width = 8 * a.dtype.itemsize
+        within = function(a, np.minimum(count, width - 1).astype(a.dtype))
         gone = np.zeros_like(a) if function is np.left_shift or a.dtype.kind == "u" else np.where(a < 0, -1, 0).astype(a.dtype)
-        return np.where(by < most, within, gone)
+        return np.where(count < width, within, gone)
 
     return shift
 
 
 def lop3(a: Array, b: Array, c: Array, table: Array) -> Array:
-    """Any function of three bits: bit `4 a + 2 b + c` of the table."""
-    found = np.zeros_like(a)
+    """Any function of three bits, as a table: the result is its bit `4 a + 2 b + c`."""
+    result = np.zeros_like(a)
     for place in range(8):
         inputs = [x if place >> shift & 1 else ~x for x, shift in ((a, 2), (b, 1), (c, 0))]
-        found |= np.where(table >> place & 1, inputs[0] & inputs[1] & inputs[2], 0)
-    return found
+        result |= np.where(table >> place & 1, inputs[0] & inputs[1] & inputs[2], 0)
+    return result
 
 
 def prmt(a: Array, b: Array, selector: Array) -> Array:
     """Four of the eight bytes of two registers; a selector's fourth bit repeats the byte's sign."""
     both = np.stack([a, b], axis=-1).view(np.uint8)
-    found = np.zeros_like(a)
+    result = np.zeros_like(a)
     for place in range(4):
         chosen = selector >> np.uint32(4 * place) & np.uint32(15)
         byte = np.take_along_axis(both, (chosen & 7).astype(np.int64)[:, None], axis=1)[:, 0]
         byte = np.where(chosen & 8, np.where(byte >> 7, 255, 0), byte)
-        found |= byte.astype(np.uint32) << np.uint32(8 * place)
-    return found
+        result |= byte.astype(np.uint32) << np.uint32(8 * place)
+    return result
 
 
 def funnel(direction: str) -> Function:
-    """Of two registers, the lower first, the upper after a shift to the left, or the lower after one to the right."""
+    """`shf.wrap`: shift a pair of registers, the lower first; left gives the upper one, right the lower one."""
 
     def shift(low: Array, high: Array, by: Array) -> Array:
         both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
@@ -146,20 +147,20 @@ def funnel(direction: str) -> Function:
     return shift
 
 
-def extracted(a: Array, start: Array, length: Array) -> Array:
-    """A field of bits, with its sign where the type has one."""
+def extract(a: Array, start: Array, length: Array) -> Array:
+    """`bfe`: extract a bit field; signed types extend its sign."""
     width = 8 * a.dtype.itemsize
     length = np.minimum(length & 255, width - (start & 255)).astype(np.int64)
     up = (width - length - (start & 255).astype(np.int64)).astype(a.dtype)
-    moved = shifted(np.left_shift)(a, up)
-    return np.where(length == 0, 0, shifted(np.right_shift)(moved, (width - length).astype(a.dtype))).astype(a.dtype)
+    moved = clamped_shift(np.left_shift)(a, up)
+    return np.where(length == 0, 0, clamped_shift(np.right_shift)(moved, (width - length).astype(a.dtype))).astype(a.dtype)
 
 
-def inserted(a: Array, b: Array, start: Array, length: Array) -> Array:
-    """The lowest bits of `a` as a field of `b`."""
-    ones = shifted(np.left_shift)(np.full_like(a, 1), length) - 1
-    place = shifted(np.left_shift)(ones, start)
-    return b & ~place | shifted(np.left_shift)(a, start) & place
+def insert(a: Array, b: Array, start: Array, length: Array) -> Array:
+    """`bfi`: insert the lowest bits of `a` as a bit field of `b`."""
+    ones = clamped_shift(np.left_shift)(np.full_like(a, 1), length) - 1
+    place = clamped_shift(np.left_shift)(ones, start)
+    return b & ~place | clamped_shift(np.left_shift)(a, start) & place
 
 
 COMPARISONS = {
@@ -173,7 +174,7 @@ COMPARISONS |= {
 
 FUNCTIONS: dict[str, Function] = {
     "mov": lambda a: a,
-    "cvta": lambda a: a,  # between addresses of a space and those of none, which here are the same
+    "cvta": lambda a: a,  # state-space and generic addresses are the same here
     "selp": lambda a, b, chosen: np.where(chosen, a, b),
     "not": lambda a: ~a,
     "neg": lambda a: np.negative(a) if a.dtype.kind != "u" else 0 - a,
@@ -182,16 +183,16 @@ FUNCTIONS: dict[str, Function] = {
     "sub": np.subtract,
     "mul": np.multiply,
     "mad": lambda a, b, c: a * b + c,
-    "fma": fused,
+    "fma": fused_multiply_add,
     "and": np.bitwise_and,
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
-    "shl": shifted(np.left_shift),
-    "shr": shifted(np.right_shift),
+    "shl": clamped_shift(np.left_shift),
+    "shr": clamped_shift(np.right_shift),
     "lop3": lop3,
     "prmt": prmt,
-    "bfe": extracted,
-    "bfi": inserted,
+    "bfe": extract,
+    "bfi": insert,
     "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
     "ex2": np.exp2,
     "lg2": np.log2,
@@ -204,38 +205,38 @@ FUNCTIONS: dict[str, Function] = {
 }
 
 
-OWN_OPERANDS = {
+OPERAND_TYPES = {
     "shl": "{} u32", "shr": "{} u32", "bfe": "{} u32 u32", "bfi": "{} {} u32 u32", "lop3": "{} {} {} {}", "selp": "{} {} pred",
 }  # fmt: skip
-"""Types of operands by an instruction's, where they are not all of the one."""
+"""Types of an instruction's operands, where they do not all have the type of the instruction (`{}`)."""
 
 
 @cache
 def function(opcode: str) -> tuple[Function, tuple[str, ...], str]:
-    """What an instruction does, the types of operands, and the result's. Raises KeyError for one that is none of these."""
+    """An instruction's function, the types of its operands, and the type of its result. Raises KeyError for an unknown one."""
     name, *parts = opcode.split(".")
     if name == "setp":
-        return comparing(*parts)
+        return comparison(*parts)
     if name == "shf" and parts[1:] == ["wrap", "b32"]:
         return funnel(parts[0]), ("b32", "b32", "u32"), "b32"
-    heeded = MODES.get(name, USUAL_MODES)
-    modes, kinds = {part for part in parts if part in heeded}, [part for part in parts if part not in heeded]
+    supported = MODES.get(name, DEFAULT_MODES)
+    modes, kinds = {part for part in parts if part in supported}, [part for part in parts if part not in supported]
     if name == "cvt" and len(kinds) == 2:
-        return converting(*kinds, modes)
+        return conversion(*kinds, modes)
     if len(kinds) != 1:
         raise KeyError(opcode)
     kind = kinds[0]
-    apply = of_kind(name, kind, modes)
+    apply = function_of_type(name, kind, modes)
     if "wide" in modes:
-        found = f"{kind[0]}{2 * bits(kind)}"
-        return wide(apply), (kind, kind, found), found
+        wide_kind = f"{kind[0]}{2 * bits(kind)}"
+        return widened(apply), (kind, kind, wide_kind), wide_kind
     if "ftz" in modes:
-        return (lambda *a: flushed(apply(*map(flushed, a)))), (kind,) * 3, kind
-    return apply, tuple(OWN_OPERANDS.get(name, "{} {} {}").replace("{}", kind).split()), "u32" if name == "popc" else kind
+        return (lambda *a: flush(apply(*map(flush, a)))), (kind,) * 3, kind
+    return apply, tuple(OPERAND_TYPES.get(name, "{} {} {}").replace("{}", kind).split()), "u32" if name == "popc" else kind
 
 
-def of_kind(name: str, kind: str, modes: set[str]) -> Function:
-    """Of an instruction that means one thing for integers and another for floats, or has modes."""
+def function_of_type(name: str, kind: str, modes: set[str]) -> Function:
+    """The function of an instruction for a type; some instructions depend on the type or on modes."""
     floating = kind.startswith(("f", "bf"))
     if name in ("min", "max"):
         choose = {"min": (np.minimum, np.fmin), "max": (np.maximum, np.fmax)}[name][floating and "NaN" not in modes]
@@ -243,15 +244,15 @@ def of_kind(name: str, kind: str, modes: set[str]) -> Function:
             return lambda a, b: np.copysign(choose(np.abs(a), np.abs(b)), np.copysign(1, a) * b)
         return (lambda a, b: np.maximum(choose(a, b), 0)) if "relu" in modes else choose
     if name in ("div", "rem"):
-        quotient = np.divide if floating else truncated if kind[0] == "s" else lambda a, b: a // np.maximum(b, 1)
+        quotient = np.divide if floating else quotient_toward_zero if kind[0] == "s" else lambda a, b: a // np.maximum(b, 1)
         return quotient if name == "div" else lambda a, b: a - quotient(a, b) * b
     if "hi" in modes:
-        return lambda a, b: (a.astype(twice(a.dtype)) * b >> 8 * a.itemsize).astype(a.dtype)
+        return lambda a, b: (a.astype(doubled(a.dtype)) * b >> 8 * a.itemsize).astype(a.dtype)
     return np.logical_not if (name, kind) == ("not", "pred") else FUNCTIONS[name]
 
 
-def comparing(test: str, *rest: str) -> tuple[Function, tuple[str, ...], str]:
-    """`setp`, which may join what it finds with a predicate."""
+def comparison(test: str, *rest: str) -> tuple[Function, tuple[str, ...], str]:
+    """`setp`, which may combine the result of the comparison with a predicate."""
     *join, kind = rest
     compare = COMPARISONS[test]
     if not join:
@@ -260,17 +261,17 @@ def comparing(test: str, *rest: str) -> tuple[Function, tuple[str, ...], str]:
     return (lambda a, b, c: both(compare(a, b), c)), (kind, kind, "pred"), "pred"
 
 
-def converting(to: str, of: str, modes: set[str]) -> tuple[Function, tuple[str, ...], str]:
-    """`cvt`: between types, and from two floats to a pair of which the first is the upper."""
+def conversion(to: str, of: str, modes: set[str]) -> tuple[Function, tuple[str, ...], str]:
+    """`cvt`: between types, or from two floats to a pair, with the first as the upper half."""
     pair = to.endswith("x2") and not of.endswith("x2")
-    lacking = ("sat" in modes and to not in INTEGERS) or ("satfinite" in modes and to[0] != "e")
-    if lacking or ("rz" in modes and (to, of) != ("f16", "f32")):
+    unsupported = ("sat" in modes and to not in INTEGERS) or ("satfinite" in modes and to[0] != "e")
+    if unsupported or ("rz" in modes and (to, of) != ("f16", "f32")):
         raise KeyError(f"cvt to {to} of {modes}")
 
-    def convert(*given: Array) -> Array:
-        x = np.stack(given[::-1], axis=-1) if pair else given[0]
+    def convert(*operands: Array) -> Array:
+        x = np.stack(operands[::-1], axis=-1) if pair else operands[0]
         if "rz" in modes:
-            x = cut(x)
+            x = to_half_toward_zero(x)
         if x.dtype.kind == "f" and modes & {"rni", "rzi"}:
             x = np.trunc(x) if "rzi" in modes else np.rint(x)
         if to[0] in "su" and x.dtype.kind == "f":

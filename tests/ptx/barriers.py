@@ -1,4 +1,4 @@
-"""Asynchronous operations, and barriers where warps wait for one another."""
+"""Groups of asynchronous operations, and the barriers at which warps wait for each other."""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -9,78 +9,77 @@ Finish = Callable[[], None]
 """Completes an asynchronous operation."""
 
 Ready = Callable[[], bool]
-"""Whether warps that wait may go on."""
+"""Whether waiting warps may proceed."""
 
 
-class Later:
-    """Asynchronous operations in groups. Each completes as late as is allowed: when its group is waited for."""
+class AsyncGroups:
+    """Asynchronous operations in groups. Each completes as late as the ISA allows: when its group is waited for."""
 
     def __init__(self) -> None:
-        self.begun: list[Finish] = []
+        self.uncommitted: list[Finish] = []
         self.groups: deque[list[Finish]] = deque()
 
-    def begin(self, finish: Finish) -> None:
-        self.begun.append(finish)
+    def add(self, finish: Finish) -> None:
+        self.uncommitted.append(finish)
 
-    def order(self, each: Instruction) -> None:
-        """`commit_group`, `wait_group` or `wait_all`."""
-        if "commit_group" in each.opcode:
-            self.groups.append(self.begun)
-            self.begun = []
+    def execute(self, instruction: Instruction) -> None:
+        """Execute `commit_group`, `wait_group` or `wait_all`."""
+        if "commit_group" in instruction.opcode:
+            self.groups.append(self.uncommitted)
+            self.uncommitted = []
             return
-        pending = int(each.operands[0]) if each.operands else 0
+        pending = int(instruction.operands[0]) if instruction.operands else 0
         while len(self.groups) > pending:
             for finish in self.groups.popleft():
                 finish()
 
-    def taken(self) -> list[Finish]:
-        """Hand over all operations that are not complete; the caller completes them."""
-        found = [finish for group in (*self.groups, self.begun) for finish in group]
+    def take_all(self) -> list[Finish]:
+        """Remove and return all operations that are not complete; the caller completes them."""
+        operations = [finish for group in (*self.groups, self.uncommitted) for finish in group]
         self.groups.clear()
-        self.begun = []
-        return found
+        self.uncommitted = []
+        return operations
 
 
 class Barrier:
-    """An mbarrier: a phase ends after `count` arrivals. The copies that arrived with it complete when a thread has waited for
-    the phase."""
+    """An mbarrier: a phase ends after `count` arrivals. Copies that arrive in a phase complete when it is waited for."""
 
     def __init__(self, count: int) -> None:
-        self.count = self.lacking = count
+        self.count = self.pending = count
         self.phase = 0
-        self.arrived: list[Finish] = []
-        self.ended: list[Finish] = []
+        self.phase_copies: list[Finish] = []
+        self.ended_copies: list[Finish] = []
 
     def arrive(self, count: int, copies: Iterable[Finish] = ()) -> None:
-        """Count `count` arrivals, with copies that these threads began. Raises AssertionError for more than the phase lacks."""
-        assert count <= self.lacking, f"{count} arrivals at a barrier that lacks {self.lacking} of {self.count}"
-        self.arrived += copies
-        self.lacking -= count
-        if not self.lacking:
-            self.phase, self.lacking = self.phase + 1, self.count
-            self.ended += self.arrived
-            self.arrived = []
+        """Add arrivals, with copies that these threads began. Raises AssertionError for more than the phase expects."""
+        assert count <= self.pending, f"{count} arrivals at a barrier that lacks {self.pending} of {self.count}"
+        self.phase_copies += copies
+        self.pending -= count
+        if not self.pending:
+            self.phase, self.pending = self.phase + 1, self.count
+            self.ended_copies += self.phase_copies
+            self.phase_copies = []
 
     def passed(self, parity: int) -> bool:
         """Whether the last phase of this parity has ended; if so, its copies complete."""
         if self.phase % 2 == parity:
             return False
-        for finish in self.ended:
+        for finish in self.ended_copies:
             finish()
-        self.ended = []
+        self.ended_copies = []
         return True
 
 
-class Meeting:
-    """A numbered barrier, `bar.sync`: no thread proceeds before all have arrived."""
+class NamedBarrier:
+    """A numbered barrier of `bar.sync`: no thread proceeds before all have arrived."""
 
     def __init__(self) -> None:
-        self.present = self.held = 0
+        self.arrived = self.completed = 0
 
-    def come(self, count: int, wanted: int) -> Ready:
-        """`count` threads arrive, of the `wanted` that the barrier is for. Returns whether they may proceed, as a function."""
-        own = self.held
-        self.present += count
-        if self.present == wanted:
-            self.present, self.held = 0, own + 1
-        return lambda: self.held > own
+    def arrive(self, count: int, expected: int) -> Ready:
+        """`count` of `expected` threads arrive. Returns a function that says whether they may proceed."""
+        phase = self.completed
+        self.arrived += count
+        if self.arrived == expected:
+            self.arrived, self.completed = 0, phase + 1
+        return lambda: self.completed > phase

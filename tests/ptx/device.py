@@ -1,9 +1,8 @@
-"""A stand-in for an NVIDIA GPU: what Triton compiles for one is run, PTX instruction by PTX instruction, on the CPU.
+"""A simulated NVIDIA GPU: runs the PTX that Triton compiles, instruction by instruction, on the CPU.
 
-All is checked that a GPU would have to trust: that every access is to a tensor that was given, and is aligned; and that a block
-has no more shared memory than there is. Threads of a warpgroup are not parallel here, so races between them do not show,
-except where tensor cores read what no barrier has shown to all warps. Copies and products are beside them: they end when they
-are waited for.
+It checks what a GPU trusts: that every access is aligned and within a tensor argument, and that a block's shared memory fits.
+Threads of a warpgroup run in lockstep here, so races between them do not show, except where tensor cores read shared memory
+that no barrier has made visible to all warps. Copies and products are asynchronous: they complete when they are waited for.
 """
 
 import struct
@@ -21,7 +20,7 @@ FORMATS = {"u64": "Q", "u32": "I", "s64": "q", "s32": "i", "f32": "f", "u8": "B"
 
 
 class AbsentGpu:
-    """What Triton asks its driver before it compiles: enough to specialize a call for a GPU of this compute capability."""
+    """The part of a Triton driver that is needed to compile: enough to specialize a call for a compute capability."""
 
     def __init__(self, capability: int):
         self.capability = capability
@@ -32,7 +31,7 @@ class AbsentGpu:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
-        # none that is there: Triton keeps what it compiled by device, and must not launch this on another
+        # negative, as Triton caches compiled kernels by device and must not launch these on a real one
         return -self.capability
 
     def get_current_stream(self, device):
@@ -40,7 +39,7 @@ class AbsentGpu:
 
 
 def flat(values, signature):
-    """Arguments that a kernel takes, those in tuples one by one, without what is compiled in."""
+    """The arguments that a launch passes: tuples flattened, constexpr arguments left out."""
     for value, kind in zip(values, signature, strict=True):
         if isinstance(kind, tuple):
             yield from flat(value, kind)
@@ -49,23 +48,25 @@ def flat(values, signature):
 
 
 def launch(compiled, grid, values, order=()) -> int:
-    """Run a compiled kernel block by block, the warpgroups of a block in the given order. Returns how many products of tensor
-    cores read shared memory that they need not see yet."""
+    """Run a compiled kernel block by block, with the warpgroups of a block in the given order.
+
+    Returns how many tensor core products read shared memory with no fence, or no barrier, after a write.
+    """
     unfenced = 0
     kernel = text.read(compiled.asm["ptx"])
     arguments = list(flat(values, compiled.src.signature.values()))
-    given = {}
+    parameters = {}
     for (name, kind), value in zip(kernel.parameters.items(), [*arguments, *[0] * 8], strict=False):
         bits = value.data_ptr() if isinstance(value, torch.Tensor) else value
         if kind[0] in "ub" and bits < 0:
             bits %= 2 ** int(kind[1:])
-        given[name] = struct.pack(FORMATS[kind], bits)
+        parameters[name] = struct.pack(FORMATS[kind], bits)
     memory = of_tensors(each for each in arguments if isinstance(each, torch.Tensor))
     sizes = [*grid, 1, 1][:3]
-    axes = dict(zip(("%nctaid.x", "%nctaid.y", "%nctaid.z"), sizes, strict=True))
+    grid_size = dict(zip(("%nctaid.x", "%nctaid.y", "%nctaid.z"), sizes, strict=True))
     for z, y, x in product(*map(range, reversed(sizes))):
-        place = axes | {"%ctaid.x": x, "%ctaid.y": y, "%ctaid.z": z}
-        block = Block(kernel, given, memory, max(compiled.metadata.shared, 16), place)
+        special = grid_size | {"%ctaid.x": x, "%ctaid.y": y, "%ctaid.z": z}
+        block = Block(kernel, parameters, memory, max(compiled.metadata.shared, 16), special)
         block.run(order)
         unfenced += block.unfenced
     return unfenced
@@ -73,7 +74,7 @@ def launch(compiled, grid, values, order=()) -> int:
 
 @contextmanager
 def absent(capability: int) -> Iterator[None]:
-    """Let Triton compile launches for a GPU that is not there."""
+    """A context in which Triton compiles launches for a GPU that is not present."""
     from triton.runtime import driver
 
     driver.set_active(AbsentGpu(capability))
@@ -85,7 +86,7 @@ def absent(capability: int) -> Iterator[None]:
 
 @contextmanager
 def stand_in(monkeypatch, capability: int) -> Iterator[list]:
-    """Run Triton's launches in this simulation, with CPU tensors taken for a GPU's. Yields the list of kernels that ran."""
+    """A context in which Triton's launches run in this simulation, on CPU tensors. Yields the list of kernels that ran."""
     from triton.runtime.errors import OutOfResources
     from triton.runtime.jit import JITFunction
 
@@ -93,14 +94,14 @@ def stand_in(monkeypatch, capability: int) -> Iterator[list]:
     from tokquant.kernels import targets
 
     compile_for, target_of, launched = JITFunction.run, targets.of, []
-    own = targets.get(f"sm_{capability}")
+    target = targets.get(f"sm_{capability}")
 
     def run(self, *arguments, grid, warmup, **options):
         compiled = compile_for(self, *arguments, grid=grid, warmup=True, **options)
         if not warmup:
-            most = own.shared_bytes - RESERVED
-            if compiled.metadata.shared > most:
-                raise OutOfResources(compiled.metadata.shared, most, "shared memory")
+            available = target.shared_bytes - RESERVED
+            if compiled.metadata.shared > available:
+                raise OutOfResources(compiled.metadata.shared, available, "shared memory")
             names = [parameter.name for parameter in self.params]
             values = dict(zip(names, arguments, strict=False)) | options
             compiled.unfenced = launch(compiled, grid, [values[name] for name in compiled.src.signature])
@@ -109,6 +110,6 @@ def stand_in(monkeypatch, capability: int) -> Iterator[list]:
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(launching, "available", lambda device: True)
-    monkeypatch.setattr(targets, "of", lambda device: own if device.type == "cpu" else target_of(device))
+    monkeypatch.setattr(targets, "of", lambda device: target if device.type == "cpu" else target_of(device))
     with absent(capability):
         yield launched

@@ -1,4 +1,4 @@
-"""Memory as a kernel sees it: the tensors that it is given and nothing else, and the shared memory of a block."""
+"""Memory of a kernel: the tensors that it gets as arguments, or the shared memory of a block."""
 
 import ctypes
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ Array = np.ndarray
 
 
 RESERVED = 1024
-"""Bytes of shared memory that a GPU from compute capability 8.0 keeps for the system: a kernel's own begin behind them."""
+"""Bytes of shared memory that GPUs from compute capability 8.0 on reserve for the system; the kernel's part follows them."""
 
 
 class OutOfBounds(Exception):
@@ -18,44 +18,44 @@ class OutOfBounds(Exception):
 
 
 class Memory:
-    """Pieces of memory by their addresses."""
+    """Allocations, by address. An access must lie in one of them and be aligned."""
 
     def __init__(self, pieces: Iterable[tuple[int, Array]]):
-        """From pairs of an address and the bytes there, which may not overlap."""
+        """`pieces` are allocations, which may not overlap: pairs of an address and the bytes there."""
         self.pieces = sorted(pieces, key=lambda piece: piece[0])
         self.starts = np.array([start for start, _ in self.pieces], np.uint64)
 
     def load(self, addresses: Array, size: int, wanted: Array) -> Array:
-        """`[threads, size]` bytes; zeros for threads that want none."""
-        found = np.zeros((len(addresses), size), np.uint8)
-        for threads, held, places in self._held(addresses, size, wanted):
-            found[threads] = held[places]
-        return found
+        """Read `[threads, size]` bytes; zeros for threads where `wanted` is false."""
+        data = np.zeros((len(addresses), size), np.uint8)
+        for threads, piece_bytes, offsets in self._accesses(addresses, size, wanted):
+            data[threads] = piece_bytes[offsets]
+        return data
 
     def store(self, addresses: Array, data: Array, wanted: Array) -> None:
-        """Write `[threads, size]` bytes."""
-        for threads, held, places in self._held(addresses, data.shape[1], wanted):
-            held[places] = data[threads]
+        """Write `[threads, size]` bytes, for threads where `wanted` is true."""
+        for threads, piece_bytes, offsets in self._accesses(addresses, data.shape[1], wanted):
+            piece_bytes[offsets] = data[threads]
 
-    def _held(self, addresses: Array, size: int, wanted: Array):
-        """For each piece: which threads want some of it, its bytes, and where these lie."""
+    def _accesses(self, addresses: Array, size: int, wanted: Array):
+        """For each allocation that is accessed: the indices of the threads, its bytes, and the threads' offsets into them."""
         addresses = addresses.astype(np.uint64)
         threads = np.flatnonzero(wanted)
         if (addresses[threads] % size).any():
             raise OutOfBounds(f"{size} bytes at {[hex(each) for each in addresses[threads] if each % size][:4]}: not aligned")
         piece = np.searchsorted(self.starts, addresses[threads], "right").astype(np.int64) - 1
         for each in np.unique(piece):
-            those = threads[piece == each]
-            start, held = self.pieces[each] if each >= 0 else (0, np.empty(0, np.uint8))
-            offsets = (addresses[those] - np.uint64(start)).astype(np.int64)
-            if (offsets + size > len(held)).any():
-                beyond = int((offsets + size).max()) - len(held)
-                raise OutOfBounds(f"{size} bytes, of which {beyond} lie beyond {len(held)} at {start:#x}")
-            yield those, held, offsets[:, None] + np.arange(size)
+            piece_threads = threads[piece == each]
+            start, piece_bytes = self.pieces[each] if each >= 0 else (0, np.empty(0, np.uint8))
+            offsets = (addresses[piece_threads] - np.uint64(start)).astype(np.int64)
+            if (offsets + size > len(piece_bytes)).any():
+                beyond = int((offsets + size).max()) - len(piece_bytes)
+                raise OutOfBounds(f"{size} bytes, of which {beyond} lie beyond {len(piece_bytes)} at {start:#x}")
+            yield piece_threads, piece_bytes, offsets[:, None] + np.arange(size)
 
 
 def of_tensors(tensors: Iterable[torch.Tensor]) -> Memory:
-    """The memory of these tensors, and nothing between them."""
+    """The memory of these tensors. The gaps between them are out of bounds."""
     spans = []
     for tensor in tensors:
         if tensor.numel():

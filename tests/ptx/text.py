@@ -10,7 +10,7 @@ from ptx.arithmetic import bits
 
 @dataclass(frozen=True)
 class Address:
-    """`[base + offset]`: a register or a name, and bytes."""
+    """`[base + offset]`: a register or a symbol, and an offset in bytes."""
 
     base: str
     offset: int
@@ -30,37 +30,41 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One entry: types of parameters, threads, how many registers each may have where that is said, bytes of memory that each
-    has for itself, bits of registers (`r<` for all of %r0, %r1 ...), and what it does."""
+    """A kernel, the entry of a module."""
 
     parameters: dict[str, str]
+    """Types by name."""
     threads: int
-    most: int
+    """Threads of a block."""
+    max_registers: int
+    """Registers per thread, by `.maxnreg`; 0 without one."""
     local: int
+    """Bytes of local memory per thread."""
     widths: dict[str, int]
+    """Bits of registers; `%r<` stands for %r0, %r1 ..."""
     body: tuple[Instruction, ...]
 
     def width(self, register: str) -> int:
-        """Bits of a register."""
+        """The width of a register in bits."""
         return self.widths[register] if register in self.widths else self.widths[register.rstrip("0123456789") + "<"]
 
 
 @cache
 def read(text: str) -> Kernel:
-    """The one entry of a module."""
+    """Parse the entry of a module."""
     text = re.split(r"// -- End function|\t\.section", text)[0]
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
     head, body = re.search(r"\.entry\s[^(]*\((.*?)\)(?=[^()]*\{)(.*)", text, re.S).groups()
     parameters = dict(reversed(re.search(r"\.param\s+\.(\w+).*?(\w+)$", line.strip()).groups()) for line in head.split(",\n"))
     threads = int(re.search(r"\.(?:req|max)ntid\s+(\d+)", body)[1])
-    most = re.search(r"\.maxnreg\s+(\d+)", body)
+    max_registers = re.search(r"\.maxnreg\s+(\d+)", body)
     local = re.search(r"\.local\s.*?__local_depot\d+\[(\d+)\]", body)
     widths, instructions, kinds = {}, [], {}
     for statement in statements(body[body.index("{") :]):
-        # scopes of inline assembly use the same names for registers of several types: each type has its own
+        # scopes of inline assembly may reuse a register name with another type: prefix these names with the type
         for name, kind in kinds.items():
-            place = r"\d+" if name.endswith("<") else ""
-            statement = re.sub(rf"(?<![%\w.])({name.rstrip('<')}{place})\b", rf"{kind}_\1", statement)
+            digits = r"\d+" if name.endswith("<") else ""
+            statement = re.sub(rf"(?<![%\w.])({name.rstrip('<')}{digits})\b", rf"{kind}_\1", statement)
         if statement.startswith(".reg"):
             kind, names = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S).groups()
             for name in (re.sub(r"\d+>", "", each.strip()).rpartition("_")[2] for each in names.split(",")):
@@ -69,20 +73,27 @@ def read(text: str) -> Kernel:
                 widths[name if name[0] == "%" else f"{kind}_{name}"] = bits(kind)
         elif not statement.startswith("."):
             instructions.append(instruction(statement))
-    return Kernel(parameters, threads, int(most[1]) if most else 0, int(local[1]) if local else 0, widths, tuple(instructions))
+    return Kernel(
+        parameters,
+        threads,
+        int(max_registers[1]) if max_registers else 0,
+        int(local[1]) if local else 0,
+        widths,
+        tuple(instructions),
+    )
 
 
 def statements(text: str) -> Iterator[str]:
-    """Instructions, declarations and labels one by one, scopes dissolved."""
+    """Instructions, declarations and labels in order, without the braces of scopes."""
     text = re.sub(r"\.(loc|file)\b[^\n]*", "", text)
     for part in re.split(r";|(?<=:)\s", text):
-        # a brace that begins a statement is that of a scope; others are those of vectors
+        # a brace at the beginning of a statement belongs to a scope; others enclose vectors
         if statement := re.sub(r"^[{}\s]+", "", part).strip():
             yield statement
 
 
 def instruction(statement: str) -> Instruction:
-    """One statement that is no declaration."""
+    """Parse a statement that is not a declaration."""
     guard, opcode, operands = re.fullmatch(r"(?:@(!?%?\w+)\s+)?(\S+)\s*(.*)", statement, re.S).groups()
     return Instruction(opcode, tuple(operand(each) for each in split(operands)), guard)
 
