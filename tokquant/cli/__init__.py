@@ -1,4 +1,4 @@
-"""The command line. One file, one command."""
+"""The command line `tokquant`; each command has a file."""
 
 import sys
 from importlib.metadata import version
@@ -63,7 +63,7 @@ app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:
-    """Run a command. What the user got wrong is one message on stderr and exit code 2."""
+    """Run a command. A user error is printed to stderr as one message, with exit code 2."""
     try:
         app()
     except (ValueError, TypeError, NotImplementedError, OSError) as error:

@@ -1,4 +1,4 @@
-"""`tokquant bench`: schemes beside torch's attention, timed in turn."""
+"""`tokquant bench`: times schemes and torch's attention in turn."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ from tokquant.evaluation.bench import Shape, Table
 
 @dataclass(frozen=True)
 class Workload:
-    """What to time, and what of where nothing is asked for."""
+    """The function that times a workload, and the defaults of its options."""
 
     measure: Callable[..., Table]
     schemes: list[str]
@@ -74,28 +74,28 @@ def bench(
         raise ValueError(
             f"workload: {quote(workload)} is not valid; use one of {', '.join(WORKLOADS)}{nearest(workload, WORKLOADS)}"
         )
-    chosen, where = WORKLOADS[workload], options.device_of(device)
-    q_heads = heads or chosen.heads[0]
-    shared = options.kv_heads_of(q_heads, kv_heads or heads or chosen.heads[1])
+    defaults, where = WORKLOADS[workload], options.device_of(device)
+    q_heads = heads or defaults.heads[0]
+    shared = options.kv_heads_of(q_heads, kv_heads or heads or defaults.heads[1])
     if workload != "decode" and queries is not None:
         raise ValueError(f"--queries: {workload} has as many as --tokens; use it to decode")
     if workload != "decode" and cold is not None:
         raise ValueError(f"--cold, --warm: {workload} is timed as it comes; use them to decode")
     shapes = [
         Shape(batch, q_heads, shared, queries or (1 if workload == "decode" else n), n, d, each)
-        for n in tokens or [chosen.tokens]
-        for d in head_dim or chosen.head_dims
-        for each in (chosen.causal if causal is None else [causal])
+        for n in tokens or [defaults.tokens]
+        for d in head_dim or defaults.head_dims
+        for each in (defaults.causal if causal is None else [causal])
     ]
     more = {} if cold is None else {"cold": cold}
-    found = [
-        chosen.measure(shape, scheme or chosen.schemes, device=where, repeats=repeats, **more)
+    tables = [
+        defaults.measure(shape, scheme or defaults.schemes, device=where, repeats=repeats, **more)
         for shape in output.progress(shapes, workload, len(shapes))
     ]
     if json:
-        output.print_json([asdict(table) for table in found])
+        output.print_json([asdict(table) for table in tables])
         return
-    for each in found:
+    for each in tables:
         output.console().print(_table(each))
 
 

@@ -1,4 +1,4 @@
-"""`tokquant cache`: what tuning has learned, and how it moves to another machine."""
+"""`tokquant cache`: lists, clears, exports and imports the results of tuning."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,23 +24,23 @@ def list_entries(json: options.Json = False) -> None:
 
     The whole includes quantization. Beside it is torch's 16-bit attention, which backend 'auto' takes where the table says so.
     """
-    found = list(tuned.entries())
+    entries = list(tuned.entries())
     if json:
-        output.print_json([entry.model_dump() for entry in found])
+        output.print_json([entry.model_dump() for entry in entries])
         return
     sizes = ("batch x heads", "queries", "keys", "launch")
     times = ("ms", "untuned ms", "whole ms", "torch's ms", "planned as")
-    table = output.table(f"{_entries(len(found))} in {tuned.folder()}", ["kernel", "device", "Triton", *sizes, *times])
-    for entry in found:
+    table = output.table(f"{_entries(len(entries))} in {tuned.folder()}", ["kernel", "device", "Triton", *sizes, *times])
+    for entry in entries:
         key = entry.key
         untuned = "" if entry.default_ms is None else f"{entry.default_ms:.4f}"
         launch = launch_of(entry.config, entry.split)
-        place = "" if entry.rank is None else f"{entry.rank} of {entry.timed}"
+        rank = "" if entry.rank is None else f"{entry.rank} of {entry.timed}"
         whole = "" if entry.whole_ms is None else f"{entry.whole_ms:.4f}"
-        torchs = "" if entry.sdpa_ms is None else f"{entry.sdpa_ms:.4f}" + ", taken" * entry.sixteen_bit
+        sdpa = "" if entry.sdpa_ms is None else f"{entry.sdpa_ms:.4f}" + ", taken" * entry.sixteen_bit
         shape = (str(size) for size in (key.batch_heads, key.n_q, key.n_k))
-        measured = (f"{entry.ms:.4f}", untuned, whole, torchs)
-        table.add_row(key.kernel, escape(key.device), key.triton, *shape, launch, *measured, place)
+        measured = (f"{entry.ms:.4f}", untuned, whole, sdpa)
+        table.add_row(key.kernel, escape(key.device), key.triton, *shape, launch, *measured, rank)
     output.console().print(table)
 
 
@@ -65,11 +65,11 @@ def import_entries(file: File, json: options.Json = False) -> None:
     _say(json, "imported", len(entries), tuned.folder())
 
 
-def _say(json: bool, what: str, count: int, where: Path) -> None:
+def _say(json: bool, action: str, count: int, path: Path) -> None:
     if json:
-        output.print_json({what: count, "path": str(where)})
+        output.print_json({action: count, "path": str(path)})
     else:
-        output.console().print(escape(f"{_entries(count)} {what}: {where}"), soft_wrap=True)
+        output.console().print(escape(f"{_entries(count)} {action}: {path}"), soft_wrap=True)
 
 
 def _entries(count: int) -> str:

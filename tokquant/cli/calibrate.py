@@ -1,4 +1,4 @@
-"""`tokquant calibrate`: from activations to a file of scales."""
+"""`tokquant calibrate`: calibrates static scales on activations and writes them to a file."""
 
 import hashlib
 from collections.abc import Iterator
@@ -49,9 +49,9 @@ def calibrate(
     options.check_writable("--state", state)
     if (model is None) != (texts is None) or (model is not None and input):
         raise ValueError("--model: give --model and --texts together, or --input")
-    calibrator = _begun(scheme, observer, state)
+    calibrator = _calibrator(scheme, observer, state)
     if model is not None and texts is not None:
-        with _counted(calibrator, texts, state) as new:
+        with _counted_once(calibrator, texts, state) as new:
             if new:
                 loaded, ids = models.load(model, texts, tokens, windows, device, dtype)
                 from tokquant.integrations.transformers import run_observed
@@ -59,7 +59,7 @@ def calibrate(
                 run_observed(loaded, output.progress(ids, "windows", len(ids)), calibrator.observe)
     paths = [] if model is not None else input or [sample()]
     for number, path in enumerate(paths, start=1):
-        with _counted(calibrator, path, state) as new:
+        with _counted_once(calibrator, path, state) as new:
             if new:
                 layers = options.Layers(path, device)
                 for name, (q, k, v) in layers.each(f"{layers.name}, {number} of {len(paths)}"):
@@ -82,8 +82,8 @@ def calibrate(
         output.console().print(_table(scales, f"calibrated with {calibrator.observer}, written to {output_path}"))
 
 
-def _begun(scheme: str, observer: str, state: Path | None) -> Calibrator:
-    """A new calibrator, or the one in the state file, which must be of this scheme and observer."""
+def _calibrator(scheme: str, observer: str, state: Path | None) -> Calibrator:
+    """A new calibrator, or the one from the state file, which must have this scheme and observer."""
     if state is None or not state.exists():
         return Calibrator(scheme, observer)
     calibrator = Calibrator.load(state)
@@ -96,8 +96,8 @@ def _begun(scheme: str, observer: str, state: Path | None) -> Calibrator:
 
 
 @contextmanager
-def _counted(calibrator: Calibrator, path: Path, state: Path | None) -> Iterator[bool]:
-    """Whether an input is new to the calibration; if so, it is noted and the state written once it is observed."""
+def _counted_once(calibrator: Calibrator, path: Path, state: Path | None) -> Iterator[bool]:
+    """Yields whether an input is new to the calibration. If so, it is recorded and the state is saved when the block ends."""
     if state is None:
         yield True
         return

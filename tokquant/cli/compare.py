@@ -1,4 +1,4 @@
-"""`tokquant compare`: schemes side by side over a file of activations."""
+"""`tokquant compare`: compares schemes on a file of activations."""
 
 from collections import Counter
 from dataclasses import fields
@@ -60,31 +60,37 @@ def compare(
     if not schemes:
         dynamic = [scheme for name in preset_names() if not needed(scheme := resolve(name))]
         chosen += [scheme for scheme in dynamic if all(fits(scheme, head_dim) for head_dim in layers.file.head_dims())]
-    fixed: list[Scales | None] = [None] * len(chosen) + calibrated
+    static_scales: list[Scales | None] = [None] * len(chosen) + calibrated
     chosen += [each.scheme for each in calibrated]
     results: dict[str, list[Comparison]] = {}
     shapes: Counter[str] = Counter()
-    asked = {"backend": backend, "causal": causal, "repeats": repeats, "bound": bound, "explained": explain or html is not None}
+    arguments = {
+        "backend": backend,
+        "causal": causal,
+        "repeats": repeats,
+        "bound": bound,
+        "explained": explain or html is not None,
+    }
     for name, (q, k, v) in layers.each("layers"):
         with layers.naming(name):
-            own = [None if each is None else each.get(name) for each in fixed]
-            results[name] = compare_layer(q, k, v, chosen, layer=name, scales=own, **asked)
+            layer_scales = [None if each is None else each.get(name) for each in static_scales]
+            results[name] = compare_layer(q, k, v, chosen, layer=name, scales=layer_scales, **arguments)
         shapes[_shape(q, k)] += 1
-    chose = next(iter(results.values()))[0].backend
+    chosen_backend = next(iter(results.values()))[0].backend
     setting = {
         "activations": layers.name,
         "layers": "; ".join(f"{count} of {shape}" for shape, count in shapes.items()),
         "attention": f"{'causal' if causal else 'every query sees every key'}, scores times head_dim ** -0.5",
         "timed runs": str(repeats),
         "tokquant": version("tokquant"),
-        **machine(layers.device, chose),
+        **machine(layers.device, chosen_backend),
         "date": date.today().isoformat(),
     }
     report = gather(layers.name, setting, chosen, results)
     if json:
         output.print_json(report.to_json() | {"input": str(layers.file.path)})
     else:
-        title = f"{layers.name}: {len(layers)} layers of head_dim {layers.head_dims}, backend {chose}"
+        title = f"{layers.name}: {len(layers)} layers of head_dim {layers.head_dims}, backend {chosen_backend}"
         output.console().print(_table(report, title, explain))
         if bound:
             output.console().print(_bounds(report))
@@ -107,11 +113,11 @@ def _bounds(report: Report) -> Table:
         caption="the largest error over channels, and the bound that it stays below, with its parts: means over queries and "
         "layers; tightness is error / bound",
     )
-    for judged in report.schemes:
-        bound = judged.bound
+    for result in report.schemes:
+        bound = result.bound
         assert bound is not None
         numbers = [f"{bound[key]:.2e}" for key in ("error", *PARTS)]
-        table.add_row(escape(judged.name), *numbers, *(f"{bound['tightness'][key]:.2f}" for key in ("median", "largest")))
+        table.add_row(escape(result.name), *numbers, *(f"{bound['tightness'][key]:.2f}" for key in ("median", "largest")))
     return table
 
 
@@ -123,10 +129,10 @@ def _table(report: Report, title: str, explained: bool) -> Table:
         caption="errors against float64; bits as stored, at this head_dim; ms are means over layers of interleaved medians, "
         "SDPA's in the tensors' own type, on a CPU in the faster of fp32 and bf16",
     )
-    for judged in report.schemes:
-        row = judged.summary()
+    for result in report.schemes:
+        row = result.summary()
         table.add_row(
-            escape(judged.name),
+            escape(result.name),
             f"{row['cosine']:.6f}",
             output.percent(row["rel_l1"]),
             output.percent(row["worst_rel_l1"]),

@@ -1,4 +1,4 @@
-"""`tokquant compile`: schemes' kernels for a GPU that need not be here, and what they take of it."""
+"""`tokquant compile`: compiles kernels for a GPU that need not be present, and reports their resources."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -71,11 +71,11 @@ def compile(
         for name in schemes or ["kv-int8" if decode else "int8"]
     ]
     sizes = batch, kv_heads * shared_heads
-    given: Workload | Step = wanted.step(*sizes, 1, tokens) if decode else wanted.workload(*sizes, tokens, tokens)
+    workload: Workload | Step = wanted.step(*sizes, 1, tokens) if decode else wanted.workload(*sizes, tokens, tokens)
     if candidates:
-        _compare(kernels, given, keep or None, json)
+        _compare(kernels, workload, keep or None, json)
     elif json:
-        reports = [_whole_report(kernel, given) for kernel in kernels]
+        reports = [_whole_report(kernel, workload) for kernel in kernels]
         output.print_json(reports if len(reports) > 1 else reports[0])
     else:
         for kernel in kernels:
@@ -103,19 +103,19 @@ def _table(kernel: Kernel) -> Table:
 
 
 def _bandwidth(kernel: Kernel) -> str:
-    found = kernel.bandwidth
+    rate = kernel.bandwidth
     return (
-        f"{found.predicted:.2f} TB/s of keys and values at {found.bits_per_value:g} bits on {found.card}: instructions, "
-        f"{found.instructions_per_value:.2f} a value, allow {found.issued:.2f}, its memory {found.memory:g}"
+        f"{rate.predicted:.2f} TB/s of keys and values at {rate.bits_per_value:g} bits on {rate.card}: instructions, "
+        f"{rate.instructions_per_value:.2f} a value, allow {rate.issued:.2f}, its memory {rate.memory:g}"
     )
 
 
-def _whole_report(kernel: Kernel, given: Workload | Step) -> dict[str, Any]:
+def _whole_report(kernel: Kernel, workload: Workload | Step) -> dict[str, Any]:
     about = {"scheme": kernel.scheme.name, "kernel": kernel.plan.name, "target": kernel.target.name}
-    return {**about, **_report(kernel, given), "decisions": kernel.plan.explain()}
+    return {**about, **_report(kernel, workload), "decisions": kernel.plan.explain()}
 
 
-def _report(kernel: Kernel, given: Workload | Step) -> dict[str, Any]:
+def _report(kernel: Kernel, workload: Workload | Step) -> dict[str, Any]:
     report: dict[str, Any] = {
         "config": asdict(kernel.config),
         "resources": asdict(kernel.resources),
@@ -123,45 +123,45 @@ def _report(kernel: Kernel, given: Workload | Step) -> dict[str, Any]:
     }
     if isinstance(kernel.plan, DecodePlan):
         report["bandwidth"] = {**asdict(kernel.bandwidth), "predicted": kernel.bandwidth.predicted}
-    elif (moved := _moved(kernel, given)) is not None:
+    elif (moved := _bytes_per_score(kernel, workload)) is not None:
         report["bytes_per_score"] = moved
     return report
 
 
-def _moved(kernel: Kernel, given: Workload | Step) -> float | None:
-    """Bytes a score, where they are modelled."""
-    return bytes_per_score(kernel, given) if isinstance(given, Workload) and not kernel.wanted.varlen else None
+def _bytes_per_score(kernel: Kernel, workload: Workload | Step) -> float | None:
+    """Bytes per score; None for decoding and for sequences of different lengths, which are not modelled."""
+    return bytes_per_score(kernel, workload) if isinstance(workload, Workload) and not kernel.wanted.varlen else None
 
 
-def _compare(kernels: list[Kernel], given: Workload | Step, keep: int | None, json: bool) -> None:
+def _compare(kernels: list[Kernel], workload: Workload | Step, keep: int | None, json: bool) -> None:
     if launch.interpreted():
         raise UnsupportedError("compile: Triton's interpreter is on; unset TRITON_INTERPRET before Python starts")
     reports: list[dict[str, Any]] = []
     for kernel in kernels:
-        trials = planned(kernel, given, keep)
+        trials = planned(kernel, workload, keep)
         if json:
-            reports += _launch_reports(kernel, trials, given)
+            reports += _launch_reports(kernel, trials, workload)
         else:
             running = [trial for trial in trials if trial.predicted_ms is not None]
-            output.console().print(_launch_table(kernel, running, given))
+            output.console().print(_launch_table(kernel, running, workload))
             for trial in trials[len(running) :]:
                 output.console().print(escape(f"{trial.config}: {trial.why}"))
     if json:
         output.print_json(reports)
 
 
-def _launch_reports(kernel: Kernel, trials: list[Trial], given: Workload | Step) -> Iterator[dict[str, Any]]:
-    kernels = {each.config: each for each in kernel.candidates()}
+def _launch_reports(kernel: Kernel, trials: list[Trial], workload: Workload | Step) -> Iterator[dict[str, Any]]:
+    kernels = {variant.config: variant for variant in kernel.candidates()}
     for trial in trials:
-        expected = {"split": trial.split, "predicted_ms": trial.predicted_ms, "limit": trial.limit}
-        chosen = {"default": trial.untuned(kernel.plan), "why_not": trial.why}
+        prediction = {"split": trial.split, "predicted_ms": trial.predicted_ms, "limit": trial.limit}
+        decision = {"default": trial.untuned(kernel.plan), "why_not": trial.why}
         runs = trial.predicted_ms is not None
-        # what does not compile has nothing to report but that
-        report = _report(kernels[trial.config], given) if runs else {"config": asdict(trial.config)}
-        yield {"scheme": kernel.scheme.name, **report, **expected, **chosen}
+        # for a launch that does not compile there is only its configuration to report
+        report = _report(kernels[trial.config], workload) if runs else {"config": asdict(trial.config)}
+        yield {"scheme": kernel.scheme.name, **report, **prediction, **decision}
 
 
-def _launch_table(kernel: Kernel, trials: list[Trial], given: Workload | Step) -> Table:
+def _launch_table(kernel: Kernel, trials: list[Trial], workload: Workload | Step) -> Table:
     title = f"{kernel.scheme.name} for {kernel.target.name}, head_dim {kernel.head_dim}: what tuning times, and what not"
     table = Table(title=escape(title))
     table.add_column("queries x keys", no_wrap=True)
@@ -169,12 +169,16 @@ def _launch_table(kernel: Kernel, trials: list[Trial], given: Workload | Step) -
         table.add_column(column, justify="right")
     table.add_column("waits for")
     table.add_column("", no_wrap=True)
-    kernels = {each.config: each for each in kernel.candidates()}
+    kernels = {variant.config: variant for variant in kernel.candidates()}
     for trial in trials:
-        each = kernels[trial.config]
-        found, moved = each.resources, _moved(each, given)
-        numbers = (found.registers, found.spill_bytes, found.shared_bytes, found.blocks_per_multiprocessor)
-        rates = (f"{found.instructions_per_score:.2f}", "" if moved is None else f"{moved:.2f}", f"{trial.predicted_ms:.4f}")
+        variant = kernels[trial.config]
+        resources, moved = variant.resources, _bytes_per_score(variant, workload)
+        numbers = (resources.registers, resources.spill_bytes, resources.shared_bytes, resources.blocks_per_multiprocessor)
+        rates = (
+            f"{resources.instructions_per_score:.2f}",
+            "" if moved is None else f"{moved:.2f}",
+            f"{trial.predicted_ms:.4f}",
+        )
         note = trial.why or ("taken without tuning" if trial.untuned(kernel.plan) else "")
         table.add_row(launch_of(trial.config, trial.split), *map(str, numbers), *rates, trial.limit, escape(note))
     return table

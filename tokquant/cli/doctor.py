@@ -1,4 +1,4 @@
-"""`tokquant doctor`: what runs here, and what was chosen."""
+"""`tokquant doctor`: reports what runs on this machine and which backend is chosen."""
 
 import platform
 import sys
@@ -24,7 +24,7 @@ def doctor(json: options.Json = False) -> None:
 
 
 def findings() -> dict[str, str | bool | list[str]]:
-    """What `doctor` reports, by name."""
+    """The report of `doctor`, by name."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if device.type == "cuda" else []
     if launch.interpreted():
@@ -52,12 +52,14 @@ def findings() -> dict[str, str | bool | list[str]]:
 
 
 def _sixteen_bit(gpus: list[str]) -> str:
-    """Where `auto` leaves quantization out on these GPUs."""
-    found = [entry for entry in tuned.known() if entry.key.device in gpus]
-    if not found:
+    """At how many tuned shapes of these GPUs `auto` uses torch's attention instead of quantizing."""
+    entries = [entry for entry in tuned.known() if entry.key.device in gpus]
+    if not entries:
         return "no: nothing was tuned (tokquant tune)"
-    taken = sum(entry.sixteen_bit for entry in found)
-    return f"torch's attention at {taken} of {len(found)} tuned shapes (tokquant cache list); never with backend='triton'"
+    sixteen_bit = sum(entry.sixteen_bit for entry in entries)
+    return (
+        f"torch's attention at {sixteen_bit} of {len(entries)} tuned shapes (tokquant cache list); never with backend='triton'"
+    )
 
 
 def _compiler() -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""`tokquant eval`: what schemes do to a language model's predictions."""
+"""`tokquant eval`: compares a language model's predictions with and without quantized attention."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -39,16 +39,17 @@ def eval(
     """Compare a language model's predictions under schemes with those of its own 16-bit attention: perplexity, KL, top-1."""
     chosen: list[QuantScheme | SchemeMap] = [read(scheme) for scheme in schemes or (() if scales else DEFAULT)]
     calibrated = [load_scales(path) for path in scales or []]
-    fixed: list[Scales | None] = [None] * len(chosen) + calibrated
+    static_scales: list[Scales | None] = [None] * len(chosen) + calibrated
     chosen += [each.scheme for each in calibrated]
     loaded, ids = models.load(model, texts, tokens, windows, device, dtype)
     from tokquant.integrations.transformers.evaluation import evaluate
 
     progress = output.progress(ids, "windows", len(ids))
-    baseline, found = evaluate(loaded, progress, chosen, scales=fixed, decoded=decoded, backend=backend)
+    baseline, evaluations = evaluate(loaded, progress, chosen, scales=static_scales, decoded=decoded, backend=backend)
     if json:
         rows = [
-            {"scheme": r.scheme.name, "prefill": _figures(r.prefill), "decode": r.decode and _figures(r.decode)} for r in found
+            {"scheme": r.scheme.name, "prefill": _figures(r.prefill), "decode": r.decode and _figures(r.decode)}
+            for r in evaluations
         ]
         data = {"model": str(model), "windows": len(ids), "tokens": tokens, "decoded": decoded}
         output.print_json(data | {"perplexity": baseline.perplexity, "schemes": rows})
@@ -57,12 +58,12 @@ def eval(
         f"{model.name}: {len(ids)} windows of {tokens} tokens, perplexity {baseline.perplexity:.4f} without tokquant",
         ["scheme"],
         ["perplexity", "KL", "same top-1", "decode perplexity", "KL", "same top-1"],
-        caption="KL in nats a token" + _of_decoding(decoded, found),
+        caption="KL in nats a token" + _decode_caption(decoded, evaluations),
     )
-    for r in found:
+    for r in evaluations:
         table.add_row(escape(r.scheme.name), *_cells(r.prefill), *(_cells(r.decode) if r.decode else ("-",) * 3))
     output.console().print(table)
-    for r in found:
+    for r in evaluations:
         if r.refusal:
             output.console().print(f"{r.scheme.name} is not decoded: {r.refusal}", markup=False)
 
@@ -71,8 +72,8 @@ def _figures(a: Agreement) -> dict[str, float]:
     return {"perplexity": a.perplexity, "kl": a.kl, "top1": a.top1, "tokens": a.tokens, "exact_perplexity": a.exact_perplexity}
 
 
-def _of_decoding(decoded: int, found: Sequence["Evaluation"]) -> str:
-    exact = next((r.decode.exact_perplexity for r in found if r.decode), None)
+def _decode_caption(decoded: int, evaluations: Sequence["Evaluation"]) -> str:
+    exact = next((r.decode.exact_perplexity for r in evaluations if r.decode), None)
     if exact is None:
         return ""
     return (

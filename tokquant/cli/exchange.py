@@ -1,4 +1,4 @@
-"""`tokquant export` and `tokquant import`: scales to and from vLLM, compressed-tensors, ModelOpt and SGLang."""
+"""`tokquant export` and `tokquant import`: exchange scales with vLLM, compressed-tensors, ModelOpt and SGLang."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Features of attention as command line options: the features that a kernel supports, and random tensors to time it with."""
+"""Command line options for the features of attention, as arguments of `tq.compile` and as random tensors to time."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
@@ -68,43 +68,43 @@ class Wanted:
         )
 
     def workload(self, batch: int, heads: int, n_q: int, n_k: int) -> Workload:
-        """A call of these sizes."""
+        """The I/O model's workload for a call of these sizes."""
         return Workload(batch=batch, heads=heads, n_q=n_q, n_k=n_k, window=self.reach or (None, None))
 
     def step(self, batch: int, heads: int, queries: int, keys: int) -> Step:
-        """A step of decoding of these sizes."""
+        """The planner's description of a decoding step of these sizes."""
         return Step(batch=batch, heads=heads, queries=queries, keys=keys, left=self.window)
 
     def of_cache(self) -> dict[str, Any]:
-        """Arguments of `tq.tune_decode`. Raises ValueError for what makes no other kernel, or none."""
-        for name, none, why in (
+        """Arguments of `tq.tune_decode`. Raises ValueError for options that do not apply to its kernels."""
+        for name, default, reason in (
             ("mask", "none", "kernels that read a cache have none"),
             ("bias", "none", "kernels that read a cache have none"),
             ("sinks", False, "they make no other kernel of a cache"),
             ("lse", False, "kernels that read a cache have it in any case"),
         ):
-            if getattr(self, name) != none:
-                raise ValueError(f"--{name}: {why}; leave it out")
+            if getattr(self, name) != default:
+                raise ValueError(f"--{name}: {reason}; leave it out")
         return dict(softcap=self.softcap, window=None if self.window is None else (self.window, 0))
 
     def tensors(self, q: Tensor, k: Tensor) -> dict[str, Any]:
-        """Arguments of `tq.tune` for these, of random numbers: masks and biases are those of all heads."""
-        (_, heads, n_q, _), n_k, on = q.shape, k.shape[2], q.device
-        given: dict[str, Any] = dict(causal=self.causal, window=self.reach, softcap=self.softcap, return_lse=self.lse)
+        """Arguments of `tq.tune` for these q and k, with random tensors. Heads share a mask and a dense bias."""
+        (_, heads, n_q, _), n_k, device = q.shape, k.shape[2], q.device
+        arguments: dict[str, Any] = dict(causal=self.causal, window=self.reach, softcap=self.softcap, return_lse=self.lse)
         if self.mask != "none":
-            values = torch.rand(1, 1, n_q, n_k, dtype=q.dtype, device=on)
-            given["mask"] = values > 0.1 if self.mask == "boolean" else values
+            values = torch.rand(1, 1, n_q, n_k, dtype=q.dtype, device=device)
+            arguments["mask"] = values > 0.1 if self.mask == "boolean" else values
         if self.sinks:
-            given["sinks"] = torch.zeros(heads, device=on)
+            arguments["sinks"] = torch.zeros(heads, device=device)
         match self.bias:
             case "alibi":
-                given["bias"] = biases.alibi(biases.alibi_slopes(heads, on))
+                arguments["bias"] = biases.alibi(biases.alibi_slopes(heads, device))
             case "key_vector":
-                given["bias"] = biases.key_vector(torch.randn(1, heads, n_k, device=on))
+                arguments["bias"] = biases.key_vector(torch.randn(1, heads, n_k, device=device))
             case "lowrank":
-                kind = torch.float16 if q.dtype == torch.float32 else q.dtype
-                factors = (torch.randn(1, heads, n, self.bias_rank, dtype=kind, device=on) for n in (n_q, n_k))
-                given["bias"] = biases.lowrank(*factors)
+                factor_type = torch.float16 if q.dtype == torch.float32 else q.dtype
+                factors = (torch.randn(1, heads, n, self.bias_rank, dtype=factor_type, device=device) for n in (n_q, n_k))
+                arguments["bias"] = biases.lowrank(*factors)
             case "dense":
-                given["bias"] = biases.dense(torch.randn(1, 1, n_q, n_k, dtype=q.dtype, device=on))
-        return given
+                arguments["bias"] = biases.dense(torch.randn(1, 1, n_q, n_k, dtype=q.dtype, device=device))
+        return arguments

@@ -1,4 +1,4 @@
-"""`tokquant io`: the bytes that a scheme's kernel moves, exactly, beside what no algorithm can do without."""
+"""`tokquant io`: the exact number of bytes that a scheme's kernel moves, and lower bounds for any algorithm."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -59,51 +59,51 @@ def io(
         target=target,
     )
     workload = Workload(batch=batch, heads=heads, n_q=queries or tokens, n_k=tokens)
-    found, each = standing(kernel, workload, memory), launches(kernel, workload)
+    result, other_launches = standing(kernel, workload, memory), launches(kernel, workload)
     if picture is not None:
-        draw(found, each, picture)
+        draw(result, other_launches, picture)
     if json:
         output.print_json(
             {
                 "scheme": kernel.scheme.name,
                 "target": target,
                 "config": asdict(kernel.config),
-                "bytes": found.traffic.total,
-                "kinds": found.traffic.kinds,
-                "tensors": dict(found.traffic.tensors),
-                "operations": found.operations,
-                "intensity": found.intensity,
-                "sixteen_bit": {"bytes": found.sixteen_bit.total, "intensity": found.sixteen_bit_intensity},
-                "fast_memory": found.memory,
+                "bytes": result.traffic.total,
+                "kinds": result.traffic.kinds,
+                "tensors": dict(result.traffic.tensors),
+                "operations": result.operations,
+                "intensity": result.intensity,
+                "sixteen_bit": {"bytes": result.sixteen_bit.total, "intensity": result.sixteen_bit_intensity},
+                "fast_memory": result.memory,
                 "processors": kernel.target.multiprocessors,
-                "bounds": {**asdict(found.bounds), "active": found.bounds.active, "times": found.above_bound},
-                "ms": {name: found.milliseconds(moved) for name, moved in _to_move(found).items()},
-                "launches": [{"config": asdict(other.config), "bytes": moved.total} for other, moved in each],
+                "bounds": {**asdict(result.bounds), "active": result.bounds.active, "times": result.above_bound},
+                "ms": {name: result.milliseconds(moved) for name, moved in _dram_bytes(result).items()},
+                "launches": [{"config": asdict(other.config), "bytes": moved.total} for other, moved in other_launches],
             }
         )
         return
     table = output.table(f"{kernel.scheme.name} for {target}, {kernel.config}", [""], ["bytes", "of all"])
-    for name, moved in found.traffic.kinds.items():
-        table.add_row(name.upper() if name in ("q", "k", "v", "o", "lse") else name, f"{moved:,}", _share(moved, found))
+    for name, moved in result.traffic.kinds.items():
+        table.add_row(name.upper() if name in ("q", "k", "v", "o", "lse") else name, f"{moved:,}", _share(moved, result))
     table.add_section()
-    table.add_row("all", f"{found.traffic.total:,}", _share(found.traffic.total, found))
-    table.add_row("in 16 bits", f"{found.sixteen_bit.total:,}", _share(found.sixteen_bit.total, found))
-    table.add_row(f"lower bound ({found.bounds.active.replace('_', ' ')})", f"{found.bounds.greatest:,.0f}", "")
+    table.add_row("all", f"{result.traffic.total:,}", _share(result.traffic.total, result))
+    table.add_row("in 16 bits", f"{result.sixteen_bit.total:,}", _share(result.sixteen_bit.total, result))
+    table.add_row(f"lower bound ({result.bounds.active.replace('_', ' ')})", f"{result.bounds.greatest:,.0f}", "")
     output.console().print(table)
     card = kernel.target
-    times = ", ".join(f"{name} {found.milliseconds(moved):.3f} ms" for name, moved in _to_move(found).items())
+    times = ", ".join(f"{name} {result.milliseconds(moved):.3f} ms" for name, moved in _dram_bytes(result).items())
     output.console().print(
-        f"{found.above_bound:.1f} times the bound for {card.multiprocessors} multiprocessors of {found.memory:,} bytes. "
-        f"{found.intensity:.0f} operations a byte, {found.sixteen_bit_intensity:.0f} in 16 bits.\n"
+        f"{result.above_bound:.1f} times the bound for {card.multiprocessors} multiprocessors of {result.memory:,} bytes. "
+        f"{result.intensity:.0f} operations a byte, {result.sixteen_bit_intensity:.0f} in 16 bits.\n"
         f"At {card.terabytes:g} TB/s ({card.card}): {times}; caches lie between.",
         highlight=False,
     )
 
 
-def _to_move(found: Standing) -> dict[str, float]:
-    """What memory may have to deliver: from each input and output once to all that the kernel asks for."""
-    return {"inputs and outputs once": found.bounds.compulsory, "everything": found.traffic.total}
+def _dram_bytes(result: Standing) -> dict[str, float]:
+    """The least and the most bytes that DRAM may have to move: inputs and outputs once, and all that the kernel accesses."""
+    return {"inputs and outputs once": result.bounds.compulsory, "everything": result.traffic.total}
 
 
-def _share(moved: float, found: Standing) -> str:
-    return f"{100 * moved / found.traffic.total:.2f} %"
+def _share(moved: float, result: Standing) -> str:
+    return f"{100 * moved / result.traffic.total:.2f} %"

@@ -1,4 +1,4 @@
-"""Options and loading of what runs on a local model of transformers."""
+"""Shared options of commands that run a local transformers model, and loading of the model and texts."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ Dtype = Annotated[
 def load(
     model: Path, texts: Path, tokens: int, windows: int | None, device: str | None, dtype: str | None
 ) -> tuple["PreTrainedModel", list[Tensor]]:
-    """The model, and windows `[1, tokens]` of the texts. Raises ValueError naming what is wrong."""
+    """The model, and windows `[1, tokens]` of the texts. Raises ValueError that names the option or file at fault."""
     try:
         import transformers
 
@@ -35,10 +35,10 @@ def load(
         raise ValueError(f"--model: transformers cannot be imported ({error}); pip install 'tokquant[hf]'") from None
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    found = local.read(texts)
-    kind = None if dtype is None else options.dtype_of(dtype)
-    loaded, tokenizer = local.load(model, device=options.device_of(device), dtype=kind)
+    contents = local.read(texts)
+    model_type = None if dtype is None else options.dtype_of(dtype)
+    loaded, tokenizer = local.load(model, device=options.device_of(device), dtype=model_type)
     try:
-        return loaded, local.windows(tokenizer, found, tokens, windows)
+        return loaded, local.windows(tokenizer, contents, tokens, windows)
     except ValueError as error:
         raise ValueError(f"{texts}: {error}") from None

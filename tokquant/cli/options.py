@@ -1,4 +1,4 @@
-"""Options that mean the same in every command."""
+"""Options that several commands share."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -59,7 +59,7 @@ def device_of(name: str | None) -> torch.device:
     """The device that --device names, or the first GPU, or the CPU. Raises ValueError where it cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()  # which "meta" has not
+        torch.zeros(1, device=device).item()  # "meta" tensors hold no values
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {quote(name)} cannot be used: {str(error).splitlines()[0]}") from None
     return device
@@ -73,14 +73,14 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def kv_heads_of(heads: int, kv_heads: int | None) -> int:
-    """The heads of K and V beside these of Q. Raises ValueError where they do not divide them."""
+    """The heads of K and V; those of Q if None. Raises ValueError if they do not divide the heads of Q."""
     if heads % (kv_heads or heads):
         raise ValueError(f"--kv-heads: {kv_heads} does not divide the {heads} heads of Q")
     return kv_heads or heads
 
 
 def check_writable(option: str, path: Path | None, *others: Path | None) -> None:
-    """Raise ValueError, before any work is done, where a file cannot be written, or is one of the command's other files."""
+    """Raise ValueError if a file cannot be written or is another file of the command. Call it before any work is done."""
     if path is None:
         return
     if path.resolve() in (other.resolve() for other in others if other is not None):
@@ -94,7 +94,7 @@ def check_writable(option: str, path: Path | None, *others: Path | None) -> None
 
 
 class Layers(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
-    """The layers of an activation file, or of the sample, on a device. What is wrong with one names the file and the layer."""
+    """The layers of an activation file, or of the sample, on a device. Errors name the file and the layer."""
 
     def __init__(self, path: Path | None, device: str | None = None):
         self.file = Activations(sample() if path is None else path)
@@ -134,7 +134,7 @@ class Layers(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
             raise type(error)(f"{self.name}, {layer}: {error}") from None
 
     def scales(self, path: Path) -> Scales:
-        """Scales from a file, which must have all of these layers."""
+        """Load scales from a file. Raises ValueError if a layer with a static scheme is missing."""
         scales = load_scales(path)
         if missing := [name for name in self.file if static(scales.scheme, name) and name not in scales]:
             raise ValueError(

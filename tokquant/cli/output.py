@@ -1,4 +1,4 @@
-"""Tables for people, JSON for programs, progress on stderr."""
+"""Output of commands: tables, JSON, and progress bars on stderr."""
 
 import json
 import math
@@ -15,35 +15,35 @@ T = TypeVar("T")
 
 
 def console() -> Console:
-    """Standard output; as wide as a table needs where it is not a terminal."""
+    """Standard output; 160 columns wide if it is not a terminal."""
     return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def table(title: str, words: Sequence[str], numbers: Sequence[str] = (), **options: Any) -> Table:
-    """A table with a column for each of these, numbers to the right."""
-    made = Table(*words, title=escape(title), **options)
+    """A table with a column for each heading; `numbers` are right-aligned."""
+    result = Table(*words, title=escape(title), **options)
     for heading in numbers:
-        made.add_column(heading, justify="right")
-    return made
+        result.add_column(heading, justify="right")
+    return result
 
 
-def facts(found: Mapping[str, str], title: str | None = None) -> Table:
-    """A table of names and what is there."""
-    made = Table(title=title and escape(title), show_header=False)
-    made.add_column(style="bold")
-    made.add_column()
-    for name, value in found.items():
-        made.add_row(name, escape(value))
-    return made
+def facts(values: Mapping[str, str], title: str | None = None) -> Table:
+    """A table of names and values."""
+    result = Table(title=title and escape(title), show_header=False)
+    result.add_column(style="bold")
+    result.add_column()
+    for name, value in values.items():
+        result.add_row(name, escape(value))
+    return result
 
 
 def print_json(data: Any) -> None:
-    """JSON that every parser takes: what is not finite becomes null."""
+    """Print JSON. Numbers that are not finite become null, since JSON has none."""
     print(json.dumps(_finite(data), indent=2))
 
 
 def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """The items, with a bar on stderr where that is a terminal."""
+    """Iterate over the items, with a progress bar if stderr is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         yield from bar.track(items, total=total, description=what)

@@ -1,4 +1,4 @@
-"""`tokquant record`: what a model's attention is given, as a file of activations."""
+"""`tokquant record`: writes the Q, K and V of a model's attention layers to a file of activations."""
 
 from pathlib import Path
 from typing import Annotated

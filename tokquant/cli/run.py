@@ -1,4 +1,4 @@
-"""`tokquant run`: the main job, one scheme over a file of activations."""
+"""`tokquant run`: runs one scheme on a file of activations."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -33,10 +33,12 @@ def run(
     rows = []
     for name, (q, k, v) in layers.each(resolved.name):
         with layers.naming(name):
-            own = None if calibrated is None else calibrated.get(name)
+            layer_scales = None if calibrated is None else calibrated.get(name)
             rows += [
                 (name, r)
-                for r in compare(q, k, v, [resolved], layer=name, scales=own, backend=backend, causal=causal, repeats=repeats)
+                for r in compare(
+                    q, k, v, [resolved], layer=name, scales=layer_scales, backend=backend, causal=causal, repeats=repeats
+                )
             ]
     chosen = rows[0][1].backend
     if json:

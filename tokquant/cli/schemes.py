@@ -1,4 +1,4 @@
-"""`tokquant schemes`: what presets there are, what is in one, and the grammar for editors."""
+"""`tokquant schemes`: lists presets, prints one, or prints the JSON schema of the grammar."""
 
 from typing import Annotated
 
@@ -22,11 +22,11 @@ def schemes(
         output.print_json(QuantScheme.model_json_schema())
         return
     if name is not None:
-        found = read(name)
+        resolved = read(name)
         if json:
-            output.print_json(found.to_data() if isinstance(found, SchemeMap) else found.model_dump(mode="json"))
+            output.print_json(resolved.to_data() if isinstance(resolved, SchemeMap) else resolved.model_dump(mode="json"))
         else:
-            print(source(name) if name in preset_names() else found.to_yaml(), end="")
+            print(source(name) if name in preset_names() else resolved.to_yaml(), end="")
         return
     if json:
         output.print_json(

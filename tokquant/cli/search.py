@@ -1,4 +1,4 @@
-"""`tokquant search`: the scheme map that errs least within a budget, from real activations."""
+"""`tokquant search`: finds the scheme map with the least error within a budget, from activations."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from tokquant.schemes import HeadSchemes
 from tokquant.schemes.scheme import name_of
 
 SHOWN = 12
-"""Points of the front in the table."""
+"""Points of the Pareto front in the table."""
 
 
 def search(
@@ -69,12 +69,12 @@ def search(
     def progress(names: Iterator[str], total: int) -> Iterator[str]:
         return output.progress(names, "layers", total)
 
-    asked: dict[str, Any] = dict(metric=metric, cost=cost, over="worst" if worst else "mean")
+    goal: dict[str, Any] = dict(metric=metric, cost=cost, over="worst" if worst else "mean")
     found = search_call(
         options.Layers(input, device),
         schemes,
         budget=budget,
-        **asked,
+        **goal,
         relative_to=relative_to,
         heads=heads,
         rows=rows,
@@ -123,7 +123,7 @@ def _layers(found: Found) -> Table:
 
 
 def _points(found: Found) -> Table:
-    """Maps that nothing beats and single schemes, by cost."""
+    """A table of the Pareto front of maps and of single schemes, by cost."""
     places = np.unique(np.linspace(0, len(found.front) - 1, SHOWN).astype(int))
     rows = [(*found.front[place], "a map") for place in places]
     rows += [(cost, error, name) for name, (cost, error) in found.singles.items()]
@@ -131,6 +131,6 @@ def _points(found: Found) -> Table:
     numbers = [found.unit, found.metric, *(["held out"] if found.held_out else [])]
     table = output.table("the front, and one scheme for all layers", [""], numbers)
     for cost, error, name in sorted(rows):
-        unseen = [f"{found.held_out[name]:.4g}" if name in found.held_out else ""] if found.held_out else []
-        table.add_row(escape(name), f"{cost:.4g}", f"{error:.4g}", *unseen, style="bold" if name == found.map.name else None)
+        held_out = [f"{found.held_out[name]:.4g}" if name in found.held_out else ""] if found.held_out else []
+        table.add_row(escape(name), f"{cost:.4g}", f"{error:.4g}", *held_out, style="bold" if name == found.map.name else None)
     return table

@@ -1,4 +1,4 @@
-"""`tokquant show`: the kernel that a scheme becomes."""
+"""`tokquant show`: prints the kernel of a scheme."""
 
 import sys
 from dataclasses import asdict

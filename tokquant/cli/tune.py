@@ -1,4 +1,4 @@
-"""`tokquant tune`: the fastest launch of a scheme's kernel on this machine's GPU, found once and kept."""
+"""`tokquant tune`: finds the fastest launch of a scheme's kernel on this GPU and stores it."""
 
 from dataclasses import asdict
 from itertools import product
@@ -61,29 +61,29 @@ def tune(
     wanted = features.Wanted(
         causal=causal, window=window, softcap=softcap, mask=mask, bias=bias, bias_rank=bias_rank, sinks=sinks, lse=lse
     )
-    where, kind = options.device_of(device), options.dtype_of(dtype)
+    on, tensor_type = options.device_of(device), options.dtype_of(dtype)
     resolved = [resolve(name, layer) for name in schemes or ["kv-int8" if decode else "int8"]]
-    shared = options.kv_heads_of(heads, kv_heads)
-    of_cache = wanted.of_cache() if decode else {}
-    need_gpu(where)
-    times: dict[str, Any] = dict(keep=keep or None, repeats=repeats)
-    found = []
+    k_heads = options.kv_heads_of(heads, kv_heads)
+    decode_features = wanted.of_cache() if decode else {}
+    need_gpu(on)
+    trials: dict[str, Any] = dict(keep=keep or None, repeats=repeats)
+    results = []
     for scheme, n in product(resolved, tokens or [1024, 4096, 16384]):
-        q, k, v = (torch.randn(batch, h, n, head_dim, device=where, dtype=kind) for h in (heads, shared, shared))
+        q, k, v = (torch.randn(batch, h, n, head_dim, device=on, dtype=tensor_type) for h in (heads, k_heads, k_heads))
         scales = scales_for(scheme, q, k, v)
         if decode:
-            found.append((scheme.name, tune_decode(q[:, :, -1:], _cache(scheme, k, v, scales), **of_cache, **times)))
+            results.append((scheme.name, tune_decode(q[:, :, -1:], _cache(scheme, k, v, scales), **decode_features, **trials)))
         else:
-            found.append((scheme.name, tune_call(q, k, v, scheme, scales=scales, **wanted.tensors(q, k), **times)))
+            results.append((scheme.name, tune_call(q, k, v, scheme, scales=scales, **wanted.tensors(q, k), **trials)))
     if json:
         output.print_json(
             [
                 {"scheme": name, **each.entry.model_dump(), "kept": each.kept, "trials": [asdict(t) for t in each.trials]}
-                for name, each in found
+                for name, each in results
             ]
         )
         return
-    for name, result in found:
+    for name, result in results:
         _print(name, result)
 
 
@@ -122,5 +122,5 @@ def _print(name: str, result: Tuned) -> None:
 
 
 def launch_of(config: Config, split: int | None) -> str:
-    """In words: the tiles, and how keys are split."""
+    """A launch as text: its configuration, and how keys are split."""
     return str(config) + ("" if split is None else f", split {split}")
