@@ -15,30 +15,30 @@ from tokquant.tensor_files import open_tensors
 
 
 def sample() -> Path:
-    """The activations that ship with the package: six layers of all-MiniLM-L6-v2 on 512 tokens, two heads each."""
+    """The path of the activations that ship with the package: six layers of all-MiniLM-L6-v2, 512 tokens, two heads each."""
     return Path(str(resources.files("tokquant") / "data" / "sample.safetensors"))
 
 
 class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
-    """The layers of an activation file in natural order, each read when it is asked for.
+    """The layers of an activation file as a mapping in natural order. A layer is read when it is accessed.
 
-    Raises ValueError naming the file and what is wrong: not safetensors, truncated, a layer without q, k or v.
+    Raises ValueError that names the file and the problem: not safetensors, truncated, a layer without q, k or v.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._file = open_tensors(self.path, ValueError)
-        found: dict[str, set[str]] = {}
+        roles_of: dict[str, set[str]] = {}
         for key in self._file.keys():  # noqa: SIM118 - not a mapping
             layer, _, role = key.rpartition(".")
             if role in ("q", "k", "v") and layer:
-                found.setdefault(layer, set()).add(role)
-        for layer, roles in found.items():
+                roles_of.setdefault(layer, set()).add(role)
+        for layer, roles in roles_of.items():
             if missing := {"q", "k", "v"} - roles:
                 raise ValueError(f"{self.path}: layer {quote(layer)} has no {', '.join(sorted(missing))}")
-        if not found:
+        if not roles_of:
             raise ValueError(f"{self.path}: holds no activations; they are named <layer>.q, <layer>.k and <layer>.v")
-        self._layers = sorted(found, key=natural)
+        self._layers = sorted(roles_of, key=natural)
 
     def __getitem__(self, layer: str) -> tuple[Tensor, Tensor, Tensor]:
         if layer not in self._layers:
@@ -47,7 +47,7 @@ class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
         return q, k, v
 
     def head_dims(self) -> set[int]:
-        """How many channels heads have, over all layers. No activations are read."""
+        """The head_dims of all layers, from the file's header alone."""
         shapes = (self._file.get_slice(f"{layer}.q").get_shape() for layer in self._layers)
         return {shape[-1] for shape in shapes if shape}
 
@@ -68,18 +68,17 @@ class Activations(Mapping[str, tuple[Tensor, Tensor, Tensor]]):
 def save(path: str | os.PathLike, layers: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
     """Write Q, K and V of layers `[B, H, N, D]` as an activation file, atomically."""
     tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    storages: set[int] = set()
     for layer, operands in layers.items():
         for role, x in zip("qkv", operands, strict=True):
             x = x.contiguous()
-            memory = x.untyped_storage().data_ptr()
-            # safetensors refuses tensors that share memory, as those of one projection may
-            tensors[f"{layer}.{role}"] = x.clone() if memory in seen else x
-            seen.add(memory)
+            storage = x.untyped_storage().data_ptr()
+            # safetensors refuses tensors that share memory, as views of one projection's output do
+            tensors[f"{layer}.{role}"] = x.clone() if storage in storages else x
+            storages.add(storage)
     write_atomically(path, safetensors.torch.save(tensors))
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """What names are sorted by, so that layers come in the order of their numbers."""
-    # layers.2 before layers.10
+    """Sort key for layer names, by which layers.2 comes before layers.10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

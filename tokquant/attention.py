@@ -1,4 +1,4 @@
-"""The public doors: `attention` and `quantize`. They check and direct; the work is done below."""
+"""The public functions `attention` and `quantize`: they check arguments, resolve the scheme and call the chosen backend."""
 
 import warnings
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from tokquant.tensor import Coded, QuantizedHeads, QuantizedTensor
 
 Scheme = LayerScheme | SchemeMap | str
 Part = tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor, QuantScheme]
-"""Operands of heads that take one scheme, and the scheme."""
+"""Quantized Q, K and V of heads that share a scheme, and that scheme."""
 
 Backend = Literal["auto", "triton", "cpu", "reference"]
 BACKENDS = get_args(Backend)
@@ -48,7 +48,7 @@ def quantize(
         q: `[B, H_q, N_q, D]`, float16, bfloat16 or float32, any strides. Never changed.
         k, v: `[B, H_kv, N_k, D]`, H_q a multiple of H_kv.
         scheme: a QuantScheme, a preset's name, the path of a YAML file, or a SchemeMap.
-        layer: the layer's name, for a SchemeMap; if None, that of `scales`.
+        layer: the layer's name, for a SchemeMap; if None, the layer of `scales`.
         scales: one layer's calibrated scales, `scales["layers.0"]`, for a scheme with static parts.
         backend: where the codes will be used, which decides their layout in memory; every backend accepts every layout.
 
@@ -59,32 +59,36 @@ def quantize(
         ScalesError: scales that are missing, unused or of another shape.
         ValueError, TypeError: shapes and types that do not fit. RuntimeError: a tensor that requires grad.
     """
-    found = scheme_of(scheme, layer, scales)
+    resolved = scheme_of(scheme, layer, scales)
     check_tensors(q, k, v)
-    return quantized(q, k, v, found, scales, choose_backend(backend, q.device))
+    return quantized(q, k, v, resolved, scales, choose_backend(backend, q.device))
 
 
 def quantized(
-    q: Tensor, k: Tensor, v: Tensor, found: LayerScheme, scales: LayerScales | None, chosen: str
+    q: Tensor, k: Tensor, v: Tensor, resolved: LayerScheme, scales: LayerScales | None, backend: str
 ) -> tuple[Coded, Coded, Coded]:
-    """`quantize` of tensors that were checked, for the backend that was chosen."""
+    """`quantize` for tensors that are already checked, a resolved scheme and a chosen backend."""
     q, k, v = (x.detach() if x.requires_grad else x for x in (q, k, v))
-    if isinstance(found, HeadSchemes):
-        check_heads(found, k.shape[1], scales)
-        parts = [_quantize(q[:, rows], k[:, heads], v[:, heads], own, None, chosen) for rows, heads, own in ranges(found, q, k)]
-        return tuple(QuantizedHeads(each) for each in zip(*parts, strict=True))  # type: ignore[return-value]
-    check_scales(found, scales)
-    return _quantize(q, k, v, found, scales, chosen)
+    if isinstance(resolved, HeadSchemes):
+        check_heads(resolved, k.shape[1], scales)
+        parts = [
+            _quantize(q[:, rows], k[:, heads], v[:, heads], part, None, backend) for rows, heads, part in ranges(resolved, q, k)
+        ]
+        return tuple(QuantizedHeads(operand) for operand in zip(*parts, strict=True))  # type: ignore[return-value]
+    check_scales(resolved, scales)
+    return _quantize(q, k, v, resolved, scales, backend)
 
 
-def _quantize(q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None, chosen: str) -> launch.Operands:
-    if chosen == "triton" and launch.available(q.device):
+def _quantize(
+    q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None, backend: str
+) -> launch.Operands:
+    if backend == "triton" and launch.available(q.device):
         return kernels.quantize_operands(q, k, v, scheme, scales)
-    if chosen == "cpu" and q.device.type == "cpu" and build.available():
+    if backend == "cpu" and q.device.type == "cpu" and build.available():
         return cpu_kernels.quantize_operands(q, k, v, scheme, scales)
     operands = quantize_operands(q, k, v, scheme, scales)
-    packed = PACKED.get(chosen)
-    return packed(operands, scheme) if packed else operands
+    to_layout = PACKED.get(backend)
+    return to_layout(operands, scheme) if to_layout else operands
 
 
 @operator("Tensor? mask=None")
@@ -112,9 +116,9 @@ def attention(
     Args:
         q, k, v: tensors as `quantize` takes them, or the three that it returned.
         scheme: a QuantScheme, a preset's name, the path of a YAML file, or a SchemeMap.
-        layer: the layer's name, for a SchemeMap; if None, that of `scales`.
+        layer: the layer's name, for a SchemeMap; if None, the layer of `scales`.
         causal: query i sees keys up to i + N_k - N_q: the last query sees the last key.
-        scale: of the scores; D**-0.5 where None.
+        scale: factor of the scores; D**-0.5 if None.
         mask: broadcastable to `[B, H_q, N_q, N_k]`: boolean, True where a pair attends, or floats that are added; a float
             below -2.3e38 masks as -inf does.
         bias: one of `tokquant.bias`, added to the scores: alibi, key_vector, lowrank, dense, svd, squared_distance.
@@ -137,24 +141,24 @@ def attention(
     Raises: as `quantize`; UnsupportedError where the chosen backend lacks a feature.
     """
     check_flags(return_lse=return_lse, deterministic=deterministic)
-    found = scheme_of(scheme, layer, scales)
-    parts = check_operands(q, k, v, found, scales)
+    resolved = scheme_of(scheme, layer, scales)
+    parts = check_operands(q, k, v, resolved, scales)
     features = features_of(q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     chosen = choose_backend(backend, q.device)
     if parts is None:
-        free = backend == "auto" and chosen == "triton" and not deterministic and not return_lse and scales is None
-        if free and isinstance(found, QuantScheme) and sixteen_bit.faster(q, k, v, found, features):  # type: ignore[arg-type]
+        may_use_torch = backend == "auto" and chosen == "triton" and not deterministic and not return_lse and scales is None
+        if may_use_torch and isinstance(resolved, QuantScheme) and sixteen_bit.faster(q, k, v, resolved, features):  # type: ignore[arg-type]
             return sixteen_bit.attention(q, k, v, features)  # type: ignore[arg-type]
-        parts = operands_of(found, *quantized(q, k, v, found, scales, chosen))  # type: ignore[arg-type]
+        parts = operands_of(resolved, *quantized(q, k, v, resolved, scales, chosen))  # type: ignore[arg-type]
     if len(parts) == 1:
         out, lse = RUN[chosen](*parts[0], features, return_lse, deterministic)
     else:
-        spans = (rows for rows, _, _ in ranges(found, q, k))  # type: ignore[arg-type]
-        each = [
+        spans = (rows for rows, _, _ in ranges(resolved, q, k))  # type: ignore[arg-type]
+        results = [
             RUN[chosen](*part, features.of_heads(rows), return_lse, deterministic)
             for rows, part in zip(spans, parts, strict=True)
         ]
-        out, lse = (None if x[0] is None else joined(x, dim=1) for x in zip(*each, strict=True))
+        out, lse = (None if x[0] is None else joined(x, dim=1) for x in zip(*results, strict=True))
     return (out, lse) if return_lse else out
 
 
@@ -167,30 +171,30 @@ PACKED = {"triton": launch.packed, "cpu": cpu.packed}
 
 
 def scheme_of(scheme: Scheme, layer: str | None, scales: object = None) -> LayerScheme:
-    """The scheme of this layer: of the one that is named, else that of the scales. Raises SchemeError."""
+    """The scheme of a layer: the named one, or else the one that the scales are for. Raises SchemeError."""
     return of_layer(scheme, layer if layer is not None else getattr(scales, "layer", None))
 
 
 def ranges(schemes: HeadSchemes, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, QuantScheme]]:
-    """Of each range of heads: those of Q, those of K and V, and their scheme."""
+    """For each range of heads: the slice of Q's heads, the slice of K's and V's heads, and their scheme."""
     shared = q.shape[1] // k.shape[1]
     for heads, scheme in schemes.slices():
         yield slice(heads.start * shared, heads.stop * shared), heads, scheme
 
 
 def check_heads(schemes: HeadSchemes, heads: int, scales: object) -> None:
-    """Raise SchemeError or ScalesError unless these schemes are of this many heads of K and V, and need no scales."""
+    """Raise SchemeError or ScalesError unless the schemes cover `heads` heads of K and V, are dynamic, and `scales` is None."""
     if schemes.heads != heads:
         raise SchemeError(f"scheme: its ranges are of {schemes.heads} heads ({schemes}), and k has {heads}")
-    static(schemes, "scheme")  # refuses parts that are
+    static(schemes, "scheme")  # raises for static parts
     if scales is not None:
         raise ScalesError(f"scales: no scheme of these heads has a use for them ({schemes})")
 
 
 def check_operands(q: object, k: object, v: object, scheme: LayerScheme, scales: object) -> list[Part] | None:
-    """Operands and scheme of each range of heads, where q, k and v are quantized already; None where they are tensors.
+    """Operands and scheme of each range of heads if q, k and v are quantized already; None if they are tensors.
 
-    Raises unless all three are quantized, by this scheme, or all are tensors that can be.
+    Raises unless all three were quantized by this scheme, or all are tensors that can be quantized.
     """
     coded = [isinstance(x, Coded) for x in (q, k, v)]
     if any(coded) and not all(coded):
@@ -208,7 +212,10 @@ def check_operands(q: object, k: object, v: object, scheme: LayerScheme, scales:
 
 
 def operands_of(scheme: LayerScheme, q: Any, k: Any, v: Any) -> list[Part]:
-    """Operands and scheme of each range of heads; one where a scheme has them all. Raises ValueError for those of others."""
+    """Operands and scheme of each range of heads, or of all heads if they share a scheme.
+
+    Raises ValueError for operands that were quantized by ranges of heads other than the scheme's.
+    """
     if isinstance(scheme, HeadSchemes):
         if not all(isinstance(x, QuantizedHeads) and len(x.parts) == len(scheme.parts) for x in (q, k, v)):
             raise ValueError(f"q, k, v: not of {scheme}; attend by the scheme that quantize was given")
@@ -219,13 +226,13 @@ def operands_of(scheme: LayerScheme, q: Any, k: Any, v: Any) -> list[Part]:
 
 
 def check_backend(backend: object) -> None:
-    """Raise ValueError for a name that is none."""
+    """Raise ValueError unless this is a backend's name or `auto`."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: {quote(backend)} is not valid; use {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}")
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
-    """The backend that `auto` stands for on this device, or the one that was named. Raises ValueError for another name."""
+    """The named backend, or for `auto` the one for this device. Raises ValueError for an unknown name."""
     check_backend(backend)
     if backend != "auto":
         return backend
@@ -234,7 +241,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
     if device.type != "cpu":
         return "reference"
     if not build.available():
-        # once: Python shows a warning of one place a single time
+        # shown once: Python repeats no warning with the same text and place
         warnings.warn(
             "no C++ compiler: attention on a CPU runs on the reference, with the same results, several times slower; "
             "install g++ or set CXX, or say backend='reference'",
@@ -244,9 +251,11 @@ def choose_backend(backend: str, device: torch.device) -> str:
     return "cpu"
 
 
-def quantizing(backend: Backend, device: torch.device) -> Backend:
-    """What to give `attention` for it to quantize, whatever tuning has found: measurements and models mean the scheme. Plain
-    enough for torch.compile to go through."""
+def quantizing_backend(backend: Backend, device: torch.device) -> Backend:
+    """The backend argument with which `attention` always quantizes, even where tuning found 16 bits faster.
+
+    For measurements and models, which mean the scheme. torch.compile can trace this function.
+    """
     return "triton" if backend == "auto" and device.type == "cuda" else backend
 
 
@@ -260,7 +269,7 @@ def _check_quantized(q: QuantizedTensor, k: QuantizedTensor, v: QuantizedTensor,
 
 
 def check_one_layer(scales: object) -> None:
-    """Raise TypeError unless these are scales of one layer, or None."""
+    """Raise TypeError unless this is the LayerScales of one layer, or None."""
     if isinstance(scales, Scales):
         raise TypeError(f"scales: these are of {len(scales)} layers; give one, such as scales[{next(iter(scales))!r}]")
     if scales is not None and not isinstance(scales, LayerScales):
@@ -268,10 +277,10 @@ def check_one_layer(scales: object) -> None:
 
 
 def check_scales(scheme: QuantScheme, scales: LayerScales | None) -> None:
-    """Raise TypeError or ScalesError unless these are scales of one layer for this scheme, or None where it needs none."""
+    """Raise TypeError or ScalesError unless these are one layer's scales for this scheme, or None if it needs no scales."""
     check_one_layer(scales)
     if scales is not None:
-        if scales.scheme != scheme:  # those of a file were checked when it was read
+        if scales.scheme != scheme:  # scales from a file were checked when it was read
             scales.check(scheme)
     elif needed(scheme):
         raise ScalesError(

@@ -1,4 +1,4 @@
-"""Where torch's autocast is kept out: it would multiply float32 in 16 bits, and joins no 16-bit type other than its own."""
+"""Code that must not run under torch.autocast: it would multiply float32 in 16 bits, and cannot join other 16-bit types."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -7,33 +7,34 @@ import torch
 from torch import Tensor
 
 
-def _available(kind: str) -> bool:
-    """Whether torch has an autocast for devices of this kind."""
-    return torch.amp.is_autocast_available(kind)
+def _available(device_type: str) -> bool:
+    """Whether torch has an autocast for devices of this type."""
+    return torch.amp.is_autocast_available(device_type)
 
 
-# torch 2.11 cannot trace it; as torch.compiler.assume_constant_result would, which imports the whole compiler
+# torch 2.11 cannot trace it; set as torch.compiler.assume_constant_result would, which imports the whole compiler
 _available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def in_their_types(device: torch.device) -> AbstractContextManager:
-    """A block in which tensors are multiplied and joined as they are."""
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """A context without torch.autocast: tensors are multiplied and joined in their own types."""
     return torch.autocast(device.type, enabled=False) if _available(device.type) else nullcontext()
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """`torch.cat` of tensors as they are."""
-    with in_their_types(parts[0].device):
+    """`torch.cat` in the tensors' own types, also under torch.autocast."""
+    with no_autocast(parts[0].device):
         return torch.cat(tuple(parts), dim=dim)
 
 
-def as_torch_takes_them(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Q, K and V as torch's own attention takes them: within torch.autocast in its type, but for float64; else as they are.
+def cast_by_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast Q, K and V as torch.autocast does for torch's attention: to its type, except float64; unchanged outside autocast.
 
-    For what stands in its place: within autocast a model's rotated Q and K are float32 and V, of a product, is not.
+    Replacements of torch's attention need this: under autocast a model's rotated Q and K are float32, while V, the output of
+    a linear layer, is not.
     """
-    kind = tensors[0].device.type
-    if not _available(kind) or not torch.is_autocast_enabled(kind):
+    device_type = tensors[0].device.type
+    if not _available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
-    to = torch.get_autocast_dtype(kind)
-    return tuple(x.to(to) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

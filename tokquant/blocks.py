@@ -1,9 +1,10 @@
-"""How K and V lie in memory for vector units of CPUs: in panels of 16 columns, 32 bits of each side by side.
+"""The memory layout of K and V for the vector units of CPUs: panels of 16 columns, with a 32-bit word of each side by side.
 
-A product of `[rows, depth]` and `[depth, columns]` reads the second one from end to end. Columns are K's tokens and V's
-channels, depth is the other; a word of 32 bits holds what of a column's depth fits into it, and 16 of them, one a column, fill
-a register. Codes of 8 bits lie in a word byte by byte. Of those with fewer, the first four lie in the lowest bits of the bytes,
-the next four in the bits above: what a register holds is shifted and masked to bytes that lie as codes of 8 bits do.
+A product of `[rows, depth]` and `[depth, columns]` reads its second operand sequentially. For K the columns are tokens and the
+depth is channels; for V it is the other way round. A 32-bit word holds consecutive codes of one column along the depth, and 16
+words, one for each column, fill a register. In a word, 8-bit codes are the bytes. With fewer bits, the first four codes are in
+the lowest bits of the four bytes, the next four in the bits above: shifting and masking a register gives bytes in the order of
+8-bit codes.
 """
 
 import torch
@@ -12,23 +13,23 @@ from torch import Tensor
 from tokquant.precisions import Precision
 
 LANES = 16
-"""Columns of a panel: 32-bit numbers in the widest register."""
+"""Columns of a panel: the 32-bit words of the widest register."""
 
 
 def bits_of(precision: Precision, stored: torch.dtype, as_bytes: bool) -> int:
-    """Bits that a code takes: those it is stored in, or a byte where what it stands for, as a byte, does not fit them."""
+    """Bits of a code in a panel: as stored, or 8 if it is multiplied as a byte and decoded values need more bits."""
     bits = 8 * stored.itemsize // precision.packed
     if as_bytes and bits < 8:
-        reach = precision.values()
-        return bits if reach.min() >= -(2 ** (bits - 1)) and reach.max() < 2 ** (bits - 1) else 8
+        values = precision.values()
+        return bits if values.min() >= -(2 ** (bits - 1)) and values.max() < 2 ** (bits - 1) else 8
     return bits
 
 
 def patterns(codes: Tensor, precision: Precision, bits: int, as_bytes: bool, role: str) -> Tensor:
-    """Codes `[..., D]`, one an element, as unsigned numbers of so many bits, held as uint8, or as int16 or int32.
+    """Bit patterns of unpacked codes `[..., D]`, as unsigned numbers of `bits` bits in uint8, int16 or int32.
 
-    What a product takes as bytes is the number itself: V's in two's complement, K's counted from the lowest, as the unit
-    multiplies unsigned bytes with signed ones, and P is unsigned. Other codes are taken as they are.
+    If a product takes the operand as bytes, a pattern is the decoded integer: for V in two's complement, for K counted from the
+    lowest value. The unit multiplies unsigned bytes with signed ones, and P is unsigned. Other codes stay as they are.
     """
     if bits > 8:
         return codes.view(torch.int16 if bits == 16 else torch.int32)
@@ -39,7 +40,7 @@ def patterns(codes: Tensor, precision: Precision, bits: int, as_bytes: bool, rol
 
 
 def table(precision: Precision) -> Tensor:
-    """What each pattern of at most 8 bits stands for, float32, where it is not multiplied as a byte."""
+    """The decoded float32 value of each pattern of at most 8 bits, for operands that are not multiplied as bytes."""
     bits = 8 // precision.packed
     stored = torch.arange(256, dtype=torch.uint8, device="cpu").view(precision.stored)
     codes = precision.unpack(stored[:, None], precision.packed).flatten()
@@ -49,7 +50,7 @@ def table(precision: Precision) -> Tensor:
 
 
 def decoded(raw: Tensor, precision: Precision, stored: torch.dtype, bits: int, as_bytes: bool, role: str) -> Tensor:
-    """The float32 numbers that `patterns` stand for."""
+    """The float32 values of patterns that `patterns` made."""
     if bits > 8:
         return raw.view(stored).float()
     if as_bytes:
@@ -59,12 +60,12 @@ def decoded(raw: Tensor, precision: Precision, stored: torch.dtype, bits: int, a
 
 
 def of_keys(raw: Tensor, bits: int) -> Tensor:
-    """K's patterns `[B, H, N, D] -> [B, H, ceil(N / 16), words, 16]` int32."""
+    """K's patterns in panels: `[B, H, N, D] -> [B, H, ceil(N / 16), words, 16]` int32."""
     return _words(raw, bits)
 
 
 def of_values(raw: Tensor, bits: int, tile: int) -> Tensor:
-    """V's patterns `[B, H, N, D] -> [B, H, ceil(N / tile), ceil(D / 16), words, 16]`: each tile of keys by itself."""
+    """V's patterns in panels, by key tile: `[B, H, N, D] -> [B, H, ceil(N / tile), ceil(D / 16), words, 16]` int32."""
     padded = torch.nn.functional.pad(raw, (0, 0, 0, -raw.shape[2] % tile))
     return _words(padded.unflatten(2, (-1, tile)).mT, bits)
 
@@ -80,12 +81,12 @@ def values_of(words: Tensor, bits: int, n: int, d: int) -> Tensor:
 
 
 def panels(x: Tensor) -> Tensor:
-    """Floats `[..., columns, depth] -> [..., ceil(columns / 16), depth, 16]`, zeros beyond the end."""
+    """Floats in panels: `[..., columns, depth] -> [..., ceil(columns / 16), depth, 16]`, padded with zeros."""
     return _words(x.float().view(torch.int32), 32).view(torch.float32)
 
 
 def _words(raw: Tensor, bits: int) -> Tensor:
-    """`[..., columns, depth] -> [..., panels, words, 16]`, zeros beyond both ends."""
+    """`[..., columns, depth] -> [..., panels, words, 16]`, both dimensions padded with zeros."""
     *_, columns, depth = raw.shape
     raw = torch.nn.functional.pad(raw, (0, -depth % (32 // bits), 0, -columns % LANES))
     if bits < 8:
@@ -95,8 +96,8 @@ def _words(raw: Tensor, bits: int) -> Tensor:
 
 
 def _patterns(words: Tensor, bits: int) -> Tensor:
-    """The inverse of `_words`, with what lies beyond the ends."""
-    # a copy: of a single word a column, `contiguous` keeps the strides that it has here
+    """The inverse of `_words`, with the padding."""
+    # clone, since with a single word per column `contiguous` would keep these strides
     columns = words.mT.flatten(-3, -2).clone(memory_format=torch.contiguous_format)
     if bits >= 8:
         return columns.view({8: torch.uint8, 16: torch.int16, 32: torch.int32}[bits])

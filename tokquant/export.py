@@ -1,4 +1,4 @@
-"""Scales to and from safetensors. The file holds the scheme too, so that it is enough to run."""
+"""Save calibrated scales to safetensors and load them. The file also holds the scheme, so nothing else is needed to run."""
 
 import json
 import os
@@ -17,9 +17,9 @@ SUFFIXES = (*(f"{role}_{kind}" for role in "qkv" for kind in ("scale", "zero", "
 
 
 def save_scales(path: str | os.PathLike, scales: Scales) -> None:
-    """Write scales as `<layer>.k_scale`, `<layer>.k_offset` ..., atomically, the scheme and a checksum in the metadata.
+    """Write scales as `<layer>.k_scale`, `<layer>.k_offset` ..., with the scheme and a checksum in the metadata, atomically.
 
-    If layers are named as in the model (`model.layers.0.self_attn`), the names are those of vLLM and compressed-tensors.
+    If layers are named as in the model (`model.layers.0.self_attn`), tensors are named as in vLLM and compressed-tensors.
     """
     check_scales_of_layers(scales)
     tensors = {name: value.contiguous().clone() for name, value in scales.tensors().items()}
@@ -34,13 +34,13 @@ def save_scales(path: str | os.PathLike, scales: Scales) -> None:
 
 
 def check_scales_of_layers(scales: object) -> None:
-    """Raise TypeError unless these are the scales of all layers."""
+    """Raise TypeError unless this is a Scales object, which holds all layers."""
     if not isinstance(scales, Scales):
         raise TypeError(f"scales: {quote(scales)}; give all layers', as Calibrator.scales() or load_scales(path) returns them")
 
 
 def load_scales(path: str | os.PathLike) -> Scales:
-    """Read what `save_scales` wrote. Raises ScalesError naming what is wrong: the file, its metadata, or a scale."""
+    """Read a file that `save_scales` wrote. Raises ScalesError that names what is wrong: the file, its metadata or a scale."""
     tensors, metadata = read_tensors(path, ScalesError)
     if "tokquant.scheme" not in metadata:
         raise ScalesError(
@@ -48,8 +48,8 @@ def load_scales(path: str | os.PathLike) -> Scales:
             "(import_checkpoint_scales reads those of checkpoints)"
         )
     if metadata.get("tokquant.format") != FORMAT:
-        written = quote(metadata.get("tokquant.format"))
-        raise ScalesError(f"{path}: format {written} is not {FORMAT!r}; this version cannot read it")
+        version = quote(metadata.get("tokquant.format"))
+        raise ScalesError(f"{path}: format {version} is not {FORMAT!r}; this version cannot read it")
     try:
         scheme = of_data(json.loads(metadata["tokquant.scheme"]))
     except (SchemeError, ValueError, TypeError, RecursionError) as error:

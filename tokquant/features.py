@@ -1,4 +1,4 @@
-"""What attention is asked for beside its operands, and which pairs of queries and keys that leaves."""
+"""The features of an attention call (mask, window, softcap, bias ...), and which pairs of query and key they let attend."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from tokquant.bias import Bias
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What `attention` was asked for beside the operands; checked and with defaults filled in."""
+    """The arguments of `attention` other than the operands, checked and with defaults filled in."""
 
     scale: float
     causal: bool = False
@@ -20,12 +20,12 @@ class Features:
     """`[B, H_q, N_q, N_k]`, boolean (True = attend) or additive."""
     softcap: float | None = None
     sinks: Tensor | None = None
-    """`[H_q]`, natural logits."""
+    """`[H_q]`, in natural logarithms."""
     bias: Bias | None = None
-    """Natural logits, added after the softcap."""
+    """In natural logarithms, added after the softcap."""
 
     def kept(self, rows: slice, keys: slice, n_q: int, n_k: int, device: torch.device) -> Tensor | None:
-        """Which pairs attend, broadcastable to `[B, H_q, rows, keys]`; None where all do."""
+        """Boolean mask of the pairs that attend, broadcastable to `[B, H_q, rows, keys]`; None if all of them do."""
         kept = None
         if self.causal or self.window:
             # bottom-right: the last query sees the last key
@@ -44,7 +44,7 @@ class Features:
         return kept
 
     def spans(self, rows: slice, n_q: int, n_k: int, tile: int) -> Iterator[slice]:
-        """The key tiles in which any of these rows attends by causality and window."""
+        """The key tiles that some of these rows can see under causality and window."""
         left, right = self.reach()
         first = 0 if left is None else max(0, rows.start + n_k - n_q - left)
         last = n_k if right is None else min(n_k, rows.stop + n_k - n_q + right)
@@ -52,7 +52,7 @@ class Features:
             yield slice(start, min(start + tile, n_k))
 
     def of_heads(self, heads: slice) -> "Features":
-        """Those of some heads of Q."""
+        """The features for a slice of Q's heads."""
         return replace(
             self,
             mask=None if self.mask is None else self.mask[:, heads],
@@ -61,7 +61,7 @@ class Features:
         )
 
     def reach(self) -> tuple[int | None, int | None]:
-        """How many keys before and after its own place a query sees; None where all."""
+        """How many keys a query sees before and after its own position; None where there is no limit."""
         left, right = self.window or (None, None)
         if self.causal:
             right = 0

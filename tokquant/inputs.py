@@ -1,4 +1,4 @@
-"""What attention takes: the checks of its tensors and features, each with its own error that names the argument."""
+"""Checks of the arguments of attention. Each error names the argument."""
 
 import math
 import numbers
@@ -16,11 +16,11 @@ from tokquant.tensor import Coded
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-"""Those types by the names that files have for them."""
+"""The supported types by the names that files use for them."""
 
 
 def check_tensors(q: object, k: object, v: object) -> None:
-    """Raise TypeError, ValueError or RuntimeError unless these are Q, K and V that can be attended."""
+    """Raise TypeError, ValueError or RuntimeError unless these are Q, K and V that `attention` can take."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
     check_together(q, k, v)  # type: ignore[arg-type]
@@ -41,7 +41,7 @@ def check_tensor(name: str, x: object) -> None:
 
 
 def check_memory(name: str, x: object) -> None:
-    """Raise TypeError for a tensor whose memory holds other numbers than its own, in the order of its strides."""
+    """Raise TypeError for a tensor whose values cannot be read from memory at its strides: sparse, fake, or lazily negated."""
     if not isinstance(x, Tensor):
         return
     if x.layout != torch.strided:
@@ -49,19 +49,19 @@ def check_memory(name: str, x: object) -> None:
     if without_numbers(x):
         raise TypeError(f"{name}: stands for numbers that it does not hold, as in FakeTensorMode or torch.vmap; give those")
     if x.is_neg():
-        # as the imaginary part of what torch conjugates only when it is read
+        # such as the imaginary part of a lazily conjugated tensor
         raise TypeError(f"{name}: a view that torch negates when it is read; give its resolve_neg()")
 
 
 def without_numbers(x: object) -> bool:
-    """Whether a tensor has no memory that a kernel could read: one of FakeTensorMode, or of a function of torch.func."""
+    """Whether a tensor has no memory that a kernel could read: a FakeTensor, or a wrapper made by torch.func."""
     if not isinstance(x, Tensor):
         return False
     return torch._C._functorch.is_functorch_wrapped_tensor(x) or (type(x) is not Tensor and isinstance(x, FakeTensor))
 
 
 def check_no_grad(name: str, x: object) -> None:
-    """Raise RuntimeError for a tensor that a gradient would be wanted of."""
+    """Raise RuntimeError for a tensor that requires a gradient while autograd is on."""
     if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name}: requires grad, and quantized attention has no backward; call it under torch.no_grad()")
 
@@ -69,9 +69,11 @@ def check_no_grad(name: str, x: object) -> None:
 def check_beside_cache(
     name: str, x: object, sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.device, queries: bool = False
 ) -> None:
-    """Raise TypeError, ValueError or RuntimeError unless this fits a cache of `[batch, heads, tokens, head_dim]`.
+    """Raise TypeError, ValueError or RuntimeError unless a tensor fits a cache.
 
-    Queries may have a multiple of its heads.
+    Args:
+        sizes: (batch, heads of K and V, head_dim) of the cache.
+        queries: whether the tensor is Q, which may have a multiple of the cache's heads.
     """
     check_tensor(name, x)
     assert isinstance(x, Tensor)
@@ -86,7 +88,7 @@ def check_beside_cache(
 
 
 def check_together(q: Tensor | Coded, k: Tensor | Coded, v: Tensor | Coded) -> None:
-    """Raise TypeError or ValueError unless types, devices and shapes of Q, K and V fit one another."""
+    """Raise TypeError or ValueError unless the types, devices and shapes of Q, K and V match."""
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k, v: types {q.dtype}, {k.dtype}, {v.dtype} differ; give one type")
     if not q.device == k.device == v.device:
@@ -102,14 +104,14 @@ def check_together(q: Tensor | Coded, k: Tensor | Coded, v: Tensor | Coded) -> N
 
 
 def check_flags(**flags: object) -> None:
-    """Raise TypeError for what is not a bool."""
+    """Raise TypeError unless every flag is a bool."""
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: {quote(flag)} is not a bool")
 
 
 def check_device(given: Any) -> torch.device:
-    """A device that tensors can be made on. Raises ValueError."""
+    """The torch device for an argument. Raises ValueError unless tensors can be made on it."""
     try:
         device = torch.empty(0, device=given).device
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # AssertionError: torch without CUDA
@@ -147,11 +149,11 @@ def features_of(
             + ("or dense(tensor)" if isinstance(bias, Tensor) else "dense, svd or squared_distance")
         )
     parts = [] if bias is None else bias.tensors()
-    for name, given in (("mask", mask), ("sinks", sinks), *(("bias", part) for part in parts)):
-        check_memory(name, given)
-        check_no_grad(name, given)
-        if isinstance(given, Tensor) and given.device != q.device:
-            raise ValueError(f"{name}: on {given.device}, and q on {q.device}")
+    for name, tensor in (("mask", mask), ("sinks", sinks), *(("bias", part) for part in parts)):
+        check_memory(name, tensor)
+        check_no_grad(name, tensor)
+        if isinstance(tensor, Tensor) and tensor.device != q.device:
+            raise ValueError(f"{name}: on {tensor.device}, and q on {q.device}")
     if mask is not None:
         if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -172,7 +174,7 @@ def features_of(
 
 
 def window_of(window: Any) -> tuple[int | None, int | None]:
-    """A window (left, right) of whole numbers, or None where a side is open. Raises ValueError."""
+    """A window as (left, right), each a whole number or None for an open side. Raises ValueError."""
     try:
         left, right = window
         if isinstance(left, bool) or isinstance(right, bool):
@@ -184,7 +186,7 @@ def window_of(window: Any) -> tuple[int | None, int | None]:
         raise ValueError(
             f"window: {quote(window)} is not (left, right); give whole numbers from 0, or None for an open side"
         ) from None
-    # beyond any sequence is open as far as a kernel's 32-bit arithmetic is concerned
+    # kernels add these to positions in 32 bits; 2**30 is longer than any sequence
     return left if left is None else min(left, 2**30), right if right is None else min(right, 2**30)
 
 

@@ -1,4 +1,4 @@
-"""How far an output is from the exact one. Everything in float64, over all elements."""
+"""Errors of an output against the exact one, computed in float64 over all elements."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Errors:
-    """Errors of an output against the exact one, as the SageAttention papers define them, and the largest."""
+    """Errors of an output x against the exact output o: three as the SageAttention papers define them, and the largest."""
 
     cosine: float
     """sum(o x) / (|o| |x|)."""
@@ -43,8 +43,8 @@ def head_errors(out: Tensor, exact: Tensor) -> list[Errors]:
 def row_errors(out: Tensor, exact: Tensor) -> Tensor:
     """sum |o - x| of each row of `[B, H, N, D]`, over the mean of sum |o| of its head's rows: `[B, H, N]`, float64.
 
-    The mean over a head's rows is its `rel_l1`; a row that is next to nothing itself does not count for much.
+    Their mean over a head's rows is its `rel_l1`. A row that is close to zero does not get a large error for that.
     """
     x, o = out.double(), exact.double()
-    usual = o.abs().sum(dim=3).mean(dim=(0, 2), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    return (x - o).abs().sum(dim=3) / usual
+    mean_row = o.abs().sum(dim=3).mean(dim=(0, 2), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return (x - o).abs().sum(dim=3) / mean_row

@@ -1,7 +1,8 @@
-"""Operators of torch.library that stand for public functions while torch.compile traces: opaque there, with known shapes.
+"""Custom operators of torch.library that replace public functions while torch.compile traces. They are opaque to the compiler.
 
-A scheme is a preset's name or a YAML document, a bias its kind and its tensors, calibrated scales their names and tensors.
-Eager calls go past all of this: an operator's dispatch takes longer than looking whether something traces.
+Operators take strings, numbers and tensors: a scheme as a preset's name or a YAML document, a bias as its kind and tensors,
+calibrated scales as their names and tensors. Eager calls bypass the operators, since dispatching one takes longer than checking
+whether something traces.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,9 +24,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 LIBRARY = torch.library.Library("tokquant", "FRAGMENT")
 
-OLD = torch.__version__ < "2.12"  # compared as versions
-"""Whether torch.compile takes only objects of registered classes for constants."""
-CODED = get_args(Coded)  # which torch 2.10 does not compare with as a union
+OLD = torch.__version__ < "2.12"  # a TorchVersion, compared as a version
+"""Whether torch.compile accepts only objects of registered classes as constants."""
+CODED = get_args(Coded)  # a tuple, as torch 2.10 cannot trace isinstance with a union
 if OLD:
     torch.utils._pytree.register_constant(QuantScheme)
 
@@ -37,77 +38,77 @@ FEATURES = (
 
 
 def tracing() -> bool:
-    """Whether this call becomes part of a graph. (`torch.compiler.is_compiling` says so in all threads while one compiles.)"""
+    """Whether this call is being traced. (`torch.compiler.is_compiling` is true in all threads while one of them compiles.)"""
     return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
 
 
 def begin_with(name: str, error: Exception) -> None:
-    """Put a layer's name in front of what an error says, once."""
-    if tracing():  # which can change no error: it is raised uncompiled, or quoted with fullgraph=True
+    """Prefix an error's message with a layer's name, unless it has this prefix."""
+    if tracing():  # a graph cannot change an error: after the break it is raised eagerly, or quoted with fullgraph=True
         torch._dynamo.graph_break(str(error.args[0]))
     if not str(error).startswith(name):
         error.args = (f"{name}: {error}",)
 
 
 def operator(*more: str, tags: Sequence[torch.Tag] = ()) -> Callable[[Function], Function]:
-    """Decorate a public function of q, k, v and a scheme: `torch.ops.tokquant.<its name>` stands for it where it is traced, and
-    `<its name>_lse` where it is to return the LSE.
+    """Decorate a public function of q, k, v and a scheme, so that a traced call becomes `torch.ops.tokquant.<its name>`, or
+    `<its name>_lse` if it returns the LSE.
 
     Args:
-        more: arguments beside `FEATURES`, as a schema writes them.
-        tags: of the operators.
+        more: arguments in addition to `FEATURES`, in the syntax of an operator schema.
+        tags: tags of the operators.
     """
 
-    def of(function: Function) -> Function:
+    def decorate(function: Function) -> Function:
         name = function.__name__
         for lse in (False, True):
-            returns, own = ("(Tensor, Tensor)", f"{name}_lse") if lse else ("Tensor", name)
+            returns, operator_name = ("(Tensor, Tensor)", f"{name}_lse") if lse else ("Tensor", name)
             schema = f"(Tensor q, Tensor k, Tensor v, str scheme, *, {', '.join((*more, FEATURES))}) -> {returns}"
-            LIBRARY.define(own + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-            LIBRARY.impl(own, _running(function, lse), "CompositeExplicitAutograd")
-            torch.library.register_fake(f"tokquant::{own}", _shaped(lse), lib=LIBRARY)
+            LIBRARY.define(operator_name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+            LIBRARY.impl(operator_name, _implementation(function, lse), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"tokquant::{operator_name}", _fake_implementation(lse), lib=LIBRARY)
         plain, with_lse = getattr(torch.ops.tokquant, name), getattr(torch.ops.tokquant, f"{name}_lse")
         on_codes = untraced(f"{name} of QuantizedTensors")(function)
 
         @wraps(function)
-        def door(*args: Any, **given: Any) -> Any:
+        def wrapper(*args: Any, **given: Any) -> Any:
             if not tracing():
-                shapes = len(args) > 2 and all(isinstance(x, Tensor) and x.is_meta for x in args[:3])
-                if not (shapes or torch.jit.is_tracing() or any(map(without_numbers, args[:3]))):
+                on_meta = len(args) > 2 and all(isinstance(x, Tensor) and x.is_meta for x in args[:3])
+                if not (on_meta or torch.jit.is_tracing() or any(map(without_numbers, args[:3]))):
                     return function(*args, **given)
                 for role, x in zip("qkv", args, strict=False):
-                    check_no_grad(role, x)  # within torch.func an operator is not told
+                    check_no_grad(role, x)  # an operator called within torch.func cannot see requires_grad
             if any(isinstance(x, CODED) for x in (*args, *given.values())):
                 return on_codes(*args, **given)
-            return (with_lse if given.pop("return_lse", False) else plain)(*args[:3], **_flat(*args[3:], **given))
+            return (with_lse if given.pop("return_lse", False) else plain)(*args[:3], **_operator_arguments(*args[3:], **given))
 
-        return door  # type: ignore[return-value]
+        return wrapper  # type: ignore[return-value]
 
-    return of
+    return decorate
 
 
 def untraced(what: str) -> Callable[[Function], Function]:
-    """Decorate what a graph ends at: torch.compile goes on behind it, and with fullgraph=True says that it is `what`."""
+    """Decorate a function that breaks the graph of torch.compile. With fullgraph=True the error names it as `what`."""
 
-    def of(function: Function) -> Function:
+    def decorate(function: Function) -> Function:
         eager = torch._disable_dynamo(function)
 
         @wraps(function)
-        def door(*args: Any, **given: Any) -> Any:
+        def wrapper(*args: Any, **given: Any) -> Any:
             if not tracing():
                 return function(*args, **given)
             torch._dynamo.graph_break(f"tokquant: {what} is no operator; call it outside of what fullgraph=True compiles")
             return eager(*args, **given)
 
-        return door  # type: ignore[return-value]
+        return wrapper  # type: ignore[return-value]
 
-    return of
+    return decorate
 
 
-def _flat(
+def _operator_arguments(
     scheme: object, *, layer: str | None = None, bias: Bias | None = None, scales: LayerScales | None = None, **rest: Any
 ) -> dict[str, Any]:
-    """Arguments as an operator takes them."""
+    """The arguments of the operator for the arguments of the public function, by name."""
     if OLD and not isinstance(scheme, (str, QuantScheme)):
         raise TypeError(
             f"scheme: torch {torch.__version__} puts a QuantScheme, a preset's name or a path as str into a graph, but no "
@@ -121,12 +122,12 @@ def _flat(
                 "scales: LayerScales without a scheme; give them one, and they are checked once, when they are made"
             )
         rest |= {"scale_names": list(scales.tensors), "scales": list(scales.tensors.values())}
-    named = layer if scales is None else scales.layer
-    return {"scheme": document(scheme, named if layer is None else layer), "layer": named or "", **rest}
+    layer_name = layer if scales is None else scales.layer
+    return {"scheme": document(scheme, layer_name if layer is None else layer), "layer": layer_name or "", **rest}
 
 
-def _running(function: Callable, lse: bool) -> Callable:
-    """What an operator does: the function itself."""
+def _implementation(function: Callable, lse: bool) -> Callable:
+    """The operator's implementation: decodes its arguments and calls the public function."""
 
     def run(
         q: Tensor,
@@ -141,13 +142,14 @@ def _running(function: Callable, lse: bool) -> Callable:
         scales: list[Tensor] | None = None,
         **rest: Any,
     ) -> Any:
-        made = of_document(scheme)
-        whole = None
+        resolved = of_document(scheme)
+        layer_scales = None
         try:
             if scales is not None:
-                own = made if isinstance(made, QuantScheme) else None  # heads of different schemes take no scales, and say so
-                whole = LayerScales.checked_before(layer, scale_names or [], scales, own)
-            out = function(q, k, v, made, bias=bias_of(bias_kind, bias or []), scales=whole, return_lse=lse, **rest)
+                # HeadSchemes take no scales, and `function` raises for them
+                checked_for = resolved if isinstance(resolved, QuantScheme) else None
+                layer_scales = LayerScales.checked_before(layer, scale_names or [], scales, checked_for)
+            out = function(q, k, v, resolved, bias=bias_of(bias_kind, bias or []), scales=layer_scales, return_lse=lse, **rest)
         except (ValueError, TypeError, RuntimeError) as error:
             begin_with(layer, error)
             raise
@@ -156,8 +158,8 @@ def _running(function: Callable, lse: bool) -> Callable:
     return run
 
 
-def _shaped(lse: bool) -> Callable:
-    """What it returns, without numbers."""
+def _fake_implementation(lse: bool) -> Callable:
+    """The operator's fake implementation: empty outputs of the right shapes."""
 
     def shape(q: Tensor, k: Tensor, v: Tensor, scheme: str, *, bias: list[Tensor] | None = None, **rest: Any) -> Any:
         named = {"q": q, "k": k, "v": v, "mask": rest.get("mask"), "sinks": rest.get("sinks")}
@@ -170,27 +172,28 @@ def _shaped(lse: bool) -> Callable:
 
 
 def document(scheme: object, layer: str | None = None) -> str:
-    """A layer's scheme as an operator takes it. Raises SchemeError."""
+    """A layer's scheme as a string: a preset's name or a YAML document. Raises SchemeError."""
     if isinstance(scheme, str) and scheme in preset_names():
         return scheme
-    found = of_layer(scheme, layer)
-    return (SchemeMap((("*", found),)) if isinstance(found, HeadSchemes) else found).to_yaml()
+    resolved = of_layer(scheme, layer)
+    return (SchemeMap((("*", resolved),)) if isinstance(resolved, HeadSchemes) else resolved).to_yaml()
 
 
-# as torch.compiler.assume_constant_result would, which imports the whole compiler: found once, again for another object
+# the mark that torch.compiler.assume_constant_result sets, which would import the whole compiler: while tracing, `document` is
+# evaluated once for each scheme object
 document._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=256)
 def of_document(written: str) -> LayerScheme:
-    """The scheme that `document` wrote. Raises SchemeError."""
+    """The inverse of `document`. Raises SchemeError."""
     if ":" not in written:
         return preset(written)
     return of_layer(SchemeMap.from_yaml(written)) if "layers:" in written.splitlines() else QuantScheme.from_yaml(written)
 
 
 def bias_of(kind: str, tensors: Sequence[Tensor]) -> Bias | None:
-    """The bias of a kind that keeps these tensors. Raises ValueError."""
+    """The bias of this kind made of its tensors; None for `none`. Raises ValueError."""
     if kind == "none" and not tensors:
         return None
     if kind not in KINDS:

@@ -1,4 +1,4 @@
-"""Python files that register precisions of a user's own."""
+"""Plugins: Python files that register a user's own precisions."""
 
 import importlib.util
 import sys
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def load(path: Path) -> None:
-    """Run a Python file, which registers what it defines (see docs/precisions.md).
+    """Run a Python file that registers precisions (see docs/precisions.md).
 
-    Raises ValueError that names the file where it cannot be read or run. It is code: load what you trust.
+    Raises ValueError that names the file if it cannot be read or run. It is code: load only files that you trust.
     """
     if not path.is_file():
         raise ValueError(f"plugin: there is no file {path}")

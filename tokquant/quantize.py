@@ -1,4 +1,4 @@
-"""The definition of quantization, in torch: what every kernel that quantizes must equal code for code."""
+"""The definition of quantization, in torch. Every quantization kernel must give the same codes."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.balance import ChannelBalance, RopePairBalance
 from tokquant.schemes.placement import needs_code_sums, needs_query_sums, place
 from tokquant.schemes.scheme import SCALE_TYPES
-from tokquant.tensor import QuantizedTensor, met, spread
+from tokquant.tensor import QuantizedTensor, product_values, spread
 from tokquant.transforms import (
     Frame,
     channel_factors,
@@ -27,7 +27,7 @@ from tokquant.transforms import (
 def frames(
     q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None = None
 ) -> tuple[Frame, Frame, Frame]:
-    """What is done to `[B, H, N, D]` tensors before their codes are taken. K's scale per channel is not in Q's frame yet."""
+    """The frames of Q, K and V: the transforms before quantization. Q's frame does not yet hold K's scale per channel."""
     rotated = scheme.rotate == "hadamard"
     k_frame = Frame(offset=_offset(k, scheme.k, scales), rotated=rotated)
     if scheme.balance != "none":
@@ -39,7 +39,7 @@ def frames(
 
 
 def frame_of_queries(q: Tensor, k: Tensor | QuantizedTensor, frame: Frame) -> Frame:
-    """What Q takes so that its products with K, which is in `frame`, stay what they were."""
+    """Q's frame for K in `frame`: the balance and rotation that keep Q K^T unchanged."""
     balance = None if frame.balance is None else for_query_heads(1 / frame.balance, q, k)
     return Frame(balance=balance, rotated=frame.rotated)
 
@@ -47,7 +47,7 @@ def frame_of_queries(q: Tensor, k: Tensor | QuantizedTensor, frame: Frame) -> Fr
 def quantize_operands(
     q: Tensor, k: Tensor, v: Tensor, scheme: QuantScheme, scales: LayerScales | None = None
 ) -> tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]:
-    """Codes of q `[B, H_q, N_q, D]`, k and v `[B, H_kv, N_k, D]`, in the canonical layout.
+    """Quantize q `[B, H_q, N_q, D]`, k and v `[B, H_kv, N_k, D]`, into the canonical layout.
 
     Raises ValueError where a scale does not fit its `scale_dtype`, SchemeError where a granularity does not fit the shape.
     """
@@ -59,28 +59,31 @@ def quantize_operands(
 
 
 def keys(k: Tensor, frame: Frame, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
-    """K in codes, with its companion where Q loses block means."""
+    """K quantized, with its companion if block means are subtracted from Q."""
     kq = in_frame(k, frame, scheme.k, scales)
-    return replace(kq, companion=less_offset(k, frame) if scheme.q.smooth == "block_mean" else None)
+    return replace(kq, companion=without_offset(k, frame) if scheme.q.smooth == "block_mean" else None)
 
 
 def queries(
     q: Tensor, frame: Frame, k: QuantizedTensor, scheme: QuantScheme, scales: LayerScales | None = None
 ) -> QuantizedTensor:
-    """Q in codes, with what its logits lack of those of K `k`, and the sum of its codes where K has zeros."""
-    turned, offset, origin = of_keys(q, frame, k)
+    """Q quantized for the quantized K `k`, with the `logit_offset` that K needs, and its `code_sum` where K has zeros."""
+    frame_with_fold, offset, origin = of_keys(q, frame, k)
     logit_offset = None if offset is None else (q.float() * offset.float()).sum(dim=-1, keepdim=True)
     if origin is not None:
-        of_origin = (frame.apply(q) * origin).sum(dim=-1, keepdim=True)
-        logit_offset = of_origin if logit_offset is None else logit_offset + of_origin
-    qq = replace(in_frame(q, turned, scheme.q, scales), logit_offset=logit_offset)
-    # S = s_q (c_q . (c_k s_k + origin_k)) takes the sum of Q's values as the product meets them
-    return replace(qq, code_sum=met(qq).sum(dim=-1, keepdim=True)) if needs_query_sums(scheme) else qq
+        origin_product = (frame.apply(q) * origin).sum(dim=-1, keepdim=True)
+        logit_offset = origin_product if logit_offset is None else logit_offset + origin_product
+    qq = replace(in_frame(q, frame_with_fold, scheme.q, scales), logit_offset=logit_offset)
+    # S = s_q (c_q . (c_k s_k + origin_k)) needs the sum over channels of c_q
+    return replace(qq, code_sum=product_values(qq).sum(dim=-1, keepdim=True)) if needs_query_sums(scheme) else qq
 
 
 def of_keys(q: Tensor, frame: Frame, k: QuantizedTensor) -> tuple[Frame, Tensor | None, Tensor | None]:
-    """What Q takes over from K, for each of its heads: its frame with K's scale per channel in it, and what its logits lack the
-    products with, `[B, H_q, 1, D]`: K's offset, and what K's codes of 0 stand for where channels have zeros."""
+    """What quantizing Q needs of the quantized K, for each head of Q: (frame, offset, origin).
+
+    The frame is Q's with K's scale per channel folded in. Offset and origin are `[B, H_q, 1, D]` or None: K's offset, and K's
+    origin per channel. Their products with Q are missing in Q K^T and go into `logit_offset`.
+    """
     offset = None if k.offset is None else for_query_heads(k.offset, q, k)
     if place(k.spec) != "q":
         return frame, offset, None
@@ -90,30 +93,30 @@ def of_keys(q: Tensor, frame: Frame, k: QuantizedTensor) -> tuple[Frame, Tensor 
 
 
 def values(v: Tensor, frame: Frame, scheme: QuantScheme, scales: LayerScales | None = None) -> QuantizedTensor:
-    """V in codes, with what `with_sums` adds."""
+    """V quantized, with the fields that `with_sums` adds."""
     return with_sums(in_frame(v, frame, scheme.v, scales), scheme)
 
 
 def with_sums(vq: QuantizedTensor, scheme: QuantScheme) -> QuantizedTensor:
-    """V's codes with their sums in each key tile where P is unsigned, and P's weights where V is scaled per token."""
+    """V with `code_sum`, its sums over each key tile, if P is unsigned, and with `log2_weight` if V is scaled per token."""
     code_sum = tile_sums(vq.stored_values(), scheme.key_tile) if needs_code_sums(scheme) else None
     if place(scheme.v) == "p":
         assert vq.scale is not None
-        # a token that is not a number has codes of zero too, and its scale to say so
+        # a token with NaN has zero codes too, but its scale is NaN
         weightless = (vq.code_values() == 0).all(dim=-1, keepdim=True) & vq.scale.float().isfinite()
         return replace(vq, code_sum=code_sum, log2_weight=log2_weight(vq.scale, weightless))
     return replace(vq, code_sum=code_sum)
 
 
 def in_frame(x: Tensor, frame: Frame, spec: Operand, scales: LayerScales | None = None) -> QuantizedTensor:
-    """Codes of `x` `[B, H, N, D]` alone, taken in this frame."""
-    # floats that nothing is done to stay the tensor that they are in
-    untouched = not spec.scaled and not frame.turns
-    return replace(encode(x if untouched else frame.apply(x), x.dtype, spec, scales), frame=frame)
+    """Quantize one operand `[B, H, N, D]` in this frame."""
+    # unscaled floats without a transform stay the tensor itself
+    unchanged = not spec.scaled and not frame.changes
+    return replace(encode(x if unchanged else frame.apply(x), x.dtype, spec, scales), frame=frame)
 
 
 def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | None = None) -> QuantizedTensor:
-    """Codes of float32 `x` `[B, H, N, D]`, which was of type `dtype`, by the rule below; floats without a scale are cast.
+    """Quantize float32 `x` `[B, H, N, D]`, originally of type `dtype`, by the rule below; floats without a scale are cast.
 
     symmetric   s = max |x| / R, code = clamp(round_half_even(x / s), -R, R); a group of zeros has s = 1
     asymmetric  z = min x, s = (max x - z) / (2^bits - 1),
@@ -139,7 +142,7 @@ def encode(x: Tensor, dtype: torch.dtype, spec: Operand, scales: LayerScales | N
 
 
 def codes_of(x: Tensor, scale: Tensor, zero: Tensor | None, spec: Operand) -> Tensor:
-    """Codes of float32 values, one an element, by scales and zeros that broadcast to them, float32."""
+    """Codes of float32 values, not packed; float32 scales and zeros broadcast to the values."""
     precision = spec.format
     if zero is None:
         assert precision.largest is not None
@@ -170,66 +173,66 @@ def symmetric_scale(largest: Tensor, spec: Operand) -> Tensor:
 
 def asymmetric_scale(lowest: Tensor, highest: Tensor, spec: Operand) -> tuple[Tensor, Tensor]:
     """min and max of each group -> its scale and zero."""
-    kind = SCALE_TYPES[spec.scale_dtype]
-    # some casts saturate: what the type cannot hold is not a number
-    zero = torch.where(lowest.abs() > torch.finfo(kind).max, float("nan"), lowest).to(kind)
+    scale_type = SCALE_TYPES[spec.scale_dtype]
+    # some casts saturate, so values that the type cannot hold become NaN first
+    zero = torch.where(lowest.abs() > torch.finfo(scale_type).max, float("nan"), lowest).to(scale_type)
     _check_holds(zero, lowest, spec, "zero")
     span = highest - zero.float()
     if bool((span.isinf() & highest.isfinite()).any()):
         raise ValueError(f"{spec.role}: values from {lowest.min():.4g} to {highest.max():.4g} span more than float32 holds")
-    step = _divided(span, spec.format.levels)
-    # a group of one value, or a zero rounded past the maximum, takes the smallest scale: its codes then weigh nothing
-    return _rounded(torch.where(step < 0, 0.0, step), spec), zero
+    scale = _divided(span, spec.format.levels)
+    # a group of one value, or with a zero rounded past the maximum, gets the smallest scale, so its codes add almost nothing
+    return _rounded(torch.where(scale < 0, 0.0, scale), spec), zero
 
 
 def _divided(x: Tensor, divisor: float | None) -> Tensor:
     assert divisor is not None
-    # by a tensor: on a GPU torch multiplies by the reciprocal of a Python number, which rounds twice. One that is filled
-    # there: to copy a number waits for the GPU, and ends the capture of a CUDA graph
+    # a tensor as divisor: on a GPU torch multiplies by the reciprocal of a Python number, which rounds twice. It is filled on
+    # the GPU: copying a number there waits for the GPU, and breaks the capture of a CUDA graph
     return x / x.new_full((), divisor)
 
 
 def reduce_groups(x: Tensor, spec: Operand, reduce) -> Tensor:
-    """`torch.amax` or `torch.amin` of `[B, H, N, D]` over what each scale covers."""
+    """`torch.amax` or `torch.amin` of `[B, H, N, D]` over the values that share a scale."""
     if spec.granularity.kind == "tensor":
         return reduce(x).reshape(1, 1, 1, 1)
     n, d = x.shape[2:]
     tokens, channels = spec.granularity.cover(n, d)
     if (missing := -n % tokens) and tokens < n:
-        # the last token again: it changes neither minimum nor maximum
+        # pad with the last token, which changes neither minimum nor maximum
         x = torch.cat([x, x[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
     tokens = min(tokens, x.shape[2])
     return reduce(x.unflatten(3, (-1, channels)).unflatten(2, (-1, tokens)), dim=(3, 5))
 
 
 def _rounded(scale: Tensor, spec: Operand) -> Tensor:
-    kind = SCALE_TYPES[spec.scale_dtype]
-    smallest = torch.finfo(kind).smallest_normal
-    stored = scale.to(kind).float()
-    if kind == torch.float8_e4m3fn:
-        # the cast saturates or not depending on torch's version; past the largest there is no scale
-        stored = torch.where(scale > torch.finfo(kind).max, float("nan"), scale.clamp(max=448).to(kind).float())
+    scale_type = SCALE_TYPES[spec.scale_dtype]
+    smallest = torch.finfo(scale_type).smallest_normal
+    stored = scale.to(scale_type).float()
+    if scale_type == torch.float8_e4m3fn:
+        # whether the cast saturates depends on torch's version; a scale above the largest becomes NaN
+        stored = torch.where(scale > torch.finfo(scale_type).max, float("nan"), scale.clamp(max=448).to(scale_type).float())
         if spec.format.kind == "int" and spec.format.bits == 8:
             # a scale rounded down by up to 1/16 would clip eight of the 127 levels: take the next one up
-            above = (stored.to(kind).view(torch.uint8) + 1).view(kind).float()
+            above = (stored.to(scale_type).view(torch.uint8) + 1).view(scale_type).float()
             stored = torch.where(stored < scale, above, stored)
     _check_holds(stored, scale, spec, "scale")
-    return stored.clamp_min(smallest).to(kind)
+    return stored.clamp_min(smallest).to(scale_type)
 
 
-def _check_holds(stored: Tensor, exact: Tensor, spec: Operand, what: str) -> None:
+def _check_holds(stored: Tensor, exact: Tensor, spec: Operand, name: str) -> None:
     if spec.scale_dtype == "fp32":
-        return  # which is what the exact one is in; and a GPU need not be waited for
+        return  # `exact` is fp32 itself; returning here also avoids waiting for the GPU
     lost = exact.isfinite() & ~stored.float().isfinite()
     if lost.any():
         raise ValueError(
-            f"{spec.role}: a {what} of {exact[lost].abs().max():.4g} does not fit scale_dtype {spec.scale_dtype} "
+            f"{spec.role}: a {name} of {exact[lost].abs().max():.4g} does not fit scale_dtype {spec.scale_dtype} "
             f"(at most {torch.finfo(SCALE_TYPES[spec.scale_dtype]).max:g}); use scale_dtype: fp32"
         )
 
 
 def _as_float(x: Tensor, dtype: torch.dtype, spec: Operand) -> Tensor:
-    """`x` in the 16-bit type that the caller's tensor already has; a float32 tensor takes the one its precision names."""
+    """`x` in the caller's 16-bit type, or, if that was float32, in the type that the precision names."""
     stored = spec.format.of(dtype).encode(x)
     if stored is not x and stored.dtype == torch.float16 and bool((stored.isinf() & x.isfinite()).any()):
         raise ValueError(
@@ -249,7 +252,7 @@ def _offset(x: Tensor, spec: Operand, scales: LayerScales | None) -> Tensor | No
 
 
 def _balance(q: Tensor, frame: Frame, k: Tensor, rule: ChannelBalance | RopePairBalance, scales: LayerScales | None) -> Tensor:
-    """The factors of K, made of K less its offset."""
+    """K's factors, computed from K without its offset."""
     if rule.scale == "static":
         assert scales is not None
         return scales.balance(k)
@@ -261,7 +264,7 @@ def _balance(q: Tensor, frame: Frame, k: Tensor, rule: ChannelBalance | RopePair
 
 
 def check_balance(rule: ChannelBalance | RopePairBalance, head_dim: int) -> None:
-    """Raise SchemeError where pairs, or `top_k` channels, do not fit a head."""
+    """Raise SchemeError where the rule's pairs or `top_k` do not fit head_dim."""
     if isinstance(rule, RopePairBalance):
         if head_dim % 2:
             raise SchemeError([("balance", f"rope_pairs needs an even head_dim, not {head_dim}")])
@@ -270,19 +273,19 @@ def check_balance(rule: ChannelBalance | RopePairBalance, head_dim: int) -> None
 
 
 def for_query_heads(x: Tensor, q: Tensor | QuantizedTensor, k: Tensor | QuantizedTensor) -> Tensor:
-    """`[B, H_kv, 1, D] -> [B, H_q, 1, D]`: what belongs to a head of K, for each head of Q that shares it."""
+    """`[B, H_kv, 1, D] -> [B, H_q, 1, D]`: repeat each head of K for the heads of Q that share it."""
     shared = q.shape[1] // k.shape[1]
     return x if shared == 1 else x.repeat_interleave(shared, dim=1)
 
 
-def less_offset(k: Tensor, frame: Frame) -> Tensor:
-    """K as block means of Q meet it: less its offset, in its own type."""
+def without_offset(k: Tensor, frame: Frame) -> Tensor:
+    """K minus its offset, in its own type: the operand that the block means of Q are multiplied with."""
     return (k if frame.offset is None else k - frame.offset).to(k.dtype).contiguous()
 
 
 def log2_weight(scale: Tensor, weightless: Tensor) -> Tensor:
-    """log2 of what P is multiplied by, for V per token, from its scale and whether that is of zeros alone `[B, H, N, 1]`."""
-    # small beside scales, and large enough that the normalizer, which takes it out again, holds it times 2^64
+    """log2 of P's weight, for V scaled per token, from V's scale and a mask of all-zero tokens `[B, H, N, 1]`."""
+    # 2^-32: far below usual scales, while its inverse, which the normalizer multiplies by, still fits float32 times 2^64
     return scale.float().log2().masked_fill_(weightless, -32.0)
 
 

@@ -1,10 +1,10 @@
-"""torch's scaled_dot_product_attention by a scheme: its names, its shapes, its causality."""
+"""A quantized replacement of torch's scaled_dot_product_attention, with its argument names, shapes and causality."""
 
 import torch
 from torch import Tensor
 
-from tokquant.attention import Backend, Scheme, attention, quantizing
-from tokquant.autocast import as_torch_takes_them
+from tokquant.attention import Backend, Scheme, attention, quantizing_backend
+from tokquant.autocast import cast_by_autocast
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError, quote
 from tokquant.inputs import check_flags, check_no_grad
@@ -29,13 +29,13 @@ def scaled_dot_product_attention(
 
     Args:
         query: `[..., H_q, L, E]`, or `[H, L, E]` or `[L, E]`. Dimensions before the last two broadcast.
-        key: `[..., H, S, E]`. value: `[..., H, S, E_v]`. Where E_v is not E, the narrower are padded with channels of zeros,
-            which are quantized with the others.
+        key: `[..., H, S, E]`. value: `[..., H, S, E_v]`. If E_v is not E, the narrower operands are padded with channels of
+            zeros, which are quantized too.
         attn_mask: broadcastable to `[..., H_q, L, S]`: boolean, True where a pair attends, or floats that are added.
         dropout_p: 0.0.
         is_causal: query i sees keys up to i, whatever L and S are (top left; `tokquant.attention` has bottom right). Keys that
             no query sees are not quantized. May be combined with a mask.
-        scale: of the scores; E**-0.5 where None.
+        scale: factor of the scores; E**-0.5 if None.
         enable_gqa: heads of query may be a multiple of those of key and value.
         scheme, layer, scales, backend: as for `tokquant.attention`, except that `auto` always quantizes.
 
@@ -56,7 +56,7 @@ def scaled_dot_product_attention(
             f"dropout_p: {quote(dropout_p)}; quantized attention has no dropout: give 0.0, or call model.eval()"
         )
     check_flags(is_causal=is_causal, enable_gqa=enable_gqa)
-    query, key, value = as_torch_takes_them(query, key, value)
+    query, key, value = cast_by_autocast(query, key, value)
     headless = query.ndim == key.ndim == value.ndim == 2
     q, k, v = (x[None] if x.ndim == 2 else x for x in (query, key, value))
     n_q, n_k, d, d_v = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
@@ -76,16 +76,16 @@ def scaled_dot_product_attention(
         raise ValueError(f"value: {v.shape[-3]} heads, and key has {k.shape[-3]}; give as many")
     if q.shape[-3] % kv_heads:
         raise ValueError(f"key: {kv_heads} heads do not divide the {q.shape[-3]} of query")
-    result = (*leading, heads, n_q, d_v)[headless:]
+    shape = (*leading, heads, n_q, d_v)[headless:]
     if attn_mask is not None:
         _check_mask(attn_mask, (*leading, heads, n_q, n_k))
-    if 0 in (*result, n_k):
-        return query.new_zeros(result)
+    if 0 in (*shape, n_k):
+        return query.new_zeros(shape)
     if attn_mask is not None:
         attn_mask = _mask(attn_mask, leading, n_k)
     window = None
     if is_causal:
-        # from the top left: later keys are seen by nobody, and earlier ones by every query that is beyond them
+        # aligned top left: no query sees keys from N_q on. The window aligns query i with key i, where causal=True would not
         n_k = min(n_k, n_q)
         k, v = k[..., :n_k, :], v[..., :n_k, :]
         if attn_mask is not None:
@@ -96,9 +96,9 @@ def scaled_dot_product_attention(
     q, k, v = (_batched(x, leading) for x in (q, k, v))
     q, k, v = (x if x.shape[3] == width else torch.nn.functional.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
     scale = d**-0.5 if scale is None else scale
-    own = quantizing(backend, q.device)
-    out = attention(q, k, v, scheme, layer=layer, scale=scale, mask=attn_mask, window=window, scales=scales, backend=own)
-    return out[..., :d_v].reshape(result)  # type: ignore[call-overload]
+    chosen = quantizing_backend(backend, q.device)
+    out = attention(q, k, v, scheme, layer=layer, scale=scale, mask=attn_mask, window=window, scales=scales, backend=chosen)
+    return out[..., :d_v].reshape(shape)  # type: ignore[call-overload]
 
 
 def _broadcast(*shapes: torch.Size) -> torch.Size:
@@ -124,8 +124,8 @@ def _check_mask(mask: object, wanted: tuple[int, ...]) -> None:
 
 
 def _mask(mask: Tensor, leading: torch.Size, n_k: int) -> Tensor:
-    """A mask as `attention` takes it, with no more copies than there are dimensions before heads that cannot be one."""
+    """A mask with four dimensions, copied only if it has leading dimensions larger than 1."""
     mask = mask.expand(*mask.shape[:-1], n_k)
     mask = mask[(None,) * max(0, 3 - mask.ndim)]
-    own = mask.shape[:-3]
-    return mask.reshape(1, *mask.shape[-3:]) if all(size == 1 for size in own) else _batched(mask, leading)
+    mask_leading = mask.shape[:-3]
+    return mask.reshape(1, *mask.shape[-3:]) if all(size == 1 for size in mask_leading) else _batched(mask, leading)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokquant.autocast import in_their_types
+from tokquant.autocast import no_autocast
 from tokquant.features import Features
 from tokquant.reference import matmul_kept
 from tokquant.transfer import to_device
@@ -89,7 +89,7 @@ class Slots:
         all_slots = np.arange(self.batch)[:, None], np.arange(self.count)[None]
         k, v = (x.transpose(1, 2).float() for x in self.get(*all_slots))
         grouped = q.float().reshape(q.shape[0], self.heads, -1, self.head_dim)
-        with in_their_types(q.device):
+        with no_autocast(q.device):
             s = (grouped @ k.mT).reshape(*q.shape[:3], -1) * features.scale
             if features.softcap is not None:
                 s = features.softcap * torch.tanh(s / features.softcap)

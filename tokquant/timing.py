@@ -1,4 +1,4 @@
-"""Times side by side: whatever slows the machine slows all that is compared."""
+"""Times functions in turn, so that whatever slows the machine slows all of them."""
 
 import statistics
 import time
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 SCRATCH_BYTES = 2**29
-"""More than any GPU's cache: written before each run, so that none finds its tensors there, and for so long that the CPU has
-started what is timed before the GPU comes to it."""
+"""More than any GPU's cache holds. It is written before each timed run, which empties the cache. Writing also takes long enough
+for the CPU to enqueue the timed launches before the GPU reaches them."""
 
 
 def interleaved_medians(
@@ -18,20 +18,20 @@ def interleaved_medians(
     device: torch.device,
     before: Sequence[Callable[[], Any]] | None = None,
 ) -> list[float]:
-    """Median milliseconds of each function, taken in turn: by the GPU's own clock where `device` is one, with a cold cache.
+    """Median milliseconds of each function, run in turn. On a GPU its events measure the time, with a cold cache.
 
-    `before` has one for each, which runs before it and is not timed: what empties or fills the caches of a CPU, say.
+    `before` has a function for each one, which runs before it and is not timed; it may empty or fill a CPU's caches, say.
     """
     for function in functions:
         function()
-    once = _on_gpu(device) if device.type == "cuda" else _on_cpu
+    time_once = _on_gpu(device) if device.type == "cuda" else _on_cpu
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(max(1, repeats)):
         for place, function in enumerate(functions):
             if before is not None:
                 before[place]()
-            times[place].append(once(function))
-    return [statistics.median(each) for each in times]
+            times[place].append(time_once(function))
+    return [statistics.median(runs) for runs in times]
 
 
 def _on_cpu(function: Callable[[], Any]) -> float:

@@ -1,7 +1,7 @@
-"""Changes of Q, K and V that attention does not see, made so that fewer bits lose less.
+"""Transforms of Q, K and V that leave attention unchanged and reduce the quantization error.
 
-In exact arithmetic `softmax(Q K^T) V` stays what it was: a constant subtracted from every key moves a row's logits together,
-factors of K are divided out of Q, a rotation turns both, and V's mean is added back.
+In exact arithmetic `softmax(Q K^T) V` does not change: a constant subtracted from every key shifts all logits of a row alike,
+factors of K are divided out of Q, a rotation is applied to both, and V's mean is added back.
 """
 
 from collections.abc import Callable
@@ -15,16 +15,16 @@ from torch import Tensor
 from tokquant.schemes.granularity import WHOLE
 
 BLOCK_MEAN = 128
-"""Queries under one mean of `smooth: block_mean`."""
+"""Queries that share a mean with `smooth: block_mean`."""
 
 PIECE = 2**18
 """Values whose float32 copy stays in a CPU's cache."""
 
 
 def by_heads(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function`, which takes each head of its tensors `[B, H, ...]` by itself, on a CPU called with some heads at a time.
+    """Decorate a function that treats each head of `[B, H, ...]` by itself: on a CPU it is called for a few heads at a time.
 
-    Reductions in float32 copy a 16-bit tensor first. A copy of a large one takes ten times as long as its sums.
+    torch copies a 16-bit tensor before it reduces it in float32. A copy of a large one takes ten times as long as its sums.
     """
 
     @wraps(function)
@@ -41,7 +41,7 @@ def by_heads(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def sixteen_bit(dtype: torch.dtype) -> torch.dtype:
-    """The 16-bit type that offsets of a tensor are kept in: its own, or bf16, which holds every float32's magnitude."""
+    """The 16-bit type for a tensor's offsets: its own type, or for float32 bf16, which has the same range."""
     return torch.bfloat16 if dtype == torch.float32 else dtype
 
 
@@ -49,7 +49,7 @@ def sixteen_bit(dtype: torch.dtype) -> torch.dtype:
 def mean_over_tokens(x: Tensor) -> Tensor:
     """`[B, H, N, D] -> [B, H, 1, D]`, summed in float32 and rounded to 16 bits."""
     if x.is_cuda and x.dtype == sixteen_bit(x.dtype):
-        return x.mean(dim=2, keepdim=True)  # the same on a GPU, which then has no cast to launch
+        return x.mean(dim=2, keepdim=True)  # the same result on a GPU, without launching casts
     return x.mean(dim=2, keepdim=True, dtype=torch.float32).to(sixteen_bit(x.dtype))
 
 
@@ -67,7 +67,7 @@ def mean_over_blocks(x: Tensor) -> Tensor:
 def hadamard(x: Tensor) -> Tensor:
     """Multiply the last dimension by the orthonormal Hadamard matrix (natural order); its own inverse.
 
-    The order is the largest power of two that divides D; beyond it the matrix is block-diagonal.
+    The matrix is block-diagonal; the order of its blocks is the largest power of two that divides D.
     """
     d = x.shape[-1]
     order = d & -d
@@ -82,7 +82,7 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def query_maxima(q: Tensor, kv_heads: int) -> Tensor:
-    """max |Q| of each channel over tokens and the heads that share one of K: `[B, H_q, N, D] -> [B, H_kv, 1, D]`."""
+    """max |Q| of each channel over tokens and over the heads that share a head of K: `[B, H_q, N, D] -> [B, H_kv, 1, D]`."""
     return key_maxima(q).unflatten(1, (kv_heads, -1)).amax(dim=2)
 
 
@@ -94,24 +94,24 @@ def key_maxima(k: Tensor) -> Tensor:
 
 @by_heads
 def pair_norms(k: Tensor) -> Tensor:
-    """The largest norm of each pair of channels (f, f + D/2), which RoPE keeps: `[B, H, N, D] -> [B, H, 1, D/2]`."""
+    """Norm of each pair of channels (f, f + D/2), which RoPE keeps; maxima over tokens: `[B, H, N, D] -> [B, H, 1, D/2]`."""
     return torch.hypot(*_wide(k).chunk(2, dim=-1)).amax(dim=2, keepdim=True)
 
 
 def channel_factors(q_largest: Tensor, k_largest: Tensor, alpha: float = 0.5) -> Tensor:
-    """Factors `[..., D]` for K, divided out of Q, that level the channels: max |Q|^alpha / max |K|^(1 - alpha).
+    """Factors `[..., D]` for K, divided out of Q, that even out the channels: max |Q|^alpha / max |K|^(1 - alpha).
 
-    SmoothQuant's rule (arXiv 2211.10438). Made of `query_maxima` and `key_maxima`.
+    SmoothQuant's rule (arXiv 2211.10438), from the results of `query_maxima` and `key_maxima`.
     """
     return _or_one(q_largest**alpha / k_largest ** (1 - alpha))
 
 
 def rope_pair_factors(norms: Tensor, k_largest: Tensor, alpha: float = 8.0, beta: float = 8.0, top_k: int = 0) -> Tensor:
-    """Factors `[..., D]` for K, divided out of Q: `alpha / norm`, one for both channels that RoPE turns together.
+    """Factors `[..., D]` for K, divided out of Q: `alpha / norm`, the same for both channels of a pair that RoPE rotates.
 
-    The `top_k` channels of the largest magnitudes and their partners take `beta / max |K|`, a factor each, instead. FireQ's
-    normalization before RoPE and scaling after it (arXiv 2505.20839, 3.3); as RoPE keeps norms, both are known after it. Made
-    of `pair_norms` `[..., D/2]` and `key_maxima` `[..., D]`.
+    The `top_k` channels with the largest magnitudes and their partners get a factor each instead, `beta / max |K|`. This is
+    FireQ's normalization before RoPE and scaling after it (arXiv 2505.20839, 3.3). RoPE keeps norms, so both can be computed
+    after it, from the results of `pair_norms` `[..., D/2]` and `key_maxima` `[..., D]`.
     """
     factors = torch.cat([alpha / norms] * 2, dim=-1)
     if top_k:
@@ -126,15 +126,15 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _or_one(factor: Tensor) -> Tensor:
-    # a channel of zeros, or with a value that is not finite, keeps its own scale
+    # a channel of zeros, or with values that are not finite, gets the factor 1
     return torch.where((factor == 0) | factor.isinf() | factor.isnan(), 1.0, factor)
 
 
 class Steps(NamedTuple):
-    """What a kernel that takes codes is told of a frame."""
+    """The steps of a frame that a quantization kernel has to do."""
 
     offset_tokens: int
-    """Under one offset; 0 where there is none."""
+    """Tokens that share an offset; 0 without an offset."""
     balanced: bool
     rotated: bool
     folded: bool
@@ -142,24 +142,24 @@ class Steps(NamedTuple):
 
 @dataclass(frozen=True)
 class Frame:
-    """What was done to a tensor `[B, H, N, D]` before its codes were taken, in this order, and how to undo it."""
+    """The transforms of a tensor `[B, H, N, D]` before it is quantized, in this order, and their inverse."""
 
     offset: Tensor | None = None
-    """Subtracted: `[B, H, 1, D]`, or block means `[B, H, ceil(N / 128), D]`, 16 bit."""
+    """Subtracted, in 16 bits: `[B, H, 1, D]`, or block means `[B, H, ceil(N / 128), D]`."""
     balance: Tensor | None = None
-    """Multiplied: `[B, H, 1, D]`."""
+    """Multiplied with: `[B, H, 1, D]`."""
     rotated: bool = False
     """Multiplied by the Hadamard matrix."""
     fold: Tensor | None = None
-    """Multiplied: K's scale per channel `[B, H, 1, D]`, in Q's frame."""
+    """Multiplied with, in Q's frame: K's scale per channel, `[B, H, 1, D]`."""
 
     @property
-    def turns(self) -> bool:
-        """Whether anything is done."""
+    def changes(self) -> bool:
+        """Whether the frame changes a tensor at all."""
         return self.rotated or bool(self.tensors())
 
     def apply(self, x: Tensor) -> Tensor:
-        """`x` in this frame, float32; float64 stays that."""
+        """`x` in this frame, in float32, or float64 if `x` is float64."""
         y = _wide(x)
         if self.offset is not None:
             y = y - self.offset_of_tokens(x.shape[2])
@@ -188,10 +188,10 @@ class Frame:
         return offset.repeat_interleave(BLOCK_MEAN, dim=2)[:, :, :n]
 
     def steps(self) -> Steps:
-        """What is done, without the tensors."""
+        """The steps of this frame, without their tensors."""
         tokens = 0 if self.offset is None else BLOCK_MEAN if self.offset.shape[2] > 1 else WHOLE
         return Steps(tokens, self.balance is not None, self.rotated, self.fold is not None)
 
     def tensors(self) -> list[Tensor]:
-        """What the frame keeps in memory."""
+        """The tensors that the frame holds."""
         return [x for x in (self.offset, self.balance, self.fold) if x is not None]

@@ -1,4 +1,4 @@
-"""The public doors to tuning: they check and direct, as `attention` and `decode` do."""
+"""The public functions `tune` and `tune_decode`: they check arguments and call `tokquant.tuning`."""
 
 from typing import Any
 
@@ -35,36 +35,36 @@ def tune(
     keep: int | None = KEEP,
     repeats: int = 20,
 ) -> Tuned:
-    """Find the fastest launch of the kernel that `attention` takes for this call, and keep it for calls of similar shape.
+    """Find the fastest launch of the kernel that `attention` uses for this call, and store it for calls of similar shape.
 
-    First a model orders all candidates by their machine code (`tokquant.tuning.planner`). Then the best `keep` of each loop
-    and the launch that is used without tuning run in turn on the GPU, `repeats` times each, with a cold cache. The result is
-    kept in the cache folder (`tokquant cache list`), by kernel, device, Triton and shape. Causality, masks, biases and so on
-    each make another kernel; sequences of their own lengths (`attention_varlen`) use what was found for a batch.
+    First a performance model ranks all candidates by their machine code (`tokquant.tuning.planner`). Then the best `keep` of
+    each loop and the untuned launch run in turn on the GPU, `repeats` times each, with a cold cache. The result is stored in
+    the cache folder (`tokquant cache list`), by kernel, device, Triton version and shape. Causality, masks, biases and so on
+    each make another kernel. Sequences of different lengths (`attention_varlen`) use the entries of a batch.
 
     For 16-bit tensors, quantization with that launch is then timed in turn with torch's scaled_dot_product_attention, if torch
-    can do the same: no window, softcap, sinks, mask, bias, LSE or static scales, N_q equal to N_k if causal, and nothing of the
-    scheme in 32 bits. If torch is faster by a twentieth, `attention` of tensors with `backend="auto"` takes it at this shape,
-    in powers of two, and warns; `backend="triton"` quantizes, and so does everything else in tokquant.
+    can do the same: no window, softcap, sinks, mask, bias, LSE or static scales, N_q equal to N_k if causal, and no operand of
+    the scheme in 32 bits. If quantizing takes over 5 % longer, `attention` of tensors with `backend="auto"` uses torch at this
+    shape, rounded to powers of two, and warns. `backend="triton"` always quantizes, and so does everything else in tokquant.
 
     Args:
         keep: how many launches of each loop to time (there are two loops on an H100 or H200); None times all that run.
         repeats: timed runs of each launch; the median counts.
         The rest is as for `attention`.
 
-    Returns: the entry that is kept (`whole_ms` and `sdpa_ms` are those two times), every trial in the planner's order with what
-    was predicted and measured or why it was left out, and `rank`: the place that the planner had given the fastest.
+    Returns: the stored entry (`whole_ms` and `sdpa_ms` are the two times), every trial in the planner's order with its
+    predicted and measured time or why it was left out, and `rank`, the planner's rank of the fastest launch.
 
-    Raises as `attention`; UnsupportedError where there is no GPU.
+    Raises as `attention`; UnsupportedError without a GPU.
     """
-    found = resolve(scheme_of(scheme, layer, scales))
+    resolved = resolve(scheme_of(scheme, layer, scales))
     check_tensors(q, k, v)
     features = features_of(q, k, causal=causal, scale=scale, mask=mask, bias=bias, window=window, softcap=softcap, sinks=sinks)
     need_gpu(q.device)
     with torch.no_grad():
-        operands = quantize(q, k, v, found, scales=scales, backend="triton")
-        asked: dict[str, Any] = dict(return_lse=return_lse, keep=keep, repeats=repeats, tensors=(q, k, v))
-        return tune_attention(operands, found, features, **asked)  # type: ignore[arg-type]
+        operands = quantize(q, k, v, resolved, scales=scales, backend="triton")
+        settings: dict[str, Any] = dict(return_lse=return_lse, keep=keep, repeats=repeats, tensors=(q, k, v))
+        return tune_attention(operands, resolved, features, **settings)  # type: ignore[arg-type]
 
 
 def tune_decode(
@@ -77,14 +77,15 @@ def tune_decode(
     keep: int | None = KEEP,
     repeats: int = 20,
 ) -> Tuned:
-    """The same for `decode` with a cache that is as full as it will be: warps, stages, and between how many programs its keys
-    are split. `decode(..., deterministic=True)` ignores the result.
+    """Like `tune`, for `decode`: finds warps, stages, and among how many programs the keys are split.
+
+    Give a cache as full as it will be. `decode(..., deterministic=True)` ignores the result.
 
     Args:
-        q, cache, scale, window, softcap: as for `decode`. Sinks and counts make no other kernel.
+        q, cache, scale, window, softcap: as for `decode`. Its sinks and counts use the same kernel.
         keep, repeats: as for `tune`.
 
-    Raises as `decode`; ValueError where nothing is packed, UnsupportedError where there is no GPU.
+    Raises as `decode`; ValueError if the cache has no packed tokens, UnsupportedError without a GPU.
     """
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache: a {type(cache).__name__}; give a tokquant.KVCache")
@@ -95,7 +96,7 @@ def tune_decode(
 
 
 def need_gpu(device: torch.device) -> None:
-    """Raise UnsupportedError where there is nothing to tune, or nothing can be timed."""
+    """Raise UnsupportedError without a GPU, or while a CUDA graph is captured, when nothing can be timed."""
     if device.type != "cuda":
         raise UnsupportedError(
             f"tune: needs a GPU, and q is on {device}; `tokquant compile SCHEME --candidates` compares launches without one"

@@ -1,4 +1,4 @@
-"""The public door for sequences of their own lengths, one after another: it checks and directs, as `attention` does."""
+"""The public function `attention_varlen`, for sequences of different lengths that are concatenated."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -22,7 +22,7 @@ from tokquant.whole_numbers import whole_number
 Spans = list[tuple[slice, slice]]
 
 
-# lengths are read on the CPU, where no CUDA graph can wait for them
+# a CUDA graph cannot hold this operator, as lengths are read on the CPU
 @operator(
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None",
     tags=(torch.Tag.cudagraph_unsafe,),
@@ -49,24 +49,24 @@ def attention_varlen(
     backend: Backend = "auto",
     deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of sequences that lie one after another, each with its own means and scales; on a GPU all at once.
+    """`attention` for concatenated sequences, each with its own means and scales; on a GPU all at once.
 
     Args:
         q: `[T_q, H_q, D]`, the tokens of all sequences. k, v: `[T_k, H_kv, D]`.
         scheme, layer: as for `attention`.
-        cu_seqlens_q, cu_seqlens_k: int32 or int64 `[B + 1]`: sequence b has the tokens from entry b to entry b + 1, the first
-            being 0 and the last T. They are read on the CPU, so a call waits if a GPU still computes them.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 `[B + 1]`: sequence b has the tokens from entry b to entry b + 1. The first
+            entry is 0 and the last T. They are read on the CPU, so a call waits if a GPU still computes them.
         max_seqlen_q, max_seqlen_k: lengths of the longest sequences; computed if None.
-        bias: as for `attention`, of sizes T_q and T_k, and not dense.
+        bias: as for `attention`, with T_q and T_k in place of N_q and N_k; not a dense one.
         The rest is as for `attention`. There is no mask: if you need one, call `attention` for each sequence.
 
-    Returns: `[T_q, H_q, D]` in q's type; with `return_lse` also `[T_q, H_q]` float32. Each sequence's result is that of
-    `attention` on it alone.
+    Returns: `[T_q, H_q, D]` in q's type; with `return_lse` also `[T_q, H_q]` float32. Each sequence's result equals that
+    of `attention` on it alone.
 
     Raises: as `attention`.
     """
     check_flags(return_lse=return_lse, deterministic=deterministic)
-    found = scheme_of(scheme, layer, scales)
+    resolved = scheme_of(scheme, layer, scales)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: a {type(x).__name__}; give a torch.Tensor [tokens, heads, head_dim]")
@@ -79,10 +79,10 @@ def attention_varlen(
     refuse_capture(q.device, "cu_seqlens: lengths, which are read on the CPU,")
     whole = [x.transpose(0, 1)[None] for x in (q, k, v)]
     check_tensors(*whole)
-    if isinstance(found, HeadSchemes):
-        check_heads(found, k.shape[1], scales)
+    if isinstance(resolved, HeadSchemes):
+        check_heads(resolved, k.shape[1], scales)
     else:
-        check_scales(found, scales)
+        check_scales(resolved, scales)
     starts_q = _starts("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
     starts_k = _starts("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
     if len(starts_q) != len(starts_k):
@@ -90,19 +90,19 @@ def attention_varlen(
     features = features_of(*whole[:2], causal=causal, scale=scale, bias=bias, window=window, softcap=softcap, sinks=sinks)
     chosen = choose_backend(backend, q.device)
     if features.bias is not None:
-        features.bias.of_sequence(slice(0), slice(0))  # one that has no parts says so
-    ends = [torch.tensor(each, dtype=torch.int32, device="cpu") for each in (starts_q, starts_k)]
+        features.bias.of_sequence(slice(0), slice(0))  # raises ValueError for a dense bias
+    starts = [torch.tensor(each, dtype=torch.int32, device="cpu") for each in (starts_q, starts_k)]
     spans = [(slice(*q_ends), slice(*k_ends)) for q_ends, k_ends in zip(pairwise(starts_q), pairwise(starts_k), strict=True)]
-    rest = spans, (ends[0], ends[1]), scales, chosen, return_lse, deterministic
-    if isinstance(found, HeadSchemes):
+    shared = spans, (starts[0], starts[1]), scales, chosen, return_lse, deterministic
+    if isinstance(resolved, HeadSchemes):
         q, k, v = whole
-        each = [
-            _attend([q[:, rows], k[:, heads], v[:, heads]], own, features.of_heads(rows), *rest)
-            for rows, heads, own in ranges(found, q, k)
+        results = [
+            _attend([q[:, rows], k[:, heads], v[:, heads]], part, features.of_heads(rows), *shared)
+            for rows, heads, part in ranges(resolved, q, k)
         ]
-        out, lse = (None if x[0] is None else joined(x, dim=1) for x in zip(*each, strict=True))
+        out, lse = (None if x[0] is None else joined(x, dim=1) for x in zip(*results, strict=True))
     else:
-        out, lse = _attend(whole, found, features, *rest)
+        out, lse = _attend(whole, resolved, features, *shared)
     out = out[0].transpose(0, 1)  # type: ignore[index]
     return (out, lse[0].transpose(0, 1)) if return_lse else out  # type: ignore[index]
 
@@ -118,26 +118,26 @@ def _attend(
     return_lse: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output and LSE of heads that take one scheme."""
-    how = scheme, features, return_lse, deterministic
+    """Output and LSE of heads that share a scheme."""
+    settings = scheme, features, return_lse, deterministic
     if chosen == "triton" and launch.available(whole[0].device):
         q, k, v = (x.detach() for x in whole)
-        if (made := sequences.together(q, k, v, starts, scheme, scales)) is not None:
-            return sequences.attention(made, starts, *how)
+        if (operands := sequences.together(q, k, v, starts, scheme, scales)) is not None:
+            return sequences.attention(operands, starts, *settings)
     parts: list[launch.Operands | None] = []
     for queries, keys in spans:
-        own = whole[0][:, :, queries], whole[1][:, :, keys], whole[2][:, :, keys]
-        empty = any(0 in x.shape for x in own)
-        parts.append(None if empty else quantized(*own, scheme, scales, chosen))  # type: ignore[arg-type]
+        qkv = whole[0][:, :, queries], whole[1][:, :, keys], whole[2][:, :, keys]
+        empty = any(0 in x.shape for x in qkv)
+        parts.append(None if empty else quantized(*qkv, scheme, scales, chosen))  # type: ignore[arg-type]
     if chosen == "triton" and any(part is not None for part in parts):
-        return sequences.attention(sequences.one_after_another(parts, starts, scheme), starts, *how)
+        return sequences.attention(sequences.one_after_another(parts, starts, scheme), starts, *settings)
     out = torch.zeros_like(whole[0])
     lse = torch.full(out.shape[:3], -torch.inf, dtype=torch.float32, device=out.device)
     for part, (queries, keys) in zip(parts, spans, strict=True):
         if part is not None:
-            own_bias = features.bias and features.bias.of_sequence(queries, keys)
-            alone = RUN[chosen](*part, scheme, replace(features, bias=own_bias), True, deterministic)
-            out[:, :, queries], lse[:, :, queries] = alone
+            bias = features.bias and features.bias.of_sequence(queries, keys)
+            result = RUN[chosen](*part, scheme, replace(features, bias=bias), True, deterministic)
+            out[:, :, queries], lse[:, :, queries] = result
     return out, lse
 
 

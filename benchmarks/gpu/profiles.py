@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from tuning import load_tuned
 
 import tokquant as tq
-from tokquant.attention import quantizing
+from tokquant.attention import quantizing_backend
 from tokquant.evaluation.bench import Shape
 from tokquant.kernels import targets
 
@@ -76,7 +76,7 @@ def call_of(setting: Setting, scheme: str, shape: Shape) -> Callable[[], Any]:
     sizes = ((shape.batch, shape.heads, shape.queries, shape.head_dim), keys, keys)
     q, k, v = (torch.randn(size, generator=generator, device=setting.device, dtype=kind) for size in sizes)
     if shape.queries == shape.tokens:
-        own = quantizing("auto", setting.device)
+        own = quantizing_backend("auto", setting.device)
         return partial(tq.attention, q, k, v, scheme, causal=shape.causal, backend=own)
     cache = tq.KVCache(
         scheme, batch=shape.batch, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=kind, device=setting.device

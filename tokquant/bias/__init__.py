@@ -1,8 +1,9 @@
-"""Attention bias: what is added to the logits of pairs, and what a kernel makes of it without a tensor `[N_q, N_k]`.
+"""Attention biases, added to the logits. All kinds but dense need no tensor `[N_q, N_k]`.
 
-`S = softcap * tanh(scale * (q . k) / softcap) + bias + additive mask` in natural logarithms. Query i stands at key
-`i + N_k - N_q`, as it does for causality. Low-rank factors are FlashBias (arXiv 2505.12044), but for ALiBi, which takes
-no product: distances are counted in the kernel, exact at any length where 16-bit positions end at 2048, or 256 in bf16.
+`S = softcap * tanh(scale * (q . k) / softcap) + bias + additive mask` in natural logarithms. Query i has the position of key
+`i + N_k - N_q`, as for causality. Low-rank factors are those of FlashBias (arXiv 2505.12044). ALiBi uses no factors: kernels
+compute distances from positions, which is exact at any length, while positions as 16-bit factors would be exact up to 2048, or
+256 in bf16.
 """
 
 from tokquant.bias.factors import squared_distance, svd

@@ -1,4 +1,4 @@
-"""Biases as low-rank factors: by singular values, and of distances in space."""
+"""Low-rank factors of biases: from a singular value decomposition, and for distances between points."""
 
 import math
 from dataclasses import replace
@@ -13,18 +13,18 @@ from tokquant.whole_numbers import whole_number
 
 
 def svd(values: Tensor, energy: float = 0.995, largest_rank: int = 32, dtype: torch.dtype = torch.float16) -> LowRank | Dense:
-    """Factors of a bias that does not change, by singular values (FlashBias, arXiv 2505.12044): to be made once.
+    """Factors of a constant bias by singular value decomposition (FlashBias, arXiv 2505.12044). Compute them once.
 
     Args:
         values: `[H, N_q, N_k]` or `[B, H, N_q, N_k]`, finite.
-        energy: the share of the squared singular values that every head is to keep.
-        largest_rank: the most columns that they may have.
-        dtype: of the factors, float16 or bfloat16; each gets the square roots of the singular values.
+        energy: the share of the squared singular values that every head must keep.
+        largest_rank: the largest rank of the factors.
+        dtype: of the factors, float16 or bfloat16; both factors get the square roots of the singular values.
 
-    Returns: LowRank, with the `energy` that each head keeps; or Dense, with `values` as they are, where more than
-    `largest_rank` columns would be needed, or so many that the factors are no smaller than the bias.
+    Returns: LowRank, with the `energy` that each head keeps; or Dense with `values`, if the rank would exceed `largest_rank`
+    or the factors would be no smaller than the bias.
 
-    Raises TypeError; ValueError also where the factors do not fit float16.
+    Raises TypeError, ValueError; the latter also if the factors do not fit float16.
     """
     check_floats("values", values)
     check_sixteen_bits("dtype", dtype)
@@ -38,11 +38,11 @@ def svd(values: Tensor, energy: float = 0.995, largest_rank: int = 32, dtype: to
     wide = values if values.dtype == torch.float64 else values.float()
     u, s, vh = torch.linalg.svd(wide[None] if values.ndim == 3 else wide, full_matrices=False)
     squares = s.double().square()
-    # the share beyond each rank, summed from the smallest so that nothing is lost beside the largest
-    beyond = squares.flip(-1).cumsum(-1).flip(-1) / squares.sum(-1, keepdim=True).clamp_min(1e-300)
-    needed = max(1, int((beyond > 1 - energy).sum(-1).max()))
+    # the share that each rank leaves out, summed from the smallest value so that small ones are not rounded away
+    left_out = squares.flip(-1).cumsum(-1).flip(-1) / squares.sum(-1, keepdim=True).clamp_min(1e-300)
+    needed = max(1, int((left_out > 1 - energy).sum(-1).max()))
     n_q, n_k = values.shape[-2:]
-    # a kernel multiplies whole blocks: what fits the last one is free
+    # a kernel multiplies whole blocks of columns, so filling the last block costs nothing
     rank = min(block_of(needed), largest_rank, s.shape[-1])
     if needed > largest_rank or (n_q + n_k) * rank >= n_q * n_k:
         return Dense(values)
@@ -50,7 +50,7 @@ def svd(values: Tensor, energy: float = 0.995, largest_rank: int = 32, dtype: to
     q, k = ((x[..., :rank] * root).to(dtype) for x in (u, vh.mT))
     if not bool(q.isfinite().all() and k.isfinite().all()):
         raise ValueError(f"values: singular values up to {float(s.max()):.4g} do not fit float16; use dtype=torch.bfloat16")
-    kept = 1 - torch.nn.functional.pad(beyond, (0, 1))[..., rank]
+    kept = 1 - torch.nn.functional.pad(left_out, (0, 1))[..., rank]
     return replace(lowrank(q, k), energy=kept[0] if values.ndim == 3 else kept)
 
 
@@ -59,8 +59,8 @@ def squared_distance(
 ) -> LowRank:
     """Factors of -weight * |x_i - y_j|^2, for points in space.
 
-    |x|^2 + |y|^2 - 2 x . y cancels, so points are centred, and every number is kept as a high and a low part of 16 bits: 9
-    columns for the products of three coordinates, 2 and 3 for the two norms, and 2 of zeros.
+    |x|^2 + |y|^2 - 2 x . y suffers from cancellation. So points are centred, and every number is split into a high and a low
+    16-bit part: 9 columns for the products of three coordinates, 2 and 3 for the two norms, and 2 of zeros.
 
     With s the largest distance along an axis from the middle of all points, rounded up to a power of two, and w the largest
     weight, errors measured against float64 are below 2^-18 * max(w * s^2, 1) in float16 and 2^-13 * max(w * s^2, 1) in
@@ -96,22 +96,22 @@ def squared_distance(
     high = torch.maximum(x.amax(2, keepdim=True), y.amax(2, keepdim=True))
     x, y = x - (low + high) / 2, y - (low + high) / 2
     s = _power_of_two(max(float(x.abs().max()), float(y.abs().max())))
-    w = (w.reshape(1, -1, 1, 1) * s**2).clamp(-1e300, 1e300)  # at which no factors are finite either
-    t = _power_of_two(float(w.abs().max()) ** 0.5)  # leaves both factors about as large
+    w = (w.reshape(1, -1, 1, 1) * s**2).clamp(-1e300, 1e300)  # beyond this the factors are not finite either
+    t = _power_of_two(float(w.abs().max()) ** 0.5)  # makes both factors about equally large
     x, y, w = x / s, y / s, w / t
     (q_high, q_low), (k_high, k_low), (w_high, w_low) = (_parts(part, dtype) for part in (2 * w * x, t * y, w))
     q_norm, k_norm = (_parts(-f * points.square().sum(-1, keepdim=True), dtype) for points, f in ((x, w), (y, t)))
     w_high, w_low = (part.expand(*q_high.shape[:3], 1) for part in (w_high, w_low))
-    one = torch.ones_like(k_norm[0]) * t
+    t_column = torch.ones_like(k_norm[0]) * t
     q = joined([q_high, q_high, q_low, *q_norm, w_high, w_high, w_low, 0 * w_low, 0 * w_low], dim=-1)
-    k = joined([k_high, k_low, k_high, one, one, *k_norm, k_norm[0], 0 * one, 0 * one], dim=-1)
+    k = joined([k_high, k_low, k_high, t_column, t_column, *k_norm, k_norm[0], 0 * t_column, 0 * t_column], dim=-1)
     if not bool(q.isfinite().all() and k.isfinite().all()):
         raise ValueError(f"weight: with points {s:g} from their middle, {quote(weight)} is too large for factors of {dtype}")
     return lowrank(q, k)
 
 
 def block_of(rank: int) -> int:
-    """The columns that a kernel multiplies for so many: a power of two from 16."""
+    """The columns that a kernel multiplies for this rank: the next power of two, at least 16."""
     return max(16, 1 << (rank - 1).bit_length())
 
 

@@ -1,4 +1,4 @@
-"""The kinds of bias, each as plain data that gives any block of itself, and the functions that make and check them."""
+"""The kinds of bias, as plain data that can compute any block of the bias, and the functions that make and check them."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -7,43 +7,43 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokquant.autocast import in_their_types
+from tokquant.autocast import no_autocast
 from tokquant.whole_numbers import whole_number
 
 Kind = Literal["alibi", "key_vector", "lowrank", "dense"]
 
 STEEPEST = 64.0
-"""The largest slope: kernels add up to 128 times as much to logits in float32. At that, a query hardly sees a second key."""
+"""The largest slope. Kernels add up to 128 times the slope to float32 logits. At this one a query hardly sees a second key."""
 
 
 class Bias(ABC):
     """A bias of one of the kinds below."""
 
     kind: ClassVar[Kind]
-    __dataclass_fields__: ClassVar[dict[str, Any]]  # each kind is one
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # each kind is a dataclass
 
     @abstractmethod
     def expand(self, b: int, heads: int, n_q: int, n_k: int) -> "Bias":
-        """The same for these sizes, without copies. Raises ValueError where it does not broadcast to them."""
+        """This bias expanded to these sizes without copies. Raises ValueError if it does not broadcast to them."""
 
     @abstractmethod
     def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
-        """Values of these queries and keys, broadcastable to `[B, H_q, rows, keys]`."""
+        """The values for these queries and keys, broadcastable to `[B, H_q, rows, keys]`."""
 
     @abstractmethod
     def of_sequence(self, queries: slice, keys: slice) -> "Bias":
-        """Its part for one of several sequences that lie one after another. Raises ValueError where it has none."""
+        """The bias of one of several concatenated sequences. Raises ValueError for a dense bias."""
 
     @abstractmethod
     def of_heads(self, heads: slice) -> "Bias":
-        """Its part for some heads of Q, once it is expanded."""
+        """The expanded bias for a slice of Q's heads."""
 
     def terms(self, rows: slice, keys: slice, n_q: int, n_k: int) -> Tensor:
-        """What `block` is summed from: magnitudes, float64, that a kernel's rounding is a share of."""
+        """Magnitudes of the terms that `block` sums, float64: a kernel's rounding error is relative to them."""
         return self.block(rows, keys, n_q, n_k, torch.float64).abs()
 
     def tensors(self) -> list[Tensor]:
-        """What it keeps in memory."""
+        """The tensors that the bias holds."""
         return [x for x in (getattr(self, name) for name in self.__dataclass_fields__) if isinstance(x, Tensor)]
 
 
@@ -107,7 +107,7 @@ class LowRank(Bias):
     k_factors: Tensor
     """Broadcastable to `[B, H_q, N_k, R]`, of the same type."""
     energy: Tensor | None = None
-    """Of `svd`: the share of the squared singular values that is kept, of each head."""
+    """From `svd`: the share of the squared singular values that each head keeps."""
 
     @property
     def rank(self) -> int:
@@ -125,7 +125,7 @@ class LowRank(Bias):
         return replace(self, q_factors=self.q_factors[:, heads], k_factors=self.k_factors[:, heads])
 
     def block(self, rows: slice, keys: slice, n_q: int, n_k: int, dtype: torch.dtype) -> Tensor:
-        with in_their_types(self.q_factors.device):
+        with no_autocast(self.q_factors.device):
             return self.q_factors[..., rows, :].to(dtype) @ self.k_factors[..., keys, :].to(dtype).mT
 
     def terms(self, rows: slice, keys: slice, n_q: int, n_k: int) -> Tensor:
@@ -154,15 +154,15 @@ class Dense(Bias):
         return self.values[..., rows, keys].to(dtype)
 
 
-KINDS: dict[str, Any] = {each.kind: each for each in (Alibi, KeyVector, LowRank, Dense)}
-"""Each is made of what its `tensors` gave, in that order."""
+KINDS: dict[str, Any] = {bias.kind: bias for bias in (Alibi, KeyVector, LowRank, Dense)}
+"""The classes by `kind`. Each can be constructed from the result of its `tensors`, in that order."""
 
 
 def alibi(slopes: Tensor) -> Alibi:
     """ALiBi (Press et al., arXiv 2108.12409): -slope * |i + N_k - N_q - j|, so -slope * (i - j) where it is causal.
 
     Args:
-        slopes: `[H_q]`, finite and at most 64 in magnitude; `alibi_slopes(H_q)` are the paper's.
+        slopes: `[H_q]`, finite and at most 64 in magnitude; `alibi_slopes(H_q)` gives those of the paper.
 
     Raises TypeError, ValueError.
     """
@@ -177,7 +177,8 @@ def alibi(slopes: Tensor) -> Alibi:
 def alibi_slopes(heads: int, device: torch.device | str | None = None) -> Tensor:
     """The slopes of ALiBi's paper, `[heads]` float32: 2^(-8 / heads) and its powers.
 
-    Where heads is no power of two: those of the next lower one, p, then every other one of 2 p, as in the authors' code.
+    If heads is not a power of two: the slopes for the next lower power p, then every other slope for 2 p, as in the authors'
+    code.
     """
     heads = whole_number("heads", heads, 1)
     p = 1 << (heads.bit_length() - 1)
@@ -194,8 +195,8 @@ def key_vector(values: Tensor) -> KeyVector:
 def lowrank(q_factors: Tensor, k_factors: Tensor) -> LowRank:
     """q_factors `[B | 1, H_q | 1, N_q, R]` times k_factors `[B | 1, H_q | 1, N_k, R]` (FlashBias, arXiv 2505.12044).
 
-    A second product, of 16-bit factors on tensor cores, added to the scaled scores in float32: it never shares a scale with
-    Q and K. R of 16, 32, 64 and 128 load fastest. Raises TypeError, ValueError.
+    Tensor cores multiply the 16-bit factors in a second product, which is added to the scaled scores in float32, so the factors
+    share no scale with Q and K. Ranks of 16, 32, 64 and 128 load fastest. Raises TypeError, ValueError.
     """
     for name, x in (("q_factors", q_factors), ("k_factors", k_factors)):
         check_floats(name, x)
@@ -223,7 +224,7 @@ def check_floats(name: str, x: object) -> None:
 
 def check_sixteen_bits(name: str, dtype: torch.dtype) -> None:
     if dtype not in (torch.float16, torch.bfloat16):
-        # tensor cores would take float32 as TF32, which has no more digits than float16 and looks as if it had
+        # tensor cores would multiply float32 as TF32, which has no more digits than float16
         raise TypeError(
             f"{name}: {dtype} is not supported; use float16 or bfloat16. What needs more digits can be split into a high "
             "and a low part as further columns, as bias.squared_distance does"

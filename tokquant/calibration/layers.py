@@ -60,7 +60,7 @@ class Layer:
             observed[name] = framed[role].apply(tensors[role]) if kind == "scale" else tensors[role]
             if kind == "balance":
                 observed[name] = tensors["q"], Frame(offset=framed["k"].offset).apply(tensors["k"])
-            if kind == "scale" and framed[role].turns and not bool(observed[name].isfinite().all()):
+            if kind == "scale" and framed[role].changes and not bool(observed[name].isfinite().all()):
                 raise ValueError(f"{role}: holds a value that is not finite once it is balanced or rotated")
         for name, part in self.parts.items():
             part.observe(observed[name])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokquant.autocast import as_torch_takes_them
+from tokquant.autocast import cast_by_autocast
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 OF_MODULE = torch.nn.functional.multi_head_attention_forward
@@ -51,7 +51,7 @@ class Watcher(TorchFunctionMode):
                 return without_dispatch(func)(*args, **kwargs)
         out = func(*args, **kwargs)
         if func is ATTENTION and self.running:
-            self._attended(*as_torch_takes_them(*_operands(*args, **kwargs)))
+            self._attended(*cast_by_autocast(*_operands(*args, **kwargs)))
         return out
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor) -> None:

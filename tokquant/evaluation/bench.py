@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokquant.attention import attention as attend
-from tokquant.attention import choose_backend, quantize, quantizing
+from tokquant.attention import choose_backend, quantize, quantizing_backend
 from tokquant.calibration.scales import LayerScales
 from tokquant.decode import decode as decode_cache
 from tokquant.errors import SchemeError, first_line, quote
@@ -133,7 +133,7 @@ def attention(shape: Shape, schemes: Sequence[QuantScheme | str], *, device: tor
         whole = partial(attend, q, k, v, scheme, causal=causal, scales=scales)
         found: Providers = {
             name: Provider(partial(attend, *codes, scheme, causal=causal), work, units),
-            f"{name}, with quantization": Provider(partial(whole, backend=quantizing("auto", device)), work),
+            f"{name}, with quantization": Provider(partial(whole, backend=quantizing_backend("auto", device)), work),
         }
         return found | ({f"{name}, auto": Provider(whole, work)} if device.type == "cuda" else {})
 

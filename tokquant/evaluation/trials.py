@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokquant import reference
-from tokquant.attention import attention, check_heads, quantizing, ranges
+from tokquant.attention import attention, check_heads, quantizing_backend, ranges
 from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import LayerScales, needed
 from tokquant.errors import SchemeError, quote
@@ -172,7 +172,7 @@ def _bits(q: Tensor, k: Tensor, scheme: LayerScheme, cost: str) -> float:
 def _measured_ms(q: Tensor, k: Tensor, v: Tensor, scheme: LayerScheme, features: dict[str, Any]) -> float:
     """Milliseconds of attention with quantization, measured."""
     scales = scales_for(scheme, q, k, v)
-    own = quantizing("auto", q.device)
+    own = quantizing_backend("auto", q.device)
     [found] = interleaved_medians([partial(attention, q, k, v, scheme, scales=scales, backend=own, **features)], 3, q.device)
     return found
 

@@ -32,7 +32,7 @@ from tokquant.schemes import QuantScheme
 from tokquant.schemes.granularity import WHOLE
 from tokquant.schemes.placement import needs_query_sums
 from tokquant.schemes.scheme import SCALE_TYPES
-from tokquant.tensor import QuantizedTensor, met
+from tokquant.tensor import QuantizedTensor, product_values
 from tokquant.transforms import Frame
 
 
@@ -112,7 +112,7 @@ class Run:
             return replace(queries(q, frame, k, self.scheme, self.scales), scheme=self.scheme)
         qq = self._coded(q, turned, task, k_offset, k_origin)
         if needs_query_sums(self.scheme) and not task.code_sum:
-            qq = replace(qq, code_sum=met(qq).sum(dim=-1, keepdim=True))
+            qq = replace(qq, code_sum=product_values(qq).sum(dim=-1, keepdim=True))
         return qq
 
     def values(self, v: Tensor, frame: Frame) -> QuantizedTensor:

@@ -63,7 +63,7 @@ def together(
         q_frame, k_frame = Frame(rotated=rotated), Frame(_offsets(k, starts[1], scheme.k, scales), rotated=rotated)
         v_frame = Frame(_offsets(v, starts[1], scheme.v, scales), rotated=scheme.rotate_v == "hadamard")
         for role, x, frame in (("q", q, q_frame), ("k", k, k_frame), ("v", v, v_frame)):
-            if (getattr(scheme, role).scaled or frame.turns) and keys.task(role, x, frame) is None:
+            if (getattr(scheme, role).scaled or frame.changes) and keys.task(role, x, frame) is None:
                 return None
         kq, vq = keys.keys(k, k_frame), keys.values(v, v_frame)
         qq = queries.queries(q, q_frame, kq)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokquant.attention import Part, Scheme, check_operands, operands_of, quantize, ranges, scheme_of
-from tokquant.autocast import in_their_types
+from tokquant.autocast import no_autocast
 from tokquant.bias import Bias
 from tokquant.calibration.scales import LayerScales
 from tokquant.evaluation.bound import float32
@@ -105,7 +105,7 @@ def _bound(operands: Part, features: Features, tensors: tuple[Tensor, Tensor, Te
     q, k, v, scheme = operands
     b, heads, n_q = q.shape[:3]
     parts = {each.name: torch.empty(b, heads, n_q, dtype=torch.float64, device=q.device) for each in fields(Bound)}
-    with in_their_types(q.device):
+    with no_autocast(q.device):
         certificate = _Certificate(q, k, v, scheme, features, known(q, k, v, tensors))
         for rows in row_chunks(n_q, b * heads * k.shape[2]):
             for name, part in certificate.rows(rows).items():

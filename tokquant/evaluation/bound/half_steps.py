@@ -22,7 +22,7 @@ def half_steps(x: QuantizedTensor) -> Tensor:
     """
     values = decoded(x)
     if x.scale is None:
-        if x.stored == x.dtype and not x.frame.turns:
+        if x.stored == x.dtype and not x.frame.changes:
             return torch.zeros_like(values)
         steps = rounding_of(values, x.stored)
     else:
@@ -31,7 +31,7 @@ def half_steps(x: QuantizedTensor) -> Tensor:
             steps = steps + rounding_of(values, x.dtype)
     # the rounding of the division by the scale, and of float32 in the change of frame
     steps = steps * (1 + 2.0**-20) + 2.0**-22 * values.abs()
-    if x.frame.turns:
+    if x.frame.changes:
         reach = values.norm(dim=-1, keepdim=True)
         if x.offset is not None:
             turned = x.frame.apply(torch.zeros(x.shape, device=x.device))

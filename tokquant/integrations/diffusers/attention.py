@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tokquant.attention import Backend, attention, check_backend, check_heads, check_scales, quantizing
-from tokquant.autocast import as_torch_takes_them
+from tokquant.attention import Backend, attention, check_backend, check_heads, check_scales, quantizing_backend
+from tokquant.autocast import cast_by_autocast
 from tokquant.calibration.scales import LayerScales
 from tokquant.errors import UnsupportedError, quote
 from tokquant.schemes import HeadSchemes, LayerScheme
@@ -50,9 +50,9 @@ def function_of(scheme: LayerScheme, scales: LayerScales | None, backend: Backen
             )
         if not enable_gqa and query.shape[2] != key.shape[2]:
             raise ValueError(f"key: {key.shape[2]} heads, and query has {query.shape[2]}; give enable_gqa=True if they share")
-        q, k, v = (x.transpose(1, 2) for x in as_torch_takes_them(query, key, value))
+        q, k, v = (x.transpose(1, 2) for x in cast_by_autocast(query, key, value))
         mask = _mask(attn_mask, q.shape[0], k.shape[2])
-        own = quantizing(backend, q.device)
+        own = quantizing_backend(backend, q.device)
         features: dict[str, Any] = dict(causal=is_causal, scale=scale, mask=mask, scales=scales, backend=own)
         if return_lse:
             out, lse = attention(q, k, v, scheme, return_lse=True, **features)

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokquant import bias, operators
-from tokquant.attention import attention, quantizing
-from tokquant.autocast import as_torch_takes_them
+from tokquant.attention import attention, quantizing_backend
+from tokquant.autocast import cast_by_autocast
 from tokquant.errors import UnsupportedError
 from tokquant.integrations.transformers.cache_layer import Appended
 from tokquant.integrations.transformers.masks import Ordered
@@ -91,7 +91,7 @@ def _attend(
                     "attention_mask: a TokquantCache is attended to causally, within windows and without padding, and by "
                     "nothing else; leave it out (for cross attention: EncoderDecoderCache(TokquantCache(...), DynamicCache()))"
                 )
-            (query,) = as_torch_takes_them(query)
+            (query,) = cast_by_autocast(query)
             out = key.attend(query, place.name, tokens, **features)
         else:
             assert not isinstance(value, Appended)
@@ -100,14 +100,14 @@ def _attend(
                 raise UnsupportedError(
                     f"head_dim: that of query, key and value is {sizes}; tokquant takes one size for all three"
                 )
-            query, key, value = as_torch_takes_them(query, key, value)
+            query, key, value = cast_by_autocast(query, key, value)
             if setting.observe is not None:
                 setting.observe(place.name, query.detach(), key.detach(), value.detach())
             if position_bias is not None:
                 features["bias"] = bias.dense(position_bias[..., : key.shape[2]])
             mask = attention_mask if not causal else None if tokens is None else tokens[:, None, None]
             scales = None if setting.scales is None else setting.scales.get(place.name)
-            features |= dict(causal=causal, mask=mask, scales=scales, backend=quantizing(setting.backend, query.device))
+            features |= dict(causal=causal, mask=mask, scales=scales, backend=quantizing_backend(setting.backend, query.device))
             # layers that differ only in their names share one compiled graph
             layer = place.name if setting.by_name else None
             out = attention(query, key, value, setting.scheme, layer=layer, **features)  # type: ignore[assignment]

@@ -9,7 +9,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from tokquant.attention import Backend, Scheme
-from tokquant.autocast import as_torch_takes_them
+from tokquant.autocast import cast_by_autocast
 from tokquant.calibration.scales import Scales
 from tokquant.errors import SchemeError, UnsupportedError
 from tokquant.integrations.transformers import cache_operator
@@ -97,7 +97,7 @@ class TokquantCache(Cache):
             raise ValueError(f"past_key_values: has {len(self.layers)} layers, and the model more; make a cache of this model")
         if not isinstance(self.layers[layer_idx], TokquantLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        both = Appended(self, layer_idx, *as_torch_takes_them(key_states, value_states))
+        both = Appended(self, layer_idx, *cast_by_autocast(key_states, value_states))
         return both, both
 
     def attend(

@@ -21,7 +21,7 @@ from tokquant.kernels.cpu.plan import CpuPlan, plan
 from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import QuantScheme
 from tokquant.schemes.placement import as_bytes, place
-from tokquant.tensor import QuantizedTensor, in_blocks, met
+from tokquant.tensor import QuantizedTensor, in_blocks, product_values
 
 Arguments = dict[str, Tensor | int | None]
 """Arguments of a kernel, by their names in its text."""
@@ -125,7 +125,7 @@ def _q_in_products(q: QuantizedTensor, scheme: QuantScheme) -> Tensor:
         return PREPARED[q]
     if as_bytes(scheme, "k"):
         return q.codes if q.codes.dtype == torch.int8 else q.stored_values().to(torch.int8)
-    return met(q)
+    return product_values(q)
 
 
 def _keys(k: QuantizedTensor, scheme: QuantScheme) -> Arguments:

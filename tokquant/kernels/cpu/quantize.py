@@ -18,13 +18,13 @@ from tokquant.kernels.cpu.bound import BoundKernel
 from tokquant.kernels.cpu.launch import PREPARED
 from tokquant.kernels.cpu.quantize_plan import Task, plan, task_of
 from tokquant.kernels.launch import Operands
-from tokquant.quantize import frames, keys, less_offset, log2_weight, of_keys, values
+from tokquant.quantize import frames, keys, log2_weight, of_keys, values, without_offset
 from tokquant.quantize import quantize_operands as define
 from tokquant.quantize import queries as define_queries
 from tokquant.schemes import Operand, QuantScheme
 from tokquant.schemes.placement import needs_query_sums
 from tokquant.schemes.scheme import SCALE_TYPES
-from tokquant.tensor import QuantizedTensor, in_blocks, met
+from tokquant.tensor import QuantizedTensor, in_blocks, product_values
 from tokquant.transforms import Frame
 
 Tensors = Mapping[str, Tensor | None]
@@ -76,7 +76,7 @@ class _Run:
             return in_blocks(keys(k, frame, self.scheme, self.scales), self.scheme)
         kq = self._quantize(k, frame, task)
         if self.scheme.q.smooth == "block_mean":
-            kq = replace(kq, companion=less_offset(k, frame))
+            kq = replace(kq, companion=without_offset(k, frame))
         return kq
 
     def queries(self, q: Tensor, frame: Frame, k: QuantizedTensor) -> QuantizedTensor:
@@ -92,7 +92,7 @@ class _Run:
         fields = {"logit_offset": logit_offset, "code_sum": code_sum}
         qq = self._quantize(q, turned, task, fields, {"k_offset": k_offset, "k_origin": k_origin, "met": unpacked})
         if needs_query_sums(self.scheme) and code_sum is None:
-            qq = replace(qq, code_sum=met(qq).sum(dim=-1, keepdim=True))
+            qq = replace(qq, code_sum=product_values(qq).sum(dim=-1, keepdim=True))
         if unpacked is not None:
             PREPARED[qq] = unpacked
         return qq
