@@ -136,7 +136,7 @@ def test_integer_scores_of_a_kernel_and_the_emulation_are_equal(a, b):
     holes = [dict(made.holes)[name] for name in ("decode_q", "lay_q", "decode_k", "lay_k", "product_k")]
     out = torch.full((64, 64), float("nan"))
     q, k = operands[0].codes[0, 0], operands[1].codes[0, 0]
-    if dict(made.constants)["PLANES"] == "True":
+    if made.constants["PLANES"]:
         q = q.reshape(64, -1, operands[1].spec.format.packed).mT.reshape(64, 128).contiguous()
     scores_of_a_tile[(1,)](q, k, out, *holes, 64, q.shape[1], k.shape[1])
     assert torch.equal(out.int(), integer_scores(operands[0], operands[1])[0, 0])

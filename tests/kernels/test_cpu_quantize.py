@@ -375,7 +375,7 @@ EVERYTHING = dict(offset_tokens=128, balanced=True, rotated=True, folded=True, k
 def test_the_template_has_a_default_for_every_constant_of_a_plan():
     head = (generate.HERE / "quantize.cpp").read_text().split('#include "lanes.h"')[0]
     written = {m["name"] for m in map(generate.CONSTANT.fullmatch, head.splitlines()) if m}
-    assert written == dict(quantize_plan.plan(task_of("k", "int8"), "portable").constants).keys()
+    assert written == quantize_plan.plan(task_of("k", "int8"), "portable").constants.keys()
 
 
 def warnings_of(path):

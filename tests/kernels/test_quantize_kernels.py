@@ -78,7 +78,7 @@ def test_scales_of_more_tiles_than_are_read_at_once_are_those_of_the_definition(
     quantize_plan.scales_plan.cache_clear()
     scales = [plan for plan in started if plan.name.startswith("scales")]
     tiles = min(n, 512 if "block" in words else n) // 128 * (2 * heads if "tensor" in words else 1)
-    assert [tiles > int(dict(plan.constants)["ROWS"]) for plan in scales] == [True, True]
+    assert [tiles > plan.constants["ROWS"] for plan in scales] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from tokquant.errors import UnsupportedError
 from tokquant.io_model.workload import Pairs, Walk, Workload
 from tokquant.kernels.compile import Kernel
 from tokquant.kernels.decode_plan import DecodePlan
-from tokquant.kernels.plan import Plan
 from tokquant.kernels.signature import POINTERS, arguments
 
 BYTES = {pointer: dtype.itemsize for dtype, pointer in POINTERS.items()}
@@ -75,15 +74,9 @@ def traffic(kernel: Kernel, workload: Workload) -> Traffic:
     workload.kv_heads(kernel)
     widths = _widths(kernel, workload)
     moved: dict[str, int] = {}
-    for tensor, elements in _elements(_constants(kernel.plan), Walk.of(kernel, workload), workload):
+    for tensor, elements in _elements(kernel.plan.constants, Walk.of(kernel, workload), workload):
         moved[tensor] = moved.get(tensor, 0) + workload.batch * workload.heads * elements * widths[tensor]
     return Traffic(moved)
-
-
-def _constants(plan: Plan) -> dict[str, Any]:
-    """The plan's constants as Python values; names of types stay text."""
-    words = {"True": True, "False": False}
-    return {name: words.get(text, int(text) if text.isdigit() else text) for name, text in plan.constants}
 
 
 def _widths(kernel: Kernel, workload: Workload) -> dict[str, int]:
@@ -101,7 +94,7 @@ def _widths(kernel: Kernel, workload: Workload) -> dict[str, int]:
     return found
 
 
-def _elements(c: dict[str, Any], walk: Walk, workload: Workload) -> Iterator[tuple[str, int]]:
+def _elements(c: Mapping[str, Any], walk: Walk, workload: Workload) -> Iterator[tuple[str, int]]:
     """Each load and store of the template, in its order: the tensor, and the elements moved over all blocks of one head."""
     d, blocks, tiles, rows, keys = c["D"], len(walk.rows), int(walk.tiles.sum()), int(walk.rows.sum()), int(walk.keys.sum())
 

@@ -86,7 +86,7 @@ class Workload:
 
 def shared_heads(kernel: Kernel, heads: int) -> int:
     """Heads of Q that share one of K and V in a kernel. Raises ValueError where that does not divide `heads`."""
-    shared = int(dict(kernel.plan.constants)["SHARED_HEADS"])
+    shared: int = kernel.plan.constants["SHARED_HEADS"]
     if heads % shared:
         raise ValueError(f"heads: {heads} is no multiple of the {shared} that share one of K and V in this kernel")
     return shared

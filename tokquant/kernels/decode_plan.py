@@ -91,7 +91,7 @@ def decode_plan(
     q, k, v = scheme.q, scheme.k, scheme.v
     at = dict(base.places)
     constants: dict[str, Any] = dict(base.constants)
-    padded = int(constants["D_TILE"])
+    padded = constants["D_TILE"]
     tile = _key_tile(scheme, page)
     together = k.format.packed if q.format.packed in (1, k.format.packed) else 1
     tokens_last = eight_bits(base)
@@ -136,9 +136,9 @@ def decode_plan(
             f"{role}_COLUMNS": columns,
             f"{role}_STEP": min(tokens, tile),
             f"{role}_PARTS": padded if channels == 1 else max(1, padded // channels),
-            f"{role}_BY_CHANNEL": constants[f"{role}_DECODED"] == "True" and channels == 1,
+            f"{role}_BY_CHANNEL": constants[f"{role}_DECODED"] and channels == 1,
         }
-    constants |= {name: value if isinstance(value, str) else repr(value) for name, value in added.items()}
+    constants |= added
     spans = tile > page
     holes = dict(base.holes)
     for hole in ("scale_scores", "address_v"):
@@ -166,7 +166,7 @@ def decode_plan(
         name=base.name.replace("attention", "decode"),
         title=f"{base.title}; pages of {page}",
         holes=tuple(holes.items()),
-        constants=tuple(constants.items()),
+        constants=constants,
         products=base.products,
         candidates=_candidates(base, 16 if rows <= 16 else 32 if rows <= 32 else 64, tile, padded, target),
         places=base.places,

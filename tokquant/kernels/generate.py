@@ -10,6 +10,7 @@ import inspect
 import linecache
 import re
 import types
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,10 @@ TEMPLATES = {
 def render(plan: Plan | QuantizePlan, loop: Loop = "portable") -> str:
     """The source of the plan's kernel with this main loop."""
     module, kernel, arguments, language, functions = _template(plan, loop)
-    constants = dict(plan.constants)
-    body = _without_dead_branches(_source(kernel, plan.name), constants)
+    body = _without_dead_branches(_source(kernel, plan.name), plan.constants)
     for piece in reversed(getattr(module, "KERNEL", ())):
         if re.search(rf"\b{piece.__name__}\b", body):
-            body = f"{_without_dead_branches(_text(_function(piece)), constants)}\n\n{body}"
+            body = f"{_without_dead_branches(_text(_function(piece)), plan.constants)}\n\n{body}"
     pieces = [_text(argument) for argument in arguments]
     for part in _used(functions, body):
         pieces.append(f"# {_function(part).__module__}\n{_source(part, _function(part).__name__)}")
@@ -72,8 +72,8 @@ def render(plan: Plan | QuantizePlan, loop: Loop = "portable") -> str:
     pieces.append(f"# {module.__name__}\n{body}")
     comments = _constant_comments(module)
     lines = [
-        f"{name} = tl.constexpr({value}){comments.get(name, '')}"
-        for name, value in constants.items()
+        f"{name} = tl.constexpr({value if isinstance(value, str) else repr(value)}){comments.get(name, '')}"
+        for name, value in plan.constants.items()
         if re.search(rf"\b{name}\b", body)
     ]
     header = HEADER.format(title=plan.title, launch=_launch(plan, loop), language=language)
@@ -119,7 +119,7 @@ def _launch(plan: Plan | QuantizePlan, loop: Loop) -> str:
         )
     tiles = " or ".join(str(tile) for tile in sorted({config.block_n for config in plan.candidates if config.loop == loop}))
     grid = "(cdiv(n_q, BLOCK_M), heads, batch)"
-    if dict(plan.constants)["RIGHT"] == "True":
+    if plan.constants["RIGHT"]:
         grid = "(side, cdiv(n_q, BLOCK_M), batch * heads // side), of all heads as many side by side"
     words = [
         f"Grid: {grid}; `heads` are q's.",
@@ -127,7 +127,7 @@ def _launch(plan: Plan | QuantizePlan, loop: Loop) -> str:
     ]
     if loop == "hopper":
         words += ["STAGES: tiles that a ring holds, from 2. Rows of codes begin at multiples of 16 bytes."]
-    if dict(plan.constants)["TOKENS_LAST"] == "True":
+    if plan.constants["TOKENS_LAST"]:
         words += ["V's codes lie [B, H, D, N], as tokquant.tensor.tokens_last pads and orders them."]
     return "\n".join(words) + "\n\n"
 
@@ -173,7 +173,7 @@ def _constant_comments(module: types.ModuleType) -> dict[str, str]:
     return {m[1]: m[2] for m in re.finditer(r"(?m)^(\w+) = tl\.constexpr\([^#\n]*\)(  #.*)$", _text(module))}
 
 
-def _without_dead_branches(text: str, constants: dict[str, str]) -> str:
+def _without_dead_branches(text: str, constants: Mapping[str, Any]) -> str:
     """`text` with every `if CONSTANT:` resolved: dead bodies are removed, live ones lose the `if` and one indent."""
     lines = text.splitlines(keepends=True)
     for node in ast.walk(ast.parse(text)):
@@ -184,5 +184,5 @@ def _without_dead_branches(text: str, constants: dict[str, str]) -> str:
         branch = range(node.lineno, node.end_lineno)
         lines[node.lineno - 1] = ""
         for index in branch:
-            lines[index] = lines[index].removeprefix("    ") if constants[node.test.id] == "True" else ""
+            lines[index] = lines[index].removeprefix("    ") if constants[node.test.id] else ""
     return "".join(lines)

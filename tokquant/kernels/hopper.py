@@ -29,22 +29,22 @@ def takes(plan: "Plan", scheme: QuantScheme) -> bool:
     It takes Q and K in 8 bits; P and V in 8 bits with V's tokens side by side, or in the tensors' own 16-bit type; head_dim 64
     or 128; and no feature that changes scores but a causal mask.
     """
-    constants, holes = dict(plan.constants), dict(plan.holes)
+    constants, holes = plan.constants, dict(plan.holes)
     return (
-        constants["D"] in ("64", "128")
-        and all(kind in EIGHT for kind in plan.products[: 4 if constants["TOKENS_LAST"] == "True" else 2])
+        constants["D"] in (64, 128)
+        and all(kind in EIGHT for kind in plan.products[: 4 if constants["TOKENS_LAST"] else 2])
         and (
-            constants["TOKENS_LAST"] == "True"
+            constants["TOKENS_LAST"]
             # fewer bits would have to be decoded first
             or (scheme.v.format.bits == 16 and plan.products[3] == constants["OWN_TYPE"] in SIXTEEN)
         )
         and all(holes[f"decode_{role}"] in AS_STORED for role in "qkv")
-        and all(constants[name] == "False" for name in ABSENT)
+        and not any(constants[name] for name in ABSENT)
         # this loop sums P before it is rounded to a float, and `fragments.rounded` after
         and holes["count"] in (fragments.exact, fragments.nearest_integers)
         # per-tile scales are copied in words of 32 bits
-        and not (constants["K_PER_KEY"] == "True" and scheme.k.scale_dtype != "fp32")
-        and not (constants["V_PER_TILE"] == "True" and scheme.v.scale_dtype != "fp32")
+        and not (constants["K_PER_KEY"] and scheme.k.scale_dtype != "fp32")
+        and not (constants["V_PER_TILE"] and scheme.v.scale_dtype != "fp32")
     )
 
 

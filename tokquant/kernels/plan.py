@@ -1,6 +1,7 @@
 """Makes all decisions about an attention kernel: from a scheme, the tensors' types and a target to its holes and constants."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
@@ -38,8 +39,8 @@ class Plan:
     title: str
     holes: tuple[tuple[str, Any], ...]
     """(hole of the template, fragment that fills it)."""
-    constants: tuple[tuple[str, str], ...]
-    """(constexpr of the template, its value as text)."""
+    constants: Mapping[str, Any]
+    """The template's constexprs: values in bool, int and float, types as Triton names them. A constant always has one kind."""
     products: tuple[str, str, str, str]
     """The types that q, k, p and v have in their products, as Triton's names."""
     candidates: tuple[Config, ...]
@@ -57,7 +58,7 @@ class Plan:
     @cached_property
     def _hash(self) -> int:
         # cached, as every launch looks its kernel up
-        return hash((self.name, self.holes, self.constants, self.candidates))
+        return hash((self.name, self.holes, tuple(self.constants.items()), self.candidates))
 
     @property
     def config(self) -> Config:
@@ -70,7 +71,7 @@ class Plan:
         units = (("Q K^T", q), ("P V", v))
         words = {name: UNITS.get(kind, f"{kind.removeprefix('tl.')} tensor cores") for name, kind in units}
         words |= {f"scale of {role}": f"{PLACES[at][0]}: {PLACES[at][1]}" for role, at in self.places}
-        if dict(self.constants)["LOG2_LARGEST"] == "0.0":
+        if self.constants["LOG2_LARGEST"] == 0:
             words["scale of p"] = "none: the values are rounded to its type"
         elif dict(self.holes)["row_reference"] is fragments.tile_maximum:
             words["scale of p"] = f"the row's maximum in each tile of {self.config.block_n} keys"
@@ -197,7 +198,7 @@ def plan(
         name=f"attention_{precision_names}",
         title=_title(scheme, head_dim, wanted),
         holes=tuple(filled.items()),
-        constants=tuple((name, value if isinstance(value, str) else repr(value)) for name, value in constants.items()),
+        constants=constants,
         products=(types["q"], types["k"], types["p"], types["v"]),
         places=tuple(at.items()),
         candidates=candidates(

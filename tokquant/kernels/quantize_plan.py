@@ -1,5 +1,6 @@
 """Plans quantization kernels: their fragments, constants, and the tokens that a program takes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -25,7 +26,7 @@ class QuantizePlan:
     name: str
     title: str
     holes: tuple[tuple[str, Any], ...]
-    constants: tuple[tuple[str, str], ...]
+    constants: Mapping[str, Any]
     tokens: int
     """Tokens of one head that a program takes."""
     num_warps: int
@@ -38,7 +39,7 @@ class QuantizePlan:
     @cached_property
     def _hash(self) -> int:
         # cached, as every launch looks its kernel up
-        return hash((self.name, self.holes, self.constants))
+        return hash((self.name, self.holes, tuple(self.constants.items())))
 
     def options(self) -> dict[str, Any]:
         """Options of Triton's compiler: without FMA contraction, as torch rounds after each multiplication."""
@@ -139,7 +140,7 @@ def plan(task: Task) -> QuantizePlan:
         name=f"quantize_{spec.role}_{spec.precision}" if codes else f"extremes_of_{spec.role}",
         title=_title(task),
         holes=tuple(holes.items()),
-        constants=tuple((name, value if isinstance(value, str) else repr(value)) for name, value in constants.items()),
+        constants=constants,
         tokens=tokens,
         num_warps=min(8, max(4, tokens * padded // 2048)),
         checked=bool(constants["CHECK_SCALE"] or constants["CHECK_FP16"]),
@@ -169,7 +170,7 @@ def scales_plan(task: Task) -> ScalesPlan:
         name=f"scales_of_{spec.role}",
         title=f"scales of {spec.role} {spec}, of the extremes of tiles",
         holes=tuple(_rounding(spec).items()),
-        constants=tuple((name, repr(value)) for name, value in constants.items()),
+        constants=constants,
         tokens=0,
         num_warps=4,
         checked=constants["CHECK_SCALE"],

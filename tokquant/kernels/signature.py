@@ -26,7 +26,7 @@ SCALE_POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "fp8_e4m3": "*fp8e4nv"}
 
 def arguments(kernel: "Kernel") -> dict[str, Any]:
     """Name -> type of each argument except the constexpr ones; None for an argument that the kernel does not use."""
-    wanted, constants = kernel.wanted, dict(kernel.plan.constants)
+    wanted, constants = kernel.wanted, kernel.plan.constants
     mask = {"none": None, "boolean": "*u8", "additive": "*fp32"}[wanted.mask]
     features = Features(
         "i32" if wanted.left else None,
@@ -42,7 +42,7 @@ def arguments(kernel: "Kernel") -> dict[str, Any]:
         return {
             "Q": _operand(kernel, "q"),
             **{role.upper(): _pages(kernel, role) for role in "kv"},
-            "T": Table(table="*i32", row="i32", lengths="*i32", newer="*i32" if constants["NEWER"] == "True" else None),
+            "T": Table(table="*i32", row="i32", lengths="*i32", newer="*i32" if constants["NEWER"] else None),
             "Out": "*fp32",
             "Lse": "*fp32",
             "F": features,
@@ -88,7 +88,7 @@ def _bias(kernel: "Kernel") -> dict[str, str]:
 def _operand(kernel: "Kernel", role: str) -> Operand:
     operand, at = getattr(kernel.scheme, role), place(getattr(kernel.scheme, role))
     scale = SCALE_POINTERS[operand.scale_dtype] if operand.scaled else None
-    constants = dict(kernel.plan.constants)
+    constants = kernel.plan.constants
     offset = sixteen_bit(kernel.dtype) if operand.smooth != "none" and role != "k" else None
     return Operand(
         codes=_codes(kernel, role),
@@ -101,8 +101,8 @@ def _operand(kernel: "Kernel", role: str) -> Operand:
         scale_head="i32" if scale else None,
         scale_row="i32" if scale else None,
         offset=POINTERS[offset] if offset else None,
-        code_sum="*fp32" if role == "q" and constants["K_ZERO"] == "True" else None,
-        correction="*fp32" if role == "v" and constants["UNSIGNED_P"] == "True" else None,
+        code_sum="*fp32" if role == "q" and constants["K_ZERO"] else None,
+        correction="*fp32" if role == "v" and constants["UNSIGNED_P"] else None,
         log2_weight="*fp32" if at == "p" else None,
         inverse_weight="*fp32" if at == "p" else None,
         logit_offset="*fp32" if role == "q" and lowers_logits(kernel.scheme) else None,

@@ -1,6 +1,7 @@
 """Makes all decisions about a C++ attention kernel: from a scheme and features to its constants and fragments."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -35,8 +36,8 @@ class CpuPlan:
 
     name: str
     title: str
-    constants: tuple[tuple[str, str], ...]
-    """Names and values in C++. Those that turn parts of the template on or off are 0 or 1."""
+    constants: Mapping[str, Any]
+    """The template's constants: values in bool, int and float, types as C++ names them. A constant always has one kind."""
     fragments: tuple[tuple[str, str], ...]
     """Functions of the template and the C++ that replaces them: for example, that rounds P or decodes codes of K and V."""
     instructions: str
@@ -52,7 +53,7 @@ class CpuPlan:
     @cached_property
     def _hash(self) -> int:
         # cached, as every call looks its kernel up
-        return hash((self.name, self.constants, self.fragments, self.instructions, self.template, self.flags))
+        return hash((self.name, tuple(self.constants.items()), self.fragments, self.instructions, self.template, self.flags))
 
     def __repr__(self) -> str:
         return f"<plan {self.name} for {self.instructions}: {self.title}>"
@@ -91,7 +92,7 @@ def plan(
     v_channels = head_dim // columns(v, head_dim)
     tables_v = tables and at["v"] == "operand" and v_bits <= 4 and v_channels % (2 * blocks.LANES) == 0
     block = SCRATCH // (4 * head_dim)
-    constants: dict[str, Any] = {
+    constants = {
         "INTEGERS": integer_k or integer_v,
         "FLOATS": not (integer_k and integer_v) or q.smooth == "block_mean" or wanted.bias == "lowrank",
         "INTEGER_K": integer_k,
@@ -143,8 +144,6 @@ def plan(
         "BESIDE": wanted.beside,
         "ROUNDED_OUTPUT": output != torch.float32,
         "BLOCK_OF_ONE_HEAD": q.smooth == "block_mean" or wanted.bias == "lowrank",
-    }
-    constants = {name: int(value) for name, value in constants.items()} | {
         "REGISTER": INSTRUCTIONS[instructions].register,
         "D": head_dim,
         "TILE": scheme.key_tile,
@@ -159,19 +158,19 @@ def plan(
         "K_COLUMNS": columns(k, head_dim),
         "V_COLUMNS": columns(v, head_dim),
         "K_LOWEST": -(2 ** (k_bits - 1)),
-        "K_HALF": literal(2.0 ** (k.format.bits - 1)),
-        "V_HALF": literal(2.0 ** (v.format.bits - 1)),
-        "V_UNIT": literal(2.0 ** (v_bits - 8)),
+        "K_HALF": 2.0 ** (k.format.bits - 1),
+        "V_HALF": 2.0 ** (v.format.bits - 1),
+        "V_UNIT": 2.0 ** (v_bits - 8),
         "RANK": wanted.bias_rank,
         "ROTATION": rotation,
-        "ROTATION_NORM": literal(rotation**-0.5),
-        "LOG2_LARGEST": literal(math.log2(scheme.p.format.largest or 1)),
-        "LOGIT_BASE": literal(1.0 if natural else math.log2(math.e)),
+        "ROTATION_NORM": rotation**-0.5,
+        "LOG2_LARGEST": math.log2(scheme.p.format.largest or 1),
+        "LOGIT_BASE": 1.0 if natural else math.log2(math.e),
     }
     return CpuPlan(
         name="attention_" + "_".join(getattr(scheme, role).precision for role in "qkvp"),
         title=f"{scheme}, head_dim {head_dim}",
-        constants=tuple((name, str(value)) for name, value in constants.items()),
+        constants=constants,
         fragments=tuple(
             {
                 "encode_p": encoder.cpp_encode,

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from tokquant import blocks, precisions
 from tokquant.kernels.cpu.instructions import INSTRUCTIONS
-from tokquant.kernels.cpu.plan import CPP_TYPES, CpuPlan, literal
+from tokquant.kernels.cpu.plan import CPP_TYPES, CpuPlan
 from tokquant.kernels.products import FLOAT_NAMES
 from tokquant.kernels.quantize_task import OperandTask
 from tokquant.quantize import check_groups
@@ -143,7 +143,8 @@ def plan(task: Task, instructions: str) -> CpuPlan:
     decode = "to_floats(number(code))" if integers else written.cpp_decode
     input_codes = not spec.scaled and written.stored == torch.float16
     packed = task.bits < 8
-    constants: dict[str, Any] = {
+    order = d & -d
+    constants = {
         "QUERIES": spec.role == "q",
         "KEYS": spec.role == "k",
         "VALUES": spec.role == "v",
@@ -174,9 +175,6 @@ def plan(task: Task, instructions: str) -> CpuPlan:
         "MET_FLOATS": task.met == "floats",
         "TILE_SUMS": spec.role == "v" and task.code_sum,
         "SIGNED_SCALE": task.weighted and dynamic,
-    }
-    order = d & -d
-    constants = {name: int(value) for name, value in constants.items()} | {
         "REGISTER": INSTRUCTIONS[instructions].register,
         "D": d,
         "SOURCE": SOURCES[task.dtype],
@@ -189,19 +187,19 @@ def plan(task: Task, instructions: str) -> CpuPlan:
         "SCALE_CHANNELS": channels,
         "BITS": task.bits,
         "ROTATION": order,
-        "ROTATION_NORM": literal(order**-0.5),
+        "ROTATION_NORM": order**-0.5,
         "LEAST_CODE": 0 if spec.symmetric else -half & (2**task.bits - 1),
         "NOT_SIGN": 2**task.bits - 1 if integers else 2 ** (task.bits - 1) - 1,
-        "LARGEST": literal(float(precision.largest or 1)),
-        "LEVELS": literal(float(precision.levels)),
-        "HALF": literal(float(half)),
-        "SCALE_LARGEST": literal(torch.finfo(scale_type).max),
-        "SCALE_SMALLEST": literal(torch.finfo(scale_type).smallest_normal),
+        "LARGEST": float(precision.largest or 1),
+        "LEVELS": float(precision.levels),
+        "HALF": float(half),
+        "SCALE_LARGEST": torch.finfo(scale_type).max,
+        "SCALE_SMALLEST": torch.finfo(scale_type).smallest_normal,
     }
     return CpuPlan(
         name=f"quantize_{spec.role}_{spec.precision}",
         title=_title(task),
-        constants=tuple((name, str(value)) for name, value in constants.items()),
+        constants=constants,
         fragments=(
             ("encode", f"static inline ints encode(floats x) {{ return {written.cpp_quantize}; }}"),
             ("decode", f"static inline floats decode(ints code) {{ return {decode}; }}"),
