@@ -77,10 +77,10 @@ def test_a_sequence_among_others_is_what_it_is_alone_bit_for_bit(s, given, backe
 @pytest.mark.parametrize("s", [preset("int8"), SCHEMES["one scale for all"]], ids=["at once", "one by one"])
 def test_nothing_grows_with_the_longest_sequence(s, monkeypatch):
     """A long one among short ones is not padded for."""
-    from tokquant.kernels import sequences
+    from tokquant.kernels import varlen
 
-    largest, attend = [], sequences.attention
-    monkeypatch.setattr(sequences, "attention", lambda given, *x: (largest.extend(given.operands), attend(given, *x))[1])
+    largest, attend = [], varlen.attention
+    monkeypatch.setattr(varlen, "attention", lambda given, *x: (largest.extend(given.operands), attend(given, *x))[1])
     (q, k, v), lengths = packed([1] * 12 + [300], [2] * 12 + [600])
     tq.attention_varlen(q, k, v, s, **lengths, backend="triton")
     given = [x.numel() for x in (q, k, v)]

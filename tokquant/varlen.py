@@ -13,7 +13,7 @@ from tokquant.calibration.scales import LayerScales
 from tokquant.errors import quote
 from tokquant.features import Features
 from tokquant.inputs import check_flags, check_tensors, features_of
-from tokquant.kernels import launch, sequences
+from tokquant.kernels import launch, varlen
 from tokquant.operators import operator
 from tokquant.schemes import HeadSchemes, QuantScheme
 from tokquant.transfer import refuse_capture
@@ -112,7 +112,7 @@ def _attend(
     scheme: QuantScheme,
     features: Features,
     spans: Spans,
-    starts: sequences.Starts,
+    starts: varlen.Starts,
     scales: LayerScales | None,
     chosen: str,
     return_lse: bool,
@@ -122,15 +122,15 @@ def _attend(
     settings = scheme, features, return_lse, deterministic
     if chosen == "triton" and launch.available(whole[0].device):
         q, k, v = (x.detach() for x in whole)
-        if (operands := sequences.together(q, k, v, starts, scheme, scales)) is not None:
-            return sequences.attention(operands, starts, *settings)
+        if (operands := varlen.together(q, k, v, starts, scheme, scales)) is not None:
+            return varlen.attention(operands, starts, *settings)
     parts: list[launch.Operands | None] = []
     for queries, keys in spans:
         qkv = whole[0][:, :, queries], whole[1][:, :, keys], whole[2][:, :, keys]
         empty = any(0 in x.shape for x in qkv)
         parts.append(None if empty else quantized(*qkv, scheme, scales, chosen))  # type: ignore[arg-type]
     if chosen == "triton" and any(part is not None for part in parts):
-        return sequences.attention(sequences.one_after_another(parts, starts, scheme), starts, *settings)
+        return varlen.attention(varlen.one_after_another(parts, starts, scheme), starts, *settings)
     out = torch.zeros_like(whole[0])
     lse = torch.full(out.shape[:3], -torch.inf, dtype=torch.float32, device=out.device)
     for part, (queries, keys) in zip(parts, spans, strict=True):

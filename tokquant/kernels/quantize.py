@@ -70,7 +70,7 @@ def quantize_queries(q: Tensor, k: QuantizedTensor, scheme: QuantScheme, scales:
 
 
 @dataclass(frozen=True)
-class Sequences:
+class VarlenBatch:
     """Sequences packed one after another in a tensor `[1, H, T, D]`.
 
     A value that n tokens share has, for sequence b, which starts at token s, its first place at s // n + b: so the places of
@@ -87,7 +87,7 @@ class Run:
     """Quantizes the operands of one call by kernels."""
 
     def __init__(
-        self, scheme: QuantScheme, scales: LayerScales | None, device: torch.device, sequences: Sequences | None = None
+        self, scheme: QuantScheme, scales: LayerScales | None, device: torch.device, sequences: VarlenBatch | None = None
     ):
         self.scheme = scheme
         self.scales = scales
@@ -225,7 +225,7 @@ def _launch(plan: QuantizePlan, grid: tuple[int, ...], arguments: tuple[Any, ...
 
 
 def prepare(
-    plan: QuantizePlan, x: Tensor, given: Turned, made: Coded, sequences: Sequences | None = None
+    plan: QuantizePlan, x: Tensor, given: Turned, made: Coded, sequences: VarlenBatch | None = None
 ) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
     """Grid and arguments of a kernel that quantizes, or finds the extremes of, `x` `[B, H, N, D]`."""
     b, h, n, _ = x.shape
@@ -244,7 +244,7 @@ def prepare(
 
 
 def prepare_scales(
-    task: Task, tokens: int, found: Extremes, made: Coded, sequences: Sequences | None = None
+    task: Task, tokens: int, found: Extremes, made: Coded, sequences: VarlenBatch | None = None
 ) -> tuple[tuple[int], tuple[Any, ...]]:
     """Grid and arguments of the kernel that makes scales from the extremes of tiles of `tokens` tokens."""
     b, h, tiles, _ = found.highest.shape

@@ -14,7 +14,7 @@ from tokquant.autocast import joined
 from tokquant.calibration.scales import LayerScales
 from tokquant.features import Features
 from tokquant.kernels import launch, order, targets, tuned
-from tokquant.kernels.quantize import Run, Sequences
+from tokquant.kernels.quantize import Run, VarlenBatch
 from tokquant.kernels.quantize_task import LONGEST
 from tokquant.kernels.triton.operands import Operand, Rows
 from tokquant.kernels.wanted import Wanted
@@ -55,7 +55,7 @@ def together(
         return None
     there = _on(q.device, starts)
     queries, keys = (
-        Run(scheme, scales, q.device, Sequences(own, len(each) - 1, int(each.diff().max())))
+        Run(scheme, scales, q.device, VarlenBatch(own, len(each) - 1, int(each.diff().max())))
         for own, each in zip(there, starts, strict=True)
     )
     rotated = scheme.rotate == "hadamard"
