@@ -6,7 +6,7 @@ import os
 import torch
 
 import tokquant as tq
-from tokquant.evaluation.trials import scales_for
+from tokquant.evaluation.costs import scales_for
 from tokquant.kernels.cpu.build import CHOICE
 from tokquant.timing import interleaved_medians
 

@@ -13,7 +13,7 @@ from running import Item, Setting
 
 import tokquant as tq
 from tokquant.evaluation.bench import Shape
-from tokquant.evaluation.trials import scales_for
+from tokquant.evaluation.costs import scales_for
 from tokquant.inputs import features_of
 from tokquant.kernels import launch, tuned
 from tokquant.tune import need_gpu

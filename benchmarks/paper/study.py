@@ -22,9 +22,9 @@ from torch import Tensor
 import tokquant as tq
 from tokquant import reference
 from tokquant.activations import Activations, sample
+from tokquant.evaluation.costs import scales_for
 from tokquant.evaluation.machine import machine
 from tokquant.evaluation.sampling import runs
-from tokquant.evaluation.trials import scales_for
 from tokquant.features import Features
 from tokquant.inputs import features_of
 from tokquant.metrics import Errors, errors, head_errors

@@ -17,7 +17,7 @@ from study import Rows, normal
 
 import tokquant as tq
 from tokquant.attention import choose_backend
-from tokquant.evaluation.trials import scales_for
+from tokquant.evaluation.costs import scales_for
 from tokquant.tensor import Coded
 
 Codes = tuple[Coded, Coded, Coded]

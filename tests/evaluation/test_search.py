@@ -10,9 +10,9 @@ import tokquant as tq
 from tests.factories import qkv, scheme
 from tokquant.activations import Activations, sample
 from tokquant.evaluation.candidates import default
+from tokquant.evaluation.costs import measure
 from tokquant.evaluation.plot import draw
 from tokquant.evaluation.sampling import runs
-from tokquant.evaluation.trials import measure
 from tokquant.schemes import HeadSchemes
 
 FEW = ["int8", "int8-fast", "kv-int4", "int8-fp16", "fp8"]

@@ -8,7 +8,7 @@ from exact import assert_exact
 from factories import nan_filled, qkv
 
 import tokquant as tq
-from tokquant.evaluation.trials import scales_for
+from tokquant.evaluation.costs import scales_for
 from tokquant.kernels import launch
 from tokquant.schemes import preset, preset_names
 

@@ -10,7 +10,7 @@ from factories import nan_filled, qkv, scheme
 from ptx import matrices
 
 import tokquant as tq
-from tokquant.evaluation.trials import scales_for
+from tokquant.evaluation.costs import scales_for
 from tokquant.kernels import launch
 from tokquant.schemes import preset, preset_names
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokquant as tq
 from tokquant import reference
-from tokquant.evaluation import bench, trials
+from tokquant.evaluation import bench, costs
 from tokquant.inputs import features_of
 from tokquant.kernels import sixteen_bit, tuned
 from tokquant.kernels.candidates import Config
@@ -184,7 +184,7 @@ def asked(monkeypatch):
 
     for module in (
         "tokquant.sdpa",
-        "tokquant.evaluation.trials",
+        "tokquant.evaluation.costs",
         "tokquant.integrations.diffusers.attention",
         "tokquant.integrations.transformers.attention",
     ):
@@ -215,8 +215,8 @@ def test_models_name_a_backend_that_quantizes(asked, on_gpu):
 
 
 def test_searches_and_benchmarks_name_a_backend_that_quantizes(asked, on_gpu, monkeypatch):
-    monkeypatch.setattr(trials, "interleaved_medians", lambda functions, *rest: [functions[0]() is None])
-    trials._measured_ms(*on_gpu, preset("int8"), {})
+    monkeypatch.setattr(costs, "interleaved_medians", lambda functions, *rest: [functions[0]() is None])
+    costs._measured_ms(*on_gpu, preset("int8"), {})
     assert asked == ["triton"]
     monkeypatch.setattr(bench, "_random_tensors", lambda shape, device: on_gpu)
     monkeypatch.setattr(bench, "quantize", lambda q, k, v, *rest, **given: (q, k, v))

@@ -185,7 +185,7 @@ def test_entries_from_before_the_planner_are_still_read():
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", ["kv-int4", "kv-int8", "kv-fp8"])
 def test_a_gpu_tunes_decoding_and_takes_what_it_found(name, monkeypatch):
-    from tokquant.evaluation.trials import scales_for
+    from tokquant.evaluation.costs import scales_for
 
     q, k, v = (torch.randn(2, heads, 5000, 128, device="cuda", dtype=torch.float16) for heads in (8, 2, 2))
     s = preset(name)

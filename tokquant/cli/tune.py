@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tokquant.calibration.scales import LayerScales
 from tokquant.cli import features, options, output
-from tokquant.evaluation.trials import scales_for
+from tokquant.evaluation.costs import scales_for
 from tokquant.kernels.candidates import Config
 from tokquant.kv_cache import KVCache
 from tokquant.schemes import QuantScheme, resolve

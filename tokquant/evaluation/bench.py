@@ -15,9 +15,9 @@ from tokquant.calibration.scales import LayerScales
 from tokquant.decode import decode as decode_cache
 from tokquant.errors import SchemeError, first_line, quote
 from tokquant.evaluation import packages, peers
+from tokquant.evaluation.costs import scales_for
 from tokquant.evaluation.machine import machine
 from tokquant.evaluation.packages import Call
-from tokquant.evaluation.trials import scales_for
 from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu.peak import peaks
 from tokquant.kernels.cpu.plan import products

@@ -13,8 +13,8 @@ from tokquant.calibration.scales import needed
 from tokquant.errors import nearest, quote
 from tokquant.evaluation import candidates as families
 from tokquant.evaluation import front
+from tokquant.evaluation.costs import Activations, Progress, Table, measure, operands
 from tokquant.evaluation.front import Front
-from tokquant.evaluation.trials import Activations, Progress, Table, measure, operands
 from tokquant.schemes import HeadSchemes, LayerScheme, QuantScheme, SchemeMap, read
 from tokquant.whole_numbers import whole_number
 
