@@ -26,7 +26,7 @@ def render(plan: CpuPlan) -> str:
     body = f'#include "lanes.h"\n{body}'.replace('"portable.h"', f'"{plan.instructions}.h"')
     while '#include "' in body:
         body = re.sub(r'#include "([\w.]+)"\n', lambda m: f"// {m[1]}\n{(HERE / m[1]).read_text(encoding='utf-8')}", body)
-    body = _preprocessed(body, plan.constants)
+    body = _without_dead_branches(body, plan.constants)
     for name, text in plan.fragments:
         line = rf"static inline \w+ {name}\(.*\n"
         used = len(re.findall(rf"\b{name}\(", body)) > 1
@@ -47,7 +47,7 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else literal(value) if isinstance(value, float) else str(int(value))
 
 
-def _preprocessed(text: str, constants: Mapping[str, Any]) -> str:
+def _without_dead_branches(text: str, constants: Mapping[str, Any]) -> str:
     """`text` with every `#if` on constants resolved. Other conditions stay."""
     kept, states = [], []  # a state per open condition: whether it is on constants, and whether its lines stay
     for line in text.splitlines(keepends=True):
