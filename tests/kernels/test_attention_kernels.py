@@ -133,7 +133,7 @@ def test_integer_scores_of_a_kernel_and_the_emulation_are_equal(a, b):
     s = scheme(a, b, "int8", "int8")
     operands = tq.quantize(*(3 * torch.randn(1, 1, 64, 128) for _ in range(3)), s, backend="reference")
     made = plan(s, head_dim=128, dtype=torch.float32, interpreted=True)
-    holes = [dict(made.holes)[name] for name in ("decode_q", "lay_q", "decode_k", "lay_k", "product_k")]
+    holes = [made.holes[name] for name in ("decode_q", "lay_q", "decode_k", "lay_k", "product_k")]
     out = torch.full((64, 64), float("nan"))
     q, k = operands[0].codes[0, 0], operands[1].codes[0, 0]
     if made.constants["PLANES"]:

@@ -54,7 +54,7 @@ def test_a_kernel_shows_the_features_it_has_and_no_others(name):
 def test_fragments_stand_verbatim_in_the_kernel(name):
     made = planned(name)
     text = generate.render(made)
-    for hole, fragment in made.holes:
+    for hole, fragment in made.holes.items():
         source = inspect.getsource(getattr(fragment, "fn", fragment))
         assert source[source.index("(") :].rstrip() in text, hole
 

@@ -292,7 +292,7 @@ def test_the_text_stands_alone_and_has_the_fragments_of_the_portable_loop(name):
     assert all(module == "typing" or module.startswith("triton.experimental") for module in imports)
     branches = set(re.findall(r"if ([A-Z]\w+):", text))
     assert branches == {"COPIES"}, "which a block of one warpgroup does; branches on constants are resolved"
-    holes = dict(made.holes)
+    holes = made.holes
     for hole in ("encode_p", "order_p", "count", "row_reference"):
         source = inspect.getsource(getattr(holes[hole], "fn", holes[hole]))
         assert source[source.index("(") :].rstrip() in text

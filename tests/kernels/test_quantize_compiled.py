@@ -43,7 +43,7 @@ def values_of_thread(plan, d=128):
 
 def fused(plan):
     """Fused multiply-adds of a thread: two for each value that is divided."""
-    return 2 * values_of_thread(plan) if "fused" in dict(plan.holes) else 0
+    return 2 * values_of_thread(plan) if "fused" in plan.holes else 0
 
 
 @pytest.mark.compiled

@@ -358,6 +358,6 @@ def test_what_takes_anothers_place_is_in_the_next_kernel(five):
     scheme = tokquant.QuantScheme(q={"precision": "fp16"}, k=coded, v=coded, p={"precision": "fp16"})
     before = plan(scheme, head_dim=64, dtype=torch.float16)
     register(replace(five, largest=2.0, triton_decode=PRECISIONS["int8"].triton_decode), replace=True)
-    assert dict(before.holes)["decode_k"] is five.triton_decode
+    assert before.holes["decode_k"] is five.triton_decode
     after = plan(scheme, head_dim=64, dtype=torch.float16)
-    assert dict(after.holes)["decode_k"] is PRECISIONS["int8"].triton_decode
+    assert after.holes["decode_k"] is PRECISIONS["int8"].triton_decode

@@ -165,7 +165,7 @@ def decode_plan(
     return DecodePlan(
         name=base.name.replace("attention", "decode"),
         title=f"{base.title}; pages of {page}",
-        holes=tuple(holes.items()),
+        holes=holes,
         constants=constants,
         products=base.products,
         candidates=_candidates(base, 16 if rows <= 16 else 32 if rows <= 32 else 64, tile, padded, target),

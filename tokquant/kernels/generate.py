@@ -66,7 +66,7 @@ def render(plan: Plan | QuantizePlan, loop: Loop = "portable") -> str:
     pieces = [_text(argument) for argument in arguments]
     for part in _used(functions, body):
         pieces.append(f"# {_function(part).__module__}\n{_source(part, _function(part).__name__)}")
-    for hole, fragment in plan.holes:
+    for hole, fragment in plan.holes.items():
         if _names(hole, body):
             pieces.append(f"# {_function(fragment).__module__}.{_function(fragment).__name__}\n{_source(fragment, hole)}")
     pieces.append(f"# {module.__name__}\n{body}")

@@ -29,7 +29,7 @@ def takes(plan: "Plan", scheme: QuantScheme) -> bool:
     It takes Q and K in 8 bits; P and V in 8 bits with V's tokens side by side, or in the tensors' own 16-bit type; head_dim 64
     or 128; and no feature that changes scores but a causal mask.
     """
-    constants, holes = plan.constants, dict(plan.holes)
+    constants, holes = plan.constants, plan.holes
     return (
         constants["D"] in (64, 128)
         and all(kind in EIGHT for kind in plan.products[: 4 if constants["TOKENS_LAST"] else 2])

@@ -37,8 +37,8 @@ class Plan:
 
     name: str
     title: str
-    holes: tuple[tuple[str, Any], ...]
-    """(hole of the template, fragment that fills it)."""
+    holes: Mapping[str, Any]
+    """The fragment that fills each hole of the template."""
     constants: Mapping[str, Any]
     """The template's constexprs: values in bool, int and float, types as Triton names them. A constant always has one kind."""
     products: tuple[str, str, str, str]
@@ -58,7 +58,7 @@ class Plan:
     @cached_property
     def _hash(self) -> int:
         # cached, as every launch looks its kernel up
-        return hash((self.name, self.holes, tuple(self.constants.items()), self.candidates))
+        return hash((self.name, tuple(self.holes.items()), tuple(self.constants.items()), self.candidates))
 
     @property
     def config(self) -> Config:
@@ -73,11 +73,11 @@ class Plan:
         words |= {f"scale of {role}": f"{PLACES[at][0]}: {PLACES[at][1]}" for role, at in self.places}
         if self.constants["LOG2_LARGEST"] == 0:
             words["scale of p"] = "none: the values are rounded to its type"
-        elif dict(self.holes)["row_reference"] is fragments.tile_maximum:
+        elif self.holes["row_reference"] is fragments.tile_maximum:
             words["scale of p"] = f"the row's maximum in each tile of {self.config.block_n} keys"
         else:
             words["scale of p"] = "the row's running maximum"
-        if dict(self.holes)["order_p"] is fragments.in_groups:
+        if self.holes["order_p"] is fragments.in_groups:
             words["layout of v"] = "tokens side by side, permuted in groups of 16, so that P stays in its registers"
         return words
 
@@ -197,7 +197,7 @@ def plan(
     made = Plan(
         name=f"attention_{precision_names}",
         title=_title(scheme, head_dim, wanted),
-        holes=tuple(filled.items()),
+        holes=filled,
         constants=constants,
         products=(types["q"], types["k"], types["p"], types["v"]),
         places=tuple(at.items()),

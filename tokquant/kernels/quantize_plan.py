@@ -25,7 +25,7 @@ class QuantizePlan:
 
     name: str
     title: str
-    holes: tuple[tuple[str, Any], ...]
+    holes: Mapping[str, Any]
     constants: Mapping[str, Any]
     tokens: int
     """Tokens of one head that a program takes."""
@@ -39,7 +39,7 @@ class QuantizePlan:
     @cached_property
     def _hash(self) -> int:
         # cached, as every launch looks its kernel up
-        return hash((self.name, self.holes, tuple(self.constants.items())))
+        return hash((self.name, tuple(self.holes.items()), tuple(self.constants.items())))
 
     def options(self) -> dict[str, Any]:
         """Options of Triton's compiler: without FMA contraction, as torch rounds after each multiplication."""
@@ -139,7 +139,7 @@ def plan(task: Task) -> QuantizePlan:
     return QuantizePlan(
         name=f"quantize_{spec.role}_{spec.precision}" if codes else f"extremes_of_{spec.role}",
         title=_title(task),
-        holes=tuple(holes.items()),
+        holes=holes,
         constants=constants,
         tokens=tokens,
         num_warps=min(8, max(4, tokens * padded // 2048)),
@@ -169,7 +169,7 @@ def scales_plan(task: Task) -> ScalesPlan:
     return ScalesPlan(
         name=f"scales_of_{spec.role}",
         title=f"scales of {spec.role} {spec}, of the extremes of tiles",
-        holes=tuple(_rounding(spec).items()),
+        holes=_rounding(spec),
         constants=constants,
         tokens=0,
         num_warps=4,
