@@ -14,7 +14,7 @@ from test_pages import BLOCKS, FEATURES, SCHEMES, dtype_of, head_dim_of
 import tokquant as tq
 from tokquant import kv_cache
 from tokquant.features import Features
-from tokquant.kernels.cpu import build
+from tokquant.kernels.cpu import build, pages
 from tokquant.kernels.cpu.pages import CpuPages
 from tokquant.pages import ReferencePages
 
@@ -171,11 +171,16 @@ def test_a_cache_on_these_pages_decodes_as_one_in_torch_does(name):
     assert (outs[0] - outs[1]).abs().max() < 0.01
 
 
-def test_steps_of_decoding_go_on_where_pages_moved_and_features_or_instructions_changed(monkeypatch):
+@pytest.mark.parametrize(
+    "name, dtype, d",
+    [("kv-int8", torch.float16, 80), ("kv-int4-kivi", torch.float16, 64), ("kv-int4-kivi", torch.float32, 64)],
+)
+def test_steps_of_decoding_go_on_where_pages_moved_and_features_or_instructions_changed(name, dtype, d, monkeypatch):
     """What a step keeps for the next is asked of another store, and of one that never kept anything."""
-    ours, theirs = (tq.KVCache("kv-int8", batch=2, kv_heads=1, head_dim=80, backend=name) for name in ("cpu", "reference"))
+    sizes = dict(batch=2, kv_heads=1, head_dim=d, dtype=dtype)
+    ours, theirs = (tq.KVCache(name, **sizes, backend=backend) for backend in ("cpu", "reference"))
     for step, n in enumerate((100, 1, 1, 200, 1, 1, 1)):  # pages are full, and move, in the fourth and the last
-        q, k, v = (torch.randn(2, heads, n, 80).half() for heads in (2, 1, 1))
+        q, k, v = (torch.randn(2, heads, n, d, dtype=dtype) for heads in (2, 1, 1))
         for cache in (ours, theirs):
             cache.append(k, v)
         if step == 5:
@@ -183,6 +188,18 @@ def test_steps_of_decoding_go_on_where_pages_moved_and_features_or_instructions_
         for given in ({}, {"window": (50, None)}, {"scale": 0.3}, {"softcap": 5.0}, {}):
             out, expected = (tq.decode(q[:, :, -1:], cache, **given) for cache in (ours, theirs))
             assert (out - expected).abs().max() < 0.01, (step, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["kv-int4", "kv-int4-kivi"])
+def test_a_step_like_the_last_one_prepares_only_its_queries(name, dtype, monkeypatch):
+    cache = tq.KVCache(name, batch=1, kv_heads=2, head_dim=64, dtype=dtype, backend="cpu")
+    cache.append(*(torch.randn(1, 2, 200, 64, dtype=dtype) for _ in "kv"))
+    q = torch.randn(1, 4, 1, 64, dtype=dtype)
+    kept, expected = q.clone(), tq.decode(2 * q, cache)
+    tq.decode(q, cache)
+    monkeypatch.setattr(pages, "queries", None)  # which quantizes Q where nothing was kept
+    assert torch.equal(tq.decode(2 * q, cache), expected) and torch.equal(q, kept)
 
 
 @pytest.mark.parametrize("elsewhere", [torch.float64, torch.bfloat16, "meta"], ids=str)

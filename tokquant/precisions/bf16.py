@@ -42,6 +42,7 @@ BF16 = register(
         triton_decode=decode_tile,
         triton_encode=encode_tile,
         cpp_encode="static inline floats encode_p(floats p) { return rounded<7, -126>(p); }",
+        cpp_decode="from_bfloat(code)",
         cpp_quantize="to_bfloat(x)",
         triton_quantize=encode_tile,
         triton_quantize_interpreted=quantize_tile_interpreted,

@@ -34,6 +34,7 @@ FP16 = register(
         triton_decode=decode_tile,
         triton_encode=encode_tile,
         cpp_encode="static inline floats encode_p(floats p) { return rounded<10, -14>(p); }",
+        cpp_decode="from_half(code)",
         cpp_quantize="to_half(x)",
         triton_quantize=encode_tile,
     )

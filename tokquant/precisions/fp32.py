@@ -34,6 +34,7 @@ FP32 = register(
         triton_decode=decode_tile,
         triton_encode=encode_tile,
         cpp_encode="static inline floats encode_p(floats p) { return p; }",
+        cpp_decode="as_floats(code)",
         cpp_quantize="as_ints(x)",
         triton_quantize=encode_tile,
     )

@@ -1,7 +1,8 @@
 """The store of pages for C++ kernels, which quantize tokens into panels and attend to the codes where they are."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -41,8 +42,9 @@ class CpuPages(Store["_Panels"]):
                 f"cache.page: {page} tokens are no whole tiles of {scheme.key_tile} keys, which P of scheme {scheme.name!r} "
                 f"has its scales for; use page: {scheme.key_tile} or backend='reference'"
             )
-        self._last_step: dict[Any, tuple[BoundKernel, CpuPlan, dict[str, Any]]] = {}
-        """By shape and features of the last call: its bound kernel for Q, its plan, and the arguments that do not change."""
+        self._last_step: dict[Any, tuple[Callable[[Tensor], bool], CpuPlan, dict[str, Any]]] = {}
+        """By shape and features of the last call: what prepares Q where the kernel reads it, and returns whether it could; the
+        kernel's plan; and the arguments that do not change."""
 
     def _part(self, spec: Operand, pages: int) -> "_Panels":
         return _Panels(spec, self, pages)
@@ -87,8 +89,8 @@ class CpuPages(Store["_Panels"]):
         )  # fmt: skip
         key = (q.shape, left is None, right is None, features.softcap is None, build.instructions())
         if key in self._last_step:
-            quantize_q, planned, fixed = self._last_step[key]
-            if quantize_q(q):
+            prepare_q, planned, fixed = self._last_step[key]
+            if prepare_q(q):
                 run(planned, fixed | changing)
                 return out, lse
         (b, heads, n_q, d), kv_heads = q.shape, self._k.shape[1]
@@ -102,6 +104,8 @@ class CpuPages(Store["_Panels"]):
         run(planned, fixed | changing)
         if bound is not None and bound.uses(x for x in of_q.values() if isinstance(x, Tensor)):
             self._last_step = {key: (bound, planned, fixed)}
+        elif qq.codes.data_ptr() == q.data_ptr() and qq.dtype != torch.float32:  # as it is, which the kernel reads in float32
+            self._last_step = {key: (partial(_copied, of_q["q"]), planned, fixed)}  # type: ignore[arg-type]
         return out, lse
 
 
@@ -228,3 +232,8 @@ class _Panels(Part):
         words = self.parts["codes"][pages].transpose(0, 1).flatten(1, 2)
         unpack = blocks.keys_of if self.spec.role == "k" else blocks.values_of
         return unpack(words[None], self.bits, len(pages) * self.shape[2], self.shape[3])[0].contiguous()
+
+
+def _copied(to: Tensor, q: Tensor) -> bool:
+    to.copy_(q)
+    return True
