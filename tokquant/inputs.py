@@ -82,7 +82,9 @@ def check_beside_cache(
         wanted = f"[{batch}, {'a multiple of ' if queries else ''}{heads}, tokens, {d}]"
         raise ValueError(f"{name}: shape {list(shape)} does not fit the cache; give {wanted}")
     if x.dtype != dtype:
-        raise TypeError(f"{name}: {x.dtype}, and the cache is of {dtype}")
+        raise TypeError(
+            f"{name}: {x.dtype}, and the cache is of {dtype}; make the cache with dtype={x.dtype}, or convert {name}"
+        )
     if x.device != device:
         raise ValueError(f"{name}: on {x.device}, and the cache on {device}")
 

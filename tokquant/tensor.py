@@ -32,7 +32,8 @@ class QuantizedTensor:
     """
 
     codes: Tensor
-    """`[B, H, N, D / packed]` in the precision's stored type."""
+    """`[B, H, N, D / packed]` in the precision's stored type, or as `layout` says: what `tokquant.quantize` returns with
+    `backend="reference"` is canonical, K and V for another backend may not be."""
     scale: Tensor | None
     """In `scale_dtype`; `Granularity` gives the shape. None for floats of 16 and 32 bits."""
     zero: Tensor | None = None
@@ -154,9 +155,11 @@ class QuantizedTensor:
 
     @property
     def bits_per_value(self) -> float:
-        """Bits of codes, scales and zeros for each value of the tensor."""
-        bits = sum(8 * x.numel() * x.element_size() for x in (self.scale, self.zero) if x is not None)
-        return (8 * self.codes.numel() * self.codes.element_size() + bits) / self.shape.numel()
+        """Bits of codes, scales and zeros for each value of the tensor, without what a layout pads."""
+        precision = self.spec.format.of(self.dtype)
+        codes = self.shape[:3].numel() * -(-self.shape[3] // precision.packed) * precision.stored.itemsize
+        sides = sum(x.nbytes for x in (self.scale, self.zero) if x is not None)
+        return 8 * (codes + sides) / self.shape.numel()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch pickles tensors of 8-bit floats without an error, but cannot read them back

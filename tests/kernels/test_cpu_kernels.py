@@ -141,6 +141,8 @@ def test_operands_in_panels_are_the_same_operands(name, n):
 def test_keys_in_panels_take_the_bits_that_the_scheme_says(name, bits):
     k = tq.quantize(*qkv(1, 256, 128), name, backend="cpu")[1]
     assert k.bits_per_value == pytest.approx(bits, abs=1e-3)
+    scales = sum(x.nbytes for x in (k.scale, k.zero) if x is not None)
+    assert 8 * (k.codes.nbytes + scales) == k.bits_per_value * k.shape.numel()  # panels pad no whole tiles
 
 
 @pytest.mark.parametrize("name", ["int8", "kv-int4"])

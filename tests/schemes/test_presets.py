@@ -118,6 +118,18 @@ def test_a_tensor_has_the_bits_per_value_that_its_scheme_promises(name):
         assert promised[x.spec.role] <= x.bits_per_value <= promised[x.spec.role] + spare
 
 
+@pytest.mark.parametrize("d", [128, 80])
+@pytest.mark.parametrize("n", [1, 129])
+@pytest.mark.parametrize("name", ["int8", "kv-int4", "fp8"])
+def test_bits_per_value_count_nothing_that_a_backend_pads(name, n, d):
+    tensors = [torch.randn(1, 2, n, d) for _ in "qkv"]
+    bits = [[x.bits_per_value for x in tokquant.quantize(*tensors, name, backend=b)] for b in ("auto", "cpu", "reference")]
+    assert bits[0] == bits[1] == bits[2]
+    promised = preset(name).bits_per_value(d)
+    if n > 1:  # scales of the second block, of channels and of heads are shared by few tokens
+        assert all(promised[role] <= x < promised[role] + 0.6 for role, x in zip("qkv", bits[0], strict=True))
+
+
 @every
 def test_a_preset_is_named_after_its_file_and_says_where_it_is_from(name):
     text = source(name)

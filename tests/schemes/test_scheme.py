@@ -249,7 +249,7 @@ def test_a_group_that_does_not_divide_head_dim_is_refused_when_it_meets_it():
     grouped = scheme(v={"granularity": {"group": 32}})
     x = torch.randn(1, 1, 4, 48)
     for meet in (lambda: tokquant.quantize(x, x, x, grouped), lambda: grouped.bits_per_value(48)):
-        with pytest.raises(SchemeError, match=r"a group of 32 channels does not divide head_dim 48"):
+        with pytest.raises(SchemeError, match=r"a group of 32 channels does not divide head_dim 48; use group: 16"):
             meet()
 
 

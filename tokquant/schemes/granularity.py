@@ -1,5 +1,6 @@
 """Granularity: how many tokens and how many channels of one head share a scale."""
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -43,7 +44,8 @@ class Granularity:
                 return size, 1
             case "group", size:
                 if d % size:
-                    raise SchemeError(f"a group of {size} channels does not divide head_dim {d}")
+                    fits = f"group: {math.gcd(size, d)}" if math.gcd(size, d) > 1 else "token"
+                    raise SchemeError(f"a group of {size} channels does not divide head_dim {d}; use {fits}")
                 return 1, size
             case "channel", _:
                 return n, 1
