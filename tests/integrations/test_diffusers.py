@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 import weakref
@@ -260,6 +261,27 @@ def test_a_map_gives_each_layer_its_scheme(calls):
     assert other.transformer_blocks[0].attn.processor._attention_backend is (
         model.transformer_blocks[0].attn.processor._attention_backend
     )
+
+
+@pytest.mark.parametrize("scheme", [MAP, "kv-fp8"], ids=["a map", "scales"])
+def test_a_pickled_model_keeps_its_schemes_in_another_process_too(scheme, tmp_path):
+    model, given = flux()
+    scales = None
+    if scheme == "kv-fp8":
+        calibrator = tq.Calibrator(scheme)
+        with calibrator.watch(model):
+            model(**given)
+        scales = calibrator.scales()
+    expected = use(model, scheme, scales=scales, backend="reference")(**given).sample
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(**given).sample, expected)
+    if scheme is MAP:
+        blocks = [each.transformer_blocks[0].attn.processor._attention_backend for each in (model, again)]
+        assert blocks[0] is blocks[1]  # one graph of torch.compile
+    torch.save([model, given, expected], tmp_path / "model.pt")
+    code = "import sys, torch; model, given, expected = torch.load(sys.argv[1], weights_only=False); "
+    code += "torch.set_grad_enabled(False); assert torch.equal(model(**given).sample, expected)"
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"]).returncode == 0
 
 
 def test_calibrated_scales_go_to_their_layers(calls):

@@ -99,6 +99,8 @@ def _backend(scheme: LayerScheme, scales: LayerScales | None, backend: Backend) 
     made = _shared.get((scheme, backend)) if scales is None else None
     if made is None:
         made = surface.unlisted(function_of(scheme, scales, backend))
+        # diffusers' own backends are pickled by their names, which this one has not
+        made.__reduce_ex__ = lambda protocol: (_backend, (scheme, scales, backend))
         if scales is None:
             _shared[scheme, backend] = made
     return made
