@@ -4,6 +4,7 @@ from tokquant import bias, folding
 from tokquant.attention import attention, quantize
 from tokquant.calibration.calibrator import Calibrator
 from tokquant.calibration.scales import LayerScales, Scales
+from tokquant.calibration.watching import record
 from tokquant.decode import decode
 from tokquant.errors import CacheFileError, CacheFullError, ScalesError, SchemeError, UnsupportedError
 from tokquant.evaluation.bound import Bound, error_bound
@@ -60,6 +61,7 @@ __all__ = [
     "preset",
     "quantize",
     "quantized_sdpa",
+    "record",
     "register",
     "save_scales",
     "scaled_dot_product_attention",

@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import tokquant as tq
+from tokquant import activations
+from tokquant.calibration.watching import Watcher
 
 
 class Attention(nn.Module):
@@ -217,3 +219,28 @@ def test_a_llama_has_the_names_of_its_modules_and_its_own_heads():
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"), torch.no_grad(), calibrator.watch(model):
         model(torch.randint(3, 128, (2, 12)))
+
+
+def test_what_is_recorded_is_what_a_calibrator_would_observe(tmp_path):
+    model, (x, y), seen = nn.Sequential(Block(), Block(times=2)), torch.randn(2, 1, 20, 64), {}
+    with Watcher(model, lambda name, *operands: seen.setdefault(name, operands)).watching():
+        model(x)
+    with tq.record(model) as layers:
+        model(x)
+        model(y)  # of which nothing is kept
+    assert list(layers) == list(seen) == ["0.self_attn", "1.self_attn", "1.self_attn:2"]
+    for name, operands in layers.items():
+        assert all(torch.equal(*pair) and not pair[0].requires_grad for pair in zip(operands, seen[name], strict=True))
+    activations.save(tmp_path / "layers.safetensors", layers)
+    read = activations.Activations(tmp_path / "layers.safetensors")
+    assert all(torch.equal(*pair) for name in layers for pair in zip(read[name], layers[name], strict=True))
+    assert tq.search(layers, ["int8", "int8-fast"], budget="bits=12", rows=4).layers[0].layer == "0.self_attn"
+
+
+def test_what_cannot_be_recorded_names_the_layer():
+    model = Block().double()
+    with pytest.raises(TypeError, match=r"self_attn: q: torch.float64 is not supported"), tq.record(model):
+        model(torch.randn(1, 5, 64, dtype=torch.float64))
+    with pytest.raises(ValueError, match="the model did not run"), tq.record(model):
+        pass
+    assert untouched(model)

@@ -10,9 +10,32 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokquant.autocast import cast_by_autocast
+from tokquant.inputs import check_tensors
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 OF_MODULE = torch.nn.functional.multi_head_attention_forward
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor, Tensor]]]:
+    """Keep Q, K and V of the attention that modules of `model` run in this block, for `search`, or for `activations.save`.
+
+    Yields a dictionary that is filled: a layer's name -> copies of its tensors `[B, H, N, D]` on the CPU. What is seen,
+    and under which name, is as for `Calibrator.watch`. If a module runs several times, its first run is kept.
+
+    Raises ValueError if no attention was seen by the end; TypeError or ValueError, with the layer's name, for tensors that
+    `quantize` would refuse.
+    """
+    layers: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def keep(name: str, *operands: Tensor) -> None:
+        q, k, v = (x.detach() for x in operands)
+        check_tensors(q, k, v)
+        if name not in layers:
+            layers[name] = q.to("cpu", copy=True), k.to("cpu", copy=True), v.to("cpu", copy=True)
+
+    with Watcher(model, keep).watching():
+        yield layers
 
 
 class Watcher(TorchFunctionMode):
