@@ -21,21 +21,20 @@ PIECE = 2**18
 """Values whose float32 copy stays in a CPU's cache."""
 
 
-def by_heads(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorate a function that treats each head of `[B, H, ...]` by itself: on a CPU it is called for a few heads at a time.
+def by_heads(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Decorate a function that treats each head of `[B, H, N, D]` by itself: on a CPU it is called for a few heads at a time.
 
     torch copies a 16-bit tensor before it reduces it in float32. A copy of a large one takes ten times as long as its sums.
     """
 
     @wraps(function)
-    def in_pieces(x: Tensor, *others: Tensor) -> Tensor:
+    def in_pieces(x: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.numel() <= PIECE:
-            return function(x, *others)
+            return function(x)
         heads = max(1, PIECE * x.shape[0] * x.shape[1] // x.numel())
         batches = max(1, heads // x.shape[1])
-        rows = zip(*(tensor.split(batches) for tensor in (x, *others)), strict=True)
-        pieces = (zip(*(tensor.split(heads, dim=1) for tensor in row), strict=True) for row in rows)
-        return torch.cat([torch.cat([function(*piece) for piece in row], dim=1) for row in pieces])
+        rows = ([function(piece) for piece in row.split(heads, dim=1)] for row in x.split(batches))
+        return torch.cat([torch.cat(row, dim=1) for row in rows])
 
     return in_pieces
 
