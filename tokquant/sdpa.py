@@ -34,7 +34,7 @@ def scaled_dot_product_attention(
         attn_mask: broadcastable to `[..., H_q, L, S]`: boolean, True where a pair attends, or floats that are added.
         dropout_p: 0.0.
         is_causal: query i sees keys up to i, whatever L and S are (top left; `tokquant.attention` has bottom right). Keys that
-            no query sees are not quantized. May be combined with a mask.
+            no query sees are not quantized. May be combined with a mask, which torch 2.15 refuses.
         scale: factor of the scores; E**-0.5 if None.
         enable_gqa: heads of query may be a multiple of those of key and value.
         scheme, layer, scales, backend: as for `tokquant.attention`, except that `auto` always quantizes.

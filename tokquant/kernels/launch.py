@@ -277,10 +277,10 @@ def _rows(x: Tensor) -> Tensor:
 
 def strides(x: Tensor | None) -> tuple[int | None, int | None, int | None]:
     """Strides of batch, head and row; None for no tensor."""
-    batch, head, row = (None, None, None) if x is None else steps(x)[:3]
-    return batch, head, row
+    return (None, None, None) if x is None else steps(x)[:3]  # type: ignore[return-value]
 
 
 def steps(x: Tensor) -> tuple[int, ...]:
     """Strides of every dimension; zero for dimensions of size 1, so that they broadcast."""
-    return tuple([0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)])
+    shape, stride = x.shape, x.stride()
+    return tuple([0 if size == 1 else step for size, step in zip(shape, stride, strict=True)]) if 1 in shape else stride
