@@ -171,6 +171,17 @@ def test_an_item_that_hangs_ends_with_all_that_it_has_started_and_the_stage_goes
     assert not started.exists() or started.read_text().rpartition(") ")[2][0] in "ZX"
 
 
+def test_a_command_that_takes_too_long_is_stopped_with_all_that_it_has_started(modules):
+    from running import output_of
+
+    words = "import subprocess, sys; print(sys.argv[1], flush=True); {}; sys.exit('no counters')"
+    starts = "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"  # it has the same pipes
+    for does, seconds, expected in (("pass", 60, "ended with 1: here no counters"), (starts, 2, "was stopped after 2 s: here")):
+        start = time.time()
+        assert output_of([sys.executable, "-c", words.format(does), "here"], seconds) == ("here\n", expected)
+        assert time.time() - start < 60
+
+
 def test_what_prepares_is_done_again_as_long_as_something_is_left_that_needs_it(modules, monkeypatch, tmp_path):
     from running import Item, Setting, run
 

@@ -4,7 +4,6 @@ import csv
 import io
 import os
 import shutil
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from record import Rows, rows_of
-from running import Item, Setting
+from running import Item, Setting, output_of
 from torch.profiler import ProfilerActivity, profile
 from tuning import load_tuned
 
@@ -133,13 +132,11 @@ def _counters(setting: Setting, scheme: str, shape: Shape) -> Rows:
     call = [sys.executable, str(Path(__file__).with_name("once.py")), scheme, *(str(x) for x in vars(shape).values())]
     command = [tool, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
     command += ["--metrics", ",".join(["gpu__time_duration.sum", *COUNTERS])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    limit = min(max(30.0, setting.left), 90.0)
-    done = subprocess.run([*command, *call], capture_output=True, text=True, timeout=limit, env=environment)
-    start = done.stdout.find('"ID"')
+    text, end = output_of([*command, *call], min(max(30.0, setting.left), 90.0), PYTHONPATH=os.pathsep.join(sys.path))
+    start = text.find('"ID"')
     if start < 0:
-        return [{"note": f"ncu ended with {done.returncode}: {' '.join((done.stdout + done.stderr).split())[-300:]}"}]
-    units, *kernels = list(csv.DictReader(io.StringIO(done.stdout[start:])))
+        return [{"note": f"ncu {end}"}]
+    units, *kernels = list(csv.DictReader(io.StringIO(text[start:])))
     rows: Rows = []
     for kernel in kernels:
         time = f"{kernel['gpu__time_duration.sum']} {units['gpu__time_duration.sum']}"

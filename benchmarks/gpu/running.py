@@ -7,6 +7,7 @@ new process, and the item's result says what happened.
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -133,6 +134,20 @@ def _kill(process: int | None) -> None:
     for each in family:
         with suppress(ProcessLookupError):
             os.kill(each, signal.SIGKILL)
+
+
+def output_of(command: list[str], seconds: float, **environment: str) -> tuple[str, str]:
+    """The standard output of a command, and how it ended. After `seconds` it is killed with all that it has started."""
+    pipes: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env={**os.environ, **environment}, **pipes) as process:
+        try:
+            text, errors = process.communicate(timeout=seconds)
+            end = f"ended with {process.returncode}"
+        except subprocess.TimeoutExpired:
+            _kill(process.pid)  # a descendant that is left would keep the pipes open, and be waited for
+            text, errors = process.communicate()
+            end = f"was stopped after {seconds:.0f} s"
+    return text, f"{end}: {' '.join((text + errors).split())[-300:]}"
 
 
 def _gpu_answers() -> bool:
