@@ -28,7 +28,9 @@ print("launched")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_the_sanitizer_finds_nothing(tool, monkeypatch):
     monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # each tensor is an allocation of its own
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", LAUNCHES]
+    # an error that the driver returns is none of a kernel's: so torch and Triton find out what there is
+    options = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+    command = ["compute-sanitizer", *options, sys.executable, "-c", LAUNCHES]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if "Device not supported" in done.stdout + done.stderr:
         pytest.skip("the sanitizer does not run on this machine")
