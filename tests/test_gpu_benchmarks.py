@@ -215,6 +215,17 @@ def test_what_is_compiled_beforehand_is_what_tuning_and_tables_launch(modules, m
     assert launched["attention"] == 2 * candidates and launched["decode"] >= 4 and launched["quantize"] >= 6
 
 
+@pytest.mark.parametrize(("scheme", "queries"), [("int8", 64), ("kv-int8", 1), ("kv-fp8", 1)])
+def test_what_is_slowest_is_profiled_also_where_its_scales_are_static(scheme, queries, modules, tmp_path):
+    from profiles import call_of
+    from running import Setting
+
+    from tokquant.evaluation.bench import Shape
+
+    call = call_of(Setting(torch.device("cpu"), True, tmp_path, {}, 0.0), scheme, Shape(1, 4, 2, queries, 64, 64, False))
+    assert call().shape == (1, 4, queries, 64)
+
+
 def test_launches_of_caches_are_tuned_too_and_shown_with_their_splits_and_predictions(modules, monkeypatch, tmp_path):
     from running import Setting
     from tuning import items

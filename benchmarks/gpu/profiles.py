@@ -20,6 +20,7 @@ from tuning import load_tuned
 import tokquant as tq
 from tokquant.attention import quantizing_backend
 from tokquant.evaluation.bench import Shape
+from tokquant.evaluation.costs import scales_for
 from tokquant.kernels import targets
 
 MOST = 4
@@ -74,12 +75,12 @@ def call_of(setting: Setting, scheme: str, shape: Shape) -> Callable[[], Any]:
     keys = (shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
     sizes = ((shape.batch, shape.heads, shape.queries, shape.head_dim), keys, keys)
     q, k, v = (torch.randn(size, generator=generator, device=setting.device, dtype=kind) for size in sizes)
+    scales = scales_for(tq.preset(scheme), q, k, v)
     if shape.queries == shape.tokens:
         own = quantizing_backend("auto", setting.device)
-        return partial(tq.attention, q, k, v, scheme, causal=shape.causal, backend=own)
-    cache = tq.KVCache(
-        scheme, batch=shape.batch, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=kind, device=setting.device
-    )
+        return partial(tq.attention, q, k, v, scheme, causal=shape.causal, scales=scales, backend=own)
+    sizes = dict(batch=shape.batch, kv_heads=shape.kv_heads, head_dim=shape.head_dim)
+    cache = tq.KVCache(scheme, **sizes, dtype=kind, device=setting.device, scales=scales)
     cache.append(k, v)
     return partial(tq.decode, q, cache)
 
