@@ -3,7 +3,9 @@
 import ast
 import inspect
 import re
+import subprocess
 from dataclasses import replace
+from tempfile import NamedTemporaryFile
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,7 @@ import tokquant as tq
 from tokquant.kernels import generate, hopper, launch, targets, tuned
 from tokquant.kernels.plan import plan
 from tokquant.kernels.products import takes_tokens_last
-from tokquant.kernels.resources import machine_code, main_loops
+from tokquant.kernels.resources import _cuobjdump, machine_code, main_loops
 from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import preset, preset_names
 
@@ -324,6 +326,38 @@ def test_a_softmax_runs_between_the_waits_for_its_scores_and_for_the_tile_before
     assert found.instructions_per_score <= BUDGETS[name][roles > 1]
     assert found.blocks_per_multiprocessor == (2 if roles == 1 else 1) and found.spills_in_loop <= 16 * len(computing)
     assert found.loop["LDGSTS"] in (16, 19), "the copies of a tile are counted once"
+
+
+def overwritten(kernel, wait="WARPGROUP.DEPBAR.LE gsb0, 0x0"):
+    """Instructions that write a register of P while a product may still read it, in the order of the machine code."""
+    with NamedTemporaryFile() as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([_cuobjdump(), "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    found, read = [], set()
+    for instruction in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([^;]+?) *;", text):
+        name, _, operands = instruction.partition(" ")
+        if product := re.match(r"R\d+, R(\d+), gdesc", operands) if "GMMA" in name else None:
+            read |= set(range(int(product[1]), int(product[1]) + 4))
+        elif instruction == wait:
+            read.clear()
+        elif (target := re.match(r"R(\d+)\b", operands)) and "GMMA" not in name:
+            several = 4 if ".128" in name else 2 if re.search(r"\.64|WIDE", name) else 1
+            found += [instruction] * (not read.isdisjoint(range(int(target[1]), int(target[1]) + several)))
+    return found
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("roles", [1, 3])
+@pytest.mark.parametrize(
+    "name", ["int8", "int8-fp16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp8", "int8-fast", "int8-token"))]
+)
+def test_no_register_of_p_is_written_before_its_product_has_ended(name, roles):
+    # ptxas before 13.3 may reuse registers that an asynchronous product still reads (triton-lang/triton#11781)
+    made = tq.compile(name, head_dim=128).candidates()
+    kernel = next(each for each in made if each.config.loop == "hopper" and each.config.roles == roles)
+    assert overwritten(kernel) == []
+    assert overwritten(kernel, wait="none"), "without the waits there are such instructions"
 
 
 @pytest.mark.gpu
