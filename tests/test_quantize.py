@@ -434,6 +434,17 @@ def test_what_a_signed_unit_lacks_is_the_sum_of_codes_times_the_zero_of_p_and_th
     assert quantize(*qkv(10, 300), scheme(v=words, p="int8 row_block:64"), backend="reference")[2].correction is None
 
 
+def test_what_a_cuda_graph_would_compute_is_not_kept(monkeypatch):
+    _, _, v = quantize(*qkv(10, 300), scheme(v="int8 asymmetric", p="uint8 row_block:64"), backend="reference")
+    names = ("origin", "inverse_weight", "origin_over_weight", "correction")
+    with monkeypatch.context() as patch:
+        patch.setattr("tokquant.tensor.capturing", lambda device: True)
+        captured = [getattr(v, name) for name in names]
+    for name, made in zip(names, captured, strict=True):
+        assert getattr(v, name) is not made and torch.equal(getattr(v, name), made)
+        assert getattr(v, name) is getattr(v, name)
+
+
 @pytest.mark.parametrize("n", [5, 70])
 @pytest.mark.parametrize("words", ["int8", "int4 asymmetric", "int2", "fp8_e4m3", "fp4_e2m1 group:16", "fp16"])
 def test_codes_in_another_layout_are_the_same_codes(words, n):

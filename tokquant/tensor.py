@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,19 @@ from tokquant import blocks
 from tokquant.autocast import joined
 from tokquant.schemes import Granularity, Operand, QuantScheme
 from tokquant.schemes.placement import as_bytes, place
+from tokquant.transfer import capturing
 from tokquant.transforms import Frame
+
+T = TypeVar("T")
+
+
+class cached_outside_of_graphs(cached_property[T]):
+    """A cached_property that keeps no tensor made while a CUDA graph is captured: it would have no value before a replay."""
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is not None and capturing(instance.device):
+            return self.func(instance)
+        return super().__get__(instance, owner)
 
 
 def spread(scale: Tensor, granularity: Granularity, n: int, d: int) -> Tensor:
@@ -92,7 +104,7 @@ class QuantizedTensor:
         values = self.stored_values()
         return values if self.spec.symmetric else values + 2 ** (self.spec.format.bits - 1)
 
-    @cached_property
+    @cached_outside_of_graphs
     def origin(self) -> Tensor | None:
         """For asymmetric operands the value of a stored code of 0: `x = stored * scale + origin`; float32, shape of `zero`.
 
@@ -103,14 +115,14 @@ class QuantizedTensor:
         weight = self.scale.float() if self.log2_weight is None else self.log2_weight.exp2()
         return self.zero.float() + weight * 2 ** (self.spec.format.bits - 1)
 
-    @cached_property
+    @cached_outside_of_graphs
     def inverse_weight(self) -> Tensor | None:
         """V scaled per token: the factor that removes the weight from P; 0 for a weight of NaN, which P already holds."""
         if self.log2_weight is None:
             return None
         return torch.exp2(-self.log2_weight).nan_to_num_(nan=0.0, posinf=0.0)
 
-    @cached_property
+    @cached_outside_of_graphs
     def origin_over_weight(self) -> Tensor | None:
         """V scaled per token: the factor of unrounded, weighted P in the term that adds the origin to the output."""
         if self.origin is None or self.inverse_weight is None:
@@ -134,7 +146,7 @@ class QuantizedTensor:
         """This tensor's `scale`, `zero` or `origin` as float32, broadcastable to its shape."""
         return spread(scale, self.spec.granularity, *self.shape[2:]).float()
 
-    @cached_property
+    @cached_outside_of_graphs
     def correction(self) -> Tensor | None:
         """V, where P is unsigned: what each tile's P V lacks if P is shifted to signed, float32 `[B, H, ceil(N / n), D]`."""
         if self.spec.role != "v" or self.code_sum is None or self.scheme is None:
