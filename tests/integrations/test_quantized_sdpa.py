@@ -12,6 +12,7 @@ import tokquant as tq
 from tokquant.integrations import torch_sdpa
 
 X = torch.randn(2, 4, 24, 16, generator=torch.Generator().manual_seed(0))
+MAP = tq.SchemeMap.from_data({"name": "two", "layers": {"a": "int8", "*": "kv-int4"}})
 
 
 def attend(x=X, **how):
@@ -121,12 +122,20 @@ def test_errors_of_the_machine_are_no_reason(monkeypatch):
 def test_what_no_call_could_take_is_refused_before():
     for error, how, text in (
         (tq.SchemeError, {"scheme": "int88"}, "did you mean 'int8'"),
+        (tq.SchemeError, {"scheme": MAP}, r"'two' is a map of layers, which a block does not tell.*such as scheme\['a'\]"),
         (tq.ScalesError, {"scheme": "kv-fp8"}, "needs k_scale"),
         (ValueError, {"fallback": "warm"}, "fallback: 'warm'; use one of error, warn, silent; did you mean 'warn'"),
         (ValueError, {"backend": "cuda"}, "backend: 'cuda' is not valid"),
     ):
         with pytest.raises(error, match=text):
             tq.quantized_sdpa(**how)
+
+
+def test_one_layer_of_a_map_is_taken_with_schemes_of_its_heads():
+    layers = tq.SchemeMap.from_data({"layers": {"a": {"heads": {"0-1": "int8", "2-3": "kv-int4"}}, "*": "int8"}})
+    with block(layers["a"]):
+        out = attend()
+    assert torch.equal(out, quantized(layers["a"]))
 
 
 TOKENS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))

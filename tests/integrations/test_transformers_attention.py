@@ -269,6 +269,13 @@ def test_a_bare_module_without_a_model_says_so():
         layer(states, position_embeddings=rotary(states, torch.arange(4)[None]))
 
 
+def test_a_model_of_the_config_of_another_that_was_changed_says_what_to_do():
+    model = decoder()
+    use(model, "none")
+    with pytest.raises(ValueError, match=r"has no scheme.*if use\(\) changed another model.*a copy of the config"):
+        type(model)(model.config).eval()(**prompts())
+
+
 def test_training_and_weights_are_refused():
     model, given = use(decoder(), "int8", backend="reference"), prompts()
     with pytest.raises(RuntimeError, match=r"model\.layers\.0\.self_attn: q: requires grad"), torch.enable_grad():

@@ -178,7 +178,8 @@ class Scales(Mapping[str, LayerScales]):
 
     def __getitem__(self, name: str) -> LayerScales:
         if name not in self._layers:
-            raise ScalesError(f"no layer {name!r}; there are {', '.join(list(self._layers)[:8])}{nearest(name, self._layers)}")
+            known = ", ".join(list(self._layers)[:8])
+            raise ScalesError(f"scales: no layer {name!r}; there are {known}{nearest(name, self._layers)}")
         return self._layers[name]
 
     def __contains__(self, name: object) -> bool:

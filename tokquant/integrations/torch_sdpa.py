@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from tokquant.attention import Backend, Scheme, check_backend, check_scales, scheme_of
 from tokquant.calibration.scales import LayerScales
 from tokquant.calibration.watching import without_dispatch
-from tokquant.errors import UnsupportedError, nearest, quote
+from tokquant.errors import SchemeError, UnsupportedError, nearest, quote
 from tokquant.inputs import check_no_grad
-from tokquant.schemes import QuantScheme
+from tokquant.schemes import HeadSchemes, QuantScheme, SchemeMap, read
 from tokquant.sdpa import scaled_dot_product_attention
 
 Fallback = Literal["error", "warn", "silent"]
@@ -51,7 +51,13 @@ class quantized_sdpa(TorchFunctionMode):
         super().__init__()
         if fallback not in FALLBACKS:
             raise ValueError(f"fallback: {quote(fallback)}; use one of {', '.join(FALLBACKS)}{nearest(fallback, FALLBACKS)}")
-        found, self.fallback = scheme_of(scheme, None, scales), fallback
+        given = scheme if isinstance(scheme, HeadSchemes) else read(scheme)
+        if isinstance(given, SchemeMap) and given.only() is None and not isinstance(scales, LayerScales):
+            raise SchemeError(
+                f"scheme: {given.name!r} is a map of layers, which a block does not tell apart; give the scheme of one, "
+                f"such as scheme[{given.layers[0][0]!r}]"
+            )
+        found, self.fallback = scheme_of(given, None, scales), fallback
         if isinstance(found, QuantScheme):
             check_scales(found, scales)
         check_backend(backend)

@@ -115,7 +115,9 @@ def _layers(model: object) -> dict[str, Any]:
     rest = sorted({type(processor).__name__ for name, processor in found.items() if name not in layers})
     if not layers:
         reason = f"its attention is {', '.join(rest)}" if rest else "it has no attention of diffusers"
-        raise UnsupportedError(f"model: a {type(model).__name__} takes no backends; {reason}")
+        raise UnsupportedError(
+            f"model: a {type(model).__name__} takes no backends; {reason}; tokquant.quantized_sdpa reaches what calls torch's"
+        )
     if rest:
         count = len(found) - len(layers)
         warnings.warn(

@@ -93,7 +93,10 @@ def place_of(module: nn.Module, registered: Setting | None, yields: bool, by_nam
     found: Place | None = module.__dict__.get(ATTRIBUTE)
     setting = found.setting if found and found.setting and yields else registered
     if setting is None:
-        raise ValueError("tokquant: this model has no scheme; call tokquant.integrations.transformers.use(model, scheme) first")
+        raise ValueError(
+            "tokquant: this model has no scheme; call tokquant.integrations.transformers.use(model, scheme) first; "
+            "if use() changed another model of the same config object, make this one from a copy of the config"
+        )
     if found is None and (setting.by_name or by_name):
         _name_modules(module)
         found = module.__dict__[ATTRIBUTE]
