@@ -127,7 +127,9 @@ class QuantizedTensor:
         """V scaled per token: the factor of unrounded, weighted P in the term that adds the origin to the output."""
         if self.origin is None or self.inverse_weight is None:
             return None
-        return self.origin * self.inverse_weight
+        # zero times NaN is NaN: rows that see a NaN are NaN by its weight, the others must not have its origin
+        origin = self.origin * self.inverse_weight
+        return origin.masked_fill(origin.isnan(), 0.0)
 
     def scaled_values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codes times scale plus zero, still in the frame: `[B, H, N, D]`."""

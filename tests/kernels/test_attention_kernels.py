@@ -208,6 +208,16 @@ def test_a_masked_row_is_zero_whatever_v_holds(name):
     assert torch.equal(out[:, :, 7], torch.zeros(1, 2, 32)) and bool((lse[:, :, 7] == -torch.inf).all())
 
 
+@pytest.mark.parametrize("name", ["kv-int8", "kv-int4"])
+def test_a_nan_in_v_per_token_reaches_the_rows_that_see_it_and_no_others(name):
+    q, k, v = qkv(40, d=32)
+    v[0, 1, 11, 3] = float("nan")
+    out = tq.attention(q, k, v, name, causal=True, backend="triton")
+    seen = torch.zeros(1, 2, 40, 1, dtype=torch.bool)
+    seen[0, 1, 11:] = True
+    assert torch.equal(out.isnan(), seen.expand_as(out))
+
+
 @pytest.mark.parametrize("softcap", [0.5, 50.0, 1e5])
 def test_a_softcap_keeps_the_accuracy_of_float32(softcap):
     q, k, v = qkv(20, 150, 32)

@@ -200,12 +200,12 @@ def test_a_key_that_is_masked_takes_nothing_along_whatever_v_holds(name):
     assert torch.equal(out.isnan(), expected.isnan()) and bool(out.isnan().any())
 
 
-@pytest.mark.parametrize("where", ["q", "k"])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_what_is_not_a_number_reaches_the_rows_that_see_it_and_no_others(where):
-    q, k, v = qkv(40, 40, 32)
-    (q if where == "q" else k)[0, 1, 11, 3] = float("nan")
-    operands = tq.quantize(q, k, v, "int8-fp16", backend="reference") if where == "q" else tq.quantize(q, k, v, "none")
-    s = operands[0].scheme
+    tensors = dict(zip("qkv", qkv(40, 40, 32), strict=True))
+    tensors[where][0, 1, 11, 3] = float("nan")
+    s = {"q": tq.preset("int8-fp16"), "k": tq.preset("none"), "v": tq.preset("kv-int4")}[where]
+    operands = tq.quantize(**tensors, scheme=s, backend="reference")
     out, expected = (tq.attention(*operands, s, causal=True, backend=backend) for backend in ("cpu", "reference"))
     assert torch.equal(out.isnan(), expected.isnan()) and 0 < int(out.isnan().sum()) < out.numel()
 

@@ -109,6 +109,8 @@ def test_tokens_of_zeros_and_what_is_not_finite_keep_their_weights(name):
     out, _ = stores[0].attend(Features(scale=0.2))
     # the interpreter reads a NaN in fp8 as a number
     assert bool(out.isnan().all()) or one.spec.scale_dtype == "fp8_e4m3", "what is not a number reaches the output"
+    out, _ = stores[0].attend(Features(scale=0.2, causal=True, window=(40 - 17, None)))
+    assert bool(out.isfinite().all()), "nor those of queries that see only what comes after"
 
 
 def test_a_scale_that_does_not_fit_its_type_is_an_error():

@@ -72,7 +72,8 @@ static inline void spread_scales(const Arguments& a, const Tile& tile, int64_t k
         store(t.inverse_weight + j, where((inverse == inverse) & (counted_from(j) < count), inverse, all(0)));
 #if V_TOKEN_ZERO
         floats zero = there > 0 ? load(a.v_zero + v_at + j, there) : all(0);
-        store(t.v_zero + j, where(counted_from(j) < count, zero + weight * V_HALF, all(0)));
+        // zero times NaN is NaN: rows that see a token of no finite weight are NaN without its zero, the others must not have it
+        store(t.v_zero + j, where((inverse > 0) & (counted_from(j) < count), zero + weight * V_HALF, all(0)));
 #endif
     }
 #endif

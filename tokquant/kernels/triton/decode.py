@@ -273,7 +273,8 @@ def decode(Q, K, V, T, Out, Lse, F, scale, n_q, run, step, BLOCK_M: tl.constexpr
                 v_side_at = tokens_at(v_sides + page * V.sides_page, start, n, PAGE, V_GROUP, V_SIDE)
                 v_scale, v_zero = tl.split(tl.load(v_side_at[:, None] + pair[None, :]).to(tl.float32))
                 if phase != 1:
-                    v_zero = tl.where(inside, v_zero, 0.0)
+                    # zero times NaN is NaN: rows that see a token of no finite scale are NaN by it, the others must not be
+                    v_zero = tl.where(inside & (tl.abs(v_scale) < float("inf")), v_zero, 0.0)
             if V_PER_TOKEN:
                 # V's scale joins the exponent, so that P is rounded with its weight; the weight is taken out of l again
                 if phase != 1:
