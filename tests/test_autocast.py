@@ -5,6 +5,7 @@ import torch
 from factories import qkv
 
 import tokquant as tq
+from tokquant import transforms
 from tokquant.autocast import joined
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -46,7 +47,8 @@ def test_a_device_that_torch_has_no_autocast_for_is_left_alone():
 @pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_autocast_changes_no_number(call, dtype, autocast):
+def test_autocast_changes_no_number(call, dtype, autocast, monkeypatch):
+    monkeypatch.setattr(transforms, "PIECE", 4000)  # means of large tensors are joined from pieces
     given = qkv(70, heads=4, kv_heads=2, dtype=dtype)
     outside = call(*given)
     with torch.autocast("cpu", dtype=autocast):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokquant.autocast import joined
 from tokquant.schemes.granularity import WHOLE
 
 BLOCK_MEAN = 128
@@ -34,7 +35,7 @@ def by_heads(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
         heads = max(1, PIECE * x.shape[0] * x.shape[1] // x.numel())
         batches = max(1, heads // x.shape[1])
         rows = ([function(piece) for piece in row.split(heads, dim=1)] for row in x.split(batches))
-        return torch.cat([torch.cat(row, dim=1) for row in rows])
+        return joined([joined(row, dim=1) for row in rows], dim=0)
 
     return in_pieces
 
