@@ -122,7 +122,7 @@ def test_errors_of_the_machine_are_no_reason(monkeypatch):
 def test_what_no_call_could_take_is_refused_before():
     for error, how, text in (
         (tq.SchemeError, {"scheme": "int88"}, "did you mean 'int8'"),
-        (tq.SchemeError, {"scheme": MAP}, r"'two' is a map of layers, which a block does not tell.*such as scheme\['a'\]"),
+        (tq.SchemeError, {"scheme": MAP}, r"'two' is a map of layers, which a block tells apart.* model=.*scheme\['a'\]"),
         (tq.ScalesError, {"scheme": "kv-fp8"}, "needs k_scale"),
         (ValueError, {"fallback": "warm"}, "fallback: 'warm'; use one of error, warn, silent; did you mean 'warn'"),
         (ValueError, {"backend": "cuda"}, "backend: 'cuda' is not valid"),
@@ -185,6 +185,100 @@ def test_a_compiled_function_takes_the_block_it_is_called_in():
         for scheme in ("int8", "int4"):
             with block(scheme):
                 assert torch.equal(run(), quantized(scheme))
+
+
+def test_compiled_layers_of_torch_are_quantized_too():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    run = torch.compile(model, backend="aot_eager")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        plain = run(TOKENS)
+        with block("int4"):
+            assert torch.equal(run(TOKENS), model(TOKENS))
+        assert torch.equal(run(TOKENS), plain) and torch.backends.mha.get_fastpath_enabled()
+
+
+class Twice(nn.Module):
+    """Attends to its input, and to what that gives."""
+
+    def forward(self, x):
+        return attend(attend(x))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Twice(), Twice()
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+LAYERS = tq.SchemeMap.from_data({"layers": {"a": "int8", "a:2": "none", "b": "kv-int4", "*": "int4"}})
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_layers_of_a_model_have_schemes_of_their_own(compiled):
+    model = Model()
+    expected = X
+    for scheme in ("int8", "none", "kv-int4", "int4"):
+        expected = tq.attention(expected, expected, expected, scheme, causal=True, backend="reference")
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    plain = run(X)
+    for _ in range(2):
+        with block(LAYERS, model=model):
+            assert torch.equal(run(X), expected)
+    assert torch.equal(run(X), plain)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_layers_of_a_model_have_scales_of_their_own():
+    model, calibrator = Model(), tq.Calibrator("kv-fp8")
+    with calibrator.watch(model):
+        model(X)
+    scales, expected = calibrator.scales(), X
+    assert list(scales) == ["a", "a:2", "b", "b:2"]
+    for layer in scales:
+        operands = (expected, expected, expected)
+        expected = tq.attention(*operands, "kv-fp8", scales=scales[layer], causal=True, backend="reference")
+    with block("kv-fp8", scales=scales, model=model):
+        assert torch.equal(model(X), expected)
+
+
+def test_a_call_that_torch_runs_is_counted_among_those_of_its_module():
+    model = Model()
+    model.a.forward = lambda x: attend(attend(x.clone().requires_grad_()).detach())
+    expected = torch_attention(X, X, X, is_causal=True)
+    for scheme in ("none", "kv-int4", "int4"):
+        expected = tq.attention(expected, expected, expected, scheme, causal=True, backend="reference")
+    with block(LAYERS, model=model, fallback="silent"):
+        assert torch.equal(model(X), expected)
+
+
+def test_what_no_layer_of_a_model_could_take_is_refused():
+    model, calibrator = Model(), tq.Calibrator("kv-fp8")
+    calibrator.observe("c", X, X, X)
+    for error, how, text in (
+        (tq.SchemeError, {"scheme": MAP, "model": nn.Identity()}, "'two': 'a' matches no module of Identity"),
+        (tq.ScalesError, {"scheme": "kv-fp8", "scales": calibrator.scales(), "model": model}, "Model has no module 'c'"),
+        (TypeError, {"scheme": "kv-fp8", "scales": calibrator.scales()["c"], "model": model}, "scales: a LayerScales; give"),
+        (TypeError, {"scheme": "kv-fp8", "scales": calibrator.scales()}, r"tells apart if it is given model=.*scales\['c'\]"),
+        (TypeError, {"model": "unet"}, "model: a str; give a torch.nn.Module"),
+    ):
+        with pytest.raises(error, match=text):
+            tq.quantized_sdpa(**how)
+
+
+def test_a_layer_without_a_scheme_or_scales_and_a_call_of_no_layer_are_refused():
+    model = Model()
+    with block(LAYERS, model=model), pytest.raises(tq.UnsupportedError, match="none of Model's modules runs"):
+        attend()
+    some = tq.SchemeMap.from_data({"layers": {"a*": "int8"}})
+    with block(some, model=model), pytest.raises(tq.SchemeError, match="no pattern matches layer 'b'"):
+        model(X)
+    with block("kv-fp8", model=model), pytest.raises(tq.ScalesError, match="needs k_scale"):
+        model(X)
 
 
 def test_a_model_of_transformers_is_quantized():
