@@ -106,7 +106,8 @@ class Watcher(TorchFunctionMode):
                 "watch: "
                 + ("no torch scaled_dot_product_attention was seen" if self.layers.ran else "the model did not run")
                 + "; run it in the block, uncompiled, with attention that goes through torch's (transformers: "
-                "attn_implementation='sdpa'; nn.MultiheadAttention: need_weights=False), or give q, k and v to observe()"
+                "attn_implementation='sdpa'; diffusers: reset_attention_backend(); nn.MultiheadAttention: need_weights=False), "
+                "or give q, k and v to observe()"
             )
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

@@ -50,7 +50,8 @@ def of_layer(scheme: object, layer: str | None = None) -> LayerScheme:
     if (only := found.only()) is not None:
         return only
     example = found.layers[0][0]
-    raise SchemeError(f"scheme: {found.name!r} is a map of layers; say which one this is, as layer={example!r}")
+    text = f"say which one this is, as layer={example!r} (--layer on the command line)"
+    raise SchemeError(f"scheme: {found.name!r} is a map of layers; {text}")
 
 
 def resolve(scheme: object, layer: str | None = None) -> QuantScheme:
