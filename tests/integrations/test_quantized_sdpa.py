@@ -198,6 +198,24 @@ def test_compiled_layers_of_torch_are_quantized_too():
         assert torch.equal(run(TOKENS), plain) and torch.backends.mha.get_fastpath_enabled()
 
 
+def test_fused_layers_are_on_again_when_the_last_of_overlapping_blocks_ends():
+    entered, leave = threading.Event(), threading.Event()
+
+    def first():
+        with block():
+            entered.set()
+            leave.wait(60)
+
+    other = threading.Thread(target=first)
+    other.start()
+    assert entered.wait(60)
+    with block():
+        leave.set()
+        other.join()
+        assert not torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 class Twice(nn.Module):
     """Attends to its input, and to what that gives."""
 

@@ -1,8 +1,10 @@
 """`quantized_sdpa`: inside a `with` block, calls of torch's scaled_dot_product_attention are quantized, models unchanged."""
 
 import inspect
+import threading
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -68,15 +70,38 @@ class quantized_sdpa:
         with ExitStack() as stack:
             if self._modules is not None:
                 stack.enter_context(self._modules.names.followed())
-            # compiled layers would take it here too: only layers that run uncompiled look for modes
-            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-            torch.backends.mha.set_fastpath_enabled(False)
+            stack.enter_context(_without_fused_layers())
             stack.enter_context(self._mode)
             self._entered.append(stack.pop_all())
         return self
 
     def __exit__(self, *raised: Any) -> None:
         self._entered.pop().close()
+
+
+class _Fused:
+    """Whether torch may take its fused encoder layers: what was set before the first of all blocks, which threads share."""
+
+    lock = threading.Lock()
+    blocks = 0
+    before = True
+
+
+@contextmanager
+def _without_fused_layers() -> Iterator[None]:
+    """Turn the fused path of torch's encoder layers off: those that are compiled do not look whether there is a mode."""
+    with _Fused.lock:
+        if not _Fused.blocks:
+            _Fused.before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _Fused.blocks += 1
+    try:
+        yield
+    finally:
+        with _Fused.lock:
+            _Fused.blocks -= 1
+            if not _Fused.blocks:
+                torch.backends.mha.set_fastpath_enabled(_Fused.before)
 
 
 class _Mode(TorchFunctionMode):
