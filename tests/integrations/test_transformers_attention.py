@@ -12,7 +12,7 @@ from tiny_models import DECODERS, SIZES, cosine, decoder, eagerly, prompts
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 import tokquant as tq
-from tokquant.integrations.transformers import TokquantCache, observing, register, use
+from tokquant.integrations.transformers import TokquantCache, observing, register, registration, use
 from tokquant.integrations.transformers.masks import Ordered
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -269,7 +269,8 @@ def test_a_bare_module_without_a_model_says_so():
         layer(states, position_embeddings=rotary(states, torch.arange(4)[None]))
 
 
-def test_a_model_of_the_config_of_another_that_was_changed_says_what_to_do():
+def test_a_model_of_the_config_of_another_that_was_changed_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(registration, "IMPLEMENTATIONS", set())  # as before any register()
     model = decoder()
     use(model, "none")
     with pytest.raises(ValueError, match=r"has no scheme.*if use\(\) changed another model.*a copy of the config"):
