@@ -12,13 +12,18 @@ SCRATCH_BYTES = 2**29
 for the CPU to enqueue the timed launches before the GPU reaches them."""
 
 
-def interleaved_medians(
+def interleaved_medians(functions: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[float]:
+    """Median milliseconds of each function; the rest is as for `interleaved`."""
+    return [statistics.median(runs) for runs in interleaved(functions, repeats, device)]
+
+
+def interleaved(
     functions: Sequence[Callable[[], Any]],
     repeats: int,
     device: torch.device,
     before: Sequence[Callable[[], Any]] | None = None,
-) -> list[float]:
-    """Median milliseconds of each function, run in turn. On a GPU its events measure the time, with a cold cache.
+) -> list[list[float]]:
+    """Milliseconds of each function's runs, in turn with the others'. On a GPU its events measure, with a cold cache.
 
     `before` has a function for each one, which runs before it and is not timed; it may empty or fill a CPU's caches, say.
     """
@@ -31,7 +36,7 @@ def interleaved_medians(
             if before is not None:
                 before[place]()
             times[place].append(time_once(function))
-    return [statistics.median(runs) for runs in times]
+    return times
 
 
 def _on_cpu(function: Callable[[], Any]) -> float:

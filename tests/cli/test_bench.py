@@ -32,7 +32,7 @@ def test_attention_is_timed_at_every_size_both_ways(tokquant):
         found = {row["provider"]: row for row in table["rows"]}
         assert {"SDPA fp32", "SDPA bf16", "int8", "int8, with quantization"} <= set(found)
         assert found[table["peer"]]["ratio"] == 1 and (table["workload"], table["unit"]) == ("attention", "GOPS")
-        assert all(set(row) == {"provider", "ms", "ratio", "rate", "share", "note"} for row in table["rows"])
+        assert all(set(row) == {"provider", "ms", "least_ms", "ratio", "rate", "share", "note"} for row in table["rows"])
 
 
 def test_decode_is_one_query_for_heads_that_share_keys(tokquant):
@@ -65,6 +65,14 @@ def test_a_table_has_the_reasons_and_the_machine(tokquant, monkeypatch):
     [line] = [line for line in out.splitlines() if "torchao" in line]
     assert "not installed" in line
     assert "8 heads, 64 x 64 tokens, head_dim 32" in out and f"torch {torch.__version__}" in out and "x SDPA" in out
+
+
+@pytest.mark.parametrize(("runs", "warned"), [([1.0, 1.5, 9.0], False), ([1.0, 3.0, 4.0], True)])
+def test_a_machine_that_was_busy_is_told(runs, warned, tokquant, monkeypatch):
+    monkeypatch.setattr(bench, "interleaved", lambda calls, *rest: [runs] * len(calls))
+    code, out, err = tokquant("bench", *SMALL, "--no-causal", "-s", "int8", "--device", "cpu")
+    assert code == 0 and f"{runs[1]:.3f}" in out
+    assert ("a median is 3.0 times the fastest run" in err) == warned
 
 
 @pytest.mark.parametrize("workload", ["attention", "decode"])

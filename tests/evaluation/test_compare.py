@@ -8,7 +8,7 @@ from tokquant import metrics
 from tokquant.evaluation.peers import sdpa
 from tokquant.features import Features
 from tokquant.reference import oracle
-from tokquant.timing import interleaved_medians
+from tokquant.timing import interleaved, interleaved_medians
 
 
 def test_errors_bits_and_times_of_each_scheme_in_order():
@@ -68,7 +68,7 @@ def test_functions_are_timed_in_turn():
     interleaved_medians([lambda: order.append("a"), lambda: order.append("b")], 3, torch.device("cpu"))
     assert order == ["a", "b"] * 4
     order.clear()
-    interleaved_medians([lambda: order.append("a")], 2, torch.device("cpu"), before=[lambda: order.append("-")])
+    interleaved([lambda: order.append("a")], 2, torch.device("cpu"), before=[lambda: order.append("-")])
     assert order == ["a", "-", "a", "-", "a"]
 
 

@@ -1,5 +1,6 @@
 """`tokquant bench`: times schemes and torch's attention in turn."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Annotated
@@ -31,6 +32,9 @@ WORKLOADS = {
     "quantization": Workload(workloads.quantization, ["int8", "int8-fast"], (8, 8), 2048, [64, 128], [False]),
     "decode": Workload(workloads.decode, ["int8", "kv-int8", "kv-int4"], (32, 8), 8192, [128], [False]),
 }
+
+UNSTEADY = 2
+"""Times its fastest run that a median may be before the machine counts as busy."""
 
 
 def bench(
@@ -97,6 +101,18 @@ def bench(
         return
     for each in tables:
         output.console().print(_table(each))
+    _warn_of_a_busy_machine(tables)
+
+
+def _warn_of_a_busy_machine(tables: list[Table]) -> None:
+    """Say on stderr that ratios are worth little where the median of a row is far above its fastest run."""
+    slowed = [row.ms / row.least_ms for table in tables for row in table.rows if row.ms and row.least_ms]
+    if slowed and max(slowed) > UNSTEADY:
+        print(
+            f"warning: a median is {max(slowed):.1f} times the fastest run, so something else was running and the ratios say "
+            "little; measure on an idle machine, or with fewer threads (OMP_NUM_THREADS)",
+            file=sys.stderr,
+        )
 
 
 def _table(measured: Table) -> rich.table.Table:

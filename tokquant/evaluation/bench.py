@@ -1,5 +1,6 @@
 """Benchmarks against other attention. All are timed in turn in one process, so that what slows the machine slows them alike."""
 
+import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from tokquant.kernels.cpu.peak import peaks
 from tokquant.kernels.cpu.plan import products
 from tokquant.kv_cache import KVCache
 from tokquant.schemes import QuantScheme, resolve
-from tokquant.timing import SCRATCH_BYTES, interleaved_medians
+from tokquant.timing import SCRATCH_BYTES, interleaved
 
 MEMORY, COPY = "reading memory", "copying memory"
 PRODUCTS = {"integers": "integer products", "bfloats": "bfloat16 products", "floats": "float products"}
@@ -62,6 +63,8 @@ class Row:
 
     provider: str
     ms: float | None = None
+    least_ms: float | None = None
+    """The fastest run's. A median far above it tells of a machine that was busy with something else."""
     ratio: float | None = None
     """Speedup over the table's peer."""
     rate: float | None = None
@@ -262,8 +265,8 @@ def _timed(
     failures = {name: each if isinstance(each, str) else _failure(each.call) for name, each in providers.items()}
     running = {name: each for name, each in providers.items() if isinstance(each, Provider) and not failures[name]}
     untimed = [before(each) for each in running.values()] if before else None
-    medians = interleaved_medians([each.call for each in running.values()], repeats, device, untimed)
-    times = dict(zip(running, medians, strict=True))
+    runs = dict(zip(running, interleaved([each.call for each in running.values()], repeats, device, untimed), strict=True))
+    times = {name: statistics.median(each) for name, each in runs.items()}
     rates = {name: each.work / times[name] / 1e6 for name, each in running.items() if each.work}
     peer = min((name for name in times if name.startswith("SDPA")), key=times.__getitem__, default=None)
 
@@ -274,7 +277,7 @@ def _timed(
         ratio = times[peer] / times[name] if peer and running[name].compared else None
         bounded = units and all(unit in rates for unit in units)
         share = sum(rates[name] / rates[unit] for unit in units) / len(units) if bounded else None
-        return Row(name, times[name], ratio, rates.get(name), share)
+        return Row(name, times[name], min(runs[name]), ratio, rates.get(name), share)
 
     facts = machine(device, choose_backend("auto", device)) | packages.versions()
     return Table(workload, shape, peer, unit, [row(name) for name in providers], facts)
