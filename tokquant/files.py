@@ -7,8 +7,8 @@ import secrets
 from pathlib import Path
 
 
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Write `data` beside `path`, flush it to disk, then rename it into place.
+def write_atomically(path: str | os.PathLike, data: bytes, mode: int = 0o666) -> None:
+    """Write `data` beside `path`, flush it to disk, then rename it into place. The umask takes its part of `mode`.
 
     Raises OSError as the file system does, naming `path`; an existing file is then unchanged.
     """
@@ -17,7 +17,7 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.parent / f".{path.name[:64]}.{secrets.token_hex(8)}"
     try:
-        with open(temporary, "xb") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

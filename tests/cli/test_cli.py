@@ -9,6 +9,7 @@ import torch
 import tokquant as tq
 from tokquant.activations import Activations, sample, save
 from tokquant.attention import choose_backend
+from tokquant.kernels.cpu import build
 from tokquant.kernels.cpu.instructions import INSTRUCTIONS
 from tokquant.schemes import preset_names
 
@@ -359,6 +360,15 @@ def test_doctor_says_of_compiler_and_instruction_set_each_what_is_wrong_with_it(
     found = json.loads(tokquant("doctor", "--json")[1])
     assert "CXX='no-such-compiler' cannot be run" in found["cpu_compiler"]
     assert found["cpu_instructions"] == "none without a compiler"
+
+
+def test_doctor_says_whether_libraries_are_kept(tokquant, monkeypatch, tmp_path):
+    folder = tmp_path / "cpu"
+    monkeypatch.setattr(build, "libraries", lambda: folder)
+    assert json.loads(tokquant("doctor", "--json")[1])["cpu_libraries"] == "kept"
+    folder.chmod(0o755)
+    found = json.loads(tokquant("doctor", "--json")[1])["cpu_libraries"]
+    assert found == f"built anew in every process; {folder} must be yours, of mode 0700"
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,15 @@ def test_a_kernel_is_built_once_and_found_again(compilations):
     assert text.read_text() == TEXT
 
 
+def test_a_umask_that_lets_the_group_write_costs_no_second_compilation(compilations):
+    before = os.umask(0o002)
+    try:
+        assert [answer(), answer()] == [41, 41] and len(compilations) == 1
+    finally:
+        os.umask(before)
+    assert kept().stat().st_mode & 0o777 == 0o600
+
+
 def test_threads_that_want_one_kernel_at_once_build_it_once(compilations):
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(lambda _: answer(), range(4))) == [41] * 4

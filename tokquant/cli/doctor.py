@@ -34,6 +34,7 @@ def findings() -> dict[str, str | bool | list[str]]:
     else:
         triton = "no GPU; set TRITON_INTERPRET=1 to run kernels in the interpreter, or compile them for any GPU with tq.compile"
     compiler, instructions = _compiler()
+    built_anew = f"built anew in every process; {build.libraries()} must be yours, of mode 0700"
     return {
         "tokquant": version("tokquant"),
         "python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})",
@@ -46,6 +47,7 @@ def findings() -> dict[str, str | bool | list[str]]:
         "triton_kernels": triton,
         "cpu_compiler": compiler,
         "cpu_instructions": instructions,
+        "cpu_libraries": "kept" if build.keeps() else built_anew,
         "cache_folder": str(store.folder()),
         "cache_writable": store.writable(),
     }

@@ -117,6 +117,11 @@ def libraries() -> Path:
     return store.folder() / "cpu"
 
 
+def keeps() -> bool:
+    """Whether the folder of libraries is one that they are loaded from; else every process builds them anew."""
+    return _is_trusted_folder(libraries())
+
+
 def load(name: str, text: str, instructions: str, more: tuple[str, ...] = ()) -> ctypes.CDLL:
     """Load the library of a kernel's text for an instruction set, and build it first unless it was kept.
 
@@ -152,7 +157,8 @@ def _build(built_by: Compiler, text: str, flags: tuple[str, ...], path: Path) ->
         if _is_trusted_folder(path.parent):
             data = library.read_bytes()
             with suppress(OSError):
-                write_atomically(path, data + hashlib.sha256(data).digest())
+                # a umask of 0002 would let the group write it, and then it would not be loaded again
+                write_atomically(path, data + hashlib.sha256(data).digest(), mode=0o600)
         try:
             return ctypes.CDLL(str(library))  # stays mapped after the folder is deleted
         except OSError as error:
