@@ -38,6 +38,20 @@ def test_search_prints_the_map_and_json(tokquant):
     assert code == 0 and found["cost"] <= 7.5 and len(found["map"]["layers"]) == 6 and found["held_out"] == {}
 
 
+def test_search_says_which_candidates_do_not_fit(tokquant, tmp_path):
+    path = tmp_path / "odd.safetensors"
+    safetensors.torch.save_file({f"odd.{role}": torch.randn(1, 1, 64, 48) for role in "qkv"}, path)
+    words = ("search", "--budget", "bits=32", "-s", "int8", "-s", "kv-int4-kivi", "-i", path)
+    code, out, _ = tokquant(*words)
+    assert code == 0 and "kv-int4-kivi does not fit odd: v.granularity: a group of 32 channels" in " ".join(out.split())
+    assert list(json.loads(tokquant(*words, "--json")[1])["unfit"]) == ["kv-int4-kivi"]
+
+
+def test_a_point_that_has_a_name_is_shown_by_it_alone(tokquant):
+    _, out, _ = tokquant("search", "--budget", "bits=32", "-s", "int8", "--rows", 64)
+    assert "int8" in out and "a map" not in out
+
+
 def test_held_out_activations_are_of_the_same_layers(tokquant, tmp_path):
     path = tmp_path / "other.safetensors"
     safetensors.torch.save_file({f"other.{r}": torch.ones(1, 1, 8, 32) for r in "qkv"}, path)

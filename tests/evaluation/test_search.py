@@ -117,8 +117,11 @@ def test_candidates_that_do_not_fit_are_passed_over():
     assert "int8" in names and "kv-int4-kivi" not in names
     found = tq.search({"x": (q, k, v)}, ["int8", "kv-int4-kivi"], budget="bits=32")
     assert "kv-int4-kivi" not in found.singles
+    why = "v.granularity: a group of 32 channels does not divide head_dim 48; use group: 16"
+    assert found.unfit == {"kv-int4-kivi": f"x: {why}"}
     huge = {"x": (q, k, v * 1e9)}
-    assert "kv-int8" not in tq.search(huge, ["kv-int8", "int8"], budget="bits=32").singles
+    found = tq.search(huge, ["kv-int8", "int8"], budget="bits=32")
+    assert "kv-int8" not in found.singles and "does not fit scale_dtype fp16" in found.unfit["kv-int8"]
 
 
 def test_layers_of_which_no_scheme_fits_all_are_searched_and_drawn(tmp_path):

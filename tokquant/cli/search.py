@@ -94,6 +94,8 @@ def search(
     console = output.console()
     console.print(_layers(found))
     console.print(_points(found))
+    for name, why in found.unfit.items():
+        console.print(escape(f"{name} does not fit {why}"))
     if output_path is None:
         print(found.map.to_yaml(), end="")
 
@@ -110,6 +112,7 @@ def _json(found: Found, budget: str) -> dict:
         "front": found.front,
         "singles": found.singles,
         "held_out": found.held_out,
+        "unfit": found.unfit,
     }
 
 
@@ -123,14 +126,21 @@ def _layers(found: Found) -> Table:
 
 
 def _points(found: Found) -> Table:
-    """A table of the Pareto front of maps and of single schemes, by cost."""
-    places = np.unique(np.linspace(0, len(found.front) - 1, SHOWN).astype(int))
-    rows = [(*found.front[place], "a map") for place in places]
-    rows += [(cost, error, name) for name, (cost, error) in found.singles.items()]
+    """A table of the Pareto front of maps and of single schemes, by cost; a point that has a name of its own has one row."""
+    rows = [(cost, error, name) for name, (cost, error) in found.singles.items()]
     rows.append((found.cost, found.error, found.map.name))
+    named = {_rounded(cost, error) for cost, error, _ in rows}
+    places = np.unique(np.linspace(0, len(found.front) - 1, SHOWN).astype(int))
+    rows += [(*found.front[place], "a map") for place in places if _rounded(*found.front[place]) not in named]
     numbers = [found.unit, found.metric, *(["held out"] if found.held_out else [])]
     table = output.table("the front, and one scheme for all layers", [""], numbers)
     for cost, error, name in sorted(rows):
         held_out = [f"{found.held_out[name]:.4g}" if name in found.held_out else ""] if found.held_out else []
-        table.add_row(escape(name), f"{cost:.4g}", f"{error:.4g}", *held_out, style="bold" if name == found.map.name else None)
+        style = "bold" if name == found.map.name else None
+        table.add_row(escape(name), *_rounded(cost, error), *held_out, style=style)
     return table
+
+
+def _rounded(cost: float, error: float) -> tuple[str, str]:
+    """A point as the table shows it."""
+    return f"{cost:.4g}", f"{error:.4g}"

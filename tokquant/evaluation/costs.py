@@ -46,6 +46,8 @@ class Table:
     """`[units, schemes]` for each layer."""
     cost: list[Floats]
     """`[units, schemes]` for each layer; they add up over layers."""
+    unfit: dict[str, str]
+    """Schemes that do not fit every layer, by name: the first layer that they do not fit, and why."""
 
 
 def measure(
@@ -64,13 +66,18 @@ def measure(
     """Error and cost of every scheme in every layer; arguments are those of `tokquant.search`."""
     layers = list(activations)
     kv_heads, errors_of, costs_of, values = [], [], [], 0
+    unfit: dict[str, str] = {}
     for layer in progress(iter(layers), len(layers)) if progress else layers:
         q, k, v = operands(activations, layer)
         judge = _Judge(q, k, v, rows, heads, metric, features)
         layer_schemes = [of_layer(scheme, layer) for scheme in schemes]
-        found = np.stack([judge.error(scheme) for scheme in layer_schemes], axis=1)
+        judged = [judge.error(scheme) for scheme in layer_schemes]
+        found = np.stack([error for error, _ in judged], axis=1)
+        for scheme, (_, why) in zip(schemes, judged, strict=True):
+            if why is not None:
+                unfit.setdefault(scheme.name, f"{layer}: {why}")
         if relative_to is not None:
-            base = judge.error(of_layer(relative_to, layer)).sum()
+            base = judge.error(of_layer(relative_to, layer))[0].sum()
             if not 0 < base < np.inf:
                 why = "has no error" if base == 0 else "does not fit, or gives what is no number,"
                 raise ValueError(f"relative_to: {relative_to.name!r} {why} in layer {quote(layer)}; count in another's errors")
@@ -87,7 +94,7 @@ def measure(
         costs_of.append(np.repeat(np.array(spent)[None] / len(found), len(found), axis=0))
     if cost != "ms":  # bits per value
         costs_of = [each / values for each in costs_of]
-    return Table(layers, kv_heads, list(schemes), errors_of, costs_of)
+    return Table(layers, kv_heads, list(schemes), errors_of, costs_of, unfit)
 
 
 def operands(activations: Activations, layer: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,19 +123,20 @@ class _Judge:
         self.only = runs(q.shape[2], rows)
         self.exact, _ = reference.oracle(q, k, v, self.features, self.only)
 
-    def error(self, scheme: LayerScheme) -> Floats:
-        """The error of each unit; infinite where the scheme does not fit this layer, or its output is not finite."""
+    def error(self, scheme: LayerScheme) -> tuple[Floats, str | None]:
+        """The error of each unit, infinite where the scheme does not fit this layer or its output is not finite; then why."""
         try:
             out = self.output(scheme)
-        except ValueError:  # a group that does not divide head_dim, a scale that its type does not hold
-            return np.full(self.units, np.inf)
+        except ValueError as error:  # a group that does not divide head_dim, a scale that its type does not hold
+            return np.full(self.units, np.inf), str(error)
         if self.units == 1:
             value = getattr(errors(out, self.exact), self.metric)
             found = np.array([1 - value if self.metric == "cosine" else value])
         else:
             off = (out.double() - self.exact).abs().unflatten(1, (self.units, -1)).sum(dim=(0, 2, 3, 4))
             found = (off / self.exact.abs().sum().clamp_min(torch.finfo(torch.float64).tiny)).cpu().numpy()
-        return np.where(np.isfinite(found), found, np.inf)
+        finite = np.isfinite(found)
+        return np.where(finite, found, np.inf), None if finite.all() else "its output is not finite"
 
     def output(self, scheme: LayerScheme) -> Tensor:
         """Attention with the scheme for the sampled queries, `[B, H_q, rows, D]`."""

@@ -53,6 +53,8 @@ class Found:
     """(cost, error) of using one scheme for all layers, by its name, for schemes that fit every layer."""
     held_out: dict[str, float]
     """Errors of the map and of single schemes on the held-out activations, by name."""
+    unfit: dict[str, str]
+    """Candidates that do not fit every layer, by name: the first layer that they do not fit, and why."""
 
 
 def search(
@@ -85,7 +87,8 @@ def search(
     Args:
         activations: Q, K and V of each layer, `[B, H, N, D]`; read one layer at a time.
         candidates: schemes to choose among; where None, the presets that need no calibration and a family of pairs of K and V
-            (`tokquant.evaluation.candidates`). A static one is calibrated on the activations themselves.
+            (`tokquant.evaluation.candidates`). A static one is calibrated on the activations themselves. One that does not fit
+            a layer is left out there, and `Found.unfit` says so.
         budget: `"bits=8.5"`, `"kv_bits=5"` or `"ms=20"`, the most it may cost; or `"rel_l1=0.01"`, `"rmse=0.001"`,
             `"max_abs=0.1"` or `"cosine=0.999"`, the most it may err, or the least a cosine may be.
         metric: the error to minimize if the budget is a cost; rel_l1 if None. The error of a cosine is 1 - cosine.
@@ -150,6 +153,7 @@ def search(
         front=points,
         singles=of_schemes(table, over),
         held_out={scheme: error for scheme, (_, error) in unseen.items()},
+        unfit=table.unfit,
     )
 
 
