@@ -311,8 +311,9 @@ def test_without_a_scheme_a_cache_takes_that_of_the_model_with_its_scales():
     run_observed(model, [given["input_ids"]], calibrator.observe)
     scales = calibrator.scales()
     use(model, "kv-fp8", scales=scales, backend="reference")
-    with pytest.raises(tq.SchemeError, match=r"the model's own is taken, .*; give a scheme to give others"):
-        TokquantCache(model, scales=scales)
+    for name, own in (("scales", scales), ("backend", "reference")):
+        with pytest.raises(tq.SchemeError, match=f"^{name}: no scheme is given, .*; leave {name} out, or give a scheme"):
+            TokquantCache(model, **{name: own})
     short, long = TokquantCache(model), cache_of(model, "kv-fp8", scales=scales)
     assert torch.equal(model(**given, past_key_values=short).logits, model(**given, past_key_values=long).logits)
     assert short.memory == long.memory and short.layers[0].held.scheme.name == "kv-fp8"

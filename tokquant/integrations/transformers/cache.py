@@ -165,11 +165,14 @@ class TokquantCache(Cache):
 def _own(model: PreTrainedModel | PreTrainedConfig, scales: Scales | None, backend: Backend) -> Setting:
     """The model's own setting, for a cache that is given no scheme. Raises SchemeError where it has none."""
     found = own(model) if isinstance(model, PreTrainedModel) else None
-    if found is None or scales is not None or backend != "auto":
+    if found is None:
         raise SchemeError(
             "scheme: none is given, and the model has none of its own; give one, or call "
             "tokquant.integrations.transformers.use(model, scheme) first"
-            if found is None
-            else "scheme: none is given, so the model's own is taken, with its scales and backend; give a scheme to give others"
         )
+    for name, given in (("scales", scales is not None), ("backend", backend != "auto")):
+        if given:
+            raise SchemeError(
+                f"{name}: no scheme is given, and that of the model comes with its {name}; leave {name} out, or give a scheme"
+            )
     return found
