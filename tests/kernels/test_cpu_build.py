@@ -61,6 +61,13 @@ def test_a_umask_that_lets_the_group_write_costs_no_second_compilation(compilati
     assert kept().stat().st_mode & 0o777 == 0o600
 
 
+def test_a_folder_that_hands_down_its_group_costs_no_second_compilation(compilations):
+    store.folder().mkdir(exist_ok=True)
+    store.folder().chmod(0o2700)
+    assert [answer(), answer()] == [41, 41] and len(compilations) == 1
+    assert (store.folder() / "cpu").stat().st_mode & 0o7777 == 0o2700
+
+
 def test_threads_that_want_one_kernel_at_once_build_it_once(compilations):
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(lambda _: answer(), range(4))) == [41] * 4

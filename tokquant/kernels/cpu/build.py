@@ -203,7 +203,9 @@ def _is_trusted_folder(folder: Path) -> bool:
         status = os.lstat(folder)
     except OSError:
         return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o700
+    # a folder made in one that hands down its group is of mode 2700, which lets nobody else in
+    mode = stat.S_IMODE(status.st_mode) & ~stat.S_ISGID
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and mode == 0o700
 
 
 def _is_trusted_file(path: Path) -> bool:
