@@ -498,15 +498,27 @@ def test_what_is_kept_can_be_read():
     assert text == "KVCache('kv-int4', 2 sequences, 0 tokens of 2 heads of 32 channels, 5 bits a value, reference on cpu)"
 
 
-def test_a_deep_copy_goes_on_by_itself():
-    cache, q = cache_of(), torch.randn(1, 2 * H, 1, D)
-    cache.append(*tokens(40))
-    copied, before = copy.deepcopy(cache), tq.decode(q, cache)
-    cache.append(*tokens(3))
-    assert copied.lengths == [40] and torch.equal(tq.decode(q, copied), before)
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "deep", "pickle"]
+)
+@pytest.mark.parametrize("s", SCHEMES.values(), ids=SCHEMES)
+def test_a_copy_goes_on_by_itself(s, again):
+    cache, q = cache_of(s, batch=3, scales=scales_for(s, H, D)), torch.randn(3, 2 * H, 1, D)
+    cache.append(*tokens(300, batch=3), counts=[300, 0, 7])
+    copied, before = again(cache), tq.decode(q, cache, counts=[1, 0, 1])
+    cache.append(*tokens(3, batch=3))
+    assert copied.lengths == [300, 0, 7] and copied.backend == cache.backend
+    assert torch.equal(tq.decode(q, copied, counts=[1, 0, 1]), before)
+    copied.append(*tokens(70, batch=3))
+    assert copied.lengths == [370, 70, 77] and cache.lengths == [303, 3, 10]
 
 
-@pytest.mark.parametrize("call", [copy.copy, pickle.dumps])
-def test_half_of_a_cache_is_never_taken_elsewhere(call):
-    with pytest.raises(TypeError, match=r"cache: a KVCache cannot be pickled.*save\(path\) and KVCache\.load\(path\).*fork"):
-        call(cache_of())
+def test_a_pickled_cache_has_the_same_capacity_or_room_for_the_pages_that_it_shared():
+    cache = cache_of(capacity=256, backend="reference")
+    cache.append(*tokens(200))
+    again = pickle.loads(pickle.dumps(cache))
+    assert (again.backend, again.free_pages, again.memory) == ("reference", cache.free_pages, cache.memory)
+    forks = pickle.loads(pickle.dumps(cache.fork([0, 0])))
+    assert forks.lengths == [200, 200] and forks.free_pages == 0
+    with pytest.raises(tq.CacheFullError):
+        forks.append(*tokens(100, batch=2))

@@ -14,7 +14,7 @@ from tokquant import cache_file
 from tokquant.attention import Backend, check_scales, choose_backend, scheme_of
 from tokquant.cache_file import Content
 from tokquant.calibration.scales import LayerScales
-from tokquant.errors import CacheFileError, ScalesError, SchemeError, UnsupportedError, quote
+from tokquant.errors import CacheFileError, CacheFullError, ScalesError, SchemeError, UnsupportedError, quote
 from tokquant.features import Features
 from tokquant.inputs import DTYPES, check_beside_cache, check_device
 from tokquant.kernels.cpu.pages import CpuPages
@@ -94,7 +94,7 @@ class KVCache:
         check_append_only(scheme)
         check_scales(scheme, scales)
         self.device, self.dtype, self.scales = check_device(device), dtype, scales
-        self._shape = batch, kv_heads, head_dim
+        self._shape, self._asked = (batch, kv_heads, head_dim), backend
         token = torch.zeros(1, kv_heads, 1, head_dim, dtype=dtype, device=self.device)
         for spec in (scheme.k, scheme.v):  # quantize one token, which raises for groups and scales of other sizes
             in_frame(token, frame_of(token, spec, scheme, scales), spec, scales)
@@ -200,16 +200,17 @@ class KVCache:
         forked._sequences = self._sequences.fork(chosen)
         return forked
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
-        # pages need no copy before one is written, and pointers for kernels cannot be copied
+    def __copy__(self) -> "KVCache":
         return self.fork(range(self.batch))
 
-    def __reduce__(self) -> Any:
-        # a shallow copy would share the sequences, so that an append to one copy would change the other
-        raise TypeError(
-            "cache: a KVCache cannot be pickled, nor copied without its pages; save(path) and KVCache.load(path) bring it to "
-            "another process, and copy.deepcopy or fork go on from it in this one"
-        )
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KVCache":
+        return self.fork(range(self.batch))  # pages need no copy before one is written
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        table = self._sequences.table
+        pages = max(len(table.pool.holders), int(table.page_counts.sum()))  # more where sequences share some
+        capacity = pages * self.page if table.pool.fixed else None
+        return self._restore, (self._content(), capacity, self._asked)
 
     # ------------------------------------------------------------------ contents and sizes
 
@@ -301,11 +302,7 @@ class KVCache:
 
         Sequences that share pages are each written in full. Raises OSError as the file system does.
         """
-        sequences = []
-        for b in range(self.batch):
-            k, v = self.codes(b) if self._sequences.packed[b] else (None, None)
-            sequences.append((k, v, *self.windows(b)))
-        cache_file.write(path, Content(self.scheme, self.kv_heads, self.head_dim, self.dtype, self.scales, sequences))
+        cache_file.write(path, self._content())
 
     @classmethod
     def load(
@@ -323,21 +320,32 @@ class KVCache:
         """
         content = cache_file.read(path, check_device(device))
         try:
-            cache = cls(
-                content.scheme,
-                batch=len(content.sequences),
-                kv_heads=content.kv_heads,
-                head_dim=content.head_dim,
-                dtype=content.dtype,
-                device=device,
-                capacity=capacity,
-                scales=content.scales,
-                backend=backend,
-            )
-        except UnsupportedError:
+            return cls._restore(content, capacity, backend)
+        except (UnsupportedError, CacheFullError):
             raise
         except (SchemeError, ScalesError, RuntimeError, MemoryError) as error:
             raise CacheFileError(f"{path}: {error}") from None
+
+    def _content(self) -> Content:
+        sequences = []
+        for b in range(self.batch):
+            k, v = self.codes(b) if self._sequences.packed[b] else (None, None)
+            sequences.append((k, v, *self.windows(b)))
+        return Content(self.scheme, self.kv_heads, self.head_dim, self.dtype, self.scales, sequences)
+
+    @classmethod
+    def _restore(cls, content: Content, capacity: int | None, backend: Backend) -> "KVCache":
+        cache = cls(
+            content.scheme,
+            batch=len(content.sequences),
+            kv_heads=content.kv_heads,
+            head_dim=content.head_dim,
+            dtype=content.dtype,
+            device=content.sequences[0][2].device,
+            capacity=capacity,
+            scales=content.scales,
+            backend=backend,
+        )
         cache._sequences.fill(content.sequences)
         return cache
 

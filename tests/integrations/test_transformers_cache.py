@@ -147,6 +147,19 @@ def test_sequences_are_chosen_and_repeated():
     assert (model(ids[1:], attention_mask=mask[1:], past_key_values=second).logits - exact[1:]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("windows", [{}, {"sink": 4, "recent": 8}], ids=["codes", "windows"])
+def test_a_saved_prompt_goes_on_as_the_one_that_was_kept(windows, tmp_path):
+    s = tq.QuantScheme(**tq.preset("kv-int4").model_dump() | {"name": "s", "cache": windows})
+    model, given = use(decoder(), s), prompts("left")
+    cache = TokquantCache(model)
+    model(input_ids=given["input_ids"][:, :-1], attention_mask=given["attention_mask"][:, :-1], past_key_values=cache)
+    torch.save(cache, tmp_path / "prompt.pt")
+    loaded = torch.load(tmp_path / "prompt.pt", weights_only=False)
+    assert int(loaded.number) != int(cache.number) and loaded.memory == cache.memory
+    kept, again = (model.generate(**given, past_key_values=each, max_new_tokens=6, do_sample=False) for each in (cache, loaded))
+    assert torch.equal(kept, again) and loaded.get_seq_length() == cache.get_seq_length()
+
+
 def test_a_window_lets_go_of_what_it_has_passed():
     small = tq.QuantScheme(**tq.preset("none").model_dump() | {"name": "small", "cache": {"page": 16}})
     model, given = decoder("gemma2, softcap and a scale"), prompts("left", tokens=240)

@@ -141,6 +141,9 @@ class TokquantCache(Cache):
             self._fetched.append((tokens, found))
         return None if found.all() else found
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_fetched": []}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self.number = cache_operator.numbered(self)  # a copy is another cache
