@@ -173,6 +173,14 @@ def test_compare_shows_every_dynamic_preset(tokquant, activations):
     assert code == 0 and all((name in out) is (name != "kv-fp8") for name in preset_names()), err
 
 
+def test_compare_warns_of_values_that_are_not_finite(tokquant, tmp_path):
+    layers = {f"{name}__{r}": torch.ones(1, 1, 8, 32) for name in "ab" for r in "qkv"}
+    layers["b__k"][0, 0, 3, 3] = float("nan")
+    path = write(tmp_path / "x.safetensors", **layers)
+    code, _, err = tokquant("compare", "int8", "-i", path, "--backend", "reference", "--repeats", 1)
+    assert code == 0 and err == "warning: x.safetensors: not all values are finite in b.k; errors there may be no number\n"
+
+
 def test_compare_explains_where_errors_come_from(tokquant, activations):
     words = ("compare", "int-flash", "-i", activations, "--repeats", 1)
     code, out, err = tokquant(*words, "--explain")

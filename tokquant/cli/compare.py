@@ -1,5 +1,6 @@
 """`tokquant compare`: compares schemes on a file of activations."""
 
+import sys
 from collections import Counter
 from dataclasses import fields
 from datetime import date
@@ -64,6 +65,7 @@ def compare(
     chosen += [each.scheme for each in calibrated]
     results: dict[str, list[Comparison]] = {}
     shapes: Counter[str] = Counter()
+    not_finite: list[str] = []
     arguments = {
         "backend": backend,
         "causal": causal,
@@ -76,6 +78,10 @@ def compare(
             layer_scales = [None if each is None else each.get(name) for each in static_scales]
             results[name] = compare_layer(q, k, v, chosen, layer=name, scales=layer_scales, **arguments)
         shapes[_shape(q, k)] += 1
+        not_finite += [f"{name}.{role}" for role, x in zip("qkv", (q, k, v), strict=True) if not bool(x.isfinite().all())]
+    if not_finite:
+        which = f"{', '.join(not_finite[:4])}{' and others' if len(not_finite) > 4 else ''}"
+        print(f"warning: {layers.name}: not all values are finite in {which}; errors there may be no number", file=sys.stderr)
     chosen_backend = next(iter(results.values()))[0].backend
     setting = {
         "activations": layers.name,
