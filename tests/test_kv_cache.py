@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing  # its ForkingPickler shares tensors
 from factories import qkv, scheme
 from plain_cache import SCHEMES, scales_for, with_cache
 
@@ -498,9 +500,15 @@ def test_what_is_kept_can_be_read():
     assert text == "KVCache('kv-int4', 2 sequences, 0 tokens of 2 heads of 32 channels, 5 bits a value, reference on cpu)"
 
 
-@pytest.mark.parametrize(
-    "again", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "deep", "pickle"]
-)
+AGAIN = {
+    "copy": copy.copy,
+    "deep": copy.deepcopy,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "queue": lambda x: pickle.loads(ForkingPickler.dumps(x)),
+}
+
+
+@pytest.mark.parametrize("again", AGAIN.values(), ids=AGAIN)
 @pytest.mark.parametrize("s", SCHEMES.values(), ids=SCHEMES)
 def test_a_copy_goes_on_by_itself(s, again):
     cache, q = cache_of(s, batch=3, scales=scales_for(s, H, D)), torch.randn(3, 2 * H, 1, D)

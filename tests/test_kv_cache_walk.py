@@ -1,5 +1,6 @@
 """Whatever happens to a cache, in whatever order, it stays equal to one that keeps plain floats."""
 
+import pickle
 import random
 
 import numpy as np
@@ -21,7 +22,7 @@ FEATURES = [
 
 
 class Walk:
-    """Caches beside the plain ones that they must equal; all of them share one pool until one is loaded from a file."""
+    """Caches beside the plain ones that they must equal; all of them share one pool until one is loaded."""
 
     tolerance = 1e-5
     backend = "auto"
@@ -37,7 +38,7 @@ class Walk:
 
     def step(self):
         at = self.chance.randrange(len(self.pairs))
-        others = [self.truncate, self.evict, self.fork, self.leave, self.forget, self.save, self.decode]
+        others = [self.truncate, self.evict, self.fork, self.leave, self.forget, self.save, self.send, self.decode]
         action = self.chance.choice([self.append, self.speak] * 3 + others)
         action(at, *self.pairs[at])
 
@@ -89,6 +90,9 @@ class Walk:
         cache.save(self.path)
         # sequences that shared pages do no more, so they may need more of them
         self.pairs[at] = tq.KVCache.load(self.path, backend=self.backend), plain
+
+    def send(self, at, cache, plain):
+        self.pairs[at] = pickle.loads(pickle.dumps(cache)), plain
 
     def decode(self, at, cache, plain, n_q=1, counts=None):
         counts = [min(n_q, n, own) for n, own in zip(counts or [n_q] * cache.batch, cache.lengths, strict=True)]
