@@ -232,12 +232,14 @@ def _with_cache(
         cache.append(k, v)
         caches.append(cache)
     step, warm_up = (partial(decode_cache, q, cache) for cache in caches)
-    grown, token = caches[0].fork(range(batch)), [x[:, :, :1].contiguous() for x in kv]
-    grown.append(*token)  # untimed: the first append after a fork takes a page that is not shared
+    token, grown = [x[:, :, :1].contiguous() for x in kv], [cache.fork(range(batch)) for cache in caches]
+    for cache in grown:
+        cache.append(*token)  # untimed: the first append after a fork takes a page that is not shared
+    grow, warm_growth = (partial(cache.append, *token) for cache in grown)
     size = caches[0].memory.packed + caches[0].memory.windows
     return {
         f"{name}, KVCache": Provider(step, size, (MEMORY,), warm_up),
-        f"{name}, one token appended": Provider(partial(grown.append, *token), 0, compared=False),
+        f"{name}, one token appended": Provider(grow, 0, small=warm_growth, compared=False),
     }
 
 
