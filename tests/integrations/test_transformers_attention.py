@@ -307,6 +307,17 @@ def test_schemes_of_heads_are_those_of_every_layer():
     assert torch.equal(ours, theirs) and not torch.equal(ours, use(decoder(), "int8", backend="reference")(**given).logits)
 
 
+def test_of_a_wrapper_the_model_inside_is_named():
+    model, given = decoder(), prompts()
+    wrapped = torch.nn.Sequential(torch.compile(model, backend="eager"))
+    with pytest.raises(
+        TypeError, match=r"model: a Sequential; .*; this one holds such a model: model\.get_submodule\('0\._orig_mod'\)"
+    ):
+        use(wrapped, "int8")
+    use(wrapped.get_submodule("0._orig_mod"), "int8", backend="reference")
+    assert torch.equal(wrapped[0](**given).logits, use(decoder(), "int8", backend="reference")(**given).logits)
+
+
 def test_what_does_not_fit_a_model_leaves_it_as_it_was():
     model = decoder()
     ones = {"k_scale": torch.ones(2, 1, 1), "v_scale": torch.ones(2, 1, 1)}

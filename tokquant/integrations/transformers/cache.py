@@ -14,7 +14,7 @@ from tokquant.calibration.scales import Scales
 from tokquant.errors import SchemeError, UnsupportedError
 from tokquant.integrations.transformers import cache_operator
 from tokquant.integrations.transformers.cache_layer import Appended, TokquantLayer
-from tokquant.integrations.transformers.settings import IMPLEMENTATIONS, Setting, own
+from tokquant.integrations.transformers.settings import IMPLEMENTATIONS, Setting, held_by, own
 from tokquant.kv_cache import Memory
 from tokquant.schemes import SchemeMap, resolve
 from tokquant.schemes.appending import check_append_only
@@ -56,7 +56,7 @@ class TokquantCache(Cache):
         backend: Backend = "auto",
     ):
         if not isinstance(model, PreTrainedModel | PreTrainedConfig):
-            raise TypeError(f"model: a {type(model).__name__}; give a transformers model, or its config")
+            raise TypeError(f"model: a {type(model).__name__}; give a transformers model, or its config{held_by(model)}")
         setting = _own(model, scales, backend) if scheme is None else Setting(scheme, scales, backend)
         parts = [each for _, each in setting.scheme.layers] if isinstance(setting.scheme, SchemeMap) else [setting.scheme]
         for each in parts:

@@ -12,7 +12,7 @@ from tokquant.calibration.scales import Scales
 from tokquant.errors import UnsupportedError, quote
 from tokquant.integrations.transformers.attention import attend
 from tokquant.integrations.transformers.masks import mask
-from tokquant.integrations.transformers.settings import ATTRIBUTE, IMPLEMENTATIONS, Observer, Setting, place
+from tokquant.integrations.transformers.settings import ATTRIBUTE, IMPLEMENTATIONS, Observer, Setting, held_by, place
 
 NAME = "tokquant"
 RESERVED = ("flash", "sdpa", "flex_attention", "eager", "/", "|", ":", "@")
@@ -72,7 +72,7 @@ def _use(model: Model, setting: Setting) -> Model:
 def check_model(model: object) -> None:
     """Raise TypeError for what is no model of transformers."""
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: a {type(model).__name__}; give a transformers.PreTrainedModel")
+        raise TypeError(f"model: a {type(model).__name__}; give a transformers.PreTrainedModel{held_by(model)}")
 
 
 @contextmanager

@@ -77,6 +77,13 @@ def place(model: nn.Module, setting: Setting) -> None:
         setattr(module, ATTRIBUTE, Place(name, setting))
 
 
+def held_by(model: object) -> str:
+    """For an error: where a wrapper (a compiled model, a PeftModel, a SentenceTransformer) holds a transformers model."""
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    name = next((name for name, part in parts if isinstance(part, PreTrainedModel)), None)
+    return "" if name is None else f"; this one holds such a model: model.get_submodule({name!r})"
+
+
 def own(model: nn.Module) -> Setting | None:
     """The setting that `use` or a checkpoint gave a model; None where it has none."""
     found: Place | None = model.__dict__.get(ATTRIBUTE)
