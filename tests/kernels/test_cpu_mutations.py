@@ -22,7 +22,7 @@ MUTATIONS = {
     "the wrong head of V": ("int8", CAUSAL, "page * a.v_page + kv_head * a.v_head", "page * a.v_page"),
     "slopes of another head": ("int8", CASES["alibi to both sides, sinks"], "int(kv_head * shared + ", "int(0 * shared + "),
     "K not counted from the lowest": ("int8", ODD, "t.start[i] += (K_LOWEST + FLIPPED) * t.q[i][d]", "t.start[i] += t.q[i][d]"),
-    "sums of another query": ("int8", ODD, "ints{} + t.start[g + i + r]", "ints{} + t.start[g + i]"),
+    "sums of another query": ("int8", ODD, "sum + t.start[g + i + r]", "sum + t.start[g + i]"),
     "no rescaling of the accumulator": ("int8", ODD, "load(acc) * alpha[i + r] + product", "load(acc) + product"),
     "no rescaling of the normalizer": ("int8", ODD, "t.l[g + i] * alpha[i] + sum_of", "t.l[g + i] + sum_of"),
     "P cut instead of rounded": ("int8", ODD, "store_bytes(&t.p[i][j], p)", "store_bytes(&t.p[i][j], p - 0.5f)"),

@@ -95,11 +95,12 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 #endif
 #if BLOCK_MEANS
         in_panels((least(TILE, end - start) + LANES - 1) / LANES, [&](auto W, int64_t at) {
-            floats c[1][W.value] = {};
             const float* mean = a.q_mean + ((batch * a.heads + t.head[0]) * ((a.n_q + 127) / 128) + t.query[0] / 128) * D;
             const int64_t panels = (n_k + LANES - 1) / LANES, panel = (batch * a.kv_heads + kv_head) * panels + start / LANES + at;
-            multiply<1, W.value>(c, mean, D, a.companion + panel * D * LANES, D * LANES, D);
-            for (int w = 0; w < W.value; w++) store(t.means + (at + w) * LANES, c[0][w] * (a.scale * LOGIT_BASE));
+            const auto then = [=, &t, &a](int, int w, floats product, bool) {
+                store(t.means + (at + w) * LANES, product * (a.scale * LOGIT_BASE));
+            };
+            multiply<1, W.value>(mean, D, a.companion + panel * D * LANES, D * LANES, D, then);
         });
 #endif
         for (int g = 0; g < rows; g += ROWS) {
@@ -132,26 +133,22 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
                     const Keys* panel = (const Keys*)(tile.k + at * K_PANEL);
 #endif
 #if INTEGER_K
-                    ints c[R.value][W.value];
-                    for (int r = 0; r < R.value; r++)
-                        for (int w = 0; w < W.value; w++) c[r][w] = ints{} + t.start[g + i + r];
-                    multiply<K_BITS, R.value, W.value>(c, t.q[g + i], K_DEPTH, panel, 4 * K_PANEL, K_WORDS, k_ahead);
+                    const auto then = [=, &t](int r, int w, ints sum) {
+                        store(&t.s[i + r][(at + w) * LANES], to_floats(sum + t.start[g + i + r]));
+                    };
+                    multiply<K_BITS, R.value, W.value>(t.q[g + i], K_DEPTH, panel, 4 * K_PANEL, K_WORDS, k_ahead, then);
 #else
-                    floats c[R.value][W.value] = {};
-                    multiply<R.value, W.value>(c, q + (g + i) * q_row, q_row, panel, K_STEPS * LANES, K_STEPS);
+                    const auto then = [=, &t](int r, int w, floats sum, bool) { store(&t.s[i + r][(at + w) * LANES], sum); };
+                    multiply<R.value, W.value>(q + (g + i) * q_row, q_row, panel, K_STEPS * LANES, K_STEPS, then);
 #endif
-                    for (int r = 0; r < R.value; r++)
-                        for (int w = 0; w < W.value; w++) store(&t.s[i + r][(at + w) * LANES], to_floats(c[r][w]));
                 });
 #if LOWRANK
                 in_panels(columns, [&](auto W, int64_t at) {
-                    floats c[R.value][W.value] = {};
                     const int64_t head = t.head[g];
                     const float* x = a.q_factors + batch * a.q_factors_batch + head * a.q_factors_head + t.query[g + i] * RANK;
                     const float* y = a.k_factors + batch * a.k_factors_batch + head * a.k_factors_head;
-                    multiply<R.value, W.value>(c, x, RANK, y + (start / LANES + at) * RANK * LANES, RANK * LANES, RANK);
-                    for (int r = 0; r < R.value; r++)
-                        for (int w = 0; w < W.value; w++) store(&t.factors[i + r][(at + w) * LANES], c[r][w]);
+                    const auto then = [=, &t](int r, int w, floats sum, bool) { store(&t.factors[i + r][(at + w) * LANES], sum); };
+                    multiply<R.value, W.value>(x, RANK, y + (start / LANES + at) * RANK * LANES, RANK * LANES, RANK, then);
                 });
 #endif
             });
@@ -319,35 +316,30 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 #else
                     const Values* panel = (const Values*)(tile.v + at * V_PANEL);
 #endif
-#if INTEGER_V
-                    ints c[R.value][W.value];
-                    for (int r = 0; r < R.value; r++)
-                        for (int w = 0; w < W.value; w++) c[r][w] = ints{} + (FLIPPED ? t.flipped[i + r] : 0);
-                    multiply<V_BITS, R.value, W.value>(c, t.p[i], TILE, panel, 4 * V_PANEL, (keys * V_BITS + 31) / 32, v_ahead);
-#else
-                    const int steps = BFLOAT_V ? (keys + 1) / 2 : keys;
-                    floats c[R.value][W.value] = {};
-                    multiply<R.value, W.value>(c, t.p[i], V_STEPS, panel, LANES * V_STEPS, steps);
-#endif
-                    for (int r = 0; r < R.value; r++)
-                        for (int w = 0; w < W.value; w++) {
-                            float* acc = &t.acc[g + i + r][(at + w) * LANES];
-                            floats product = to_floats(c[r][w]);
-#if INTEGER_V
-                            product *= V_UNIT;
-#endif
-#if !INTEGER_V
-                            product = kept(product, t.p[i + r], panel + w * LANES * V_STEPS, steps);
-#endif
+                    const auto add = [=, &t, &largest, &alpha](int r, int w, floats product) {
 #if V_PER_TILE
-                            if (largest[i + r] == NOTHING) continue;
-                            product *= load(t.v_scale + (at + w) * LANES);
+                        if (largest[i + r] == NOTHING) return;
+                        product *= load(t.v_scale + (at + w) * LANES);
 #endif
 #if V_TILE_ZERO
-                            product += t.sum[g + i + r] * load(t.v_zero + (at + w) * LANES);
+                        product += t.sum[g + i + r] * load(t.v_zero + (at + w) * LANES);
 #endif
-                            store(acc, load(acc) * alpha[i + r] + product);
-                        }
+                        float* acc = &t.acc[g + i + r][(at + w) * LANES];
+                        store(acc, load(acc) * alpha[i + r] + product);
+                    };
+#if INTEGER_V
+                    const int lines = (keys * V_BITS + 31) / 32;
+                    const auto then = [=, &t](int r, int w, ints sum) {
+                        add(r, w, to_floats(FLIPPED ? sum + t.flipped[i + r] : sum) * V_UNIT);
+                    };
+                    multiply<V_BITS, R.value, W.value>(t.p[i], TILE, panel, 4 * V_PANEL, lines, v_ahead, then);
+#else
+                    const int steps = BFLOAT_V ? (keys + 1) / 2 : keys;
+                    const auto then = [=, &t](int r, int w, floats sum, bool finite) {
+                        add(r, w, finite ? sum : kept(sum, t.p[i + r], panel + w * LANES * V_STEPS, steps));
+                    };
+                    multiply<R.value, W.value>(t.p[i], V_STEPS, panel, LANES * V_STEPS, steps, then);
+#endif
                 });
             });
         }

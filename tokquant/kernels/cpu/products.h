@@ -1,5 +1,7 @@
-// C[R][W] += A[R rows] B[W panels], with C in registers, so that each load of A or B serves several products. Functions are not
-// inlined, as compilers would give some of the registers that these loops need to the code around them.
+// A[R rows] B[W panels], with the R x W sums in registers, so that each load of A or B serves several products. Then `then(r, w,
+// sum)` is called for every sum, still in its register; it is a copy and captures by value, as what it only refers to is read again
+// after each store. Functions are not inlined, as compilers would give some of the registers that these loops need to the code
+// around them.
 #if INTEGERS
 template <int N, class A, class B>
 static inline Two<int32_t, N> dot(Two<int32_t, N> sum, const A* four, Two<uint32_t, N> panel, const B* kind) {
@@ -15,9 +17,10 @@ template <int BITS> static inline words plane(words x, int i, const int8_t*) {
     return BITS == 8 ? x : x << uint32_t(8 - BITS - i * BITS) & (((1u << BITS) - 1) << (8 - BITS)) * 0x01010101u;
 }
 
-template <int BITS, int R, int W, class A, class B>
-[[gnu::noinline]] static void multiply(ints (&c)[R][W], const A* a, int64_t row, const B* b, int64_t panel, int lines, int64_t ahead) {
-    constexpr int CHAINS = R * W * 64 / REGISTER < 8 ? 2 : 1;  // independent sums for every other line, if there are too few to hide an instruction's latency
+template <int BITS, int R, int W, class A, class B, class F>
+[[gnu::noinline]] static void multiply(const A* a, int64_t row, const B* b, int64_t panel, int lines, int64_t ahead, F then) {
+    // independent sums for every other line, if there are too few to hide an instruction's latency
+    constexpr int CHAINS = R * W * 64 / REGISTER < 8 ? 2 : 1;
     ints sum[CHAINS][R][W] = {};
     const auto line = [&](ints (&sum)[R][W], const A* a, const B* b) {
         words x[W];
@@ -37,26 +40,35 @@ template <int BITS, int R, int W, class A, class B>
 #pragma GCC unroll 2
         for (int chain = 0; chain < CHAINS; chain++) line(sum[chain], a + chain * 32 / BITS, b + chain * 64);
     if (at < lines) line(sum[0], a, b);
-    for (int chain = 0; chain < CHAINS; chain++)
-        for (int r = 0; r < R; r++)
-            for (int w = 0; w < W; w++) c[r][w] += sum[chain][r][w];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int w = 0; w < W; w++) then(r, w, CHAINS == 1 ? sum[0][r][w] : sum[0][r][w] + sum[CHAINS - 1][r][w]);
 }
 #endif
 
 #if FLOATS
 static inline floats dot(floats sum, float a, floats panel) { return sum + a * panel; }
 
-// the same for floats, or for words of two bfloat16 numbers
-template <int R, int W, class T>
-[[gnu::noinline]] static void multiply(floats (&c)[R][W], const T* a, int64_t row, const T* b, int64_t panel, int steps) {
-    floats sum[R][W];
-    std::memcpy(sum, c, sizeof c);
+// the same for floats, or for words of two bfloat16 numbers; `then` is also told whether all sums are finite
+template <int R, int W, class T, class F>
+[[gnu::noinline]] static void multiply(const T* a, int64_t row, const T* b, int64_t panel, int steps, F then) {
+    floats sum[R][W] = {};
     for (const T* end = b + LANES * steps; b < end; a++, b += LANES)
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
             for (int w = 0; w < W; w++) sum[r][w] = dot(sum[r][w], a[r * row], load(b + w * panel));
-    std::memcpy(c, sum, sizeof c);
+    floats odd = all(0);  // x - x is 0 where x is finite
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int w = 0; w < W; w++) odd += sum[r][w] - sum[r][w];
+    const bool finite = sum_of(odd) == 0;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int w = 0; w < W; w++) then(r, w, sum[r][w], finite);
 }
 #endif
 
@@ -85,8 +97,7 @@ static inline floats weighed(float, floats v) { return v; }
 // P V where a weight of zero contributes nothing, even if V is inf or NaN there: a product that is not finite is computed anew
 template <class T>
 static inline floats kept(floats product, const T* p, const T* v, int steps) {
-    floats odd = product - product;  // 0 where finite
-    if (sum_of(odd) == 0) return product;
+    if (sum_of(product - product) == 0) return product;
     product = all(0);
     for (int j = 0; j < steps; j++)
         if (p[j] != 0) product = dot(product, p[j], weighed(p[j], load(v + LANES * j)));
