@@ -376,7 +376,7 @@ def test_doctor_says_whether_libraries_are_kept(tokquant, monkeypatch, tmp_path)
     assert json.loads(tokquant("doctor", "--json")[1])["cpu_libraries"] == "kept"
     folder.chmod(0o755)
     found = json.loads(tokquant("doctor", "--json")[1])["cpu_libraries"]
-    assert found == f"built anew in every process; {folder} must be yours, of mode 0700"
+    assert found == f"built anew in every process; {folder} must be yours, of mode 0700, or set TOKQUANT_CACHE_DIR"
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,23 @@ def test_a_folder_that_hands_down_its_group_costs_no_second_compilation(compilat
     assert (store.folder() / "cpu").stat().st_mode & 0o7777 == 0o2700
 
 
+def test_the_folder_stays_where_it_is_when_the_process_goes_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKQUANT_CACHE_DIR", "relative")
+    assert store.folder() == tmp_path / "relative"
+    monkeypatch.chdir("/")
+    assert store.folder() == tmp_path / "relative"
+
+
+def test_the_home_of_a_user_without_one_is_no_folder_in_this_one(monkeypatch):
+    for name in ("TOKQUANT_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    store._named.cache_clear()
+    assert store.folder() == Path("/.cache/tokquant")
+    store._named.cache_clear()
+
+
 def test_threads_that_want_one_kernel_at_once_build_it_once(compilations):
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(lambda _: answer(), range(4))) == [41] * 4
@@ -161,6 +178,12 @@ def test_a_failing_compiler_says_its_first_lines():
     ) as raised:
         build.load("broken", "nonsense;\n" * 50, "portable")
     assert len(str(raised.value).splitlines()) <= 9
+
+
+def test_a_compiler_that_writes_nothing_fails(monkeypatch):
+    monkeypatch.setenv("CXX", "true")
+    with pytest.raises(tq.UnsupportedError, match=r"backend: true \(.*\) fails on answer_\w+\.cpp; set CXX"):
+        answer()
 
 
 @pytest.mark.parametrize(("name", "value"), [("CXX", "no-such-compiler"), ("CXX", 'g++ "-O1'), ("PATH", "/nowhere")])

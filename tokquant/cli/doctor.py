@@ -34,7 +34,7 @@ def findings() -> dict[str, str | bool | list[str]]:
     else:
         triton = "no GPU; set TRITON_INTERPRET=1 to run kernels in the interpreter, or compile them for any GPU with tq.compile"
     compiler, instructions = _compiler()
-    built_anew = f"built anew in every process; {build.libraries()} must be yours, of mode 0700"
+    built_anew = f"built anew in every process; {build.libraries()} must be yours, of mode 0700, or set TOKQUANT_CACHE_DIR"
     return {
         "tokquant": version("tokquant"),
         "python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})",

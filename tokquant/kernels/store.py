@@ -14,7 +14,9 @@ def folder() -> Path:
 
 @lru_cache(maxsize=16)
 def _named(chosen: str | None, caches: str | None, _: str | None) -> Path:
-    return Path(chosen) if chosen else Path(caches or os.path.expanduser("~/.cache")) / "tokquant"
+    # a user of a container may have no home: "~" is then left as it is, and / stands for it
+    found = Path(chosen) if chosen else Path(caches or os.path.expanduser("~/.cache").removeprefix("~")) / "tokquant"
+    return found.absolute()  # stays where it is if the process goes to another folder
 
 
 def keep(name: Path, text: str) -> Path:

@@ -188,7 +188,7 @@ def _compile(built_by: Compiler, text: str, flags: tuple[str, ...], library: Pat
         result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, errors="replace")
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnsupportedError(f"backend: {built_by.command[0]} cannot be run: {error}; use backend='reference'") from None
-    if result.returncode:
+    if result.returncode or not library.exists():
         output = "\n".join((result.stderr or result.stdout).replace(str(source), source.name).splitlines()[:8])
         raise UnsupportedError(
             f"backend: {' '.join(built_by.command)} ({built_by.version}) fails on {source.name}; set CXX to another compiler "
