@@ -137,6 +137,17 @@ def test_autocast_changes_no_number(s):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("s", SCHEMES.values(), ids=SCHEMES)
+def test_torchs_default_device_is_of_no_account(s):
+    (k, v), q, scales, found = tokens(300), torch.randn(1, 2 * H, 3, D), scales_for(s, H, D), []
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            cache = cache_of(s, scales=scales)
+            cache.append(k, v)
+            found.append(tq.decode(q, cache))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("s", ["kv-int4", "kv-int2-kivi"])
 def test_a_cache_that_was_made_or_grew_in_inference_mode_goes_on_outside_of_it(s):
     with torch.inference_mode():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokquant.kernels.cpu import build, generate, launch, quantize_plan
-from tokquant.kernels.cpu.plan import plan
+from tokquant.kernels.cpu.plan import literal, plan
 from tokquant.kernels.wanted import Wanted
 from tokquant.schemes import preset
 from tokquant.transforms import Steps
@@ -31,6 +31,11 @@ def test_the_template_has_a_default_for_every_constant_of_a_plan():
     written = {m["name"]: m["value"] for m in map(generate.CONSTANT.fullmatch, template.splitlines()) if m}
     made = plan(preset("int8"), head_dim=64, dtype=torch.float32, wanted=Wanted(), instructions="portable")
     assert written.keys() == made.constants.keys()
+
+
+def test_a_number_is_written_as_its_float32_whatever_torchs_default_device():
+    with torch.device("meta"):
+        assert literal(0.1) == "0.10000000149011612f"
 
 
 @pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")

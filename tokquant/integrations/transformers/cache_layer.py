@@ -129,7 +129,7 @@ class TokquantLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Replace each sequence by `repeats` copies."""
         if self.held is not None:
-            self.batch_select_indices(torch.arange(self.held.batch).repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(self.held.batch, device="cpu").repeat_interleave(repeats))
 
     def __repr__(self) -> str:
         return f"TokquantLayer({self.held or self.setting.scheme.name})"

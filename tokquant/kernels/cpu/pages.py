@@ -192,7 +192,7 @@ class _Panels(Part):
         coded = in_frame(x, self.frame, self.spec, self.scales)
         for b in range(len(x)):
             parts = {name: part[b : b + 1] for name, part in stored_parts(coded).items()}
-            position = first[b] + torch.arange(x.shape[2])
+            position = first[b] + torch.arange(x.shape[2], device="cpu")
             self.put(table[b, position // self.shape[2]], position % self.shape[2], self.operand(parts, x.shape[2]))
 
     def put(self, page: Tensor, slot: Tensor, x: QuantizedTensor) -> None:

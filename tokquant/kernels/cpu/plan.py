@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from tokquant import blocks, precisions
@@ -259,4 +260,4 @@ def literal(x: float) -> str:
     """A float32 as a C++ literal."""
     if not math.isfinite(x):
         return "NAN" if math.isnan(x) else f"{'-' * (x < 0)}INFINITY"
-    return f"{torch.tensor(x, dtype=torch.float64).float().item()!r}f"
+    return f"{float(np.float32(x))!r}f"
