@@ -395,6 +395,23 @@ def test_a_new_file_follows_the_umask(tmp_path):
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
 
 
+def test_links_are_followed_and_pipes_written_to(tmp_path):
+    (tmp_path / "there").mkdir()
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "there" / "file")
+    files.write_atomically(link, b"x")
+    assert link.is_symlink() and os.listdir(tmp_path / "there") == ["file"] and link.read_bytes() == b"x"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_atomically(pipe, b"y")
+    assert os.read(reader, 2) == b"y" and pipe.is_fifo()
+    os.close(reader)
+    stdout, writer = os.pipe()
+    files.write_atomically(f"/dev/fd/{writer}", b"z")  # what /dev/stdout is
+    assert os.read(stdout, 2) == b"z"
+    os.close(stdout), os.close(writer)
+
+
 def test_what_cannot_be_written_is_named_as_it_was_given(tmp_path):
     for path, error in ((tmp_path / "none" / "x", FileNotFoundError), (tmp_path, IsADirectoryError)):
         with pytest.raises(error) as caught:

@@ -10,11 +10,16 @@ from pathlib import Path
 def write_atomically(path: str | os.PathLike, data: bytes, mode: int = 0o666) -> None:
     """Write `data` beside `path`, flush it to disk, then rename it into place. The umask takes its part of `mode`.
 
-    Raises OSError as the file system does, naming `path`; an existing file is then unchanged.
+    Links are followed, and devices and pipes are written to: a new name would replace them. Raises OSError as the file system
+    does, naming `path`; an existing file is then unchanged.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    given = Path(path)
+    if given.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(given))
+    if given.exists() and not given.is_file():
+        given.write_bytes(data)
+        return
+    path = given.resolve()
     temporary = path.parent / f".{path.name[:64]}.{secrets.token_hex(8)}"
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
@@ -26,5 +31,5 @@ def write_atomically(path: str | os.PathLike, data: bytes, mode: int = 0o666) ->
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise type(error)(error.errno, error.strerror, str(path)) from None
+            raise type(error)(error.errno, error.strerror, str(given)) from None
         raise

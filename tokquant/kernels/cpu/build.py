@@ -157,6 +157,8 @@ def _build(built_by: Compiler, text: str, flags: tuple[str, ...], path: Path) ->
         if _is_trusted_folder(path.parent):
             data = library.read_bytes()
             with suppress(OSError):
+                if path.is_symlink():
+                    path.unlink()  # it would be written through, and then not loaded again
                 # a umask of 0002 would let the group write it, and then it would not be loaded again
                 write_atomically(path, data + hashlib.sha256(data).digest(), mode=0o600)
         try:
