@@ -409,7 +409,11 @@ def test_links_are_followed_and_pipes_written_to(tmp_path):
     stdout, writer = os.pipe()
     files.write_atomically(f"/dev/fd/{writer}", b"z")  # what /dev/stdout is
     assert os.read(stdout, 2) == b"z"
-    os.close(stdout), os.close(writer)
+    os.close(stdout)
+    with pytest.raises(BrokenPipeError) as caught:
+        files.write_atomically(f"/dev/fd/{writer}", b"z")
+    assert caught.value.filename == f"/dev/fd/{writer}"
+    os.close(writer)
 
 
 def test_what_cannot_be_written_is_named_as_it_was_given(tmp_path):

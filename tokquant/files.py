@@ -16,12 +16,12 @@ def write_atomically(path: str | os.PathLike, data: bytes, mode: int = 0o666) ->
     given = Path(path)
     if given.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(given))
-    if given.exists() and not given.is_file():
-        given.write_bytes(data)
-        return
     path = given.resolve()
     temporary = path.parent / f".{path.name[:64]}.{secrets.token_hex(8)}"
     try:
+        if given.exists() and not given.is_file():
+            given.write_bytes(data)
+            return
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
             file.flush()
