@@ -89,12 +89,24 @@ def test_calls_of_several_threads_do_not_meet():
 
 
 @pytest.mark.parametrize("instructions", build.compiler().instructions[1:] if build.available() else [])
-@pytest.mark.parametrize("name", ["int8", "small blocks of q and k", "fp8", "kv-int4"])
+@pytest.mark.parametrize("name", ["int8", "small blocks of q and k", "fp8", "kv-int4", "int2 keys and values"])
 def test_other_instruction_sets_compute_the_same(name, instructions, monkeypatch):
     monkeypatch.setenv(build.CHOICE, instructions)
     s = SCHEMES[name]
     operands = tq.quantize(*qkv(37, 301, 40, 4, 2, 2), s, backend="cpu")
     assert not differs(operands, s, dict(causal=True), monkeypatch)
+
+
+@pytest.mark.parametrize("instructions", build.compiler().instructions if build.available() else [])
+@pytest.mark.parametrize(
+    "name", ["small blocks of q and k", "int4 q and k, v in 4 bits under unsigned p", "int2 keys and values"]
+)
+def test_the_largest_codes_overflow_nowhere(name, instructions, monkeypatch):
+    monkeypatch.setenv(build.CHOICE, instructions)
+    s = SCHEMES[name]
+    signs = torch.where(torch.arange(301) % 3 == 0, -1.0, 1.0)[:, None]
+    operands = tq.quantize(torch.full((1, 2, 9, 128), 0.1), *signs.expand(2, 1, 2, 301, 128), s, backend="cpu")
+    assert not differs(operands, s, {}, monkeypatch)
 
 
 @pytest.mark.parametrize("instructions", ["neon_i8mm", "neon_dotprod"])

@@ -43,9 +43,9 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
 #if INTEGER_K
     std::memset(t.q, 0, sizeof t.q);
     for (int i = 0; i < rows; i++) {
-        std::memcpy(t.q[i], a.q + (row + i) * D, D);
+        store_codes(t.q[i], a.q + (row + i) * D, D);
         t.start[i] = 0;
-        for (int d = 0; d < D; d++) t.start[i] += (K_LOWEST + FLIPPED) * t.q[i][d];
+        for (int d = 0; d < D; d++) t.start[i] += (K_LOWEST + FLIPPED) * a.q[(row + i) * D + d];
     }
 #else
 #if BFLOAT_K
@@ -263,7 +263,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
                 for (int j = 0; j < columns * LANES; j += LANES) {
                     floats p = exp2_of(load(&t.s[i][j]) - base[i]);
 #if INTEGER_V
-                    store_bytes(&t.p[i][j], p);
+                    store_codes(&t.p[i][j], p);
 #else
 #if BFLOAT_V
                     store_bfloats(&t.p[i][j / 2], encode_p(p));

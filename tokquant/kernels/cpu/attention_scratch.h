@@ -9,14 +9,14 @@ struct Scratch {
     int query[BLOCK];  // its query of that head,
     int64_t place[BLOCK];  // and that query's position among the keys: the last query is at the last key
 #if INTEGER_K
-    alignas(64) int8_t q[BLOCK][K_DEPTH];
+    alignas(64) QCode q[BLOCK][K_DEPTH];
     int start[BLOCK];  // initial value of a row's products, which corrects for codes of K that are stored with an offset
 #endif
 #if BFLOAT_K
     alignas(64) uint32_t q[BLOCK][WIDE / 2];
 #endif
 #if INTEGER_V
-    alignas(64) uint8_t p[ROWS][TILE];
+    alignas(64) PCode p[ROWS][TILE];
     int flipped[ROWS];  // initial value of a row's products, which corrects for V's highest bits being flipped
 #else
     alignas(64) Values p[ROWS][V_STEPS];

@@ -3,6 +3,8 @@
 constexpr int ROWS = 8;
 constexpr int PANELS = 2;
 constexpr int FLIPPED = 0;
+typedef int8_t QCode;
+typedef uint8_t PCode;
 
 static inline ints dot(ints sum, const uint8_t* four, words panel, const int8_t*) {
     return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)in_all_lanes(four), (__m512i)panel);
@@ -23,8 +25,8 @@ static inline floats exp2_of(floats x) {
     return (floats)_mm512_scalef_ps((__m512)exp2_of_fraction((floats)_mm512_sub_ps(y, whole)), whole);
 }
 
-// stores each lane's low byte of `x + SHIFT`: x in 0 to 255, rounded to the nearest integer
-static inline void store_bytes(uint8_t* at, floats x) {
+// rounds x in 0 to 255 to the nearest integers
+static inline void store_codes(uint8_t* at, floats x) {
     _mm_storeu_si128((__m128i*)at, _mm512_cvtepi32_epi8((__m512i)(x + SHIFT)));
 }
 

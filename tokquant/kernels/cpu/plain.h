@@ -10,11 +10,11 @@ static inline float sum_of(floats x) {
 
 // 2^x for x up to 126, 0 from -126 down
 static inline floats exp2_of(floats x) {
-    floats clamped = where(x < -126.f, all(-126.f), x);
+    floats clamped = maximum(all(-126.f), x);
     floats shifted = clamped + SHIFT;
     ints power = (as_ints(shifted) << 23) + 0x3f800000;
     floats y = exp2_of_fraction(clamped - (shifted - SHIFT)) * as_floats(power);
-    return where(x < -126.f, all(0), y);
+    return as_floats(as_ints(y) & ~(x < -126.f));
 }
 
 // the values of codes in a table of 2^BITS entries, at least 16

@@ -8,6 +8,19 @@ static inline Two<int32_t, N> dot(Two<int32_t, N> sum, const A* four, Two<uint32
     return {dot(sum.low, four, panel.low, kind), dot(sum.high, four, panel.high, kind)};
 }
 
+// eight products per lane, with codes of BITS bits in two vectors
+template <int BITS, class Sum, class A, class Panel, class B>
+static inline Sum dots(Sum sum, const A* eight, Panel x, Panel y, const B* kind) {
+    return dot(dot(sum, eight, x, kind), eight + 4, y, kind);
+}
+template <int BITS, int N, class A, class B>
+static inline Two<int32_t, N> dots(Two<int32_t, N> sum, const A* eight, Two<uint32_t, N> x, Two<uint32_t, N> y, const B* kind) {
+    return {dots<BITS>(sum.low, eight, x.low, y.low, kind), dots<BITS>(sum.high, eight, x.high, y.high, kind)};
+}
+
+// codes as a row of a product has them: where it has bytes, as they are in memory
+static inline void store_codes(int8_t* at, const int8_t* codes, int count) { std::memcpy(at, codes, count); }
+
 // the i-th code of each byte, in a byte of its own: unsigned codes in its low bits, signed ones in its high bits, where the sign
 // belongs
 template <int BITS> static inline words plane(words x, int i, const uint8_t*) {
@@ -29,11 +42,15 @@ template <int BITS, int R, int W, class A, class B, class F>
             __builtin_prefetch(b + w * panel + ahead, 0, 2);
         }
 #pragma GCC unroll 8
-        for (int i = 0; i < 8 / BITS; i++, a += 4)
+        for (int i = 0; i < 8 / BITS; i += 2, a += 8)
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-                for (int w = 0; w < W; w++) sum[r][w] = dot(sum[r][w], a + r * row, plane<BITS>(x[w], i, b), b);
+                for (int w = 0; w < W; w++)
+                    if constexpr (BITS == 8)
+                        sum[r][w] = dot(sum[r][w], a + r * row, x[w], b);
+                    else
+                        sum[r][w] = dots<BITS>(sum[r][w], a + r * row, plane<BITS>(x[w], i, b), plane<BITS>(x[w], i + 1, b), b);
     };
     int at = 0;
     for (; at + CHAINS <= lines; at += CHAINS, a += CHAINS * 32 / BITS, b += CHAINS * 64)
