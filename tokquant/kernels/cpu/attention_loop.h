@@ -78,6 +78,7 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
     // if all rows are multiplied at once, each unpacked panel is read only once: all then share one place, which stays in L1
     const bool alone = rows == ROWS || rows == 4 || rows == 1;
 #endif
+    const int group = ROWS == 6 && rows == 8 ? 4 : ROWS;  // eight rows are rather twice four than six and two
     Tile next = begin < end ? tile_at(a, batch, kv_head, begin) : Tile();
     for (int64_t start = begin; start < end; start += TILE) {
         const int there = int(least(TILE, n_k - start));
@@ -103,8 +104,8 @@ static void attend(const Arguments& a, int64_t batch, int64_t kv_head, int64_t f
             multiply<1, W.value>(mean, D, a.companion + panel * D * LANES, D * LANES, D, then);
         });
 #endif
-        for (int g = 0; g < rows; g += ROWS) {
-            const int count = int(least(ROWS, rows - g));
+        for (int g = 0; g < rows; g += group) {
+            const int count = int(least(group, rows - g));
             int keys = there;  // keys of the tile that at least one of these rows sees
             bool edge = false;  // whether one of them sees fewer, so that masks are needed
 #if BOUNDED

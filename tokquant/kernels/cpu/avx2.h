@@ -2,7 +2,7 @@
 // have at most 4 bits; 8 bits would saturate, so these are multiplied as 16-bit numbers, by two instructions.
 #include <immintrin.h>
 #include <type_traits>
-constexpr int ROWS = 4;
+constexpr int ROWS = 6;
 constexpr int PANELS = 1;
 constexpr int FLIPPED = 0;
 typedef std::conditional_t<K_BITS == 8, int16_t, int8_t> QCode;

@@ -1,6 +1,6 @@
 // Four byte products per lane in one instruction, which multiplies unsigned bytes by signed ones.
 #include <immintrin.h>
-constexpr int ROWS = 4;
+constexpr int ROWS = 6;
 constexpr int PANELS = 1;
 constexpr int FLIPPED = 0;
 typedef int8_t QCode;
