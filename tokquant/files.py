@@ -16,7 +16,7 @@ def write_atomically(path: str | os.PathLike, data: bytes, mode: int = 0o666) ->
     given = Path(path)
     if given.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(given))
-    path = given.resolve()
+    path = Path(os.path.realpath(given))
     temporary = path.parent / f".{path.name[:64]}.{secrets.token_hex(8)}"
     try:
         if given.exists() and not given.is_file():
