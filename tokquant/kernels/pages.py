@@ -11,7 +11,7 @@ from tokquant.features import Features
 from tokquant.kernels import launch, quantize_task, targets, tuned
 from tokquant.kernels.decode_launch import Call, keys_seen
 from tokquant.kernels.decode_plan import DecodePlan, check_pages, decode_plan, eight_bits
-from tokquant.kernels.pool import FEW, Pool
+from tokquant.kernels.page_layout import FEW, PackedPages
 from tokquant.kernels.quantize import quantize_queries
 from tokquant.kernels.slots import TritonSlots
 from tokquant.kernels.triton.operands import Table
@@ -21,7 +21,7 @@ from tokquant.schemes import Operand
 from tokquant.transfer import capturing
 
 
-class TritonPages(Store[Pool]):
+class TritonPages(Store[PackedPages]):
     """A store whose pages are written and read by Triton kernels.
 
     Raises SchemeError for a scheme that depends on later tokens, UnsupportedError for one that no kernel supports.
@@ -44,14 +44,14 @@ class TritonPages(Store[Pool]):
                 raise UnsupportedError(f"{lacking}; use backend='reference'")
         self._lost = torch.zeros(1, dtype=torch.int32, device=self.device)  # set to 1 by kernels if a scale overflows its type
 
-    def _part(self, spec: Operand, pages: int) -> Pool:
-        return Pool(spec, self, pages, tokens_last=spec.role == "v" and self._tokens_last)
+    def _part(self, spec: Operand, pages: int) -> PackedPages:
+        return PackedPages(spec, self, pages, tokens_last=spec.role == "v" and self._tokens_last)
 
     def write(self, k: Tensor, v: Tensor, table: Tensor, first: Tensor, counts: Tensor | None = None) -> None:
         """As `Store.write`. On a GPU, writes of up to 16 tokens or in a graph do not raise; `check` or a larger write does."""
         with launch.on(k.device):
             paged = Table(table, table.stride(0), first, counts)
-            checked = [pool.write(x, paged, self._lost) for pool, x in ((self._k, k), (self._v, v))]
+            checked = [part.write(x, paged, self._lost) for part, x in ((self._k, k), (self._v, v))]
         if any(checked) and (k.device.type != "cuda" or k.shape[2] > FEW) and not capturing(k.device):
             self.check()
 

@@ -30,7 +30,7 @@ FEW = 16
 """Up to this many new tokens, programs are small, and a write on a GPU does not wait to check that scales fit their type."""
 
 
-class Pool(Part):
+class PackedPages(Part):
     """Pages of K or of V. 8-bit floats are stored as bytes, because torch cannot index them."""
 
     def __init__(self, spec: Operand, store: Store, pages: int, *, tokens_last: bool):
