@@ -1,10 +1,12 @@
 """python benchmarks/gpu: every stage runs on a CPU with tiny shapes, and what is measured is kept whatever happens."""
 
 import json
+import os
 import runpy
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -199,13 +201,7 @@ def test_what_is_compiled_beforehand_is_what_tuning_and_tables_launch(modules, m
     import tuning
     from running import Setting
 
-    class Here:
-        def __init__(self, *_):
-            self.map = map
-
-        __enter__, __exit__ = (lambda self: self), (lambda self, *_: None)
-
-    monkeypatch.setattr(tuning, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(tuning, "_failures", lambda jobs, _: [why for why in map(tuning._failure, jobs) if why])  # here
     monkeypatch.setattr(tuning, "CACHES", ["kv-int8"])  # to be calibrated takes numbers, of which there are none
     with fake_cuda(monkeypatch) as seen:
         [row] = tuning._compile(Setting(torch.device("cuda"), False, tmp_path, {}, 0.0), [("int8", 64, True)])
@@ -213,6 +209,21 @@ def test_what_is_compiled_beforehand_is_what_tuning_and_tables_launch(modules, m
     candidates = len(tq.compile("int8", head_dim=64, causal=True).candidates())
     launched = Counter(name.partition("_")[0] for name in seen.launched)
     assert launched["attention"] == 2 * candidates and launched["decode"] >= 4 and launched["quantize"] >= 6
+
+
+def test_a_compiler_that_crashes_leaves_the_other_jobs_to_another_pool(modules, tmp_path):
+    import tuning
+
+    made = [tmp_path / str(i) for i in range(4)]
+    jobs = [
+        partial(os.mkdir, made[0]),
+        partial(os._exit, 7),
+        *(partial(os.mkdir, x) for x in made[1:]),
+        partial(os.mkdir, made[0]),
+    ]
+    failures = tuning._failures(jobs, workers=1)
+    assert failures == ["exit 7: it or one beside it crashed", f"kdir {made[0]}: FileExistsError"]
+    assert all(x.is_dir() for x in made)
 
 
 @pytest.mark.parametrize(("scheme", "queries"), [("int8", 64), ("kv-int8", 1), ("kv-fp8", 1)])

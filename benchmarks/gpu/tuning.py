@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import cache, partial
 from multiprocessing import get_context
@@ -116,19 +117,36 @@ def _compile(setting: Setting, wanted: list[tuple[str, int, bool]]) -> Rows:
         for each in wanted:
             jobs += [partial(_of_tensors, *each, n, index) for index in range(len(_prepared(*each, n).plan.candidates))]
     workers = max(1, min(len(jobs), (os.cpu_count() or 2) - 1))
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        failures = [why for why in pool.map(_failure, jobs) if why]
+    failures = _failures(jobs, workers)
     return [
         {"jobs": len(jobs), "processes": workers, "failed": len(failures), "note": "; ".join(dict.fromkeys(failures))[:300]}
     ]
+
+
+def _failures(jobs: list[partial[None]], workers: int) -> list[str]:
+    """Run jobs in processes, and say which failed. Where a compiler crashes, another pool goes on with what had not begun."""
+    failures: list[str] = []
+    while jobs:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            runs = [pool.submit(_failure, job) for job in jobs]
+        lost = [isinstance(run.exception(), BrokenProcessPool) for run in runs]
+        failures += [why for run, gone in zip(runs, lost, strict=True) if not gone and (why := run.result())]
+        jobs = [job for job, gone in zip(jobs, lost, strict=True) if gone]
+        failures += [f"{_name(job)}: it or one beside it crashed" for job in jobs[:workers]]  # as many as were running
+        jobs = jobs[workers:]
+    return failures
 
 
 def _failure(job: partial[None]) -> str:
     try:
         job()
     except Exception as error:  # Triton's compiler may raise anything
-        return f"{job.func.__name__[1:]} {', '.join(map(str, job.args))}: {type(error).__name__}"
+        return f"{_name(job)}: {type(error).__name__}"
     return ""
+
+
+def _name(job: partial[None]) -> str:
+    return f"{job.func.__name__[1:]} {', '.join(map(str, job.args))}"
 
 
 def _quantize(name: str, d: int) -> None:
