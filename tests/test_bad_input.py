@@ -58,6 +58,12 @@ TENSORS = {
     "v shorter than k": (ValueError, {"v": x(1, 2, 19, 32)}, "v: shape [1, 2, 19, 32] is not that of k, [1, 2, 20, 32]"),
     "another device": (ValueError, {"v": x().to("meta")}, "q, k, v: on cpu, cpu, meta; put them on one device"),
     "a gradient": (RuntimeError, {"k": x().requires_grad_()}, "k: requires grad", "torch.no_grad()"),
+    "a nested tensor": (
+        TypeError,
+        {"q": torch.nested.nested_tensor([x()[0, 0]], layout=torch.jagged)},
+        "q: a nested tensor; give a dense one",
+        "tq.attention_varlen",
+    ),
     "a sparse tensor": (TypeError, {"v": x().to_sparse()}, "v: a tensor of layout torch.sparse_coo; give a dense one"),
     "what is negated when it is read": (
         TypeError,

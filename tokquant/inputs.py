@@ -41,9 +41,11 @@ def check_tensor(name: str, x: object) -> None:
 
 
 def check_memory(name: str, x: object) -> None:
-    """Raise TypeError for a tensor whose values cannot be read from memory at its strides: sparse, fake, or lazily negated."""
+    """Raise TypeError for a tensor whose values cannot be read from memory at strides: nested, sparse, fake, lazily negated."""
     if not isinstance(x, Tensor):
         return
+    if x.is_nested:
+        raise TypeError(f"{name}: a nested tensor; give a dense one, and sequences of several lengths to tq.attention_varlen")
     if x.layout != torch.strided:
         raise TypeError(f"{name}: a tensor of layout {x.layout}; give a dense one")
     if without_numbers(x):
