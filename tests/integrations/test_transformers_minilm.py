@@ -75,6 +75,8 @@ def test_the_page_says_how_near_each_scheme_comes(minilm):
         scheme = tq.preset(name)
         static = name == "kv-fp8"
         near = embed(scheme=scheme, backend="reference", **(dict(scales=calibrated(minilm, name)) if static else {}))
-        assert (near * exact).sum(1).min().item() == pytest.approx(float(least), abs=5e-4), name
-        moved = (near @ near.T - exact @ exact.T).abs().max().item()  # by codes on an edge, which another order of sums tips
+        # processors sum in different orders, and so give some values the code next to the one they have elsewhere
+        apart = 1 - (near * exact).sum(1).min().item()
+        assert apart == pytest.approx(1 - float(least), rel=0.1, abs=2e-4), name
+        moved = (near @ near.T - exact @ exact.T).abs().max().item()
         assert moved == pytest.approx(float(difference), rel=0.3, abs=1e-3), name
