@@ -401,6 +401,10 @@ def test_links_are_followed_and_pipes_written_to(tmp_path):
     link.symlink_to(tmp_path / "there" / "file")
     files.write_atomically(link, b"x")
     assert link.is_symlink() and os.listdir(tmp_path / "there") == ["file"] and link.read_bytes() == b"x"
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)  # leads nowhere, so the file takes its place
+    files.write_atomically(loop, b"x")
+    assert loop.read_bytes() == b"x"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     files.write_atomically(pipe, b"y")

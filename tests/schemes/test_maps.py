@@ -166,8 +166,7 @@ def test_each_range_of_heads_is_attended_as_by_its_own_scheme(case, backend):
     for heads, name in ((slice(0, 2), "int8"), (slice(2, 8), "kv-int4")):
         alone, sums = tq.attention(q, k, v, name, return_lse=True, backend=backend, **case)
         edge = 1e-6 if backend == "reference" else 0  # torch's product of fewer heads may sum in another order
-        assert torch.allclose(out[:, heads], alone[:, heads], rtol=edge, atol=edge)
-        assert torch.allclose(lse[:, heads], sums[:, heads], rtol=edge, atol=edge)
+        torch.testing.assert_close((out[:, heads], lse[:, heads]), (alone[:, heads], sums[:, heads]), rtol=edge, atol=edge)
 
 
 def test_quantized_heads_say_what_they_hold():

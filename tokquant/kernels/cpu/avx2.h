@@ -43,6 +43,7 @@ static inline __m256i pairs(const uint8_t* four, Register<uint32_t> panel, const
     const __m256i low = _mm256_sub_epi8(_mm256_xor_si256(_mm256_srli_epi16((__m256i)panel, 8 - BITS), sign), sign);
     return _mm256_maddubs_epi16((__m256i)in_all_lanes(four), low);
 }
+// what a code of 1 is in its byte
 static inline __m256i unit(int, const uint8_t*) { return _mm256_set1_epi16(1); }
 static inline __m256i unit(int bits, const int8_t*) { return _mm256_set1_epi16(short(1 << (8 - bits))); }
 

@@ -21,13 +21,13 @@ static inline Two<int32_t, N> dots(Two<int32_t, N> sum, const A* eight, Two<uint
 // codes as a row of a product has them: where it has bytes, as they are in memory
 static inline void store_codes(int8_t* at, const int8_t* codes, int count) { std::memcpy(at, codes, count); }
 
-// the i-th code of each byte, in a byte of its own: unsigned codes in its low bits, signed ones in its high bits, where the sign
-// belongs
+// the i-th code of each byte, for codes of fewer than 8 bits, in a byte of its own: unsigned codes in its low bits, signed ones in
+// its high bits, where the sign belongs
 template <int BITS> static inline words plane(words x, int i, const uint8_t*) {
-    return BITS == 8 ? x : x >> uint32_t(i * BITS) & ((1u << BITS) - 1) * 0x01010101u;
+    return x >> uint32_t(i * BITS) & ((1u << BITS) - 1) * 0x01010101u;
 }
 template <int BITS> static inline words plane(words x, int i, const int8_t*) {
-    return BITS == 8 ? x : x << uint32_t(8 - BITS - i * BITS) & (((1u << BITS) - 1) << (8 - BITS)) * 0x01010101u;
+    return x << uint32_t(8 - BITS - i * BITS) & (((1u << BITS) - 1) << (8 - BITS)) * 0x01010101u;
 }
 
 template <int BITS, int R, int W, class A, class B, class F>
